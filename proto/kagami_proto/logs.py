@@ -1,0 +1,141 @@
+"""One log line, as JSON between processes and as text for people.
+
+Children write JSON lines; the launcher reads them and writes every line of the tree in one of two
+forms, both of which TGI's operators know:
+
+    2024-05-31T05:53:53.041688Z  INFO shard-manager: text_generation_launcher: Shard ready rank=0
+    {"timestamp":"…Z","level":"INFO","target":"…","message":"…","fields":{"message":"…",…},"span":{…}}
+
+Values given through `extra=` become `key=value` behind the text and members of `fields`; the key
+`span` (a name such as "download") stands before the target.
+"""
+
+import json
+import logging
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import TextIO
+
+LEVELS: Mapping[str, int] = {
+    "trace": logging.DEBUG,
+    "debug": logging.DEBUG,
+    "info": logging.INFO,
+    "warn": logging.WARNING,
+    "warning": logging.WARNING,
+    "error": logging.ERROR,
+    "off": logging.CRITICAL + 1,
+}
+
+_LEVEL_NAMES = {"WARNING": "WARN", "CRITICAL": "ERROR"}
+# What every LogRecord has; the rest of its __dict__ came through `extra=`.
+_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+
+
+@dataclass(frozen=True, slots=True)
+class LogLine:
+    """One event: when (UTC, microseconds), how bad, who, what."""
+
+    timestamp: str
+    level: str
+    target: str
+    message: str
+    span: str = ""
+    fields: Mapping[str, object] = field(default_factory=dict)
+
+    def to_text(self) -> str:
+        span = f"{self.span}: " if self.span else ""
+        tail = "".join(f" {key}={_plain(value)}" for key, value in self.fields.items())
+        return f"{self.timestamp} {self.level:>5} {span}{self.target}: {self.message}{tail}"
+
+    def to_json(self) -> str:
+        body: dict[str, object] = {
+            "timestamp": self.timestamp,
+            "level": self.level,
+            "target": self.target,
+            "message": self.message,
+            "fields": {"message": self.message, **self.fields},
+        }
+        if self.span:
+            body["span"] = {"name": self.span}
+        return json.dumps(body, ensure_ascii=False, separators=(",", ":"), default=str)
+
+
+def _plain(value: object) -> str:
+    text = str(value)
+    return json.dumps(text, ensure_ascii=False) if re.search(r"\s", text) or not text else text
+
+
+def parse(line: str) -> LogLine | None:
+    """Read a line that a child wrote with `to_json`; None if it is anything else."""
+    if not line.startswith('{"timestamp":'):
+        return None
+    try:
+        body = json.loads(line)
+        fields = {key: value for key, value in body["fields"].items() if key != "message"}
+        span = body.get("span", {}).get("name", "")
+        return LogLine(
+            body["timestamp"], body["level"], body["target"], body["message"], span, fields
+        )
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def now() -> str:
+    """The present in UTC as a log line writes it."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+
+class _Formatter(logging.Formatter):
+    def __init__(self, target: str, json_output: bool) -> None:
+        super().__init__()
+        self._target = target
+        self._json_output = json_output
+
+    def format(self, record: logging.LogRecord) -> str:
+        extra = {key: value for key, value in vars(record).items() if key not in _STANDARD}
+        message = record.getMessage()
+        if record.exc_info:
+            message = f"{message}\n{self.formatException(record.exc_info)}"
+        line = LogLine(
+            timestamp=datetime.fromtimestamp(record.created, UTC).strftime(
+                "%Y-%m-%dT%H:%M:%S.%fZ"
+            ),
+            level=_LEVEL_NAMES.get(record.levelname, record.levelname),
+            target=self._target,
+            message=message,
+            span=str(extra.pop("span", "")),
+            fields=extra,
+        )
+        return line.to_json() if self._json_output else line.to_text()
+
+
+def configure(
+    target: str, *, level: str, json_output: bool, stream: TextIO | None = None
+) -> None:
+    """Send this process's log to `stream` (default: stdout), one line per event.
+
+    `level` is a LOG_LEVEL value (`info`, `warn`, …); for a filter expression such as
+    `text_generation_router=debug,h2=off` the last plain or matching level counts.
+    """
+    handler = logging.StreamHandler(stream or sys.stdout)
+    handler.setFormatter(_Formatter(target, json_output))
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(logging.WARNING)  # libraries speak up only when something is wrong
+    logging.getLogger("kagami_proto").setLevel(level_of(level, target))
+    for package in ("kagami_router", "kagami_shard", "kagami_launcher"):
+        logging.getLogger(package).setLevel(level_of(level, target))
+    logging.captureWarnings(True)
+
+
+def level_of(text: str, target: str) -> int:
+    """The numeric level that a LOG_LEVEL text means for `target`; INFO if it says nothing."""
+    level = logging.INFO
+    for part in text.lower().split(","):
+        name, _, value = part.strip().rpartition("=")
+        if not name or target.startswith(name):
+            level = LEVELS.get(value, level)
+    return level

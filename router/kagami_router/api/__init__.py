@@ -1,0 +1,1 @@
+"""HTTP and its JSON: nothing behind this folder knows of either."""

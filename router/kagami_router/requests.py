@@ -1,0 +1,115 @@
+"""The values a request is made of behind the door, and the events it gets back.
+
+All frozen. `validation.py` makes `ValidRequest`, `batching_loop.py` makes `StreamEvent`; nothing
+here knows HTTP, protobuf or the scheduler. Times are seconds of `time.monotonic()`.
+"""
+
+import enum
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the next token is chosen; the defaults switch every processor off."""
+
+    do_sample: bool = False
+    seed: int = 0
+    """64 bits; drawn by validation where the client gave none and `do_sample` is on."""
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    typical_p: float = 1.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class StoppingParams:
+    """When a sequence ends."""
+
+    max_new_tokens: int
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    keep_stop: bool = True
+    """Native routes keep the stop string in the text, OpenAI's cut it off."""
+
+
+@dataclass(frozen=True, slots=True)
+class ValidRequest:
+    """One generation that passed the door: nothing behind it checks again."""
+
+    prompt_ids: tuple[int, ...]
+    prompt_text: str
+    sampling: SamplingParams
+    stopping: StoppingParams
+    top_n_tokens: int = 0
+    prompt_logprobs: bool = False
+    traceparent: str = ""
+    tracestate: str = ""
+
+
+class FinishReason(enum.Enum):
+    """Why a sequence ended; the values are TGI's."""
+
+    LENGTH = "length"
+    EOS_TOKEN = "eos_token"
+    STOP_SEQUENCE = "stop_sequence"
+
+
+class Token(NamedTuple):
+    """One token; `text` is what it added to the output, "" while a character is incomplete."""
+
+    id: int
+    text: str
+    logprob: float
+    special: bool
+
+
+class PrefillToken(NamedTuple):
+    """One prompt token; the first has no logprob."""
+
+    id: int
+    text: str
+    logprob: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """When things happened to one sequence."""
+
+    submitted: float
+    scheduled: float
+    """Its first chunk was put into a step."""
+    first_token: float
+    finished: float
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """What the last event of a stream adds."""
+
+    finish_reason: FinishReason
+    generated_text: str
+    """Special tokens left out; cut at a whole character."""
+    num_generated: int
+    prefill: tuple[PrefillToken, ...]
+    timings: Timings
+    cached_tokens: int
+    """Prompt tokens found in the prefix cache."""
+
+
+@dataclass(frozen=True, slots=True)
+class StreamEvent:
+    """One sampled token; `end` is set on the last one of the stream and only there.
+
+    `tail` is text that belongs behind `token.text` but was held back until the end was known
+    (an unfinished stop string, say). The concatenation of all `text` of tokens that are not
+    special, each with its event's `tail`, is `end.generated_text`.
+    """
+
+    token: Token
+    top_tokens: tuple[Token, ...] = ()
+    tail: str = ""
+    end: End | None = field(default=None)
