@@ -1,0 +1,19 @@
+"""`python -m kagami_shard`, or `text-generation-server`."""
+
+import sys
+
+from kagami_proto import logs
+from kagami_shard import cli
+
+
+def main() -> None:
+    """Parse, then import what is heavy."""
+    args = cli.process_arguments()
+    logs.configure("text_generation_server", level=args.log_level, json_output=args.json_output)
+    from kagami_shard import server
+
+    sys.exit(server.serve(args))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""argv and environment of a shard -> ServeArgs; nobody else here reads either.
+
+Imports nothing heavy: `--help` must be instant.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+DTYPES = ("float16", "bfloat16", "float32")
+
+
+@dataclass(frozen=True, slots=True)
+class ServeArgs:
+    """What a shard needs to know."""
+
+    model_folder: Path
+    uds_path: str
+    """Prefix of the socket; `-{rank}` is appended"""
+    dtype: str
+    trust_remote_code: bool
+    log_level: str
+    json_output: bool
+    rank: int
+    world_size: int
+    memory_fraction: float
+    num_threads: int
+    """0: torch's own choice"""
+    block_size: int
+    version: str
+
+
+def parse(argv: Sequence[str], environ: Mapping[str, str]) -> ServeArgs:
+    """Parse the command line; exits with 2 and one line on a usage error."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    folder = Path(args.model_id)
+    if not folder.is_dir():
+        parser.error(f"MODEL_ID: {args.model_id} is not a folder; the launcher resolves names")
+    try:
+        return ServeArgs(
+            model_folder=folder,
+            uds_path=args.uds_path,
+            dtype=args.dtype,
+            trust_remote_code=args.trust_remote_code,
+            log_level=args.logger_level,
+            json_output=args.json_output,
+            rank=int(environ.get("RANK", "0")),
+            world_size=int(environ.get("WORLD_SIZE", "1")),
+            memory_fraction=float(environ.get("CUDA_MEMORY_FRACTION", "1")),
+            num_threads=int(environ.get("OMP_NUM_THREADS", "0")),
+            block_size=args.block_size,
+            version=version("kagami-tgi"),
+        )
+    except ValueError as error:
+        parser.error(f"RANK, WORLD_SIZE, CUDA_MEMORY_FRACTION, OMP_NUM_THREADS: {error}")
+
+
+def process_arguments() -> ServeArgs:
+    """The arguments of this process."""
+    return parse(sys.argv[1:], os.environ)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="text-generation-server", description="One shard: a model on one device, over gRPC."
+    )
+    parser.add_argument("--version", action="version", version=version("kagami-tgi"))
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    serve = commands.add_parser("serve", help="load a model and answer on a Unix socket")
+    serve.add_argument("model_id", metavar="MODEL_ID", help="folder with config and safetensors")
+    serve.add_argument(
+        "--uds-path",
+        default="/tmp/text-generation-server",
+        help="prefix of the socket's path; -RANK is appended (default: %(default)s)",
+    )
+    serve.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default: %(default)s")
+    serve.add_argument("--trust-remote-code", action="store_true")
+    serve.add_argument("--logger-level", default="INFO", help="default: %(default)s")
+    serve.add_argument("--json-output", action="store_true", help="log JSON lines")
+    serve.add_argument(
+        "--block-size", type=int, default=32, help="tokens in one KV block (default: %(default)s)"
+    )
+    return parser

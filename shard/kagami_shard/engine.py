@@ -1,0 +1,416 @@
+"""Warm up, admit, run a step, drop: the algorithm of a shard.
+
+A step is *launched* (its work is given to the device) and *collected* (its results are read). On
+a GPU the next step is launched before the last one is collected: a sampled id that has not been
+read yet is fed to the next step on the device. One thread drives the engine.
+"""
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from kagami_shard.attention.base import Attention
+from kagami_shard.batch import ForwardBatch
+from kagami_shard.generation import GenerationState, Pending
+from kagami_shard.kv_cache import KVCache, block_bytes, blocks_for
+from kagami_shard.memory import pool_bytes
+from kagami_shard.models.base import Model
+from kagami_shard.sampling.sampler import Drawn, SamplingParameters, draw, token_logprobs
+from kagami_shard.step import (
+    NewSequence,
+    PromptLogprobs,
+    Step,
+    StepResult,
+    TopTokens,
+    Work,
+)
+
+logger = logging.getLogger(__name__)
+
+# A warm-up step on the CPU: enough to start the threads and fill the primitive caches.
+_CPU_WARMUP_TOKENS = 32
+# Without a given bound a CPU gets this many tokens of KV cache, if the memory allows.
+_CPU_POOL_TOKENS = 32_768
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The largest step and the largest sequence that the router will send."""
+
+    max_step_tokens: int
+    max_batch_size: int
+    max_total_tokens: int
+    """0: the model's max_positions"""
+    max_pool_tokens: int
+    """0: as memory allows"""
+
+
+class Item(NamedTuple):
+    """One sequence's part of a step."""
+
+    state: GenerationState
+    position: int
+    num_tokens: int
+
+    @property
+    def end(self) -> int:
+        return self.position + self.num_tokens
+
+
+class Launched(NamedTuple):
+    """A step that the device works on."""
+
+    number: int
+    items: list[Item]
+    """Those that sample a token, in the order of `drawn`'s rows"""
+    drawn: Drawn
+    prompt_items: list[Item]
+    prompt_logprobs: torch.Tensor
+    failures: dict[int, str]
+    started_ns: int
+    device_events: tuple[torch.cuda.Event, torch.cuda.Event] | None
+    launched_ns: int
+
+
+class Engine:
+    """One model, its KV cache and the sequences in memory."""
+
+    def __init__(
+        self,
+        model: Model,
+        attention: Attention,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        block_size: int,
+        memory_fraction: float = 1.0,
+    ) -> None:
+        self._model = model
+        self._attention = attention
+        self._dtype = dtype
+        self._device = device
+        self._memory_fraction = memory_fraction
+        self._states: dict[int, GenerationState] = {}
+        self.block_size = block_size
+        self.cache: KVCache | None = None
+
+    # ------------------------------------------------------------------ warm-up
+
+    def warmup(self, limits: Limits) -> KVCache:
+        """Run a step, measure memory, allocate the cache; a second call returns the same cache.
+
+        Raises torch.OutOfMemoryError if the largest step does not fit.
+        """
+        if self.cache is not None:
+            return self.cache
+        num_tokens = limits.max_step_tokens
+        if self._device.type == "cpu":
+            num_tokens = min(num_tokens, _CPU_WARMUP_TOKENS)
+        longest = limits.max_total_tokens or self._model.max_positions or num_tokens
+        self._run_warmup_step(num_tokens, min(longest, num_tokens))
+        num_blocks = self._size_pool(limits, longest)
+        self.cache = self._new_cache(num_blocks)
+        return self.cache
+
+    @torch.inference_mode()
+    def _run_warmup_step(self, num_tokens: int, max_length: int) -> None:
+        """One step of `num_tokens` tokens in prompts of at most `max_length`, then a decode."""
+        lengths = [max_length] * (num_tokens // max_length)
+        if num_tokens % max_length:
+            lengths.append(num_tokens % max_length)
+        cache = self._new_cache(1 + sum(blocks_for(n + 1, self.block_size) for n in lengths))
+        free = iter(range(1, cache.num_blocks))
+        items = []
+        for length in lengths:
+            state = GenerationState(_warmup_sequence(length))
+            state.blocks = [next(free) for _ in range(blocks_for(length + 1, self.block_size))]
+            items.append(Item(state, 0, length))
+        drawn = self._forward_and_draw(items, cache)
+        for row, item in enumerate(items):
+            item.state.expect(Pending(drawn.token_ids, row))
+        self._forward_and_draw([Item(i.state, i.num_tokens, 1) for i in items], cache)
+
+    def _forward_and_draw(self, items: list[Item], cache: KVCache) -> Drawn:
+        batch = self._build(items, items, [])
+        logits = self._model.forward(batch, self._attention.prepare(batch, cache))
+        return draw(logits, [item.state.row() for item in items])
+
+    def _size_pool(self, limits: Limits, longest: int) -> int:
+        """Blocks that fit, scratch block included."""
+        size = block_bytes(self._model.layers, self.block_size, self._dtype)
+        free = pool_bytes(self._device, self._memory_fraction)
+        num_blocks = free // size
+        wanted = limits.max_pool_tokens
+        if not wanted and self._device.type == "cpu":
+            wanted = max(_CPU_POOL_TOKENS, longest)
+        if wanted:
+            num_blocks = min(num_blocks, 1 + blocks_for(wanted, self.block_size))
+        if num_blocks < 2:
+            raise torch.OutOfMemoryError(
+                f"no room for the KV cache: one block takes {size} bytes, {free} are free"
+            )
+        logger.info(
+            "KV-cache blocks: %d, size: %d",
+            num_blocks,
+            self.block_size,
+            extra={"bytes": num_blocks * size},
+        )
+        return num_blocks
+
+    def _new_cache(self, num_blocks: int) -> KVCache:
+        return KVCache(
+            self._model.layers,
+            num_blocks,
+            self.block_size,
+            dtype=self._dtype,
+            device=self._device,
+        )
+
+    # ------------------------------------------------------------------ steps
+
+    def reset(self) -> None:
+        """Forget every sequence."""
+        self._states.clear()
+
+    def reads_history(self, step: Step) -> bool:
+        """Whether `step` needs the ids of the step before it on the host (penalties do)."""
+        return any(
+            (state := self._states.get(work.id)) is not None
+            and state.history is not None
+            and state.pending is not None
+            for work in step.work
+        )
+
+    @torch.inference_mode()
+    def launch(self, step: Step) -> Launched:
+        """Apply the changes of `step` and give its forward pass to the device.
+
+        Whatever the forward pass raises passes through; nothing was sampled then.
+        """
+        started_ns = time.perf_counter_ns()
+        assert self.cache is not None, "warm up before the first step"
+        failures = self._apply(step)
+        items = self._items(step.work, failures)
+        samples = [item for item in items if item.end == item.state.num_known]
+        prompts = [item for item in items if _prompt_rows(item)]
+        if not items:
+            return _nothing(step.number, failures, started_ns)
+        events = self._mark_start()
+        batch = self._build(items, samples, prompts)
+        logits = self._model.forward(batch, self._attention.prepare(batch, self.cache))
+        drawn = draw(logits[: len(samples)], [item.state.row() for item in samples])
+        prompt_logprobs = self._prompt_logprobs(logits[len(samples) :], prompts)
+        for row, item in enumerate(samples):
+            item.state.expect(Pending(drawn.token_ids, row))
+        if events:
+            events[1].record()
+        return Launched(
+            step.number,
+            samples,
+            drawn,
+            prompts,
+            prompt_logprobs,
+            failures,
+            started_ns,
+            events,
+            time.perf_counter_ns(),
+        )
+
+    def collect(self, launched: Launched) -> StepResult:
+        """Read the results of `launched`; waits for the device."""
+        token_ids = launched.drawn.token_ids.tolist()
+        logprobs = launched.drawn.logprobs.tolist()
+        finite = launched.drawn.logprobs.isfinite().tolist()
+        failures = launched.failures
+        kept: list[int] = []
+        for row, item in enumerate(launched.items):
+            if finite[row]:
+                kept.append(row)
+                item.state.take(token_ids[row])
+            else:
+                failures[item.state.id] = "the model's output is not finite"
+                self._discard(item.state)
+        finished_ns = time.perf_counter_ns()
+        return StepResult(
+            number=launched.number,
+            ids=[launched.items[row].state.id for row in kept],
+            token_ids=[token_ids[row] for row in kept],
+            logprobs=[logprobs[row] for row in kept],
+            top_tokens=_top_tokens(launched, kept),
+            prompt_logprobs=_split_prompt_logprobs(launched),
+            failures=failures,
+            host_ns=finished_ns - launched.started_ns,
+            device_ns=self._device_ns(launched),
+        )
+
+    def _apply(self, step: Step) -> dict[int, str]:
+        """Drop, admit, grant; returns the failures of single sequences."""
+        failures: dict[int, str] = {}
+        for dropped in step.drop_ids:
+            self._states.pop(dropped, None)
+        for new in step.new_sequences:
+            if reason := new.refused or self._refusal(new.token_ids):
+                failures[new.id] = reason
+            else:
+                self._states[new.id] = GenerationState(new)
+        for sequence_id, blocks in step.grants.items():
+            if state := self._states.get(sequence_id):
+                state.blocks.extend(blocks)
+        return failures
+
+    def _refusal(self, token_ids: Sequence[int]) -> str:
+        if not token_ids:
+            return "the sequence has no tokens"
+        if (largest := max(token_ids)) >= self._model.vocab_size:
+            return f"token id {largest} is not below the vocabulary's {self._model.vocab_size}"
+        return ""
+
+    def _items(self, work: Sequence[Work], failures: dict[int, str]) -> list[Item]:
+        """The work that can be done, single tokens first; what cannot is a failure."""
+        items: list[Item] = []
+        for sequence_id, position, count in work:
+            if sequence_id in failures:
+                continue
+            state = self._states.get(sequence_id)
+            if state is None or state.has_failed:
+                failures[sequence_id] = "the sequence is not in memory"
+            elif position + count > state.num_known:
+                failures[sequence_id] = f"position {position + count} lies behind the known ids"
+            elif position + count > len(state.blocks) * self.block_size:
+                failures[sequence_id] = f"position {position + count} has no block"
+            else:
+                items.append(Item(state, position, count))
+        items.sort(key=lambda item: item.num_tokens > 1)
+        return items
+
+    def _build(self, items: list[Item], samples: list[Item], prompts: list[Item]) -> ForwardBatch:
+        input_ids: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        last_rows: dict[int, int] = {}
+        pending_rows: list[int] = []
+        pending: list[Pending] = []
+        block_size = self.block_size
+        for state, position, count in items:
+            end = position + count
+            input_ids += state.ids[position:end]
+            if end > len(state.ids):
+                assert state.pending is not None
+                pending_rows.append(len(input_ids))
+                pending.append(state.pending)
+                input_ids.append(0)
+            positions += range(position, end)
+            blocks = state.blocks
+            slots += [
+                blocks[p // block_size] * block_size + p % block_size for p in range(position, end)
+            ]
+            last_rows[state.id] = len(input_ids) - 1
+        rows = [last_rows[item.state.id] for item in samples]
+        for item in prompts:
+            first = last_rows[item.state.id] - item.num_tokens + 1
+            rows += range(first, first + _prompt_rows(item))
+        ids = self._tensor(input_ids)
+        if pending:
+            # All pending ids come from one step, the one before this.
+            source = pending[0].token_ids
+            ids[self._tensor(pending_rows)] = source[self._tensor([p.row for p in pending])]
+        width = max(blocks_for(item.end, block_size) for item in items)
+        tables = [
+            (blocks := item.state.blocks[:width]) + [0] * (width - len(blocks)) for item in items
+        ]
+        return ForwardBatch(
+            input_ids=ids,
+            positions=self._tensor(positions),
+            slots=self._tensor(slots),
+            block_tables=self._tensor(tables),
+            query_lens=tuple(item.num_tokens for item in items),
+            kv_lens=tuple(item.end for item in items),
+            num_decodes=sum(item.num_tokens == 1 for item in items),
+            logits_rows=self._tensor(rows),
+        )
+
+    def _tensor(self, values: object) -> torch.Tensor:
+        tensor = torch.tensor(values, dtype=torch.int64)
+        if self._device.type == "cpu":
+            return tensor
+        return tensor.pin_memory().to(self._device, non_blocking=True)
+
+    def _prompt_logprobs(self, logits: torch.Tensor, prompts: list[Item]) -> torch.Tensor:
+        """The logprobs of the next prompt token after each row, all items in one column."""
+        targets: list[int] = []
+        for item in prompts:
+            first = item.position + 1
+            targets += item.state.ids[first : first + _prompt_rows(item)]
+        return token_logprobs(logits, self._tensor(targets)) if targets else logits[:0, 0]
+
+    def _discard(self, state: GenerationState) -> None:
+        """Stop a sequence whose values are not finite, and clean its blocks for the next owner."""
+        state.has_failed = True
+        assert self.cache is not None
+        self.cache.clear_blocks(state.blocks)
+
+    def _mark_start(self) -> tuple[torch.cuda.Event, torch.cuda.Event] | None:
+        if self._device.type != "cuda":
+            return None
+        events = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+        events[0].record()
+        return events
+
+    def _device_ns(self, launched: Launched) -> int:
+        if launched.device_events is None:
+            return launched.launched_ns - launched.started_ns
+        start, end = launched.device_events
+        end.synchronize()
+        return int(start.elapsed_time(end) * 1e6)
+
+
+def _warmup_sequence(length: int) -> NewSequence:
+    return NewSequence(
+        id=0,
+        token_ids=[1] * length,
+        num_prompt_tokens=length,
+        sampling=SamplingParameters(do_sample=True, top_k=10, top_p=0.9, typical_p=0.9),
+    )
+
+
+def _prompt_rows(item: Item) -> int:
+    """After how many of the item's tokens a prompt logprob is wanted."""
+    if not item.state.prompt_logprobs:
+        return 0
+    return max(0, min(item.end, item.state.num_prompt_tokens - 1) - item.position)
+
+
+def _nothing(number: int, failures: dict[int, str], started_ns: int) -> Launched:
+    """A step in which nothing is left to compute."""
+    empty = torch.empty(0)
+    drawn = Drawn(empty.long(), empty, empty.long()[:, None], empty[:, None])
+    return Launched(
+        number, [], drawn, [], empty, failures, started_ns, None, time.perf_counter_ns()
+    )
+
+
+def _top_tokens(launched: Launched, kept: Sequence[int]) -> list[TopTokens]:
+    if not any(launched.items[row].state.top_n_tokens for row in kept):
+        return []
+    ids = launched.drawn.top_ids.tolist()
+    logprobs = launched.drawn.top_logprobs.tolist()
+    return [
+        TopTokens(index, ids[row][:width], logprobs[row][:width])
+        for index, row in enumerate(kept)
+        if (width := launched.items[row].state.top_n_tokens)
+    ]
+
+
+def _split_prompt_logprobs(launched: Launched) -> list[PromptLogprobs]:
+    values = launched.prompt_logprobs.tolist()
+    result = []
+    start = 0
+    for item in launched.prompt_items:
+        end = start + _prompt_rows(item)
+        result.append(PromptLogprobs(item.state.id, item.position + 1, values[start:end]))
+        start = end
+    return result

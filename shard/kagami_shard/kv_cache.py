@@ -1,0 +1,89 @@
+"""The paged KV cache: its sizing, its tensors, block and slot arithmetic.
+
+A block holds `block_size` tokens of one sequence in every layer; a slot is one token's place,
+`block * block_size + offset` (PagedAttention, arXiv:2309.06180, section 4.2). Who holds which
+block is the router's business. Block 0 is scratch: padding reads and writes there.
+
+    keys[layer]    [num_blocks, block_size, num_kv_heads, head_dim]
+    values[layer]  [num_blocks, block_size, num_kv_heads, value_dim]
+"""
+
+import math
+import mmap
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class LayerShape(NamedTuple):
+    """What one layer keeps of one token."""
+
+    num_kv_heads: int
+    head_dim: int
+    value_dim: int
+
+    @property
+    def size(self) -> int:
+        return self.num_kv_heads * (self.head_dim + self.value_dim)
+
+
+def block_bytes(layers: Sequence[LayerShape], block_size: int, dtype: torch.dtype) -> int:
+    """Bytes of one block over all layers."""
+    return block_size * dtype.itemsize * sum(layer.size for layer in layers)
+
+
+def blocks_for(num_tokens: int, block_size: int) -> int:
+    """How many blocks `num_tokens` tokens occupy."""
+    return -(-num_tokens // block_size)
+
+
+class KVCache:
+    """The tensors of all layers; attention writes and reads through slots it is given."""
+
+    def __init__(
+        self,
+        layers: Sequence[LayerShape],
+        num_blocks: int,
+        block_size: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.keys = [
+            _zeros((num_blocks, block_size, layer.num_kv_heads, layer.head_dim), dtype, device)
+            for layer in layers
+        ]
+        self.values = [
+            _zeros((num_blocks, block_size, layer.num_kv_heads, layer.value_dim), dtype, device)
+            for layer in layers
+        ]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
+
+    def write(self, layer: int, slots: Tensor, key: Tensor, value: Tensor) -> None:
+        """Store `[num_tokens, num_kv_heads, dim]` each at `slots`, `[num_tokens]`."""
+        self.keys[layer].flatten(0, 1).index_copy_(0, slots, key)
+        self.values[layer].flatten(0, 1).index_copy_(0, slots, value)
+
+    def clear_blocks(self, blocks: Sequence[int]) -> None:
+        """Zero `blocks`, so that a sequence whose values went non-finite leaves nothing behind."""
+        index = torch.tensor(blocks, dtype=torch.int64, device=self.keys[0].device)
+        for tensor in (*self.keys, *self.values):
+            tensor[index] = 0
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros, because masked reads of slots never written must be finite (0 x NaN is NaN).
+
+    On the CPU they are fresh pages of the kernel, which take no memory until they are written.
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)

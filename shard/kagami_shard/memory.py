@@ -1,0 +1,51 @@
+"""How much memory there is for the KV cache."""
+
+from pathlib import Path
+
+import torch
+
+# What the measured step may not have shown: fragmentation, libraries' workspaces.
+_CUDA_RESERVE = 0.03
+# The rest is for the activations of larger steps, the page cache and everything else on the host.
+_CPU_SHARE = 0.5
+
+
+def pool_bytes(device: torch.device, fraction: float) -> int:
+    """Bytes that the KV cache may take on `device`.
+
+    On CUDA `fraction` of the card belongs to this process: its peak so far stays reserved. On the
+    CPU half of what the host (or the container's limit) has available.
+    """
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        reserved = torch.cuda.memory_reserved(device)
+        peak = torch.cuda.max_memory_allocated(device)
+        of_others = total - free - reserved
+        allowed = min(total * fraction, total - of_others)
+        return max(0, int(allowed - peak - total * _CUDA_RESERVE))
+    return int(available_host_bytes() * _CPU_SHARE * fraction)
+
+
+def available_host_bytes() -> int:
+    """MemAvailable of /proc/meminfo, or what the cgroup leaves if that is less."""
+    available = _meminfo("MemAvailable")
+    limit = _read_int(Path("/sys/fs/cgroup/memory.max"))
+    used = _read_int(Path("/sys/fs/cgroup/memory.current"))
+    if limit is not None and used is not None:
+        available = min(available, max(0, limit - used))
+    return available
+
+
+def _meminfo(name: str) -> int:
+    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+        key, _, rest = line.partition(":")
+        if key == name:
+            return int(rest.split()[0]) * 1024
+    raise OSError(f"/proc/meminfo has no {name}")
+
+
+def _read_int(path: Path) -> int | None:
+    try:
+        return int(path.read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,32 @@
+"""What a model is to the engine."""
+
+from typing import Protocol
+
+from torch import Tensor
+
+from kagami_shard.attention.base import AttentionStep
+from kagami_shard.batch import ForwardBatch
+from kagami_shard.kv_cache import LayerShape
+
+
+class Model(Protocol):
+    """A loaded model on its device."""
+
+    @property
+    def model_type(self) -> str:
+        """As in config.json."""
+
+    @property
+    def layers(self) -> tuple[LayerShape, ...]:
+        """What each attention layer keeps in the cache, in the order of its index."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the head."""
+
+    @property
+    def max_positions(self) -> int:
+        """Longest sequence; 0 if the model knows no end."""
+
+    def forward(self, batch: ForwardBatch, attend: AttentionStep) -> Tensor:
+        """Logits after `batch.logits_rows`: `[num_rows, vocab_size]` float32."""

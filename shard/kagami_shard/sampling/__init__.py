@@ -1,0 +1,1 @@
+"""From logits to the next token, for all sequences of a step at once."""

@@ -1,0 +1,108 @@
+"""What is done to logits before a token is drawn, vectorised over rows with their own parameters.
+
+The order is TGI's: penalties, temperature, top-k, top-p, typical-p. Every function works row by
+row, so a row's result does not depend on its neighbours.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+# The nucleus of real text lies within this many candidates; a row that needs more is sorted whole.
+_CANDIDATES = 1024
+
+
+class History:
+    """Which ids a sequence has used: {id: times in the output}, 0 for those in the prompt alone."""
+
+    __slots__ = ("counts",)
+
+    def __init__(self, ids: Sequence[int], num_prompt_tokens: int) -> None:
+        self.counts = dict.fromkeys(ids[:num_prompt_tokens], 0)
+        self.extend(ids[num_prompt_tokens:])
+
+    def extend(self, ids: Iterable[int]) -> None:
+        """Count sampled `ids`."""
+        for token_id in ids:
+            self.counts[token_id] = self.counts.get(token_id, 0) + 1
+
+
+def penalize(
+    logits: Tensor,
+    rows: Sequence[int],
+    histories: Sequence[History],
+    repetition: Sequence[float],
+    frequency: Sequence[float],
+    presence: Sequence[float],
+) -> None:
+    """Lower in place what `rows` of `logits` (`[num_rows, vocab_size]`) have used already.
+
+    Repetition (CTRL, arXiv:1909.05858, section 4.1) covers prompt and output: positive logits are
+    divided, negative multiplied. Frequency and presence cover the output, as OpenAI defines them:
+    `logit -= frequency * count + presence * (count > 0)`.
+    """
+    device = logits.device
+    sizes = torch.tensor([len(history.counts) for history in histories], device=device)
+    row = torch.tensor(rows, device=device).repeat_interleave(sizes)
+    ids = torch.tensor([key for h in histories for key in h.counts], device=device)
+    counts = torch.tensor(
+        [value for h in histories for value in h.counts.values()],
+        device=device,
+        dtype=logits.dtype,
+    )
+
+    def spread(values: Sequence[float]) -> Tensor:
+        return torch.tensor(values, device=device, dtype=logits.dtype).repeat_interleave(sizes)
+
+    repeated = spread(repetition)
+    chosen = logits[row, ids]
+    chosen = torch.where(chosen < 0, chosen * repeated, chosen / repeated)
+    chosen -= spread(frequency) * counts + spread(presence) * (counts > 0)
+    logits[row, ids] = chosen
+
+
+def keep_top(logits: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """Mask `[num_rows, vocab_size]` of the tokens that top-k, then top-p, leave.
+
+    `top_k` and `top_p` are `[num_rows]`; a top_k of at least vocab_size and a top_p of at least 1
+    switch them off. Top-p (nucleus sampling, arXiv:1904.09751) keeps the most likely tokens up to
+    and including the one at which their sum passes `top_p`.
+    """
+    width = min(logits.shape[-1], _CANDIDATES)
+    keep, covered = _keep_among(logits, top_k, top_p, width)
+    if not covered.all():
+        rest = ~covered
+        keep[rest], _ = _keep_among(logits[rest], top_k[rest], top_p[rest], logits.shape[-1])
+    return keep
+
+
+def _keep_among(logits: Tensor, top_k: Tensor, top_p: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """The mask from the `width` best candidates, and the rows for which those were enough."""
+    values, ids = logits.topk(width, dim=-1)
+    is_limited = top_k < logits.shape[-1]
+    among_k = torch.arange(width, device=logits.device) < top_k[:, None]
+    best_k = values.masked_fill(~among_k, float("-inf"))
+    total = torch.where(is_limited, best_k.logsumexp(-1), logits.logsumexp(-1))
+    probabilities = (best_k - total[:, None]).exp().double()
+    running = probabilities.cumsum(-1)
+    nucleus = (running - probabilities < top_p[:, None]) | (top_p >= 1)[:, None]
+    keep = torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, ids, among_k & nucleus)
+    enough = (is_limited & (top_k <= width)) | ((top_p < 1) & (running[:, -1] >= top_p))
+    return keep, enough | (width == logits.shape[-1])
+
+
+def keep_typical(logits: Tensor, typical_p: Tensor) -> Tensor:
+    """Mask of the tokens that locally typical sampling (arXiv:2202.00666) leaves.
+
+    Tokens are taken in the order of how close their surprise is to the entropy of the row, up to
+    and including the one at which their probabilities pass `typical_p`, `[num_rows]`.
+    """
+    logprobs = logits.log_softmax(-1)
+    probabilities = logprobs.exp()
+    entropy = -(probabilities * logprobs).nansum(-1, keepdim=True)
+    distance = (-logprobs - entropy).abs()
+    order = distance.argsort(dim=-1, stable=True)
+    taken = probabilities.gather(-1, order).double()
+    nucleus = taken.cumsum(-1) - taken < typical_p[:, None]
+    return torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, order, nucleus)

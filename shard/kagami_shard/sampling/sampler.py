@@ -1,0 +1,140 @@
+"""Draws one token for every row of a step.
+
+Greedy rows take the argmax and skip everything else. Sampled rows invert the cumulative
+distribution, in vocabulary order, at the one random number of (seed, position): rounding noise in
+the logits then moves a draw only if the number lies within that noise of a token's border.
+Logprobs are those of the unprocessed distribution (TGI's, taken after filtering, turn out 0 or
+null where top_p is set).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kagami_shard.sampling.philox import uniform
+from kagami_shard.sampling.processors import History, keep_top, keep_typical, penalize
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParameters:
+    """How a sequence's tokens are chosen; the defaults switch every processor off."""
+
+    do_sample: bool = False
+    seed: int = 0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    typical_p: float = 1.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+
+    @property
+    def has_penalty(self) -> bool:
+        return (
+            self.repetition_penalty != 1.0
+            or self.frequency_penalty != 0.0
+            or self.presence_penalty != 0.0
+        )
+
+
+class Row(NamedTuple):
+    """One row of logits to draw from."""
+
+    parameters: SamplingParameters
+    position: int
+    """Of the token that is drawn, in its sequence"""
+    history: History | None
+    """None where no penalty is set"""
+    top_n: int
+
+
+class Drawn(NamedTuple):
+    """On the device; nothing here waits for it."""
+
+    token_ids: Tensor
+    """`[num_rows]` int64"""
+    logprobs: Tensor
+    """`[num_rows]` float32; not finite where the row's logits were not"""
+    top_ids: Tensor
+    """`[num_rows, max top_n]` int64, most likely first"""
+    top_logprobs: Tensor
+
+
+def draw(logits: Tensor, rows: Sequence[Row]) -> Drawn:
+    """Draw one token per row of `logits`, `[num_rows, vocab_size]` float32, left unchanged."""
+    normalizer = logits.logsumexp(-1, keepdim=True)
+    processed = _penalized(logits, rows)
+    token_ids = processed.argmax(-1)
+    sampled = [index for index, row in enumerate(rows) if row.parameters.do_sample]
+    if sampled:
+        chosen = rows if len(sampled) == len(rows) else [rows[index] for index in sampled]
+        index = torch.tensor(sampled, device=logits.device)
+        token_ids[index] = _draw_sampled(processed[index], chosen)
+    logprobs = logits.gather(-1, token_ids[:, None]) - normalizer
+    width = max((row.top_n for row in rows), default=0)
+    if width:
+        top_logits, top_ids = logits.topk(min(width, logits.shape[-1]), dim=-1)
+    else:
+        top_logits, top_ids = logits[:, :0], token_ids[:, None][:, :0]
+    return Drawn(token_ids, logprobs[:, 0], top_ids, top_logits - normalizer)
+
+
+def token_logprobs(logits: Tensor, token_ids: Tensor) -> Tensor:
+    """The logprob of `token_ids[i]` under row i: `[num_rows]`."""
+    return logits.gather(-1, token_ids[:, None])[:, 0] - logits.logsumexp(-1)
+
+
+def _penalized(logits: Tensor, rows: Sequence[Row]) -> Tensor:
+    indices: list[int] = []
+    histories: list[History] = []
+    for index, row in enumerate(rows):
+        if row.history is not None:
+            indices.append(index)
+            histories.append(row.history)
+    if not indices:
+        return logits
+    parameters = [rows[index].parameters for index in indices]
+    processed = logits.clone()
+    penalize(
+        processed,
+        indices,
+        histories,
+        [each.repetition_penalty for each in parameters],
+        [each.frequency_penalty for each in parameters],
+        [each.presence_penalty for each in parameters],
+    )
+    return processed
+
+
+def _draw_sampled(logits: Tensor, rows: Sequence[Row]) -> Tensor:
+    vocab_size, device = logits.shape[-1], logits.device
+    parameters = [row.parameters for row in rows]
+    temperature = torch.tensor([each.temperature for each in parameters], device=device)
+    logits = logits / temperature[:, None]
+    filtered = [i for i, each in enumerate(parameters) if each.top_k or each.top_p < 1]
+    if filtered:
+        index = torch.tensor(filtered, device=device)
+        top_k = [parameters[i].top_k or vocab_size for i in filtered]
+        top_p = [parameters[i].top_p for i in filtered]
+        keep = keep_top(
+            logits[index],
+            torch.tensor(top_k, device=device).clamp_(max=vocab_size),
+            torch.tensor(top_p, device=device),
+        )
+        logits[index] = logits[index].masked_fill_(~keep, float("-inf"))
+    typical = [i for i, each in enumerate(parameters) if each.typical_p < 1]
+    if typical:
+        index = torch.tensor(typical, device=device)
+        mass = torch.tensor([parameters[i].typical_p for i in typical], device=device)
+        keep = keep_typical(logits[index], mass)
+        logits[index] = logits[index].masked_fill_(~keep, float("-inf"))
+    numbers = [uniform(row.parameters.seed, row.position) for row in rows]
+    cumulative = logits.double().softmax(-1).cumsum(-1)
+    targets = torch.tensor(numbers, device=device, dtype=torch.float64) * cumulative[:, -1]
+    # A non-finite row finds no place; its sequence fails by its logprob.
+    found = torch.searchsorted(cumulative, targets[:, None], right=True)
+    return found[:, 0].clamp_(max=vocab_size - 1)

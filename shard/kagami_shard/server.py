@@ -1,0 +1,119 @@
+"""Build the engine, bind the socket, wait for a signal, stop."""
+
+import asyncio
+import json
+import logging
+import signal
+import time
+from pathlib import Path
+
+import grpc.aio
+import torch
+
+from kagami_proto import generate_pb2 as pb
+from kagami_proto.errors import KagamiError
+from kagami_proto.generate_pb2_grpc import add_TextGenerationServiceServicer_to_server
+from kagami_shard.attention.select import select_attention
+from kagami_shard.cli import ServeArgs
+from kagami_shard.engine import Engine
+from kagami_shard.models.registry import load_model
+from kagami_shard.service import TextGenerationService
+from kagami_shard.worker import Worker
+
+logger = logging.getLogger(__name__)
+
+# For a step that still runs at SIGTERM; the router has drained before.
+_GRACE_S = 2.0
+_UNLIMITED = (("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1))
+
+
+def serve(args: ServeArgs) -> int:
+    """Load, then serve until SIGTERM or SIGINT; the exit code.
+
+    Until the model is loaded a signal ends the process by its default action, at once.
+    """
+    try:
+        engine, facts = _load(args)
+    except (KagamiError, OSError) as error:
+        logger.error("Error when initializing model: %s", error)
+        return 1
+    # The process's border: whatever stops the load is the last thing that this process says.
+    except Exception as error:
+        logger.exception("Error when initializing model: %s", error)
+        return 1
+    socket = Path(f"{args.uds_path}-{args.rank}")
+    asyncio.run(_serve(socket, engine, facts))
+    socket.unlink(missing_ok=True)
+    return 0
+
+
+def _load(args: ServeArgs) -> tuple[Engine, pb.InfoResponse]:
+    started = time.monotonic()
+    if args.num_threads:
+        torch.set_num_threads(args.num_threads)
+    device = torch.device("cuda", args.rank) if torch.cuda.is_available() else torch.device("cpu")
+    dtype: torch.dtype = getattr(torch, args.dtype)
+    attention = select_attention(device)
+    model = load_model(
+        args.model_folder, dtype=dtype, device=device, trust_remote_code=args.trust_remote_code
+    )
+    engine = Engine(
+        model,
+        attention,
+        dtype=dtype,
+        device=device,
+        block_size=args.block_size,
+        memory_fraction=args.memory_fraction,
+    )
+    facts = pb.InfoResponse(
+        model_type=model.model_type,
+        dtype=str(dtype),
+        device_type=device.type,
+        attention=attention.name,
+        vocab_size=model.vocab_size,
+        max_positions=model.max_positions,
+        block_size=args.block_size,
+        eos_token_ids=eos_token_ids(args.model_folder),
+        rank=args.rank,
+        world_size=args.world_size,
+        version=args.version,
+    )
+    logger.info(
+        "Model loaded",
+        extra={
+            "model_type": model.model_type,
+            "dtype": args.dtype,
+            "device": str(device),
+            "attention": attention.name,
+            "seconds": round(time.monotonic() - started, 2),
+        },
+    )
+    return engine, facts
+
+
+def eos_token_ids(folder: Path) -> list[int]:
+    """The ids that end a text: from generation_config.json, else config.json; empty if unknown."""
+    for name in ("generation_config.json", "config.json"):
+        path = folder / name
+        if path.is_file():
+            config = json.loads(path.read_text(encoding="utf-8"))
+            value = config.get("eos_token_id", config.get("text_config", {}).get("eos_token_id"))
+            if value is not None:
+                return list(value) if isinstance(value, list) else [value]
+    return []
+
+
+async def _serve(socket: Path, engine: Engine, facts: pb.InfoResponse) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    with Worker(engine, overlap=facts.device_type == "cuda") as worker:
+        server = grpc.aio.server(options=_UNLIMITED)
+        service = TextGenerationService(engine, worker, facts)
+        add_TextGenerationServiceServicer_to_server(service, server)
+        server.add_insecure_port(f"unix://{socket}")
+        await server.start()
+        logger.info("Server started at unix://%s", socket)
+        await stop.wait()
+        await server.stop(_GRACE_S)

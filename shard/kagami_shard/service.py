@@ -1,0 +1,202 @@
+"""gRPC in, engine call, gRPC out: protobuf stops here."""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterable, AsyncIterator
+
+import grpc
+import grpc.aio
+import torch
+
+from kagami_proto import generate_pb2 as pb
+from kagami_proto import generate_pb2_grpc
+from kagami_shard.engine import Engine, Limits
+from kagami_shard.kv_cache import KVCache
+from kagami_shard.sampling.sampler import SamplingParameters
+from kagami_shard.step import NewSequence, Step, StepResult, Work
+from kagami_shard.worker import Worker
+
+logger = logging.getLogger(__name__)
+
+
+class TextGenerationService(generate_pb2_grpc.TextGenerationServiceServicer):
+    """The four calls of generate.proto on one engine."""
+
+    def __init__(self, engine: Engine, worker: Worker, facts: pb.InfoResponse) -> None:
+        self._engine = engine
+        self._worker = worker
+        self._facts = facts
+        self._stream_number = 0
+
+    async def Info(
+        self,
+        request: pb.InfoRequest,
+        context: grpc.aio.ServicerContext[pb.InfoRequest, pb.InfoResponse],
+    ) -> pb.InfoResponse:
+        return self._facts
+
+    async def Health(
+        self,
+        request: pb.HealthRequest,
+        context: grpc.aio.ServicerContext[pb.HealthRequest, pb.HealthResponse],
+    ) -> pb.HealthResponse:
+        now = time.monotonic_ns()
+        worker = self._worker
+        busy_since = worker.busy_since_ns
+        return pb.HealthResponse(
+            last_step=worker.last_step,
+            last_step_age_ns=now - worker.last_step_ns if worker.last_step else 0,
+            busy=busy_since > 0,
+            busy_ns=max(0, now - busy_since) if busy_since else 0,
+        )
+
+    async def Warmup(
+        self,
+        request: pb.WarmupRequest,
+        context: grpc.aio.ServicerContext[pb.WarmupRequest, pb.WarmupResponse],
+    ) -> pb.WarmupResponse:
+        started = time.monotonic_ns()
+        limits = Limits(
+            max_step_tokens=request.max_step_tokens,
+            max_batch_size=request.max_batch_size,
+            max_total_tokens=request.max_total_tokens,
+            max_pool_tokens=request.max_pool_tokens,
+        )
+        try:
+            cache = await self._on_worker(limits)
+        except torch.OutOfMemoryError as error:
+            await context.abort(
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                f"Not enough memory to handle {limits.max_step_tokens} prefill tokens. You need "
+                f"to decrease `--max-batch-prefill-tokens`: {error}",
+            )
+        return pb.WarmupResponse(
+            num_blocks=cache.num_blocks,
+            block_size=cache.block_size,
+            kv_bytes=cache.num_bytes,
+            elapsed_ns=time.monotonic_ns() - started,
+        )
+
+    async def _on_worker(self, limits: Limits) -> KVCache:
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[KVCache] = loop.create_future()
+
+        def warm_up() -> None:
+            try:
+                cache = self._engine.warmup(limits)
+            # Handed to the caller, who knows what it means.
+            except Exception as error:
+                loop.call_soon_threadsafe(future.set_exception, error)
+            else:
+                loop.call_soon_threadsafe(future.set_result, cache)
+
+        self._worker.call(warm_up)
+        return await future
+
+    async def Run(
+        self,
+        request_iterator: AsyncIterable[pb.Step],
+        context: grpc.aio.ServicerContext[pb.Step, pb.StepResult],
+    ) -> AsyncIterator[pb.StepResult]:
+        if self._engine.cache is None:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "Warmup comes before Run")
+        self._stream_number += 1
+        logger.debug("Step stream opened", extra={"stream": self._stream_number})
+        self._worker.call(self._engine.reset)
+        loop = asyncio.get_running_loop()
+        results: asyncio.Queue[StepResult | None] = asyncio.Queue()
+
+        def publish(result: StepResult) -> None:
+            loop.call_soon_threadsafe(results.put_nowait, result)
+
+        def end() -> None:
+            loop.call_soon_threadsafe(results.put_nowait, None)
+
+        async def read_steps() -> None:
+            async for message in request_iterator:
+                self._worker.run(step_from_pb(message), publish)
+            # Behind the last step's result: the worker is done with this stream.
+            self._worker.call(end)
+
+        async with asyncio.TaskGroup() as tasks:
+            reader = tasks.create_task(read_steps())
+            try:
+                while (result := await results.get()) is not None:
+                    yield result_to_pb(result)
+            finally:
+                reader.cancel()
+
+
+def step_from_pb(message: pb.Step) -> Step:
+    """The wire's columns become the engine's records."""
+    return Step(
+        number=message.number,
+        new_sequences=[_new_sequence(new) for new in message.new_sequences],
+        drop_ids=message.drop_ids,
+        work=[
+            Work(*entry)
+            for entry in zip(message.ids, message.positions, message.counts, strict=True)
+        ],
+        grants={grant.id: grant.blocks for grant in message.grants},
+    )
+
+
+def _new_sequence(new: pb.NewSequence) -> NewSequence:
+    sampling = new.sampling
+    return NewSequence(
+        id=new.id,
+        token_ids=new.token_ids,
+        num_prompt_tokens=new.num_prompt_tokens,
+        sampling=SamplingParameters(
+            do_sample=sampling.do_sample,
+            seed=sampling.seed,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            typical_p=sampling.typical_p,
+            repetition_penalty=sampling.repetition_penalty,
+            frequency_penalty=sampling.frequency_penalty,
+            presence_penalty=sampling.presence_penalty,
+        ),
+        top_n_tokens=new.top_n_tokens,
+        prompt_logprobs=new.prompt_logprobs,
+        refused=_refusal(new),
+    )
+
+
+def _refusal(new: pb.NewSequence) -> str:
+    """What the wire can ask for and this shard cannot do."""
+    if new.HasField("grammar"):
+        return "this shard does not constrain output by a grammar"
+    if new.adapter_id:
+        return f"this shard has no adapter {new.adapter_id!r}"
+    return ""
+
+
+def result_to_pb(result: StepResult) -> pb.StepResult:
+    """The engine's records become the wire's columns."""
+    return pb.StepResult(
+        number=result.number,
+        ids=result.ids,
+        token_ids=result.token_ids,
+        logprobs=result.logprobs,
+        top_tokens=[
+            pb.TopTokens(index=top.row, token_ids=top.token_ids, logprobs=top.logprobs)
+            for top in result.top_tokens
+        ],
+        prompt_logprobs=[
+            pb.PromptLogprobs(
+                id=entry.id, first_position=entry.first_position, logprobs=entry.logprobs
+            )
+            for entry in result.prompt_logprobs
+        ],
+        failures=[
+            pb.SequenceFailure(id=sequence_id, message=message)
+            for sequence_id, message in result.failures.items()
+        ],
+        error=result.error,
+        out_of_memory=result.out_of_memory,
+        host_ns=result.host_ns,
+        device_ns=result.device_ns,
+    )

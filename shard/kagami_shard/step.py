@@ -1,0 +1,75 @@
+"""What one step asks of the engine and what it brings: the wire's meaning without protobuf."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from kagami_shard.sampling.sampler import SamplingParameters
+
+
+@dataclass(frozen=True, slots=True)
+class NewSequence:
+    """A sequence that the shard has not, or no longer, in memory."""
+
+    id: int
+    token_ids: Sequence[int]
+    """Prompt, and on a replay what was generated since"""
+    num_prompt_tokens: int
+    sampling: SamplingParameters
+    top_n_tokens: int = 0
+    prompt_logprobs: bool = False
+    refused: str = ""
+    """Why this shard cannot serve it (a grammar, an adapter); empty if it can"""
+
+
+class Work(NamedTuple):
+    """Compute the KV of `num_tokens` tokens of sequence `id` from `position` on."""
+
+    id: int
+    position: int
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One change set and the work of one forward pass."""
+
+    number: int
+    new_sequences: Sequence[NewSequence] = ()
+    drop_ids: Sequence[int] = ()
+    work: Sequence[Work] = ()
+    grants: Mapping[int, Sequence[int]] = field(default_factory=dict)
+    """Blocks appended to block tables before the work, by sequence id"""
+
+
+class TopTokens(NamedTuple):
+    """The most likely tokens where the token in row `row` of the result was sampled."""
+
+    row: int
+    token_ids: Sequence[int]
+    logprobs: Sequence[float]
+
+
+class PromptLogprobs(NamedTuple):
+    """Logprobs of the prompt tokens from `first_position` on."""
+
+    id: int
+    first_position: int
+    logprobs: Sequence[float]
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step brought; with `error` set nothing of it was computed."""
+
+    number: int
+    ids: Sequence[int] = ()
+    token_ids: Sequence[int] = ()
+    logprobs: Sequence[float] = ()
+    top_tokens: Sequence[TopTokens] = ()
+    prompt_logprobs: Sequence[PromptLogprobs] = ()
+    failures: Mapping[int, str] = field(default_factory=dict)
+    error: str = ""
+    out_of_memory: bool = False
+    host_ns: int = 0
+    device_ns: int = 0

@@ -1,0 +1,113 @@
+"""The one thread that drives the engine, fed by a queue.
+
+It runs steps in the order they come, publishes results through a callback and keeps what `Health`
+asks for: plain attributes, written here alone and read from anywhere.
+"""
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+
+import torch
+
+from kagami_shard.engine import Engine, Launched
+from kagami_shard.step import Step, StepResult
+
+logger = logging.getLogger(__name__)
+
+Publish = Callable[[StepResult], None]
+
+
+class Worker:
+    """A context manager: the thread starts on entering and has ended on leaving.
+
+    With `overlap` a step is launched before the one before it is collected, if it is there by
+    then; on a CPU, where launching is computing, that would only delay results.
+    """
+
+    def __init__(self, engine: Engine, *, overlap: bool) -> None:
+        self._engine = engine
+        self._overlap = overlap
+        self._queue: queue.SimpleQueue[Callable[[], None] | tuple[Step, Publish] | None] = (
+            queue.SimpleQueue()
+        )
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._launched: tuple[Launched, Publish] | None = None
+        self.last_step = 0
+        self.last_step_ns = 0
+        """`time.monotonic_ns()` when it finished"""
+        self.busy_since_ns = 0
+        """0 when idle"""
+
+    def __enter__(self) -> "Worker":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._queue.put(None)
+        self._thread.join()
+
+    def run(self, step: Step, publish: Publish) -> None:
+        """Queue a step; `publish` is called with its result on the worker's thread."""
+        self._queue.put((step, publish))
+
+    def call(self, function: Callable[[], None]) -> None:
+        """Queue a call between steps, in order with them."""
+        self._queue.put(function)
+
+    def _run(self) -> None:
+        while (entry := self._next()) is not None:
+            if isinstance(entry, tuple):
+                self._step(*entry)
+            else:
+                self._collect()
+                entry()
+        self._collect()
+
+    def _next(self) -> Callable[[], None] | tuple[Step, Publish] | None:
+        """The next entry; a launched step is collected while there is none."""
+        try:
+            return self._queue.get_nowait()
+        except queue.Empty:
+            self._collect()
+            self.busy_since_ns = 0
+            return self._queue.get()
+
+    def _step(self, step: Step, publish: Publish) -> None:
+        self.busy_since_ns = time.monotonic_ns()
+        if self._engine.reads_history(step):
+            self._collect()
+        try:
+            launched = self._engine.launch(step)
+        # A border: whatever a forward pass raises fails this step, and the shard goes on.
+        except Exception as error:
+            self._collect()
+            publish(self._failed(step.number, error))
+            return
+        self._collect()
+        self._launched = (launched, publish)
+        if not self._overlap:
+            self._collect()
+
+    def _collect(self) -> None:
+        if self._launched is None:
+            return
+        (launched, publish), self._launched = self._launched, None
+        try:
+            result = self._engine.collect(launched)
+        # A device reports a failed kernel when its results are read.
+        except Exception as error:
+            result = self._failed(launched.number, error)
+        self.last_step = result.number
+        self.last_step_ns = time.monotonic_ns()
+        publish(result)
+
+    def _failed(self, number: int, error: Exception) -> StepResult:
+        logger.error("Step failed", exc_info=error, extra={"step": number})
+        out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if out_of_memory and torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        text = " ".join(str(error).split()) or type(error).__name__
+        return StepResult(number=number, error=text, out_of_memory=out_of_memory)
