@@ -1,0 +1,48 @@
+"""A one-layer random model for the engine's tests: real attention, nothing to load."""
+
+import torch
+from torch import Tensor
+
+from kagami_shard.attention.base import AttentionSpec, AttentionStep
+from kagami_shard.batch import ForwardBatch
+from kagami_shard.kv_cache import LayerShape
+
+VOCAB = 64
+HEADS, KV_HEADS, HEAD_DIM = 4, 2, 8
+
+
+class TinyModel:
+    """Token and position embedding, attention, head; float32, seeded."""
+
+    model_type = "tiny"
+    layers = (LayerShape(KV_HEADS, HEAD_DIM, HEAD_DIM),)
+    vocab_size = VOCAB
+    max_positions = 256
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+
+        def random(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator)
+
+        width = HEADS * HEAD_DIM
+        self.embedding = random(VOCAB, width)
+        self.position = random(self.max_positions, width)
+        self.qkv = random((HEADS + 2 * KV_HEADS) * HEAD_DIM, width) * 0.3
+        self.head = random(VOCAB, width)
+        self.fail_at: int | None = None
+        """A forward pass over this token id raises"""
+        self.nan_at: int | None = None
+        """The output after this token id is not finite"""
+
+    def forward(self, batch: ForwardBatch, attend: AttentionStep) -> Tensor:
+        if self.fail_at is not None and (batch.input_ids == self.fail_at).any():
+            raise RuntimeError("the kernel broke")
+        hidden = self.embedding[batch.input_ids] + self.position[batch.positions]
+        projected = (hidden @ self.qkv.T).view(batch.num_tokens, -1, HEAD_DIM)
+        query, key, value = projected.split([HEADS, KV_HEADS, KV_HEADS], dim=1)
+        output = attend(query, key, value, AttentionSpec(layer=0, scale=HEAD_DIM**-0.5))
+        hidden = hidden + output.flatten(1)
+        if self.nan_at is not None:
+            hidden[batch.input_ids == self.nan_at] = float("nan")
+        return hidden[batch.logits_rows] @ self.head.T

@@ -1,0 +1,249 @@
+"""The engine on a one-layer random model: what it computes must not depend on how it is asked."""
+
+import pytest
+import torch
+from tests.fakes.tiny_model import VOCAB, TinyModel
+
+from kagami_shard.attention.sdpa import SdpaAttention
+from kagami_shard.engine import Engine, Limits
+from kagami_shard.sampling.sampler import SamplingParameters
+from kagami_shard.step import NewSequence, Step, StepResult, Work
+
+BLOCK = 4
+PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]
+GREEDY = SamplingParameters()
+
+
+def new_engine(model: TinyModel | None = None) -> Engine:
+    engine = Engine(
+        model or TinyModel(),
+        SdpaAttention(),
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        block_size=BLOCK,
+    )
+    engine.warmup(Limits(64, 8, 100, 400))
+    return engine
+
+
+def new_sequence(
+    sequence_id: int = 1,
+    token_ids: list[int] | None = None,
+    sampling: SamplingParameters = GREEDY,
+    **changes: object,
+) -> NewSequence:
+    ids = PROMPT if token_ids is None else token_ids
+    return NewSequence(sequence_id, ids, len(ids), sampling, **changes)  # type: ignore[arg-type]
+
+
+def run(engine: Engine, step: Step) -> StepResult:
+    return engine.collect(engine.launch(step))
+
+
+def generate(engine: Engine, new: NewSequence, blocks: list[int], count: int) -> list[int]:
+    """Prefill in one step, then decode."""
+    length = len(new.token_ids)
+    first = Step(1, [new], (), [Work(new.id, 0, length)], {new.id: blocks})
+    tokens = list(run(engine, first).token_ids)
+    for number in range(1, count):
+        step = Step(number + 1, work=[Work(new.id, length + number - 1, 1)])
+        tokens += run(engine, step).token_ids
+    return tokens
+
+
+def test_chunks_give_what_one_prefill_gives() -> None:
+    expected = generate(new_engine(), new_sequence(), [1, 2, 3, 4, 5], 6)
+    engine = new_engine()
+
+    run(engine, Step(1, [new_sequence()], (), [Work(1, 0, 3)], {1: [9]}))
+    run(engine, Step(2, work=[Work(1, 3, 1)]))
+    result = run(engine, Step(3, work=[Work(1, 4, 7)], grants={1: [7, 5]}))
+    tokens = list(result.token_ids)
+    for position in range(11, 16):
+        grants = {1: [2]} if position == 12 else {}
+        tokens += run(engine, Step(position, work=[Work(1, position, 1)], grants=grants)).token_ids
+
+    assert tokens == expected
+
+
+def test_an_unfinished_chunk_samples_nothing() -> None:
+    result = run(new_engine(), Step(1, [new_sequence()], (), [Work(1, 0, 10)], {1: [1, 2, 3]}))
+
+    assert (list(result.ids), dict(result.failures)) == ([], {})
+
+
+def test_a_batch_gives_what_each_gives_alone() -> None:
+    prompts = {1: PROMPT, 2: PROMPT[:4], 3: [7]}
+    expected = {
+        i: generate(new_engine(), new_sequence(i, ids), [1, 2, 3, 4], 4)
+        for i, ids in prompts.items()
+    }
+    engine = new_engine()
+    blocks = {1: [1, 2, 3, 4], 2: [5, 6], 3: [7, 8]}
+
+    step = Step(
+        1,
+        [new_sequence(i, ids) for i, ids in prompts.items()],
+        (),
+        [Work(i, 0, len(ids)) for i, ids in prompts.items()],
+        blocks,
+    )
+    seen: dict[int, list[int]] = {1: [], 2: [], 3: []}
+    for number in range(4):
+        result = run(engine, step)
+        for sequence_id, token_id in zip(result.ids, result.token_ids, strict=True):
+            seen[sequence_id].append(token_id)
+        work = [Work(i, len(ids) + number, 1) for i, ids in prompts.items()]
+        step = Step(number + 2, work=work)
+
+    assert seen == expected
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        GREEDY,
+        SamplingParameters(do_sample=True, seed=5, temperature=2.0),
+        SamplingParameters(do_sample=True, seed=5, repetition_penalty=1.4, frequency_penalty=0.5),
+    ],
+)
+def test_overlapped_steps_give_the_same(sampling: SamplingParameters) -> None:
+    new = new_sequence(sampling=sampling)
+    expected = generate(new_engine(), new, [1, 2, 3, 4, 5], 8)
+    engine = new_engine()
+
+    tokens: list[int] = []
+    launched = engine.launch(Step(1, [new], (), [Work(1, 0, 11)], {1: [1, 2, 3, 4, 5]}))
+    for position in range(11, 18):
+        step = Step(position, work=[Work(1, position, 1)])
+        if engine.reads_history(step):
+            tokens += engine.collect(launched).token_ids
+            launched = engine.launch(step)
+        else:
+            following = engine.launch(step)
+            tokens += engine.collect(launched).token_ids
+            launched = following
+    tokens += engine.collect(launched).token_ids
+
+    assert tokens == expected
+
+
+def test_a_replay_goes_on_where_it_was() -> None:
+    sampling = SamplingParameters(do_sample=True, seed=9, temperature=3.0, presence_penalty=0.7)
+    expected = generate(new_engine(), new_sequence(sampling=sampling), [1, 2, 3, 4, 5], 8)
+    engine = new_engine()
+    started = generate(engine, new_sequence(sampling=sampling), [1, 2, 3, 4, 5], 4)
+
+    ids = PROMPT + started
+    replay = NewSequence(1, ids, len(PROMPT), sampling)
+    result = run(engine, Step(9, [replay], [1], [Work(1, 0, len(ids))], {1: [9, 8, 7, 6, 10]}))
+    tokens = started + list(result.token_ids)
+    for position in range(len(ids), len(ids) + 3):
+        tokens += run(engine, Step(position, work=[Work(1, position, 1)])).token_ids
+
+    assert tokens == expected
+
+
+def test_prompt_logprobs_are_the_models_and_come_with_their_chunk() -> None:
+    new = new_sequence(prompt_logprobs=True)
+    engine = new_engine()
+    whole = run(engine, Step(1, [new], (), [Work(1, 0, 11)], {1: [1, 2, 3]})).prompt_logprobs[0]
+    engine = new_engine()
+
+    first = run(engine, Step(1, [new], (), [Work(1, 0, 4)], {1: [1, 2, 3]})).prompt_logprobs[0]
+    second = run(engine, Step(2, work=[Work(1, 4, 7)])).prompt_logprobs[0]
+
+    assert (whole.first_position, first.first_position, second.first_position) == (1, 1, 5)
+    assert len(whole.logprobs) == 10
+    assert [*first.logprobs, *second.logprobs] == pytest.approx(list(whole.logprobs), abs=1e-5)
+
+
+def test_top_tokens_belong_to_their_row() -> None:
+    engine = new_engine()
+    news = [new_sequence(1), new_sequence(2, top_n_tokens=3)]
+
+    result = run(
+        engine,
+        Step(1, news, (), [Work(1, 0, 11), Work(2, 0, 11)], {1: [1, 2, 3], 2: [4, 5, 6]}),
+    )
+
+    assert [(top.row, len(top.token_ids)) for top in result.top_tokens] == [(1, 3)]
+    assert result.top_tokens[0].token_ids[0] == result.token_ids[1]
+
+
+def test_one_bad_sequence_fails_alone() -> None:
+    engine = new_engine()
+    bad = new_sequence(2, [1, VOCAB])
+    refused = new_sequence(3, refused="no grammar here")
+
+    result = run(
+        engine,
+        Step(
+            1,
+            [new_sequence(), bad, refused],
+            (),
+            [Work(1, 0, 11), Work(2, 0, 2), Work(3, 0, 11), Work(4, 0, 1)],
+            {1: [1, 2, 3], 2: [4], 3: [5, 6, 7]},
+        ),
+    )
+
+    assert list(result.ids) == [1]
+    assert result.failures == {
+        2: f"token id {VOCAB} is not below the vocabulary's {VOCAB}",
+        3: "no grammar here",
+        4: "the sequence is not in memory",
+    }
+
+
+def test_work_without_a_block_fails_its_sequence() -> None:
+    result = run(new_engine(), Step(1, [new_sequence()], (), [Work(1, 0, 11)], {1: [1, 2]}))
+
+    assert result.failures == {1: "position 11 has no block"}
+
+
+def test_output_that_is_not_finite_fails_its_sequence_and_leaves_clean_blocks() -> None:
+    model = TinyModel()
+    model.nan_at = 60
+    engine = new_engine(model)
+    assert engine.cache is not None
+    expected = generate(new_engine(), new_sequence(), [1, 2, 3, 4, 5], 3)
+
+    news = [new_sequence(), new_sequence(2, [5, 60])]
+    work = [Work(1, 0, 11), Work(2, 0, 2)]
+    result = run(engine, Step(1, news, (), work, {1: [1, 2, 3, 4], 2: [5]}))
+    engine.cache.values[0][5] = float("nan")
+    repeated = run(engine, Step(2, work=[Work(2, 2, 1)]))
+
+    assert result.failures == {2: "the model's output is not finite"}
+    assert result.token_ids[0] == expected[0]
+    assert repeated.failures == {2: "the sequence is not in memory"}
+
+
+def test_a_forward_pass_that_raises_leaves_the_engine_usable() -> None:
+    model = TinyModel()
+    engine = new_engine(model)
+    expected = generate(new_engine(), new_sequence(), [1, 2, 3, 4], 3)
+    model.fail_at = 9
+
+    with pytest.raises(RuntimeError, match="the kernel broke"):
+        engine.launch(Step(1, [new_sequence()], (), [Work(1, 0, 11)], {1: [1, 2, 3, 4]}))
+    model.fail_at = None
+
+    replay = Step(2, [new_sequence()], [1], [Work(1, 0, 11)], {1: [1, 2, 3, 4]})
+    assert list(run(engine, replay).token_ids) == expected[:1]
+
+
+def test_an_empty_step_is_answered() -> None:
+    result = run(new_engine(), Step(7, drop_ids=[1, 2]))
+
+    assert (result.number, list(result.ids), result.error) == (7, [], "")
+
+
+def test_warmup_sizes_the_pool_once() -> None:
+    engine = new_engine()
+    assert engine.cache is not None
+
+    again = engine.warmup(Limits(8, 1, 10, 10))
+
+    assert again is engine.cache
+    assert again.num_blocks == 1 + 400 // BLOCK
