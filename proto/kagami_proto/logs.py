@@ -17,7 +17,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import TextIO
+from typing import Protocol
 
 LEVELS: Mapping[str, int] = {
     "trace": logging.DEBUG,
@@ -112,8 +112,16 @@ class _Formatter(logging.Formatter):
         return line.to_json() if self._json_output else line.to_text()
 
 
+class LineSink(Protocol):
+    """Where lines go: a text stream, or the launcher's stdout that many threads share."""
+
+    def write(self, text: str, /) -> object: ...
+
+    def flush(self) -> object: ...
+
+
 def configure(
-    target: str, *, level: str, json_output: bool, stream: TextIO | None = None
+    target: str, *, level: str, json_output: bool, stream: LineSink | None = None
 ) -> None:
     """Send this process's log to `stream` (default: stdout), one line per event.
 

@@ -1,0 +1,18 @@
+"""`text-generation-launcher`: parse first, import the rest later, so that --help is instant."""
+
+import os
+import sys
+
+from kagami_launcher import cli
+
+
+def main() -> int:
+    """Run the launcher; the exit code is TGI's: 0 stopped, 1 failed, 2 usage error."""
+    invocation = cli.parse(sys.argv[1:], os.environ)
+    from kagami_launcher.main import run  # gRPC, for the health probe: 0.1 s
+
+    return run(invocation)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

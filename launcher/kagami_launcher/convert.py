@@ -1,0 +1,474 @@
+"""GGUF file -> Hugging Face folder: `python -m kagami_launcher.convert SOURCE DESTINATION`.
+
+Knows llama.cpp's names and layouts and turns them back into a checkpoint's: config.json,
+generation_config.json, tokenizer.json, tokenizer_config.json, chat_template.jinja and one
+model.safetensors in bfloat16. Tensor by tensor and with numpy alone: neither torch nor a whole
+model is ever in memory. The folder appears by one rename, so it is complete or absent.
+
+What a GGUF does not carry is its tokenizer's splitting rule: only that rule's name. The table
+`_SPLITS` says what the names mean; a name that is not in it is refused, because a wrong rule gives
+wrong ids in silence (transformers 5.23 has no entry for "smollm" and does not split its digits).
+"""
+
+import fcntl
+import json
+import logging
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import gguf
+import numpy as np
+from gguf import quants
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, processors
+from tokenizers import pre_tokenizers as pre
+
+from kagami_proto import logs
+
+log = logging.getLogger("kagami_launcher.convert")  # __name__ is "__main__" in the child
+
+
+class ConversionRefused(Exception):
+    """The file cannot be converted faithfully; the text says why, for the operator."""
+
+
+class Metadata:
+    """The key-values of a GGUF file; keys of the architecture are asked for without its name."""
+
+    def __init__(self, reader: Any) -> None:
+        self._fields = reader.fields
+        self.architecture = str(self.get("general.architecture", ""))
+
+    def get(self, key: str, default: Any = None) -> Any:
+        found = self._fields.get(key)
+        return default if found is None else found.contents()
+
+    def of_model(self, key: str, default: Any = None) -> Any:
+        return self.get(f"{self.architecture}.{key}", default)
+
+    def need(self, key: str) -> int:
+        value = self.of_model(key)
+        if not isinstance(value, int):
+            raise ConversionRefused(
+                f"`{self.architecture}.{key}` is {value!r}, expected one number"
+            )
+        return value
+
+    def token_id(self, role: str) -> int | None:
+        value = self.get(f"tokenizer.ggml.{role}_token_id")
+        return None if value is None else int(value)
+
+
+def _plain_float(value: float) -> float:
+    """GGUF stores 32-bit floats: 9.999999747e-06 was written as 1e-05."""
+    return float(str(np.float32(value)))
+
+
+def model_config(metadata: Metadata, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json of a Llama model, with the names a checkpoint uses."""
+    heads, hidden = metadata.need("attention.head_count"), metadata.need("embedding_length")
+    head_dim = metadata.of_model("attention.key_length") or hidden // heads
+    rotated = metadata.of_model("rope.dimension_count", head_dim)
+    if rotated != head_dim:
+        raise ConversionRefused(f"only {rotated} of {head_dim} dimensions of a head are rotated")
+    theta = _plain_float(metadata.of_model("rope.freq_base", 10000.0))
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "hidden_size": hidden,
+        "intermediate_size": metadata.need("feed_forward_length"),
+        "num_hidden_layers": metadata.need("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": metadata.of_model("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "max_position_embeddings": metadata.need("context_length"),
+        "rms_norm_eps": _plain_float(metadata.of_model("attention.layer_norm_rms_epsilon", 1e-5)),
+        "rope_theta": theta,
+        "rope_scaling": rope_scaling(metadata, tensors.get("rope_freqs.weight"), theta, head_dim),
+        "vocab_size": int(tensors["token_embd.weight"].shape[1]),
+        "tie_word_embeddings": "output.weight" not in tensors,
+        "attention_bias": "blk.0.attn_q.bias" in tensors,
+        "mlp_bias": False,
+        "bos_token_id": metadata.token_id("bos"),
+        "eos_token_id": metadata.token_id("eos"),
+        "pad_token_id": metadata.token_id("padding"),
+        "dtype": "bfloat16",
+        "torch_dtype": "bfloat16",
+    }
+
+
+# Llama 3.1's and 3.2's own values; the factor is read from the file.
+_LLAMA3_SCALING: Mapping[str, Any] = MappingProxyType(
+    {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+)
+
+
+def rope_scaling(
+    metadata: Metadata, factors: Any, theta: float, head_dim: int
+) -> dict[str, Any] | None:
+    """`rope_scaling` of config.json; `factors` is the tensor that Llama 3's scaling becomes."""
+    kind = metadata.of_model("rope.scaling.type", "none")
+    if factors is not None:
+        found = dict(_LLAMA3_SCALING)
+        stored = quants.dequantize(factors.data, factors.tensor_type).reshape(-1)
+        found["factor"] = _plain_float(float(stored.max()))
+        expected = llama3_factors(found, theta, head_dim)
+        if stored.shape != expected.shape or not np.allclose(stored, expected, rtol=1e-3):
+            raise ConversionRefused("`rope_freqs.weight` is not the scaling of Llama 3")
+        return found
+    if kind == "linear":
+        return {
+            "rope_type": "linear",
+            "factor": _plain_float(metadata.of_model("rope.scaling.factor")),
+        }
+    if kind != "none":
+        raise ConversionRefused(f"rope scaling `{kind}` is not supported yet")
+    return None
+
+
+def llama3_factors(scaling: Mapping[str, Any], theta: float, head_dim: int) -> Any:
+    """What llama.cpp stores for this scaling: a divisor for each frequency, `[head_dim / 2]`."""
+    frequencies = theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    wavelengths = 2 * np.pi / frequencies
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = scaling["original_max_position_embeddings"] / wavelengths
+    smooth = np.clip((turns - low) / (high - low), 0, 1)
+    return 1 / ((1 - smooth) / scaling["factor"] + smooth)
+
+
+# --- tokenizer ------------------------------------------------------------------------------------
+
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+
+
+def _by_regex(pattern: str) -> Any:
+    return pre.Sequence(
+        [
+            pre.Split(Regex(pattern), behavior="isolated"),
+            pre.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+
+
+def _by_digits(_: str) -> Any:
+    return pre.Sequence(
+        [pre.Digits(individual_digits=True), pre.ByteLevel(add_prefix_space=False, use_regex=True)]
+    )
+
+
+def _by_gpt2(_: str) -> Any:
+    return pre.ByteLevel(add_prefix_space=False, use_regex=True)
+
+
+# tokenizer.ggml.pre -> how text is cut before the merges (llama.cpp's llama-vocab.cpp).
+_SPLITS: Mapping[str, tuple[Callable[[str], Any], str]] = MappingProxyType(
+    {
+        "smollm": (_by_digits, ""),
+        "starcoder": (_by_digits, ""),
+        "refact": (_by_digits, ""),
+        "gpt-2": (_by_gpt2, ""),
+        "default": (_by_gpt2, ""),
+        "llama3": (_by_regex, _LLAMA3),
+        "llama-v3": (_by_regex, _LLAMA3),
+        "llama-bpe": (_by_regex, _LLAMA3),
+        "qwen2": (_by_regex, _QWEN2),
+    }
+)
+
+_CONTROL, _USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
+# Ends of a generation beside the file's own eos, as llama.cpp knows them by text.
+_END_TOKENS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "<|eom_id|>")
+
+
+def build_tokenizer(metadata: Metadata) -> Tokenizer:
+    """The fast tokenizer that the file's vocabulary and merges describe."""
+    tokens = metadata.get("tokenizer.ggml.tokens", [])
+    kind = metadata.get("tokenizer.ggml.model")
+    if kind == "gpt2":
+        tokenizer = _byte_level(metadata, tokens)
+    elif kind == "llama":
+        tokenizer = _sentencepiece(metadata, tokens)
+    else:
+        raise ConversionRefused(f"tokenizer model `{kind}` is not supported yet")
+    types = metadata.get("tokenizer.ggml.token_type", [])
+    for token, token_type in zip(tokens, types, strict=False):
+        if token_type in (_CONTROL, _USER_DEFINED):
+            special = token_type == _CONTROL
+            tokenizer.add_tokens([AddedToken(token, normalized=False, special=special)])
+    bos = metadata.token_id("bos")
+    if bos is not None and metadata.get("tokenizer.ggml.add_bos_token", kind == "llama"):
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{tokens[bos]} $A",
+            pair=f"{tokens[bos]} $A {tokens[bos]} $B",
+            special_tokens=[(tokens[bos], bos)],
+        )
+    return tokenizer
+
+
+def _byte_level(metadata: Metadata, tokens: Sequence[str]) -> Tokenizer:
+    name = metadata.get("tokenizer.ggml.pre", "default")
+    if name not in _SPLITS:
+        raise ConversionRefused(f"pre-tokenizer `{name}` is not supported yet")
+    split, pattern = _SPLITS[name]
+    merges = [tuple(merge.split(" ", 1)) for merge in metadata.get("tokenizer.ggml.merges", [])]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    # Llama 3's vocabulary was not made by merges alone: a whole word that is in it is taken as is.
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pattern == _LLAMA3))
+    tokenizer.pre_tokenizer = split(pattern)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _sentencepiece(metadata: Metadata, tokens: Sequence[str]) -> Tokenizer:
+    vocab = {token: index for index, token in enumerate(tokens)}
+    scores = metadata.get("tokenizer.ggml.scores", [])
+    unknown = metadata.token_id("unknown") or 0
+    model = models.BPE(
+        vocab=vocab,
+        merges=_merges_from_scores(vocab, scores),
+        unk_token=tokens[unknown],
+        fuse_unk=True,
+        byte_fallback=True,
+    )
+    tokenizer = Tokenizer(model)
+    steps: list[Any] = [normalizers.Replace(" ", "▁")]
+    undo: list[Any] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    if metadata.get("tokenizer.ggml.add_space_prefix", True):
+        steps.insert(0, normalizers.Prepend("▁"))
+        undo.append(decoders.Strip(" ", 1, 0))
+    tokenizer.normalizer = normalizers.Sequence(steps)
+    tokenizer.decoder = decoders.Sequence(undo)
+    return tokenizer
+
+
+def _merges_from_scores(vocab: Mapping[str, int], scores: Sequence[float]) -> list[tuple[str, str]]:
+    """SentencePiece merges the pair whose result scores highest: every pair, best result first."""
+    pairs = [
+        (-scores[index], index, token[:cut], token[cut:])
+        for token, index in vocab.items()
+        for cut in range(1, len(token))
+        if token[:cut] in vocab and token[cut:] in vocab
+    ]
+    return [(left, right) for _, _, left, right in sorted(pairs)]
+
+
+def tokenizer_config(metadata: Metadata) -> dict[str, Any]:
+    """tokenizer_config.json: which tokens play a role; the chat template is a file of its own."""
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": metadata.need("context_length"),
+        "clean_up_tokenization_spaces": False,
+    }
+    for role, name in (("bos", "bos"), ("eos", "eos"), ("unknown", "unk"), ("padding", "pad")):
+        if (token_id := metadata.token_id(role)) is not None:
+            config[f"{name}_token"] = tokens[token_id]
+    return config
+
+
+def generation_config(metadata: Metadata) -> dict[str, Any]:
+    """generation_config.json: every token that ends a generation."""
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    types = metadata.get("tokenizer.ggml.token_type", [])
+    ends = [metadata.token_id("eos")]
+    ends += [
+        index
+        for index, token_type in enumerate(types)
+        if token_type == _CONTROL and tokens[index] in _END_TOKENS
+    ]
+    config = {
+        "bos_token_id": metadata.token_id("bos"),
+        "eos_token_id": list(dict.fromkeys(end for end in ends if end is not None)),
+        "pad_token_id": metadata.token_id("padding"),
+    }
+    return {key: value for key, value in config.items() if value is not None}
+
+
+# --- weights --------------------------------------------------------------------------------------
+
+_BLOCK_NAMES = MappingProxyType(
+    {
+        "attn_norm": "input_layernorm",
+        "attn_q": "self_attn.q_proj",
+        "attn_k": "self_attn.k_proj",
+        "attn_v": "self_attn.v_proj",
+        "attn_output": "self_attn.o_proj",
+        "ffn_norm": "post_attention_layernorm",
+        "ffn_gate": "mlp.gate_proj",
+        "ffn_up": "mlp.up_proj",
+        "ffn_down": "mlp.down_proj",
+    }
+)
+_TOP_NAMES = MappingProxyType(
+    {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+)
+
+
+def checkpoint_name(name: str) -> str:
+    """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`."""
+    match name.split("."):
+        case ["blk", layer, part, suffix] if part in _BLOCK_NAMES:
+            return f"model.layers.{layer}.{_BLOCK_NAMES[part]}.{suffix}"
+        case [part, suffix] if part in _TOP_NAMES:
+            return f"{_TOP_NAMES[part]}.{suffix}"
+    raise ConversionRefused(f"tensor `{name}` has no place in a Llama model")
+
+
+def unpermute(weight: Any, num_heads: int) -> Any:
+    """Undo llama.cpp's order of q and k rows: it rotates neighbours, a checkpoint halves."""
+    half = weight.shape[0] // num_heads // 2
+    pairs = weight.reshape(num_heads, half, 2, *weight.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(weight.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class _Placed:
+    """A source tensor with its name in the checkpoint."""
+
+    name: str
+    source: Any
+
+    @property
+    def shape(self) -> list[int]:
+        return [int(size) for size in reversed(self.source.shape)]  # GGUF lists the fastest first
+
+    @property
+    def num_bytes(self) -> int:
+        return 2 * int(np.prod(self.shape))
+
+    def to_bfloat16(self, config: Mapping[str, Any]) -> Any:
+        weight = quants.dequantize(self.source.data, self.source.tensor_type).reshape(self.shape)
+        if ".q_proj." in self.name:
+            weight = unpermute(weight, config["num_attention_heads"])
+        elif ".k_proj." in self.name:
+            weight = unpermute(weight, config["num_key_value_heads"])
+        bits = np.ascontiguousarray(weight, dtype=np.float32).view(np.uint32)
+        return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(
+            "<u2"
+        )  # to nearest, ties to even
+
+
+def write_weights(path: Path, tensors: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    """Write all tensors as one safetensors file; only one is in memory at a time."""
+    placed = [
+        _Placed(checkpoint_name(name), tensor)
+        for name, tensor in tensors.items()
+        if name != "rope_freqs.weight"
+    ]
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for item in placed:
+        end = offset + item.num_bytes
+        header[item.name] = {"dtype": "BF16", "shape": item.shape, "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the data starts on a multiple of eight
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        for item in placed:
+            file.write(item.to_bfloat16(config).tobytes())
+
+
+def convert(source: Path, destination: Path) -> None:
+    """Make `destination` from the GGUF file `source`, unless it is there already."""
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    with _only_one(destination.parent.parent / ".convert.lock"):
+        if (destination / "config.json").is_file():
+            return
+        work = destination.parent.parent / f".incomplete-{destination.name}"
+        shutil.rmtree(work, ignore_errors=True)  # left by a conversion that was killed
+        work.mkdir()
+        try:
+            _write_folder(source, work)
+            _flush(work)
+            work.rename(destination)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+        _flush_directory(destination.parent)
+
+
+def _write_folder(source: Path, folder: Path) -> None:
+    started = time.monotonic()
+    reader = gguf.GGUFReader(source)
+    metadata = Metadata(reader)
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    if metadata.architecture != "llama" or metadata.of_model("expert_count", 0):
+        kind = "with experts " if metadata.of_model("expert_count", 0) else ""
+        raise ConversionRefused(
+            f"GGUF architecture `{metadata.architecture}` {kind}is not supported yet, only `llama`"
+        )
+    config = model_config(metadata, tensors)
+    build_tokenizer(metadata).save(str(folder / "tokenizer.json"))
+    _write_json(folder / "config.json", config)
+    _write_json(folder / "generation_config.json", generation_config(metadata))
+    _write_json(folder / "tokenizer_config.json", tokenizer_config(metadata))
+    if template := metadata.get("tokenizer.chat_template"):
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    write_weights(folder / "model.safetensors", tensors, config)
+    log.info("Convert: [1/1] -- Took: %s", timedelta(seconds=time.monotonic() - started))
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _only_one(lock: Path) -> Iterator[None]:
+    """Hold an advisory lock; the kernel lets go of it however this process ends."""
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _flush(folder: Path) -> None:
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    _flush_directory(folder)
+
+
+def _flush_directory(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Convert; a refusal is one ERROR line and exit code 1."""
+    logs.configure("text_generation_launcher", level="info", json_output=True)
+    source, destination = Path(arguments[0]), Path(arguments[1])
+    try:
+        convert(source, destination)
+    except ConversionRefused as refusal:
+        log.error("Cannot convert %s: %s", source, refusal)
+    except (OSError, ValueError) as error:
+        log.error("Cannot convert %s: %s", source, error)
+    else:
+        return 0
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

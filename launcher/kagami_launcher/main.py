@@ -1,0 +1,282 @@
+"""The launcher's life, top to bottom: check, prepare the weights, shard, router, wait, stop.
+
+```
+PARSE ─usage─► 2    CHECK ─refused─► 1    PREPARE ─no model─► 1    SHARD ─dies, too slow─► 1
+ROUTER ─not found─► 1    RUN ─a child ends─► 1    a stop signal, anywhere ─► 0
+```
+
+Every way out stops the router before the shard: the router needs it to finish running streams.
+"""
+
+import logging
+import os
+import socket
+import stat
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from kagami_launcher import cli, environment, hub, plan
+from kagami_launcher.cli import Invocation
+from kagami_launcher.hub import ModelSource
+from kagami_launcher.plan import Devices, LaunchFailed, RouterPlan, ShardPlan
+from kagami_launcher.supervisor import (
+    Child,
+    ChildEnded,
+    Output,
+    StopAsked,
+    Supervisor,
+    Voice,
+    describe_end,
+)
+from kagami_proto import logs
+from kagami_proto.health import is_healthy
+
+log = logging.getLogger(__name__)
+
+TARGET = "text_generation_launcher"
+_ROUTER_TARGET = "text_generation_router"
+_DOWNLOAD: Mapping[str, object] = {"span": "download"}
+_POLL_S, _PROBE_TIMEOUT_S, _WAITING_EVERY_S = 0.1, 1.0, 10.0
+# Nobody is being served yet, so there is nothing to finish: router and shard together end in 5 s.
+_STARTUP_GRACE_S = 2.0
+_MAX_SOCKET_PATH = 107  # sun_path of unix(7), less its terminator
+
+
+class Stopped(Exception):
+    """A stop signal came while something was being started."""
+
+
+def run(invocation: Invocation) -> int:
+    """Run the tree until it ends; returns the exit code."""
+    output = Output(sys.stdout.buffer)
+    json_output = invocation.args.json_output
+    logs.configure(TARGET, level=invocation.log_level, json_output=json_output, stream=output)
+    with Supervisor(output) as supervisor, supervisor.signals():
+        launch = Launch(invocation, supervisor)
+        try:
+            launch.check()
+            source = launch.prepare()
+            shard_plan, router_plan = launch.plan(source)
+            launch.start_shard(shard_plan)
+            launch.start_router(router_plan)
+            launch.watch()
+        except LaunchFailed as failure:
+            launch.stop()
+            sys.stderr.write(f"Error: {failure}\n")
+            return 1
+        except Stopped:
+            launch.stop()
+        return 0
+
+
+class Launch:
+    """One run: what has been started so far, and how it goes on from there."""
+
+    def __init__(self, invocation: Invocation, supervisor: Supervisor) -> None:
+        self._invocation = invocation
+        self._supervisor = supervisor
+        self._converter: Child | None = None
+        self._shard: Child | None = None
+        self._router: Child | None = None
+        self._devices = Devices(0)
+
+    def check(self) -> None:
+        """Say what was asked for, and refuse what cannot be done, before any work."""
+        args, environ = self._invocation.args, self._invocation.environ
+        if args.env:
+            log.info("%s", environment.report(environ))
+        log.info("%s", cli.dump(args))
+        plan.check(args)
+        self._devices = environment.find_devices(environ)
+        for line in plan.warnings(self._invocation, self._devices):
+            log.warning("%s", line)
+        address = cli.listen_address(args.hostname)
+        if problem := environment.port_problem(address, args.port):
+            raise LaunchFailed("WebserverCannotStart", problem)
+
+    def prepare(self) -> ModelSource:
+        """Find the model's folder, and make it if it has to be converted."""
+        args, environ = self._invocation.args, self._invocation.environ
+        log.info("Starting check and download process for %s", args.model_id, extra=_DOWNLOAD)
+        cache = hub.cache_folder(args.huggingface_hub_cache, environ)
+        try:
+            source = hub.resolve(args.model_id, revision=args.revision, cache=cache)
+        except hub.ModelNotFound as missing:
+            raise LaunchFailed("DownloadError", str(missing)) from missing
+        if source.is_ready:
+            log.info("Files are already present on the host. Skipping download.")
+        else:
+            self._convert(source)
+        log.info("Successfully downloaded weights for %s", args.model_id, extra=_DOWNLOAD)
+        return source
+
+    def _convert(self, source: ModelSource) -> None:
+        log.info("Converting %s to safetensors in %s", source.gguf, source.folder)
+        argv = [sys.executable, "-P", "-m", "kagami_launcher.convert"]
+        self._converter = self._supervisor.start(
+            "download",
+            [*argv, str(source.gguf), str(source.folder)],
+            environment.for_conversion(self._invocation.environ),
+            self._voice(TARGET, renames=True),
+        )
+        self._await_end(self._converter)
+        if self._converter.exit_code:
+            if self._converter.exit_code < 0:
+                log.error("Download process %s", describe_end(self._converter))
+            raise LaunchFailed("DownloadError", self._converter.last_error)
+
+    def plan(self, source: ModelSource) -> tuple[ShardPlan, RouterPlan]:
+        """Decide every child's command line."""
+        try:
+            config = hub.read_config(source.folder)
+        except hub.ModelNotFound as missing:
+            raise LaunchFailed("DownloadError", str(missing)) from missing
+        args = self._invocation.args
+        positions = hub.max_positions(config)
+        prefill_tokens = plan.max_batch_prefill_tokens(args, self._devices, positions)
+        if args.max_batch_prefill_tokens is None:
+            log.info("Default `max_batch_prefill_tokens` to %s", prefill_tokens)
+        level = logging.getLevelName(self._level())
+        return (
+            plan.plan_shard(self._invocation, source, log_level=level),
+            plan.plan_router(
+                self._invocation, source, self._devices, prefill_tokens=prefill_tokens
+            ),
+        )
+
+    def start_shard(self, shard: ShardPlan) -> None:
+        """Start the shard and wait until its `Health` answers."""
+        about = {"span": "shard-manager", "rank": shard.rank}
+        started = time.monotonic_ns()
+        command = self._command(shard.argv, "ShardCannotStart")
+        _clear_socket(shard.socket)
+        log.info("Starting shard", extra=about)
+        env = environment.for_shard(self._invocation.environ, shard.environment)
+        voice = self._voice(TARGET, rank=shard.rank, renames=True)
+        self._shard = self._start("shard", command, env, voice, "ShardCannotStart")
+        limit_s = self._invocation.startup_timeout_s
+        next_word_s = _WAITING_EVERY_S
+        while not self._is_ready(shard):
+            self._raise_if_over(self._supervisor.next_event(_POLL_S))
+            waited_s = (time.monotonic_ns() - started) / 1e9
+            if waited_s >= next_word_s:
+                log.info("Waiting for shard to be ready...", extra=about)
+                next_word_s += _WAITING_EVERY_S
+            if waited_s >= limit_s:
+                log.error("Shard %s is not ready after %s s", shard.rank, limit_s)
+                raise LaunchFailed("ShardCannotStart")
+        log.info("Shard ready in %s", _duration(time.monotonic_ns() - started), extra=about)
+
+    @staticmethod
+    def _is_ready(shard: ShardPlan) -> bool:
+        path = Path(shard.socket)
+        return path.exists() and is_healthy(f"unix://{path.absolute()}", _PROBE_TIMEOUT_S)
+
+    def start_router(self, router: RouterPlan) -> None:
+        """Start the router; it says `Connected` itself when requests are served."""
+        log.info("Starting Webserver")
+        command = self._command(router.argv, "WebserverCannotStart")
+        env = environment.for_router(self._invocation.environ, router.environment)
+        voice = self._voice(_ROUTER_TARGET)
+        self._router = self._start("webserver", command, env, voice, "WebserverCannotStart")
+
+    def watch(self) -> None:
+        """Wait until a child ends or a signal comes: one of the two is raised."""
+        while True:
+            self._raise_if_over(self._supervisor.next_event(None))
+
+    def stop(self) -> None:
+        """End whatever runs: the router first, with time to finish its streams, then the shard."""
+        is_serving = self._router is not None and self._router.has_connected
+        full_s = float(self._invocation.args.graceful_termination_timeout)
+        grace_s = full_s if is_serving else min(full_s, _STARTUP_GRACE_S)
+        if self._converter:
+            self._supervisor.stop([self._converter], grace_s)
+        if self._router:
+            self._supervisor.stop([self._router], grace_s)
+        if self._shard:
+            log.info("Shutting down shards")
+            self._supervisor.stop([self._shard], grace_s)
+        for child in (self._router, self._shard):
+            if child and child.exit_code and child.last_error and not child.was_asked_to_end:
+                log.error("Last error of the %s: %s", child.name, child.last_error)
+
+    def _await_end(self, child: Child) -> None:
+        while child.is_running:
+            if isinstance(self._supervisor.next_event(None), StopAsked):
+                raise Stopped
+
+    def _raise_if_over(self, event: ChildEnded | StopAsked | None) -> None:
+        match event:
+            case StopAsked():
+                raise Stopped
+            case ChildEnded(child) if child is self._router:
+                log.error("Webserver Crashed")
+                raise LaunchFailed("WebserverFailed")
+            case ChildEnded(child) if child is self._shard:
+                if child.exit_code is not None and child.exit_code < 0:
+                    log.error("Shard process %s", describe_end(child), extra={"rank": 0})
+                is_loading = self._router is None
+                log.error("Shard 0 %s", "failed to start" if is_loading else "crashed")
+                raise LaunchFailed("ShardCannotStart" if is_loading else "ShardFailed")
+            case _:
+                pass
+
+    def _command(self, argv: tuple[str, ...], variant: str) -> list[str]:
+        path = environment.find_command(argv[0], self._invocation.environ)
+        if path is None:
+            log.error("%s not found in PATH", argv[0])
+            log.error("Please install it with `make install`")
+            raise LaunchFailed(variant)
+        return [path, *argv[1:]]
+
+    def _start(
+        self, name: str, argv: list[str], env: Mapping[str, str], voice: Voice, variant: str
+    ) -> Child:
+        try:
+            return self._supervisor.start(name, argv, env, voice)
+        except OSError as error:
+            raise LaunchFailed(variant, f"cannot start {argv[0]}: {error.strerror}") from error
+
+    def _level(self) -> int:
+        return logs.level_of(self._invocation.log_level, TARGET)
+
+    def _voice(self, target: str, rank: int | None = None, renames: bool = False) -> Voice:
+        level = logs.level_of(self._invocation.log_level, target)
+        return Voice(target, level, self._invocation.args.json_output, rank, renames)
+
+
+def _clear_socket(path: str) -> None:
+    """Remove the socket of an earlier run; one that still answers belongs to somebody."""
+    if len(os.fsencode(path)) > _MAX_SOCKET_PATH:
+        raise LaunchFailed("ShardCannotStart", f"{path} is too long for a socket's path")
+    if not Path(path).parent.is_dir():
+        raise LaunchFailed("ShardCannotStart", f"the folder of {path} does not exist")
+    try:
+        mode = os.lstat(path).st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(mode):
+        raise LaunchFailed("ShardCannotStart", f"{path} exists and is not a socket")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(_PROBE_TIMEOUT_S)
+        if probe.connect_ex(path) == 0:
+            raise LaunchFailed(
+                "ShardCannotStart",
+                f"another process serves {path}: choose another --shard-uds-path",
+            )
+    Path(path).unlink(missing_ok=True)
+
+
+def _duration(nanoseconds: int) -> str:
+    """A time as Rust's Debug prints it: `9.107832275s`, `987.654321ms`."""
+    if nanoseconds >= 1_000_000_000:
+        return f"{_trimmed(nanoseconds, 9)}s"
+    return f"{_trimmed(nanoseconds, 6)}ms"
+
+
+def _trimmed(value: int, digits: int) -> str:
+    whole, rest = divmod(value, 10**digits)
+    return f"{whole}.{rest:0{digits}}".rstrip("0").rstrip(".")

@@ -1,0 +1,234 @@
+"""What will be started, decided before anything is: argv and environment of every child.
+
+Pure: reads no file, no variable, starts nothing. Also the arguments' checks, with TGI's texts, and
+what of the flags is refused or has no effect.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from kagami_launcher.cli import Invocation, LauncherArgs, debug_text, flags, option
+from kagami_launcher.hub import ModelSource
+
+SHARD_COMMAND = "text-generation-server"
+ROUTER_COMMAND = "text-generation-router"
+# Prompt tokens in one step when --max-batch-prefill-tokens is not given. On a CPU a step of 4096
+# takes seconds, and running streams stand still meanwhile.
+_CUDA_PREFILL_TOKENS, _CPU_PREFILL_TOKENS = 4096, 512
+
+
+class LaunchFailed(Exception):
+    """The launcher ends with exit code 1 and one line, TGI's `Error: {Variant}("{text}")`."""
+
+    def __init__(self, variant: str, text: str = "") -> None:
+        super().__init__(f"{variant}({debug_text(text)})" if text else variant)
+
+
+class NotSupported(LaunchFailed):
+    """A flag asks for something that this version cannot do."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__("ArgumentValidation", f"{what} is not supported yet")
+
+
+@dataclass(frozen=True, slots=True)
+class ShardPlan:
+    """One shard: its command line, what its environment adds, and where it will answer."""
+
+    rank: int
+    socket: str
+    argv: tuple[str, ...]
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class RouterPlan:
+    """The router: its command line and what its environment adds."""
+
+    argv: tuple[str, ...]
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Devices:
+    """What the machine offers: GPUs that a shard may use, and the name of their kind."""
+
+    num_cuda: int
+    card: str = ""  # nvidia-smi's name in lower case with dashes; empty = unknown
+
+    @property
+    def compute_type(self) -> str:
+        """What goes out in the `x-compute-type` header."""
+        return f"1-{self.card or 'cuda'}" if self.num_cuda else "1-cpu"
+
+
+def check(args: LauncherArgs) -> None:
+    """Refuse what contradicts itself, in TGI's order and words; then what is not supported."""
+    input_tokens = _max_input_tokens(args)
+    total = args.max_total_tokens
+    if input_tokens is not None and total is not None and input_tokens >= total:
+        _refuse(f"`max_input_tokens`({input_tokens}) must be < `max_total_tokens`({total})")
+    if args.validation_workers == 0:
+        _refuse("`validation_workers` must be > 0")
+    pool = args.max_batch_total_tokens
+    if total is not None and pool is not None and total > pool:
+        _refuse(
+            f"`max_total_tokens` must be <= `max_batch_total_tokens`. Given: {total} and {pool}"
+        )
+    if args.ngrok:
+        if args.ngrok_authtoken is None:
+            _refuse("`ngrok-authtoken` must be set when using ngrok tunneling")
+        if args.ngrok_edge is None:
+            _refuse("`ngrok-edge` must be set when using ngrok tunneling")
+    _check_sharding(args)
+    if not 0 < args.cuda_memory_fraction <= 1:
+        _refuse(f"`cuda_memory_fraction` must be in (0, 1]. Given: {args.cuda_memory_fraction}")
+    _check_supported(args)
+
+
+def _refuse(text: str) -> None:
+    raise LaunchFailed("ArgumentValidation", text)
+
+
+def _max_input_tokens(args: LauncherArgs) -> int | None:
+    new, old = args.max_input_tokens, args.max_input_length
+    if new is not None and old is not None:
+        _refuse(
+            f"Both `max_input_tokens` ({new}) and `max_input_length` ({old}) are set. "
+            "Please define only `max_input_tokens` as "
+            "`max_input_length is deprecated for naming consistency."
+        )
+    return old if new is None else new
+
+
+def _check_sharding(args: LauncherArgs) -> None:
+    if args.num_shard == 0:
+        _refuse("`num_shard` cannot be < 1")
+    if args.sharded and args.num_shard == 1:
+        _refuse("`sharded` is true but `num_shard` <= 1")
+    if args.quantize == "exl2" and (args.sharded or (args.num_shard or 1) > 1):
+        _refuse("Sharding is currently not supported with `exl2` quantization")
+
+
+def _check_supported(args: LauncherArgs) -> None:
+    refused = (
+        (args.quantize is not None, f"--quantize {args.quantize}"),
+        (bool(args.speculate), f"--speculate {args.speculate}"),
+        (bool(args.lora_adapters), "--lora-adapters"),
+        (args.ngrok, "--ngrok"),
+        ((args.num_shard or 1) > 1, f"--num-shard {args.num_shard}"),
+        (args.sharded is True, "--sharded true"),
+    )
+    for is_given, what in refused:
+        if is_given:
+            raise NotSupported(what)
+
+
+def warnings(invocation: Invocation, devices: Devices) -> list[str]:
+    """One line for each given flag that changes nothing, and for each one to be careful with."""
+    args = invocation.args
+    lines = [
+        f"`{option(item.name)}` has no effect: {flag.unused}"
+        for item, flag in flags()
+        if flag.unused and item.name in invocation.given
+    ]
+    if "cuda_memory_fraction" in invocation.given and not devices.num_cuda:
+        lines.append("`--cuda-memory-fraction` has no effect: there is no CUDA device")
+    if devices.num_cuda > 1:
+        lines.append(
+            f"Sharding is not supported yet: one of {devices.num_cuda} CUDA devices is used"
+        )
+    if args.trust_remote_code:
+        lines.append(
+            f"`trust_remote_code` is set. Trusting that model `{args.model_id}` do not contain "
+            "malicious code."
+        )
+    return lines
+
+
+def max_batch_prefill_tokens(
+    args: LauncherArgs, devices: Devices, max_positions: int | None
+) -> int:
+    """The given value, or one that keeps a step short on this device and fits the model."""
+    if args.max_batch_prefill_tokens is not None:
+        return args.max_batch_prefill_tokens
+    base = _CUDA_PREFILL_TOKENS if devices.num_cuda else _CPU_PREFILL_TOKENS
+    return min(
+        base, *(n for n in (max_positions, args.max_batch_total_tokens) if n is not None), base
+    )
+
+
+def plan_shard(
+    invocation: Invocation, source: ModelSource, *, log_level: str, rank: int = 0
+) -> ShardPlan:
+    """The command that serves the model's weights on one device."""
+    args = invocation.args
+    argv = [SHARD_COMMAND, "serve", str(source.folder), "--uds-path", args.shard_uds_path]
+    argv += ["--logger-level", log_level, "--json-output"]
+    argv += _optional("--dtype", args.dtype)
+    argv += ["--trust-remote-code"] if args.trust_remote_code else []
+    environment = {
+        "RANK": str(rank),
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": args.master_addr,
+        "MASTER_PORT": str(args.master_port),
+        "CUDA_MEMORY_FRACTION": f"{args.cuda_memory_fraction:g}",
+        **_hub_environment(args),
+    }
+    if args.max_total_tokens is not None:
+        environment["MAX_TOTAL_TOKENS"] = str(args.max_total_tokens)
+    if args.max_batch_size is not None:
+        environment["MAX_BATCH_SIZE"] = str(args.max_batch_size)
+    return ShardPlan(rank, f"{args.shard_uds_path}-{rank}", tuple(argv), environment)
+
+
+def plan_router(
+    invocation: Invocation, source: ModelSource, devices: Devices, *, prefill_tokens: int
+) -> RouterPlan:
+    """The command that serves HTTP. What the operator did not give, the router decides itself."""
+    args, given = invocation.args, invocation.given
+    required: Sequence[tuple[str, object]] = (
+        ("--tokenizer-name", source.folder),
+        ("--served-model-name", source.model_id),
+        ("--master-shard-uds-path", f"{args.shard_uds_path}-0"),
+        ("--hostname", args.hostname),
+        ("--port", args.port),
+        ("--max-client-batch-size", args.max_client_batch_size),
+        ("--max-concurrent-requests", args.max_concurrent_requests),
+        ("--max-best-of", args.max_best_of),
+        ("--max-stop-sequences", args.max_stop_sequences),
+        ("--max-top-n-tokens", args.max_top_n_tokens),
+        ("--max-batch-prefill-tokens", prefill_tokens),
+        ("--validation-workers", args.validation_workers),
+        ("--payload-limit", args.payload_limit),
+    )
+    argv = [ROUTER_COMMAND, "--json-output"]
+    for name, value in required:
+        argv += [name, str(value)]
+    argv += _optional("--max-input-tokens", _max_input_tokens(args))
+    argv += _optional("--max-total-tokens", args.max_total_tokens)
+    argv += _optional("--max-batch-total-tokens", args.max_batch_total_tokens)
+    argv += _optional("--max-batch-size", args.max_batch_size)
+    argv += _optional("--tokenizer-config-path", args.tokenizer_config_path)
+    argv += _optional("--revision", args.revision)
+    for name in ("waiting_served_ratio", "max_waiting_tokens", "prometheus_port"):
+        argv += _optional(option(name), getattr(args, name) if name in given else None)
+    for name in ("disable_grammar_support", "trust_remote_code"):
+        argv += [option(name)] if getattr(args, name) else []
+    for origin in args.cors_allow_origin:
+        argv += ["--cors-allow-origin", origin]
+    environment = {"COMPUTE_TYPE": invocation.environ.get("COMPUTE_TYPE") or devices.compute_type}
+    if args.api_key is not None:
+        environment["API_KEY"] = (
+            args.api_key
+        )  # not in argv: every user of the machine can read that
+    return RouterPlan(tuple(argv), {**environment, **_hub_environment(args)})
+
+
+def _optional(name: str, value: object | None) -> list[str]:
+    return [] if value is None else [name, str(value)]
+
+
+def _hub_environment(args: LauncherArgs) -> dict[str, str]:
+    cache = args.huggingface_hub_cache
+    return {"HUGGINGFACE_HUB_CACHE": cache} if cache is not None else {}

@@ -1,0 +1,259 @@
+"""Children: start them, forward every line they say, learn of their end, stop them.
+
+Threads and one queue. Each child has two threads that read its pipes and one that waits for its
+end; everything the main thread has to know arrives in the queue as an event. Signal handlers only
+put an event there (`SimpleQueue.put` may be called from one). Children are started by the main
+thread alone: the kernel's parent-death signal is tied to the thread that forked.
+
+    child stdout ─┐ a thread per pipe: whole lines, parsed, rank and target set ─► Output
+    child stderr ─┘
+    child's end, signals ─► events ─► Supervisor.next_event() in main
+"""
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from queue import Empty, SimpleQueue
+from typing import BinaryIO, Self
+
+from kagami_proto import logs
+
+log = logging.getLogger(__name__)
+
+# Runs in place of the child and becomes it: dies with its parent from here on, also if the parent
+# died before it could ask (PR_SET_PDEATHSIG = 1; exec keeps the setting).
+_EXEC_TIED_TO_PARENT = (
+    "import ctypes, os, signal, sys\n"
+    "ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)\n"
+    "if os.getppid() != int(sys.argv[1]): sys.exit(1)\n"
+    "os.execv(sys.argv[2], sys.argv[2:])\n"
+)
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# After a child's end its pipes may be held open by a process it left behind.
+_PIPE_PATIENCE_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class ChildEnded:
+    """A child's process is gone and all it said has been forwarded."""
+
+    child: "Child"
+
+
+@dataclass(frozen=True, slots=True)
+class StopAsked:
+    """The launcher was signalled to stop."""
+
+    signal: int
+
+
+Event = ChildEnded | StopAsked
+
+
+class Output:
+    """The launcher's stdout, shared by its own log and the forwarded lines; one write a line."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        self._raw = raw
+        self._lock = threading.Lock()
+
+    def write(self, text: str, /) -> int:
+        with self._lock, suppress(OSError, ValueError):  # a closed stdout is no reason to stop
+            self._raw.write(text.encode("utf-8", "backslashreplace"))
+            self._raw.flush()
+        return len(text)
+
+    def flush(self) -> None:
+        """Nothing is ever held back."""
+
+
+@dataclass(frozen=True, slots=True)
+class Voice:
+    """How a child's lines appear in the launcher's log."""
+
+    target: str
+    level: int  # lines below it are dropped
+    json_output: bool
+    rank: int | None = None
+    renames: bool = False  # parsed lines get `target` too
+
+
+class Child:
+    """One process in a group of its own, and the threads that listen to it."""
+
+    def __init__(self, name: str, argv: Sequence[str], env: Mapping[str, str]) -> None:
+        self.name = name
+        self.exit_code: int | None = None
+        self.last_error = ""  # the last ERROR line, else the last line of stderr
+        self.has_connected = False  # the router said that it serves
+        self.was_asked_to_end = False
+        self._heard_error = False
+        wrapper = [sys.executable, "-I", "-S", "-c", _EXEC_TIED_TO_PARENT, str(os.getpid())]
+        self.process = subprocess.Popen(
+            [*wrapper, *argv],
+            env=dict(env),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            process_group=0,
+        )
+
+    @property
+    def is_running(self) -> bool:
+        return self.exit_code is None
+
+    def listen(self, voice: Voice, output: Output, ended: Callable[[ChildEnded], None]) -> None:
+        """Forward the child's lines from now on; call `ended` when it is gone."""
+        readers = [
+            threading.Thread(
+                target=self._forward, args=(pipe, is_error, voice, output), daemon=True
+            )
+            for pipe, is_error in ((self.process.stdout, False), (self.process.stderr, True))
+        ]
+        for reader in readers:
+            reader.start()
+
+        def wait() -> None:
+            code = self.process.wait()
+            self.signal_group(signal.SIGKILL)  # what it started must not outlive it
+            deadline = time.monotonic() + _PIPE_PATIENCE_S
+            for reader in readers:
+                reader.join(max(0.0, deadline - time.monotonic()))
+            self.exit_code = code
+            ended(ChildEnded(self))
+
+        threading.Thread(target=wait, daemon=True).start()
+
+    def _forward(self, pipe: BinaryIO, is_error: bool, voice: Voice, output: Output) -> None:
+        for raw in pipe:
+            text = raw.decode("utf-8", "backslashreplace").rstrip("\r\n")
+            line = self._line(text, is_error, voice)
+            if logs.LEVELS.get(line.level.lower(), logging.INFO) >= voice.level:
+                output.write((line.to_json() if voice.json_output else line.to_text()) + "\n")
+
+    def _line(self, text: str, is_error: bool, voice: Voice) -> logs.LogLine:
+        if line := logs.parse(text):
+            if voice.renames:
+                line = replace(line, target=voice.target)
+            self.has_connected = self.has_connected or line.message == "Connected"
+        else:
+            level = "ERROR" if text.startswith("Error: ") else "WARN" if is_error else "INFO"
+            line = logs.LogLine(logs.now(), level, voice.target, text)
+        self._remember_error(line, is_error)
+        if voice.rank is not None:
+            line = replace(line, fields={**line.fields, "rank": voice.rank})
+        return line
+
+    def _remember_error(self, line: logs.LogLine, is_error: bool) -> None:
+        if not line.message.strip():
+            return
+        if line.level == "ERROR":
+            self._heard_error = True
+            self.last_error = line.message.strip().splitlines()[-1]
+        elif is_error and not self._heard_error:
+            self.last_error = line.message.strip()
+
+    def terminate(self) -> None:
+        """Ask the child to end."""
+        self.was_asked_to_end = True
+        with suppress(ProcessLookupError):
+            self.process.send_signal(signal.SIGTERM)
+
+    def signal_group(self, number: int) -> None:
+        """Signal the child and whatever it started."""
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, number)
+
+
+class Supervisor:
+    """Owns the children and the queue of events. Leaving its scope kills whoever is left."""
+
+    def __init__(self, output: Output) -> None:
+        self._output = output
+        self._events: SimpleQueue[Event] = SimpleQueue()
+        self._backlog: deque[Event] = deque()
+        self._children: list[Child] = []
+        self._is_stopping = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for child in self._children:
+            if child.is_running:
+                child.signal_group(signal.SIGKILL)
+
+    @contextmanager
+    def signals(self) -> Iterator[None]:
+        """Turn the stop signals into events while the scope lasts."""
+        before = {
+            number: signal.signal(number, lambda got, _: self._events.put(StopAsked(got)))
+            for number in _STOP_SIGNALS
+        }
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def start(self, name: str, argv: Sequence[str], env: Mapping[str, str], voice: Voice) -> Child:
+        """Start a child; raises OSError if that fails. Only the main thread may call this."""
+        child = Child(name, argv, env)
+        self._children.append(child)
+        child.listen(voice, self._output, self._events.put)
+        return child
+
+    def next_event(self, timeout_s: float | None) -> Event | None:
+        """The next event, or None after the time."""
+        if self._backlog:
+            return self._backlog.popleft()
+        try:
+            return self._events.get(timeout=timeout_s)
+        except Empty:
+            return None
+
+    def stop(self, children: Sequence[Child], grace_s: float) -> None:
+        """End these children: SIGTERM, up to `grace_s` of patience, SIGKILL. Logs as TGI does.
+
+        A second Ctrl-C ends the patience. Ends of other children stay in the queue.
+        """
+        waiting = [child for child in children if child.is_running]
+        for child in waiting:
+            log.info("Terminating %s", child.name)
+            child.terminate()
+            log.info("Waiting for %s to gracefully shutdown", child.name)
+        deadline = time.monotonic() + grace_s
+        kept: list[Event] = []
+        killed: set[Child] = set()
+        while waiting:
+            event = self.next_event(max(0.0, deadline - time.monotonic()) if not killed else None)
+            match event:
+                case ChildEnded(child) if child in waiting:
+                    waiting.remove(child)
+                    log.info("%s %s", child.name, "killed" if child in killed else "terminated")
+                case ChildEnded():
+                    kept.append(event)
+                case StopAsked(signal.SIGINT) | None:
+                    for child in waiting:
+                        log.info("Killing %s", child.name)
+                        child.signal_group(signal.SIGKILL)
+                        killed.add(child)
+                case StopAsked():
+                    pass
+        self._backlog.extend(kept)
+
+
+def describe_end(child: Child) -> str:
+    """How a child ended, in one phrase."""
+    code = child.exit_code
+    if code is not None and code < 0:
+        return f"was signaled to shutdown with signal {-code}"
+    return f"ended with exit code {code}"

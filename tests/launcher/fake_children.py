@@ -1,0 +1,94 @@
+"""A shard and a router to start instead of the real ones; the environment says how they behave.
+
+FAKE_SHARD: serve (default), die, hang (never ready), deaf (never ready, ignores SIGTERM), crash
+(ready, then SIGKILLs itself). FAKE_ROUTER: serve (default), busy, leave (exit 0 after Connected),
+deaf, talk. FAKE_EVENTS: a file that gets a line for each start and end, in order.
+"""
+
+import os
+import signal
+import sys
+import threading
+from concurrent import futures
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from kagami_proto import generate_pb2, generate_pb2_grpc, logs
+
+
+class Service(generate_pb2_grpc.TextGenerationServiceServicer):
+    """Only Health, as a shard answers it."""
+
+    def Health(self, request: Any, context: Any) -> Any:
+        return generate_pb2.HealthResponse()
+
+
+def say(level: str, message: str, target: str = "text_generation_server") -> None:
+    sys.stdout.write(logs.LogLine(logs.now(), level, target, message).to_json() + "\n")
+    sys.stdout.flush()
+
+
+def note(event: str) -> None:
+    if path := os.environ.get("FAKE_EVENTS"):
+        with Path(path).open("a") as file:
+            file.write(f"{event} {os.getpid()}\n")
+
+
+def wait_for_sigterm() -> None:
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    stop.wait()
+
+
+def shard(argv: list[str]) -> int:
+    mode = os.environ.get("FAKE_SHARD", "serve")
+    note("shard-start")
+    if mode == "die":
+        sys.stderr.write("Traceback (most recent call last):\nRuntimeError: no weight for you\n")
+        return 1
+    if mode == "deaf":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        threading.Event().wait()
+    if mode == "hang":
+        wait_for_sigterm()
+        return 0
+    address = f"unix://{argv[argv.index('--uds-path') + 1]}-{os.environ['RANK']}"
+    server = grpc.server(futures.ThreadPoolExecutor(2))
+    generate_pb2_grpc.add_TextGenerationServiceServicer_to_server(Service(), server)
+    server.add_insecure_port(address)
+    server.start()
+    say("INFO", f"Server started at {address}")
+    if mode == "crash":
+        threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    wait_for_sigterm()
+    server.stop(0)
+    note("shard-end")
+    return 0
+
+
+def router(argv: list[str]) -> int:
+    mode = os.environ.get("FAKE_ROUTER", "serve")
+    note("router-start")
+    if mode == "busy":
+        sys.stderr.write("Error: Axum webserver failed: Address already in use\n")
+        return 1
+    if mode == "talk":
+        say("WARN", "x" * 300_000, "text_generation_router")
+        sys.stdout.write("no json on stdout\n")
+        sys.stderr.write("no json on stderr")  # and no newline
+    say("INFO", "Connected", "text_generation_router")
+    if mode == "leave":
+        return 0
+    if mode == "deaf":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        threading.Event().wait()
+    wait_for_sigterm()
+    note("router-end")
+    return 0
+
+
+if __name__ == "__main__":
+    part = {"shard": shard, "router": router}[sys.argv[1]]
+    os._exit(part(sys.argv[2:]) if not sys.stdout.flush() else 1)

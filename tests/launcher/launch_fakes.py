@@ -1,0 +1,18 @@
+"""The real launcher, but with the children of fake_children.py: `python launch_fakes.py FLAGS`."""
+
+import os
+import sys
+from collections.abc import Mapping
+
+from kagami_launcher import cli, environment, main
+
+
+def find_fake(name: str, base: Mapping[str, str]) -> str | None:
+    return base.get(
+        {"text-generation-server": "FAKE_SERVER", "text-generation-router": "FAKE_WEB"}[name]
+    )
+
+
+if __name__ == "__main__":
+    environment.find_command = find_fake
+    sys.exit(main.run(cli.parse(sys.argv[1:], os.environ)))
