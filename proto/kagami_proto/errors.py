@@ -3,16 +3,23 @@
 ```
 KagamiError
 ├─ InvalidRequest            the client's fault: a field, its limit and the value given
-│  ├─ MalformedBody          not JSON, or JSON of the wrong shape
+│  ├─ MalformedBody          JSON, but not of the route's shape
+│  │  └─ NotJson             not JSON at all
 │  ├─ BodyTooLarge           longer than --payload-limit
 │  ├─ UnsupportedMediaType   Content-Type is not JSON
-│  └─ TemplateError          the chat template is missing or refuses the messages
+│  ├─ TemplateError          the chat template is missing or refuses the messages
+│  ├─ ToolError              the tools cannot be served
+│  ├─ SuffixNotSupported     `suffix` of the completions route
+│  └─ BatchSizeExceeded      more prompts in one call than --max-client-batch-size
+├─ Unauthorized              the API key is missing or wrong
 ├─ Overloaded                no permit free: the client may come back later
 ├─ Unavailable               not ready yet, or draining
 ├─ Unhealthy                 steps make no progress
 ├─ GenerationFailed          the shard could not compute this request
 │  └─ ShardLost              the shard went away while the request ran
-└─ IncompleteGeneration      the stream ended without its last token
+├─ IncompleteGeneration      the stream ended without its last token
+├─ UnsupportedModel          the model folder is sound, but we cannot run such a model
+└─ InvalidCheckpoint         the model folder's files are missing or contradict each other
 ```
 
 The class says whose fault it is. Anything outside the tree is a bug: logged with its traceback, 500.
@@ -33,7 +40,11 @@ class InvalidRequest(KagamiError):
 
 
 class MalformedBody(InvalidRequest):
-    """The body is not JSON or has not the route's shape."""
+    """The body is JSON, but has not the route's shape."""
+
+
+class NotJson(MalformedBody):
+    """The body is not JSON."""
 
 
 class BodyTooLarge(InvalidRequest):
@@ -46,6 +57,22 @@ class UnsupportedMediaType(InvalidRequest):
 
 class TemplateError(InvalidRequest):
     """The chat template is missing, or failed on these messages."""
+
+
+class ToolError(InvalidRequest):
+    """The tools or the choice among them cannot be served."""
+
+
+class SuffixNotSupported(InvalidRequest):
+    """`suffix` was given."""
+
+
+class BatchSizeExceeded(InvalidRequest):
+    """One call brings more prompts than the limit."""
+
+
+class Unauthorized(KagamiError):
+    """The API key is missing or wrong."""
 
 
 class Overloaded(KagamiError):
@@ -72,6 +99,14 @@ class IncompleteGeneration(KagamiError):
     """The token stream ended before its last token."""
 
 
+class UnsupportedModel(KagamiError):
+    """We have no way to run this kind of model; raised at start."""
+
+
+class InvalidCheckpoint(KagamiError):
+    """A file or a tensor of the model folder is missing or wrong; raised at start."""
+
+
 class Row(NamedTuple):
     """What an error becomes: TGI's `error_type`, an HTTP status, the text's prefix."""
 
@@ -86,11 +121,14 @@ TABLE: Mapping[type[KagamiError], Row] = MappingProxyType(
             "validation", HTTPStatus.UNPROCESSABLE_ENTITY, "Input validation error: "
         ),
         MalformedBody: Row("validation", HTTPStatus.UNPROCESSABLE_ENTITY, ""),
+        NotJson: Row("validation", HTTPStatus.BAD_REQUEST, ""),
         BodyTooLarge: Row("validation", HTTPStatus.REQUEST_ENTITY_TOO_LARGE, ""),
         UnsupportedMediaType: Row("validation", HTTPStatus.UNSUPPORTED_MEDIA_TYPE, ""),
-        TemplateError: Row(
-            "template_error", HTTPStatus.UNPROCESSABLE_ENTITY, "Template error: "
-        ),
+        TemplateError: Row("template_error", HTTPStatus.UNPROCESSABLE_ENTITY, "Template error: "),
+        ToolError: Row("tool_error", HTTPStatus.UNPROCESSABLE_ENTITY, "Tool error: "),
+        SuffixNotSupported: Row("suffix not supported", HTTPStatus.UNPROCESSABLE_ENTITY, ""),
+        BatchSizeExceeded: Row("batch size exceeded", HTTPStatus.UNPROCESSABLE_ENTITY, ""),
+        Unauthorized: Row("unauthorized", HTTPStatus.UNAUTHORIZED, ""),
         Overloaded: Row("overloaded", HTTPStatus.TOO_MANY_REQUESTS, ""),
         Unavailable: Row("unavailable", HTTPStatus.SERVICE_UNAVAILABLE, ""),
         Unhealthy: Row("healthcheck", HTTPStatus.SERVICE_UNAVAILABLE, ""),
@@ -100,6 +138,8 @@ TABLE: Mapping[type[KagamiError], Row] = MappingProxyType(
         IncompleteGeneration: Row(
             "incomplete_generation", HTTPStatus.INTERNAL_SERVER_ERROR, "Incomplete generation: "
         ),
+        UnsupportedModel: Row("unsupported_model", HTTPStatus.INTERNAL_SERVER_ERROR, ""),
+        InvalidCheckpoint: Row("invalid_checkpoint", HTTPStatus.INTERNAL_SERVER_ERROR, ""),
     }
 )
 

@@ -1,0 +1,56 @@
+"""The feed-forward half of a layer, gated (arXiv:2002.05202) or not."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from types import MappingProxyType
+
+from torch import Tensor
+from torch.nn.functional import gelu, relu, silu
+
+from kagami_shard.layers.linear import Projection
+
+Activation = Callable[[Tensor], Tensor]
+
+_tanh_gelu = partial(gelu, approximate="tanh")
+
+# By the name in config.json.
+ACTIVATIONS: Mapping[str, Activation] = MappingProxyType(
+    {
+        "silu": silu,
+        "swish": silu,
+        "gelu": gelu,
+        "gelu_new": _tanh_gelu,
+        "gelu_fast": _tanh_gelu,
+        "gelu_pytorch_tanh": _tanh_gelu,
+        "relu": relu,
+    }
+)
+
+
+class GatedMLP:
+    """`down(activation(gate) * up)`; gate and up are the two halves of one matmul."""
+
+    __slots__ = ("_activation", "_down", "_gate_up")
+
+    def __init__(self, gate_up: Projection, down: Projection, activation: Activation) -> None:
+        self._gate_up = gate_up
+        self._down = down
+        self._activation = activation
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        gate, up = self._gate_up(hidden).chunk(2, dim=-1)
+        return self._down(self._activation(gate) * up)
+
+
+class MLP:
+    """`down(activation(up))`."""
+
+    __slots__ = ("_activation", "_down", "_up")
+
+    def __init__(self, up: Projection, down: Projection, activation: Activation) -> None:
+        self._up = up
+        self._down = down
+        self._activation = activation
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        return self._down(self._activation(self._up(hidden)))

@@ -1,0 +1,62 @@
+"""Which code runs a model: the decoder by one table of families, transformers for the rest."""
+
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+from transformers import AutoConfig, PreTrainedConfig
+
+from kagami_proto.errors import InvalidCheckpoint, UnsupportedModel
+from kagami_shard.models.base import Model
+from kagami_shard.models.decoder import Decoder
+from kagami_shard.weights.checkpoint import Checkpoint
+
+# `model_type` of config.json -> the module of this package whose `spec(config, max_length)` it has.
+FAMILIES: Mapping[str, str] = MappingProxyType(
+    {
+        "llama": "llama",
+    }
+)
+
+
+def load_model(
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    trust_remote_code: bool = False,
+    max_length: int = 0,
+) -> Model:
+    """The model of `folder`, its weights read and cast to `dtype` on `device`.
+
+    `max_length` is the longest sequence to be served, 0 for all the model can; LongRoPE and
+    dynamic NTK choose their frequencies by it. Raises `UnsupportedModel` or `InvalidCheckpoint`.
+    """
+    config = read_config(folder, trust_remote_code=trust_remote_code)
+    if config.is_encoder_decoder:
+        raise UnsupportedModel(
+            f"model type {config.model_type}: an encoder-decoder; only decoders are served"
+            f" ({folder})"
+        )
+    module = import_module(f"kagami_shard.models.{FAMILIES[config.model_type]}")
+    spec = module.spec(config, max_length or config.max_position_embeddings)
+    if getattr(config, "quantization_config", None) is not None:
+        raise UnsupportedModel(
+            f"model type {config.model_type}: quantized weights are not served yet ({folder})"
+        )
+    with Checkpoint(folder) as checkpoint:
+        return Decoder(spec, checkpoint, dtype=dtype, device=device)
+
+
+def read_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """config.json with transformers' defaults and names."""
+    file = folder / "config.json"
+    if not file.is_file():
+        raise InvalidCheckpoint(f"{file} does not exist")
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, OSError) as error:
+        first_line = str(error).strip().partition("\n")[0]
+        raise UnsupportedModel(f"{file} cannot be read: {first_line}") from error

@@ -1,0 +1,160 @@
+"""What a family is to the one decoder: a `ModelSpec`, made from config.json.
+
+Values are read through transformers' `AutoConfig`: it fills in defaults and gives old spellings
+(`rope_scaling`, `sliding_window_pattern`, `max_window_layers`) one form. A family's file holds
+one function, `spec(config)`, which starts from `llama_like` and says what differs.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum, auto
+
+from transformers import PreTrainedConfig
+
+from kagami_proto.errors import UnsupportedModel
+from kagami_shard.layers.rotary import KINDS, RopeSpec
+
+
+class NormKind(Enum):
+    """The formula of a model's norms."""
+
+    RMS = auto()
+    RMS_ONE_CENTERED = auto()
+    LAYER = auto()
+
+
+class QKNorm(Enum):
+    """Norms on queries and keys before they turn."""
+
+    NONE = auto()
+    PER_HEAD = auto()
+    FULL = auto()
+    """Over the whole projection, all heads together"""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSpec:
+    """What may differ from layer to layer."""
+
+    window: int | None = None
+    """A token sees itself and the `window - 1` tokens before it"""
+    rope: int = 0
+    """Index into `ModelSpec.ropes`"""
+
+
+@dataclass(frozen=True, slots=True)
+class WeightNames:
+    """Where a checkpoint keeps what; the defaults are Llama's.
+
+    Names are modules (`.weight` and `.bias` follow), those of a layer relative to `layers.{i}`.
+    Several names are laid below one another into one matmul. A norm without a name is not there:
+    before attention and mlp is Llama's place, after them OLMo 2's, both Gemma's.
+    """
+
+    prefix: str = "model."
+    embedding: str = "embed_tokens"
+    final_norm: str = "norm"
+    head: str = "lm_head"
+    """Not below `prefix`"""
+    qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    qk_norm: tuple[str, str] = ("self_attn.q_norm", "self_attn.k_norm")
+    output: str = "self_attn.o_proj"
+    up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
+    """The gate first, if there is one"""
+    down: str = "mlp.down_proj"
+    before_attention: str | None = "input_layernorm"
+    after_attention: str | None = None
+    before_mlp: str | None = "post_attention_layernorm"
+    after_mlp: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSpec:
+    """All the decoder knows of a model."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_positions: int
+    layers: tuple[LayerSpec, ...]
+    ropes: tuple[RopeSpec, ...]
+    names: WeightNames = WeightNames()
+
+    norm: NormKind = NormKind.RMS
+    norm_eps: float = 1e-6
+    qk_norm: QKNorm = QKNorm.NONE
+    activation: str = "silu"
+    gated: bool = True
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    tied_head: bool = False
+
+    attention_scale: float
+    """Factor on the scores"""
+    attention_softcap: float | None = None
+    logits_softcap: float | None = None
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    """Factor on what a layer's halves add (Granite)"""
+    logits_divisor: float = 1.0
+
+
+def head_dim_of(config: PreTrainedConfig) -> int:
+    """`head_dim` where config.json gives it, else hidden size over heads."""
+    return int(
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
+
+
+def rope_of(config: PreTrainedConfig, max_length: int, layer_type: str | None = None) -> RopeSpec:
+    """The rope of all layers, or of those of `layer_type`."""
+    parameters = config.rope_parameters
+    if layer_type is not None and layer_type in parameters:
+        parameters = parameters[layer_type]
+    kind = parameters["rope_type"]
+    if kind not in KINDS:
+        raise UnsupportedModel(
+            f"model type {config.model_type}: rope_type {kind!r} is none of {', '.join(KINDS)}"
+        )
+    return RopeSpec(
+        rotary_dim=int(head_dim_of(config) * (parameters.get("partial_rotary_factor") or 1.0)),
+        theta=float(parameters["rope_theta"]),
+        max_positions=config.max_position_embeddings,
+        max_length=max_length,
+        kind=kind,
+        parameters=parameters,
+    )
+
+
+def windows_of(config: PreTrainedConfig) -> Sequence[int | None]:
+    """The window of every layer: by `layer_types` where a family has them, else one for all."""
+    window = getattr(config, "sliding_window", None)
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is None:
+        return [window] * config.num_hidden_layers
+    return [window if kind == "sliding_attention" else None for kind in layer_types]
+
+
+def llama_like(config: PreTrainedConfig, max_length: int, **differences: object) -> ModelSpec:
+    """Llama's spec, with fields replaced by `differences`."""
+    head_dim = head_dim_of(config)
+    fields: dict[str, object] = {
+        "model_type": config.model_type,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_heads": config.num_attention_heads,
+        "num_kv_heads": config.num_key_value_heads or config.num_attention_heads,
+        "head_dim": head_dim,
+        "max_positions": config.max_position_embeddings,
+        "layers": tuple(LayerSpec(window) for window in windows_of(config)),
+        "ropes": (rope_of(config, max_length),),
+        "norm_eps": getattr(config, "rms_norm_eps", 1e-6),
+        "activation": getattr(config, "hidden_act", "silu"),
+        "tied_head": config.tie_word_embeddings,
+        "attention_scale": head_dim**-0.5,
+    }
+    return ModelSpec(**(fields | differences))  # type: ignore[arg-type]  # names checked at run time

@@ -1,0 +1,135 @@
+"""Opens the safetensors files of a model folder and copies tensors into their final layout.
+
+Files are memory-mapped and opened lazily: a tensor's pages are touched once, when it is copied,
+cast to the model's dtype, into the tensor the model keeps. Several tensors may land in one, one
+below the other: that is how query, key and value become a single matmul.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from kagami_proto.errors import InvalidCheckpoint
+
+INDEX = "model.safetensors.index.json"
+
+# Files beside a model's own weights: the original format, training state, adapters.
+NOT_WEIGHTS = ("consolidated", "training", "optimizer", "adapter", "arguments")
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that hold the model: those of the index, else all in the folder.
+
+    Raises `InvalidCheckpoint` if there are none or one of the index's is missing.
+    """
+    index = folder / INDEX
+    if index.is_file():
+        files = sorted({folder / name for name in _weight_map(index).values()})
+    else:
+        files = sorted(
+            file
+            for file in folder.glob("*.safetensors")
+            if not any(word in file.name for word in NOT_WEIGHTS)
+        )
+    if not files:
+        raise InvalidCheckpoint(f"{folder} has no weights: no .safetensors file")
+    for file in files:
+        if not file.is_file():
+            raise InvalidCheckpoint(f"{file} does not exist, but {index} names it")
+    return files
+
+
+def _weight_map(index: Path) -> Mapping[str, str]:
+    try:
+        weight_map: Mapping[str, str] = json.loads(index.read_text())["weight_map"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InvalidCheckpoint(f"{index} is not an index of weights: {error!r}") from error
+    return weight_map
+
+
+class Checkpoint:
+    """The tensors of one folder, by name. A context manager: it holds the files open."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.bytes_loaded = 0
+        """Bytes read from the files so far, in the files' own dtype"""
+        self._stack = ExitStack()
+        self._file_of: dict[str, Path] = {}
+        self._handles: dict[Path, Any] = {}  # safetensors ships no types
+        with ExitStack() as stack:
+            for file in weight_files(folder):
+                self._open(file, stack)
+            self._stack = stack.pop_all()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._stack.close()
+        self._handles.clear()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._file_of
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of `name` as stored; reads the header only."""
+        return tuple(self._handle(name).get_slice(name).get_shape())
+
+    def load(self, name: str, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A copy of `name`, cast."""
+        return self.load_rows([name], dtype=dtype, device=device)
+
+    def load_rows(
+        self, names: Sequence[str], *, dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        """The tensors `names` below one another in one new tensor; they agree but in rows.
+
+        Sharding by columns or rows will take its slices here: every part is read through
+        `get_slice`, which touches only the pages asked for.
+        """
+        shapes = [self.shape(name) for name in names]
+        if any(shape[1:] != shapes[0][1:] for shape in shapes):
+            raise InvalidCheckpoint(
+                f"weights {', '.join(names)} do not fit together: their shapes are "
+                f"{', '.join(map(str, shapes))}"
+            )
+        num_rows = sum(shape[0] for shape in shapes)
+        result = torch.empty((num_rows, *shapes[0][1:]), dtype=dtype, device=device)
+        row = 0
+        for name, shape in zip(names, shapes, strict=True):
+            part = self._handle(name).get_slice(name)[:]
+            self.bytes_loaded += part.nbytes
+            result[row : row + shape[0]] = part
+            row += shape[0]
+        return result
+
+    def _open(self, file: Path, stack: ExitStack) -> None:
+        try:
+            handle = stack.enter_context(safe_open(file, framework="pt"))
+        except SafetensorError as error:
+            raise InvalidCheckpoint(f"{file} is not a safetensors file: {error}") from error
+        self._handles[file] = handle
+        for name in handle.keys():
+            if (other := self._file_of.get(name)) is not None:
+                raise InvalidCheckpoint(
+                    f"Key {name} was found in multiple files: {other} and {file}"
+                )
+            self._file_of[name] = file
+
+    def _handle(self, name: str) -> Any:
+        if (file := self._file_of.get(name)) is None:
+            raise InvalidCheckpoint(f"weight {name} does not exist")
+        return self._handles[file]

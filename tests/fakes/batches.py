@@ -1,0 +1,90 @@
+"""Steps by hand: `ForwardBatch`es for sequences given as tokens and how many are computed."""
+
+import random
+from collections.abc import Sequence as Items
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from kagami_shard.attention.sdpa import SdpaAttention
+from kagami_shard.batch import ForwardBatch
+from kagami_shard.kv_cache import KVCache, blocks_for
+from kagami_shard.models.base import Model
+
+
+@dataclass(slots=True, eq=False)
+class FakeSequence:
+    """Its tokens, how many of them the cache holds, and where."""
+
+    tokens: list[int]
+    blocks: list[int] = field(default_factory=list)
+    computed: int = 0
+
+
+def build_batch(
+    work: Items[tuple[FakeSequence, int]], block_size: int, *, all_rows: bool = False
+) -> ForwardBatch:
+    """A step over the next `count` tokens of each sequence; single tokens must come first.
+
+    Logits are asked for after each sequence's last token, or after every token.
+    """
+    lens = tuple(count for _, count in work)
+    num_decodes = next((i for i, count in enumerate(lens) if count > 1), len(lens))
+    assert all(count > 1 for count in lens[num_decodes:]), "single tokens come first"
+    ids: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    for sequence, count in work:
+        span = range(sequence.computed, sequence.computed + count)
+        ids += [sequence.tokens[i] for i in span]
+        positions += span
+        slots += [sequence.blocks[i // block_size] * block_size + i % block_size for i in span]
+    width = max(len(sequence.blocks) for sequence, _ in work)
+    tables = [sequence.blocks + [0] * (width - len(sequence.blocks)) for sequence, _ in work]
+    last = torch.tensor(lens).cumsum(0) - 1
+    return ForwardBatch(
+        input_ids=torch.tensor(ids),
+        positions=torch.tensor(positions),
+        slots=torch.tensor(slots),
+        block_tables=torch.tensor(tables),
+        query_lens=lens,
+        kv_lens=tuple(sequence.computed + count for sequence, count in work),
+        num_decodes=num_decodes,
+        logits_rows=torch.arange(len(ids)) if all_rows else last,
+    )
+
+
+class Runner:
+    """Feeds sequences to a model by hand, over blocks in shuffled order."""
+
+    def __init__(self, model: Model, *, num_blocks: int = 64, block_size: int = 4) -> None:
+        self._model = model
+        self._block_size = block_size
+        self._cache = KVCache(
+            model.layers,
+            num_blocks,
+            block_size,
+            dtype=torch.float32,
+            device=torch.device("cpu"),
+        )
+        self._free = list(range(1, num_blocks))
+        random.Random(0).shuffle(self._free)
+        self._attention = SdpaAttention()
+
+    def add(self, tokens: Items[int]) -> FakeSequence:
+        """A sequence with blocks for all its tokens."""
+        needed = blocks_for(len(tokens), self._block_size)
+        blocks, self._free = self._free[:needed], self._free[needed:]
+        assert len(blocks) == needed, "the fake pool is too small"
+        return FakeSequence(list(tokens), blocks)
+
+    @torch.inference_mode()
+    def step(self, *work: tuple[FakeSequence, int]) -> list[Tensor]:
+        """Run the next tokens of each; returns the logits of each, `[count, vocab_size]`."""
+        batch = build_batch(work, self._block_size, all_rows=True)
+        step = self._attention.prepare(batch, self._cache)
+        logits = self._model.forward(batch, step)
+        for sequence, count in work:
+            sequence.computed += count
+        return list(logits.split(batch.query_lens))
