@@ -1,0 +1,74 @@
+"""Output does not depend on batch-mates, pool size, preemption or restart."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.integration.clients import generate_all, generate_together, token_ids
+from tests.integration.conftest import PROMPTS, Server, running
+
+pytestmark = pytest.mark.slow
+SAMPLED: dict[str, Any] = {
+    "do_sample": True,
+    "seed": 20261122,
+    "temperature": 0.9,
+    "top_p": 0.9,
+    "max_new_tokens": 60,
+}
+PROMPT = PROMPTS[1]
+OTHERS = [f"{number} bottles of beer on the wall, {number} bottles of" for number in range(15)]
+# Blocks of 32 tokens: two sequences of the small pool's prompts fit, four do not.
+SMALL_POOL = ("--max-batch-total-tokens", "352", "--max-total-tokens", "256")
+
+
+@pytest.fixture(scope="module")
+def small_server(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("small")
+    with running(folder, "--dtype", "float32", *SMALL_POOL) as started:
+        yield started
+
+
+async def text_alone(server: Server) -> str:
+    (answer,) = await generate_all(server.url, [PROMPT], **SAMPLED)
+    text: str = answer["generated_text"]
+    return text
+
+
+async def test_a_seed_draws_the_same_in_a_batch_of_16(server: Server) -> None:
+    alone = await text_alone(server)
+
+    answers = await generate_together(server.url, [PROMPT, *OTHERS], **SAMPLED)
+
+    assert answers[0]["generated_text"] == alone
+
+
+async def test_a_seed_draws_the_same_after_a_preemption_and_in_another_server(
+    server: Server, small_server: Server
+) -> None:
+    alone = await text_alone(server)
+    before = small_server.metric("tgi_preemptions")
+
+    answers = await generate_together(small_server.url, [*[PROMPT] * 8, *OTHERS[:8]], **SAMPLED)
+
+    assert small_server.metric("tgi_preemptions") > before
+    assert {answer["generated_text"] for answer in answers[:8]} == {alone}
+
+
+async def test_a_pool_too_small_for_all_completes_all_with_the_same_greedy_output(
+    server: Server, small_server: Server
+) -> None:
+    prompts = [f"{prompt} {number}" for number in range(4) for prompt in OTHERS[:4]]
+    expected = await generate_all(server.url, prompts, max_new_tokens=100)
+    before = small_server.metric("tgi_preemptions")
+
+    answers = await generate_together(small_server.url, prompts, max_new_tokens=100)
+
+    assert small_server.metric("tgi_preemptions") > before
+    assert [token_ids(a) for a in answers] == [token_ids(e) for e in expected]
+
+
+async def test_a_restarted_server_draws_the_same(server: Server, tmp_path: Path) -> None:
+    alone = await text_alone(server)
+
+    with running(tmp_path, "--dtype", "float32") as second:
+        assert await text_alone(second) == alone
