@@ -1,0 +1,217 @@
+"""Around every handler: CORS, the API key, errors to answers, and the counting of calls.
+
+The only broad `except` of the HTTP side is here: what is outside the error tree is a bug, logged
+with its traceback, and the client still gets an answer.
+"""
+
+import asyncio
+import hmac
+import logging
+import re
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from http import HTTPStatus
+from typing import Any, TypeVar
+
+import msgspec
+from aiohttp import hdrs, web
+
+from kagami_proto.errors import (
+    BodyTooLarge,
+    IncompleteGeneration,
+    InvalidRequest,
+    KagamiError,
+    MalformedBody,
+    NotJson,
+    Overloaded,
+    TemplateError,
+    Unauthorized,
+    Unavailable,
+    UnsupportedMediaType,
+    row_of,
+)
+from kagami_router.api.schemas import ErrorResponse, encode
+from kagami_router.metrics import Metrics
+
+logger = logging.getLogger(__name__)
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+Middleware = Callable[[web.Request, Handler], Coroutine[Any, Any, web.StreamResponse]]
+
+# Where a stream leaves the `err` label of what its status line could not tell any more.
+FAILURE_CAUSE = web.RequestKey("failure_cause", str)
+
+EXPOSED_HEADERS = (
+    "x-compute-type, x-compute-time, x-compute-characters, x-total-time, x-validation-time,"
+    " x-queue-time, x-inference-time, x-time-per-token, x-prompt-tokens, x-generated-tokens,"
+    " x-accel-buffering"
+)
+_VARY = "origin, access-control-request-method, access-control-request-headers"
+
+
+class InternalError(KagamiError):
+    """A bug of ours, as the client sees it."""
+
+
+def as_known(error: Exception) -> KagamiError:
+    """The error itself if it is in the tree; else it is logged, and stands as `InternalError`."""
+    if isinstance(error, KagamiError):
+        return error
+    logger.error("Internal error", exc_info=error)
+    return InternalError("Internal error")
+
+
+def error_text(error: KagamiError) -> str:
+    """What the client reads."""
+    row = row_of(error)
+    return f"{row.prefix if row else ''}{error}"
+
+
+def error_status(error: KagamiError) -> HTTPStatus:
+    """The HTTP status of an error."""
+    row = row_of(error)
+    return row.status if row else HTTPStatus.INTERNAL_SERVER_ERROR
+
+
+def error_body(error: KagamiError) -> bytes:
+    """TGI's error object."""
+    row = row_of(error)
+    return encode(ErrorResponse(error_text(error), row.kind if row else "internal"))
+
+
+def failure_cause(error: BaseException) -> str:
+    """The `err` label of tgi_request_failure."""
+    for kind, cause in (
+        (TemplateError, "template"),
+        (InvalidRequest, "validation"),
+        (Overloaded, "overloaded"),
+        (Unavailable, "unavailable"),
+        (IncompleteGeneration, "incomplete"),
+    ):
+        if isinstance(error, kind):
+            return cause
+    return "generation"
+
+
+def error_response(error: KagamiError) -> web.Response:
+    """A whole error answer."""
+    response = web.Response(
+        body=error_body(error), status=error_status(error), content_type="application/json"
+    )
+    if isinstance(error, Overloaded | Unavailable):
+        response.headers[hdrs.RETRY_AFTER] = "1"
+    if isinstance(error, Unauthorized):
+        response.headers[hdrs.WWW_AUTHENTICATE] = "Bearer"
+    return response
+
+
+@web.middleware
+async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Every request gets an answer, whatever its handler raises."""
+    if request.method == hdrs.METH_OPTIONS:
+        return web.Response()  # the CORS headers come with the signal below
+    try:
+        return await handler(request)
+    except web.HTTPRequestEntityTooLarge:
+        return error_response(
+            BodyTooLarge(
+                "Failed to buffer the request body: length limit exceeded"
+                f" ({request.client_max_size} bytes, set by --payload-limit)"
+            )
+        )
+    except web.HTTPException as refusal:  # 404 and 405: no body, as in TGI
+        headers = {name: text for name, text in refusal.headers.items() if name == hdrs.ALLOW}
+        return web.Response(status=refusal.status, headers=headers)
+    except Exception as error:
+        return error_response(as_known(error))
+
+
+def count_calls(metrics_of: Callable[[], Metrics | None], paths: frozenset[str]) -> Middleware:
+    """A middleware that counts POSTs to `paths` and how each of them ended."""
+
+    @web.middleware
+    async def count(request: web.Request, handler: Handler) -> web.StreamResponse:
+        metrics = metrics_of()
+        if metrics is None or request.method != "POST" or request.path not in paths:
+            return await handler(request)
+        metrics.request_started()
+        try:
+            response = await handler(request)
+        except asyncio.CancelledError:
+            metrics.request_failed("dropped")
+            raise
+        except web.HTTPException:
+            metrics.request_failed("validation")  # 413; unknown paths do not come here
+            raise
+        except Exception as error:
+            metrics.request_failed(failure_cause(error))
+            raise
+        if cause := request.get(FAILURE_CAUSE):
+            metrics.request_failed(cause)
+        else:
+            metrics.request_succeeded()
+        return response
+
+    return count
+
+
+_JSON_TYPE = re.compile(r"application/(?:[\w.!#$&^+-]+\+)?json", re.IGNORECASE)
+_PLACE = re.compile(r"(?P<reason>.*) - at `(?:key in )?\$\.?(?P<path>.*)`", re.DOTALL)
+_Body = TypeVar("_Body")
+
+
+async def read_body(request: web.Request, decoder: msgspec.json.Decoder[_Body]) -> _Body:
+    """The request's body as the route's type; raises the `InvalidRequest` that fits."""
+    if not _JSON_TYPE.fullmatch(request.content_type):
+        raise UnsupportedMediaType("Expected request with `Content-Type: application/json`")
+    body = await request.read()
+    try:
+        return decoder.decode(body)
+    except msgspec.ValidationError as error:
+        text = str(error)
+        if place := _PLACE.fullmatch(text):
+            text = f"{place['path']}: {place['reason']}"
+        raise MalformedBody(
+            f"Failed to deserialize the JSON body into the target type: {text}"
+        ) from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise NotJson(f"Failed to parse the request body as JSON: {error}") from error
+
+
+def cors(allowed_origins: Sequence[str]) -> Callable[..., Awaitable[None]]:
+    """A signal that puts the CORS headers on every response; no origins = any origin."""
+
+    async def add_headers(request: web.Request, response: web.StreamResponse) -> None:
+        headers = response.headers
+        origin = request.headers.get(hdrs.ORIGIN)
+        if not allowed_origins:
+            headers[hdrs.ACCESS_CONTROL_ALLOW_ORIGIN] = "*"
+        elif origin is not None and origin in allowed_origins:
+            headers[hdrs.ACCESS_CONTROL_ALLOW_ORIGIN] = origin
+        headers[hdrs.VARY] = _VARY
+        if request.method == hdrs.METH_OPTIONS:
+            headers[hdrs.ACCESS_CONTROL_ALLOW_METHODS] = "GET,POST"
+            headers[hdrs.ACCESS_CONTROL_ALLOW_HEADERS] = "content-type,authorization"
+        else:
+            headers[hdrs.ACCESS_CONTROL_EXPOSE_HEADERS] = EXPOSED_HEADERS
+
+    return add_headers
+
+
+def api_key(key: str, open_paths: frozenset[str]) -> Middleware:
+    """A middleware that asks for `Authorization: Bearer {key}` except on `open_paths`."""
+    expected = key.encode()
+
+    @web.middleware
+    async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if request.match_info.http_exception is None and not _is_open(request, open_paths):
+            scheme, _, given = request.headers.get(hdrs.AUTHORIZATION, "").partition(" ")
+            is_known = hmac.compare_digest(given.strip().encode(errors="replace"), expected)
+            if scheme.lower() != "bearer" or not is_known:
+                raise Unauthorized("The API key is missing or wrong")
+        return await handler(request)
+
+    return check
+
+
+def _is_open(request: web.Request, open_paths: frozenset[str]) -> bool:
+    return request.method in ("GET", "HEAD") and request.path in open_paths

@@ -1,0 +1,368 @@
+"""The wire's JSON: requests as TGI's and OpenAI's clients send them, answers as they expect them.
+
+Types, defaults and key order; the rules are in validation.py. Nothing behind `api/` sees these
+structs. Unknown fields are ignored, as TGI does. A field typed `Any` is one that this server only
+looks at to refuse it by name.
+"""
+
+import math
+import struct
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import UNSET, Meta, Struct, UnsetType
+
+UInt32 = Annotated[int, Meta(ge=0, le=2**32 - 1)]
+Int32 = Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)]
+# 64 bits do not fit into a Meta limit; validation.py has the upper bound.
+UInt64 = Annotated[int, Meta(ge=0)]
+
+
+# --- native routes: requests ---
+
+
+class GenerateParameters(Struct, frozen=True):
+    """`parameters` of the native routes; TGI's defaults."""
+
+    best_of: UInt32 | None = None
+    temperature: float | None = None
+    repetition_penalty: float | None = None
+    frequency_penalty: float | None = None
+    top_k: Int32 | None = None
+    top_p: float | None = None
+    typical_p: float | None = None
+    do_sample: bool = False
+    max_new_tokens: UInt32 | None = None
+    return_full_text: bool | None = None
+    stop: list[str] = []
+    truncate: UInt32 | None = None
+    watermark: bool = False
+    details: bool = False
+    decoder_input_details: bool = False
+    seed: UInt64 | None = None
+    top_n_tokens: UInt32 | None = None
+    grammar: Any = None
+    adapter_id: str | None = None
+    ignore_eos: bool | None = None
+
+
+class GenerateRequest(Struct, frozen=True):
+    """Body of /generate, /generate_stream and /tokenize; without `parameters` TGI samples."""
+
+    inputs: str
+    parameters: GenerateParameters | UnsetType = UNSET
+
+
+class CompatGenerateRequest(Struct, frozen=True):
+    """Body of `/`."""
+
+    inputs: str
+    parameters: GenerateParameters | UnsetType = UNSET
+    stream: bool = False
+
+
+# --- native routes: answers ---
+
+
+class TokenOut(Struct, frozen=True):
+    """One generated token."""
+
+    id: int
+    text: str
+    logprob: float
+    special: bool
+
+
+class PrefillTokenOut(Struct, frozen=True):
+    """One prompt token."""
+
+    id: int
+    text: str
+    logprob: float | None
+
+
+class BestOfSequence(Struct, frozen=True):
+    """A sample that `best_of` did not choose."""
+
+    generated_text: str
+    finish_reason: str
+    generated_tokens: int
+    seed: int | None
+    prefill: list[PrefillTokenOut]
+    tokens: list[TokenOut]
+    top_tokens: list[list[TokenOut]] | UnsetType = UNSET
+
+
+class Details(Struct, frozen=True):
+    """`details` of a whole answer."""
+
+    finish_reason: str
+    generated_tokens: int
+    seed: int | None
+    prefill: list[PrefillTokenOut]
+    tokens: list[TokenOut]
+    best_of_sequences: list[BestOfSequence] | UnsetType = UNSET
+    top_tokens: list[list[TokenOut]] | UnsetType = UNSET
+
+
+class GenerateResponse(Struct, frozen=True):
+    """Answer of /generate."""
+
+    generated_text: str
+    details: Details | UnsetType = UNSET
+
+
+class StreamDetails(Struct, frozen=True):
+    """`details` of a stream's last event."""
+
+    finish_reason: str
+    generated_tokens: int
+    seed: int | None
+    input_length: int
+
+
+class StreamResponse(Struct, frozen=True):
+    """One event of /generate_stream."""
+
+    index: int
+    token: TokenOut
+    top_tokens: list[TokenOut] | UnsetType = UNSET
+    generated_text: str | None = None
+    details: StreamDetails | None = None
+
+
+class SimpleToken(Struct, frozen=True):
+    """One token of /tokenize; offsets count bytes of the UTF-8 text."""
+
+    id: int
+    text: str
+    start: int
+    stop: int
+
+
+class ChatTokenizeResponse(Struct, frozen=True):
+    """Answer of /chat_tokenize."""
+
+    tokenize_response: list[SimpleToken]
+    templated_text: str
+
+
+class Info(Struct, frozen=True):
+    """Answer of /info: the fields of TGI 3, then those that only TGI 2 had."""
+
+    model_id: str
+    model_sha: str | None
+    model_pipeline_tag: str | None
+    max_concurrent_requests: int
+    max_best_of: int
+    max_stop_sequences: int
+    max_input_tokens: int
+    max_total_tokens: int
+    validation_workers: int
+    max_client_batch_size: int
+    router: str
+    version: str
+    sha: str | None
+    docker_label: str | None
+    model_dtype: str
+    model_device_type: str
+    max_input_length: int
+    waiting_served_ratio: float
+    max_batch_total_tokens: int
+    max_waiting_tokens: int
+    max_batch_size: int | None
+    kagami_version: str
+
+
+# --- OpenAI routes: requests ---
+
+
+class StreamOptions(Struct, frozen=True):
+    """`stream_options`."""
+
+    include_usage: bool | None = None
+
+
+class OpenAIRequest(Struct, frozen=True, kw_only=True):
+    """What chat and completions have in common; null means absent."""
+
+    model: str | None = None
+    max_tokens: UInt32 | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: Int32 | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    repetition_penalty: float | None = None
+    stop: str | list[str] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    seed: UInt64 | None = None
+    n: UInt32 | None = None
+    logit_bias: Any = None
+    ignore_eos: bool | None = None
+
+
+class ChatRequest(OpenAIRequest, frozen=True, kw_only=True):
+    """Body of /v1/chat/completions and /chat_tokenize; messages go to the template as they are."""
+
+    messages: list[dict[str, Any]]
+    max_completion_tokens: UInt32 | None = None
+    logprobs: bool | None = None
+    top_logprobs: UInt32 | None = None
+    tools: list[Any] | None = None
+    tool_choice: Any = None
+    response_format: dict[str, Any] | None = None
+
+
+class CompletionRequest(OpenAIRequest, frozen=True, kw_only=True):
+    """Body of /v1/completions."""
+
+    prompt: str | list[Any]
+    suffix: str | None = None
+    echo: bool | None = None
+    best_of: UInt32 | None = None
+    logprobs: bool | int | None = None
+
+
+# --- OpenAI routes: answers ---
+
+
+class Usage(Struct, frozen=True):
+    """Tokens spent."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class TopLogprob(Struct, frozen=True):
+    """One alternative of a chat token."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChatLogprob(Struct, frozen=True):
+    """One chat token and its alternatives."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(Struct, frozen=True):
+    """`logprobs` of a chat choice."""
+
+    content: list[ChatLogprob]
+
+
+class ChatMessage(Struct, frozen=True):
+    """The assistant's answer."""
+
+    role: str
+    content: str
+
+
+class ChatChoice(Struct, frozen=True):
+    """One sample of a chat answer."""
+
+    index: int
+    message: ChatMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: str
+
+
+class ChatCompletion(Struct, frozen=True):
+    """Answer of /v1/chat/completions."""
+
+    object: str
+    id: str
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class CompletionChoice(Struct, frozen=True):
+    """One sample of one prompt."""
+
+    index: int
+    text: str
+    logprobs: None
+    finish_reason: str
+
+
+class Completion(Struct, frozen=True):
+    """Answer of /v1/completions."""
+
+    object: str
+    id: str
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[CompletionChoice]
+    usage: Usage
+
+
+class Model(Struct, frozen=True):
+    """One entry of /v1/models."""
+
+    id: str
+    object: str
+    created: int
+    owned_by: str
+
+
+class ModelList(Struct, frozen=True):
+    """Answer of /v1/models."""
+
+    object: str
+    data: list[Model]
+
+
+# --- errors ---
+
+
+class ErrorResponse(Struct, frozen=True):
+    """Every error outside /v1 streams."""
+
+    error: str
+    error_type: str
+
+
+class OpenAIStreamError(Struct, frozen=True):
+    """The inner part of an error event in a /v1 stream."""
+
+    message: str
+    http_status_code: int
+
+
+class OpenAIStreamErrorEvent(Struct, frozen=True):
+    """An error event in a /v1 stream."""
+
+    error: OpenAIStreamError
+
+
+encode = msgspec.json.Encoder().encode
+
+_FLOAT = struct.Struct("f")
+# OpenAI's sign for "as good as impossible"; JSON has no infinity.
+_IMPOSSIBLE = -9999.0
+
+
+def shortest(logprob: float) -> float:
+    """The 64-bit float that prints with the fewest digits that name this 32-bit value.
+
+    `-0.34` for 0x1.5c28f6p-2, not `-0.3400000035762787`. 0.6 us.
+    """
+    if not math.isfinite(logprob):
+        return _IMPOSSIBLE
+    for digits in ("%.7g", "%.8g"):
+        rounded = float(digits % logprob)
+        if _FLOAT.unpack(_FLOAT.pack(rounded))[0] == logprob:
+            return rounded
+    return float(f"{logprob:.9g}")

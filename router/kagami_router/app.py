@@ -1,0 +1,278 @@
+"""The composition root: builds each object once, ties start to stop, and says how it ended.
+
+bind HTTP (/health 503) -> load tokenizer -> wait for the shards -> warm up -> open the door
+-> serve until a signal -> close the door -> drain -> exit 0
+"""
+
+import asyncio
+import ipaddress
+import logging
+import signal
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+import uvloop
+from aiohttp import web
+
+from kagami_proto import logs
+from kagami_proto.errors import KagamiError
+from kagami_router import chat_template, tokenizer
+from kagami_router.api.routes import make_app, make_metrics_app
+from kagami_router.api.schemas import Info
+from kagami_router.api.service import TGI_VERSION, Door, Front
+from kagami_router.batching_loop import BatchingLoop
+from kagami_router.cli import RouterArgs, own_version
+from kagami_router.infer import Infer
+from kagami_router.metrics import Metrics
+from kagami_router.scheduler.scheduler import Scheduler, SchedulerConfig
+from kagami_router.shard_client import Pool, ShardGroup, ShardInfo
+from kagami_router.validation import Limits, Validation
+
+logger = logging.getLogger(__name__)
+
+# Handlers that were ended by the deadline may still tell their clients.
+LAST_WORDS_S = 2.0
+
+
+class StartError(Exception):
+    """The router cannot serve with these arguments, files or shards."""
+
+
+def run(args: RouterArgs) -> int:
+    """Serve until a signal or a failure; the process's exit code."""
+    logs.configure("text_generation_router", level=args.log_level, json_output=args.json_output)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(_serve(args))
+
+
+async def _serve(args: RouterArgs) -> int:
+    for flag in args.without_effect:
+        logger.warning("Flag has no effect", extra={"flag": flag})
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    door = Door()
+    try:
+        _check_arguments(args)
+        async with _listening(args, door):
+            return await _serve_behind(door, args, stop)
+    except StartError as error:
+        logger.error("%s", error)
+        return 1
+
+
+async def _serve_behind(door: Door, args: RouterArgs, stop: asyncio.Event) -> int:
+    """Run the engine's side until it fails or `stop` is set."""
+    engine = asyncio.ensure_future(_run_engine(args, door))
+    signalled = asyncio.ensure_future(stop.wait())
+    try:
+        await asyncio.wait((engine, signalled), return_when=asyncio.FIRST_COMPLETED)
+        if not engine.done():
+            logger.info("signal received, starting graceful shutdown")
+            infer = door.close()
+            if infer is not None:
+                await infer.drain(args.graceful_termination_timeout, LAST_WORDS_S)
+            return 0
+        engine.result()
+        raise StartError("The batching loop ended")
+    except KagamiError as error:
+        logger.error("%s", error)
+        return 1
+    finally:
+        signalled.cancel()
+        engine.cancel()
+        await asyncio.gather(engine, signalled, return_exceptions=True)
+
+
+@asynccontextmanager
+async def _listening(args: RouterArgs, door: Door) -> AsyncIterator[None]:
+    """HTTP is bound inside; raises `StartError` where a port is taken."""
+    app = make_app(
+        door,
+        payload_limit=args.payload_limit,
+        allowed_origins=args.cors_allow_origin,
+        key=args.api_key,
+    )
+    host = _address(args.hostname)
+    async with AsyncExitStack() as stack:
+        await _bind(stack, app, host, args.port)
+        if args.prometheus_port is not None and args.prometheus_port != args.port:
+            await _bind(stack, make_metrics_app(door), host, args.prometheus_port)
+        yield
+
+
+async def _bind(stack: AsyncExitStack, app: web.Application, host: str, port: int) -> None:
+    runner = web.AppRunner(
+        app, handler_cancellation=True, access_log=None, shutdown_timeout=LAST_WORDS_S
+    )
+    await runner.setup()
+    stack.push_async_callback(runner.cleanup)
+    try:
+        await web.TCPSite(runner, host, port).start()
+    except OSError as error:
+        raise StartError(f"Failed to bind to addr: {host}:{port}: {error.strerror}") from error
+
+
+def _address(hostname: str) -> str:
+    try:
+        ipaddress.ip_address(hostname)
+    except ValueError:
+        # Docker sets HOSTNAME to the container's id.
+        logger.warning("Invalid hostname, defaulting to 0.0.0.0")
+        return "0.0.0.0"
+    return hostname
+
+
+async def _run_engine(args: RouterArgs, door: Door) -> None:
+    """Connect, warm up, open the door, and drive the batching loop; ends only by an error."""
+    async with AsyncExitStack() as stack:
+        threads = stack.enter_context(ThreadPoolExecutor(args.validation_workers, "tokenize"))
+        folder = Path(args.tokenizer_name)
+        try:
+            encoder = await asyncio.to_thread(tokenizer.load, folder, threads)
+        except FileNotFoundError as error:
+            raise StartError(str(error)) from error
+        template = chat_template.load(
+            folder,
+            tokenizer.special_tokens(tokenizer.read_json(folder / "tokenizer_config.json")),
+            Path(args.tokenizer_config_path) if args.tokenizer_config_path else None,
+        )
+        shards, facts = await _connect(stack, args.master_shard_uds_path)
+        logger.info("Warming up model")
+        pool = await shards.warmup(
+            max_step_tokens=_max_step_tokens(args),
+            max_batch_size=_max_batch_size(args),
+            max_total_tokens=args.max_total_tokens or 0,
+            max_pool_tokens=args.max_batch_total_tokens or 0,
+        )
+        pool_tokens = (pool.num_blocks - 1) * pool.block_size  # block 0 is scratch
+        logger.info("Setting max batch total tokens to %d", pool_tokens)
+        limits = plan_limits(args, max_positions=facts.max_positions, pool_tokens=pool_tokens)
+        metrics = Metrics(
+            max_input_tokens=limits.max_input_tokens, max_total_tokens=limits.max_total_tokens
+        )
+        loop = BatchingLoop(
+            shards,
+            Scheduler(_scheduler_config(args, pool)),
+            tokenizer=encoder.backend,
+            eos_token_ids=facts.eos_token_ids,
+            metrics=metrics,
+        )
+        door.open(
+            Front(
+                infer=Infer(loop, metrics, max_concurrent_requests=args.max_concurrent_requests),
+                validation=Validation(encoder, limits),
+                tokenizer=encoder,
+                template=template,
+                metrics=metrics,
+                info=_info(args, limits, facts, pool_tokens),
+                compute_type=args.compute_type,
+                is_healthy=lambda: loop.is_healthy,
+            )
+        )
+        logger.info("Connected")
+        await loop.run()
+
+
+async def _connect(stack: AsyncExitStack, master: str) -> tuple[ShardGroup, ShardInfo]:
+    """All shards: the first tells how many there are, and they are numbered at their end."""
+    shards = await stack.enter_async_context(ShardGroup([f"unix://{master}"]))
+    facts = await shards.wait_ready()
+    if facts.world_size > 1:
+        prefix = master.removesuffix("-0")
+        addresses = [f"unix://{prefix}-{rank}" for rank in range(facts.world_size)]
+        shards = await stack.enter_async_context(ShardGroup(addresses))
+        facts = await shards.wait_ready()
+    return shards, facts
+
+
+def _max_batch_size(args: RouterArgs) -> int:
+    return args.max_batch_size or args.max_concurrent_requests
+
+
+def _max_step_tokens(args: RouterArgs) -> int:
+    """Prompt tokens in one step; every running sequence must find room for its next token."""
+    return max(args.max_batch_prefill_tokens, _max_batch_size(args))
+
+
+def _scheduler_config(args: RouterArgs, pool: Pool) -> SchedulerConfig:
+    return SchedulerConfig(
+        num_blocks=pool.num_blocks,
+        block_size=pool.block_size,
+        max_step_tokens=_max_step_tokens(args),
+        max_batch_size=_max_batch_size(args),
+        waiting_served_ratio=args.waiting_served_ratio,
+        max_waiting_tokens=args.max_waiting_tokens,
+    )
+
+
+def _check_arguments(args: RouterArgs) -> None:
+    """What can be known to be wrong before a shard is asked; TGI's texts."""
+    given_input, given_total = args.max_input_tokens, args.max_total_tokens
+    if given_input is not None and given_total is not None and given_input >= given_total:
+        raise StartError("`max_input_tokens` must be < `max_total_tokens`")
+    for name, value in (
+        ("validation_workers", args.validation_workers),
+        ("max_batch_size", args.max_batch_size),
+        ("max_concurrent_requests", args.max_concurrent_requests),
+        ("max_batch_prefill_tokens", args.max_batch_prefill_tokens),
+    ):
+        if value == 0:
+            raise StartError(f"`{name}` must be > 0")
+
+
+def plan_limits(args: RouterArgs, *, max_positions: int, pool_tokens: int) -> Limits:
+    """The lengths that are accepted: as given, else what model (0 = unknown) and pool can hold."""
+    most = min(max_positions or pool_tokens, pool_tokens)
+    max_total = most if args.max_total_tokens is None else args.max_total_tokens
+    if max_total > pool_tokens:
+        raise StartError(f"Not enough memory to handle `max_total_tokens={max_total}`")
+    max_input = max_total - 1 if args.max_input_tokens is None else args.max_input_tokens
+    if not 0 < max_input < max_total:
+        raise StartError("`max_input_tokens` must be < `max_total_tokens`")
+    if max_positions and max_total > max_positions:
+        logger.warning(
+            "`max_total_tokens` is beyond the model's positions",
+            extra={"max_total_tokens": max_total, "max_positions": max_positions},
+        )
+    if args.max_input_tokens is None:
+        logger.info("Maximum input tokens defaulted to %d", max_input)
+    if args.max_total_tokens is None:
+        logger.info("Maximum total tokens defaulted to %d", max_total)
+    return Limits(
+        max_best_of=args.max_best_of,
+        max_stop_sequences=args.max_stop_sequences,
+        max_top_n_tokens=args.max_top_n_tokens,
+        max_input_tokens=max_input,
+        max_total_tokens=max_total,
+        max_client_batch_size=args.max_client_batch_size,
+    )
+
+
+def _info(args: RouterArgs, limits: Limits, facts: ShardInfo, pool_tokens: int) -> Info:
+    return Info(
+        model_id=args.served_model_name or args.tokenizer_name,
+        model_sha=None,
+        model_pipeline_tag=None,
+        max_concurrent_requests=args.max_concurrent_requests,
+        max_best_of=limits.max_best_of,
+        max_stop_sequences=limits.max_stop_sequences,
+        max_input_tokens=limits.max_input_tokens,
+        max_total_tokens=limits.max_total_tokens,
+        validation_workers=args.validation_workers,
+        max_client_batch_size=limits.max_client_batch_size,
+        router="text-generation-router",
+        version=TGI_VERSION,
+        sha=None,
+        docker_label=args.docker_label,
+        model_dtype=facts.dtype,
+        model_device_type=facts.device_type,
+        max_input_length=limits.max_input_tokens,
+        waiting_served_ratio=args.waiting_served_ratio or 0.0,
+        max_batch_total_tokens=pool_tokens,
+        max_waiting_tokens=args.max_waiting_tokens or 0,
+        max_batch_size=args.max_batch_size,
+        kagami_version=own_version(),
+    )

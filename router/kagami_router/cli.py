@@ -1,0 +1,252 @@
+"""argv and environment to `RouterArgs`; nobody else in this package reads either.
+
+Flags are those of TGI's router in both its versions; a variable is named like its flag, in
+capitals. Command line before environment before default. Imports nothing heavy: `--help` is fast.
+"""
+
+import argparse
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any, NamedTuple
+
+DEFAULT_PREFILL_TOKENS = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class RouterArgs:
+    """What the user asked for, typed; None = not given."""
+
+    max_concurrent_requests: int
+    max_best_of: int
+    max_stop_sequences: int
+    max_top_n_tokens: int
+    max_input_tokens: int | None
+    max_total_tokens: int | None
+    waiting_served_ratio: float | None
+    max_batch_prefill_tokens: int
+    max_batch_total_tokens: int | None
+    max_waiting_tokens: int | None
+    max_batch_size: int | None
+    max_client_batch_size: int
+    hostname: str
+    port: int
+    prometheus_port: int | None
+    master_shard_uds_path: str
+    tokenizer_name: str
+    served_model_name: str | None
+    tokenizer_config_path: str | None
+    validation_workers: int
+    api_key: str | None
+    json_output: bool
+    otlp_endpoint: str | None
+    otlp_service_name: str
+    cors_allow_origin: tuple[str, ...]
+    disable_grammar_support: bool
+    payload_limit: int
+    graceful_termination_timeout: float
+    log_level: str
+    compute_type: str
+    docker_label: str | None
+    without_effect: tuple[str, ...]
+    """Flags that were given and change nothing."""
+
+
+class _Flag(NamedTuple):
+    name: str
+    kind: Callable[[str], Any] | None
+    """None = a bare switch."""
+    default: Any
+    help: str
+    has_effect: bool = True
+    other_names: tuple[str, ...] = ()
+
+    @property
+    def variable(self) -> str:
+        return self.name.removeprefix("--").replace("-", "_").upper()
+
+    @property
+    def field(self) -> str:
+        return self.variable.lower()
+
+
+def _list(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise ValueError(text)
+    return number
+
+
+def _port(text: str) -> int:
+    number = int(text)
+    if not 0 <= number <= 65535:
+        raise ValueError(text)
+    return number
+
+
+_FLAGS = (
+    _Flag("--max-concurrent-requests", _count, 128, "requests served at once; more get 429"),
+    _Flag("--max-best-of", _count, 2, "upper bound of `best_of` and `n`"),
+    _Flag("--max-stop-sequences", _count, 4, "upper bound of the number of `stop` strings"),
+    _Flag("--max-top-n-tokens", _count, 5, "upper bound of `top_n_tokens`"),
+    _Flag(
+        "--max-input-tokens",
+        _count,
+        None,
+        "longest prompt (default: max_total_tokens - 1)",
+        other_names=("--max-input-length",),
+    ),
+    _Flag(
+        "--max-total-tokens",
+        _count,
+        None,
+        "prompt and new tokens of a request (default: what the model and the memory allow)",
+    ),
+    _Flag("--waiting-served-ratio", float, None, "when waiting requests may interrupt decoding"),
+    _Flag(
+        "--max-batch-prefill-tokens", _count, DEFAULT_PREFILL_TOKENS, "prompt tokens in one step"
+    ),
+    _Flag("--max-batch-total-tokens", _count, None, "upper bound of the KV cache in tokens"),
+    _Flag("--max-waiting-tokens", _count, None, "decode steps that waiting requests must wait"),
+    _Flag("--max-batch-size", _count, None, "sequences in one step"),
+    _Flag("--max-client-batch-size", _count, 4, "prompts in one completions request"),
+    _Flag("--hostname", str, "0.0.0.0", "IP address to listen on"),
+    _Flag("--port", _port, 3000, "port to listen on", other_names=("-p",)),
+    _Flag("--prometheus-port", _port, None, "second port for /metrics (default: none)"),
+    _Flag(
+        "--master-shard-uds-path",
+        str,
+        "/tmp/text-generation-server-0",
+        "Unix socket of the first shard",
+    ),
+    _Flag("--tokenizer-name", str, "bigscience/bloom", "folder of the model's tokenizer"),
+    _Flag(
+        "--served-model-name",
+        str,
+        None,
+        "what answers call the model (default: --tokenizer-name)",
+    ),
+    _Flag("--tokenizer-config-path", str, None, "file to read the chat template from"),
+    _Flag("--revision", str, None, "ignored: --tokenizer-name is a folder", has_effect=False),
+    _Flag("--trust-remote-code", None, False, "ignored: runs no model code", has_effect=False),
+    _Flag("--validation-workers", _count, 2, "threads that tokenize long prompts"),
+    _Flag("--api-key", str, None, "asked for as `Authorization: Bearer` (better: API_KEY)"),
+    _Flag("--json-output", None, False, "log in JSON"),
+    _Flag("--otlp-endpoint", str, None, "OpenTelemetry collector", has_effect=False),
+    _Flag(
+        "--otlp-service-name",
+        str,
+        "text-generation-inference.router",
+        "`service.name` of traces",
+        has_effect=False,
+    ),
+    _Flag("--cors-allow-origin", _list, None, "allowed origin; repeatable (default: any)"),
+    _Flag("--disable-grammar-support", None, False, "refuse grammars"),
+    _Flag("--payload-limit", _count, 2_000_000, "longest request body in bytes"),
+    _Flag(
+        "--graceful-termination-timeout",
+        float,
+        90.0,
+        "seconds that running requests have after SIGTERM",
+        other_names=("-g",),
+    ),
+    _Flag("--usage-stats", str, None, "ignored: nothing is ever sent", has_effect=False),
+    _Flag("--messages-api-enabled", None, False, "ignored: always on", has_effect=False),
+    _Flag("--max-image-fetch-size", _count, None, "ignored: fetches no images", has_effect=False),
+    _Flag("--ngrok", None, False, "not supported", has_effect=False),
+    _Flag("--ngrok-authtoken", str, None, "not supported", has_effect=False),
+    _Flag("--ngrok-edge", str, None, "not supported", has_effect=False),
+)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        """One line, exit code 2."""
+        self.exit(2, f"error: {message} (see --help)\n")
+
+
+def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> RouterArgs:
+    """The arguments; exits with code 2 and one line where they cannot be understood."""
+    parser = _make_parser()
+    given = vars(parser.parse_args(argv))
+    values: dict[str, Any] = {}
+    without_effect = []
+    for flag in _FLAGS:
+        value = given.pop(flag.field)
+        if value is None:
+            value = _from_environment(parser, flag, environ)
+        if value is not None and value is not False and not flag.has_effect:
+            without_effect.append(flag.name)
+        values[flag.field] = flag.default if value is None else value
+    origins = values.pop("cors_allow_origin") or []
+    for flag in _FLAGS:
+        if flag.field not in RouterArgs.__dataclass_fields__:
+            values.pop(flag.field)
+    return RouterArgs(
+        **values,
+        cors_allow_origin=tuple(origin for origin in origins if origin != "*"),
+        log_level=environ.get("LOG_LEVEL", "info"),
+        compute_type=environ.get("COMPUTE_TYPE", "gpu+optimized"),
+        docker_label=environ.get("DOCKER_LABEL"),
+        without_effect=tuple(without_effect),
+    )
+
+
+def _make_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="text-generation-router",
+        description="HTTP in, batches out: serves a model that text-generation-server has loaded."
+        " Every flag is also an environment variable (--max-best-of: MAX_BEST_OF).",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "-V", "--version", action="version", version=f"text-generation-router {own_version()}"
+    )
+    for flag in _FLAGS:
+        names = (*flag.other_names, flag.name)
+        shown = "" if flag.default in (None, False) else f" (default: {flag.default})"
+        text = flag.help + shown
+        if flag.kind is None:
+            parser.add_argument(
+                *names, dest=flag.field, action="store_const", const=True, help=text
+            )
+        elif flag.kind is _list:
+            parser.add_argument(
+                *names, dest=flag.field, action="extend", type=_list, metavar="ORIGIN", help=text
+            )
+        else:
+            parser.add_argument(
+                *names,
+                dest=flag.field,
+                type=flag.kind,
+                metavar=flag.kind.__name__.strip("_").upper(),
+                help=text,
+            )
+    return parser
+
+
+def _from_environment(
+    parser: argparse.ArgumentParser, flag: _Flag, environ: Mapping[str, str]
+) -> Any:
+    text = environ.get(flag.variable)
+    for name in flag.other_names:
+        if text is None and name.startswith("--"):
+            text = environ.get(name.removeprefix("--").replace("-", "_").upper())
+    if text is None or (text == "" and flag.kind is not str):
+        return None
+    try:
+        if flag.kind is None:
+            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+        return flag.kind(text)
+    except (ValueError, KeyError):
+        parser.error(f"invalid value {text!r} in the environment variable {flag.variable}")
+
+
+def own_version() -> str:
+    """The version of the installed distribution."""
+    return version("kagami-tgi")

@@ -1,0 +1,275 @@
+"""The door: what a route asks becomes a `ValidRequest`, or an `InvalidRequest` with TGI's text.
+
+The rules stand in TGI's order, the first that fails wins. Behind this file nothing is checked
+again. Knows limits and text; knows no HTTP and no route.
+"""
+
+import random
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from kagami_proto.errors import InvalidRequest
+from kagami_router.requests import SamplingParams, StoppingParams, ValidRequest
+from kagami_router.tokenizer import Tokenizer
+
+MAX_SEED = 2**64 - 1
+# Colder is the same as greedy in float32, and a logit divided by less can overflow.
+MIN_TEMPERATURE = 1e-4
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one request may ask of this server."""
+
+    max_best_of: int
+    max_stop_sequences: int
+    max_top_n_tokens: int
+    max_input_tokens: int
+    max_total_tokens: int
+    max_client_batch_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationParams:
+    """What a route asks of one generation, unchecked; None = not given."""
+
+    best_of: int | None = None
+    do_sample: bool = False
+    temperature: float | None = None
+    repetition_penalty: float | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    typical_p: float | None = None
+    max_new_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    keep_stop: bool = True
+    ignore_eos: bool = False
+    truncate: int | None = None
+    prompt_logprobs: bool = False
+    seed: int | None = None
+    top_n_tokens: int | None = None
+    grammar: object = None
+    unsupported: Mapping[str, object] = field(default_factory=dict)
+    """Fields that this server knows but cannot serve, by name; None or false = neutral."""
+
+    @property
+    def is_sampling_asked(self) -> bool:
+        """Any of the parameters is there that go with sampling, whatever its value."""
+        return self.do_sample or any(
+            value is not None
+            for value in (self.temperature, self.top_k, self.top_p, self.typical_p)
+        )
+
+    @property
+    def num_samples(self) -> int:
+        """Sequences to generate; TGI takes `best_of: 0` for 1."""
+        return max(1, self.best_of or 1)
+
+
+@dataclass(frozen=True, slots=True)
+class TraceContext:
+    """The client's W3C trace context; empty = none."""
+
+    traceparent: str = ""
+    tracestate: str = ""
+
+
+NO_TRACE = TraceContext()
+
+
+class Validation:
+    """Holds the limits and the tokenizer that prompts are measured with."""
+
+    def __init__(self, tokenizer: Tokenizer, limits: Limits) -> None:
+        self._tokenizer = tokenizer
+        self.limits = limits
+
+    def check_stream(self, params: GenerationParams) -> None:
+        """What only one whole answer can carry; comes before the permit."""
+        if params.best_of is not None and params.best_of != 1:
+            raise InvalidRequest("`best_of` != 1 is not supported when streaming tokens")
+        if params.prompt_logprobs:
+            raise InvalidRequest(
+                "`decoder_input_details` == true is not supported when streaming tokens"
+            )
+
+    def check_best_of(self, params: GenerationParams) -> None:
+        """How many samples one call may draw; comes before the permits they take."""
+        limit = self.limits.max_best_of
+        if params.num_samples > 1 and limit == 1:
+            raise InvalidRequest("`best_of` != 1 is not allowed for this endpoint")
+        if params.num_samples > limit:
+            raise InvalidRequest(f"`best_of` must be > 0 and <= {limit}. Given: {params.best_of}")
+
+    async def validate(
+        self,
+        prompt: str,
+        params: GenerationParams,
+        *,
+        add_special_tokens: bool,
+        trace: TraceContext = NO_TRACE,
+    ) -> ValidRequest:
+        """The one way to a `ValidRequest`; raises `InvalidRequest`."""
+        sampling = self._sampling(params)
+        self._check_counts(params)
+        if not prompt:
+            raise InvalidRequest("`inputs` cannot be empty")
+        prompt_ids = await self._prompt_ids(prompt, params.truncate, add_special_tokens)
+        max_new_tokens = self._max_new_tokens(len(prompt_ids), params.max_new_tokens)
+        _check_supported(params)
+        return ValidRequest(
+            prompt_ids=tuple(prompt_ids),
+            prompt_text=prompt,
+            sampling=sampling,
+            stopping=StoppingParams(
+                max_new_tokens=max_new_tokens,
+                stop=tuple(text for text in params.stop if text),  # "" would end at once
+                ignore_eos=params.ignore_eos,
+                keep_stop=params.keep_stop,
+            ),
+            top_n_tokens=params.top_n_tokens or 0,
+            prompt_logprobs=params.prompt_logprobs,
+            traceparent=trace.traceparent,
+            tracestate=trace.tracestate,
+        )
+
+    def _sampling(self, params: GenerationParams) -> SamplingParams:
+        """Rules 1 to 7, and whether the sequence samples at all."""
+        if params.num_samples > 1 and not params.is_sampling_asked:
+            raise InvalidRequest("you must use sampling when `best_of` is > 1")
+        temperature = _float32("temperature", params.temperature, 1.0)
+        if temperature <= 0:
+            raise InvalidRequest("`temperature` must be strictly positive")
+        repetition_penalty = _float32("repetition_penalty", params.repetition_penalty, 1.0)
+        if repetition_penalty <= 0:
+            raise InvalidRequest("`repetition_penalty` must be strictly positive")
+        frequency_penalty = _additive_penalty("frequency_penalty", params.frequency_penalty)
+        presence_penalty = _additive_penalty("presence_penalty", params.presence_penalty)
+        top_p = _share("top_p", params.top_p)
+        typical_p = _share("typical_p", params.typical_p)
+        if params.top_k is not None and params.top_k <= 0:
+            raise InvalidRequest("`top_k` must be strictly positive")
+        do_sample = (
+            params.do_sample
+            or temperature != 1.0
+            or any(value is not None for value in (params.top_k, params.top_p, params.typical_p))
+        )
+        return SamplingParams(
+            do_sample=do_sample,
+            seed=_seed(params.seed, do_sample),
+            temperature=max(temperature, MIN_TEMPERATURE),
+            top_k=params.top_k or 0,
+            top_p=top_p,
+            typical_p=typical_p,
+            repetition_penalty=repetition_penalty,
+            frequency_penalty=frequency_penalty,
+            presence_penalty=presence_penalty,
+        )
+
+    def _check_counts(self, params: GenerationParams) -> None:
+        """Rules 8 to 11."""
+        limits = self.limits
+        if params.max_new_tokens == 0:
+            raise InvalidRequest("`max_new_tokens` must be strictly positive")
+        if len(params.stop) > limits.max_stop_sequences:
+            raise InvalidRequest(
+                f"`stop` supports up to {limits.max_stop_sequences} stop sequences."
+                f" Given: {len(params.stop)}"
+            )
+        if params.seed is not None and params.num_samples > 1:
+            raise InvalidRequest("`seed` must not be set when `best_of` > 1")
+        if (params.top_n_tokens or 0) > limits.max_top_n_tokens:
+            raise InvalidRequest(
+                f"`top_n_tokens` must be >= 0 and <= {limits.max_top_n_tokens}."
+                f" Given: {params.top_n_tokens}"
+            )
+
+    async def _prompt_ids(
+        self, prompt: str, truncate: int | None, add_special_tokens: bool
+    ) -> list[int]:
+        """Rules 13 and 14: the last `truncate` tokens of the prompt, all of them without it."""
+        limit = self.limits.max_input_tokens
+        if truncate is not None and not 0 < truncate <= limit:
+            raise InvalidRequest(
+                f"`truncate` must be strictly positive and less than {limit}. Given: {truncate}"
+            )
+        prompt_ids = await self._tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
+        if not prompt_ids:
+            raise InvalidRequest("`inputs` has no tokens")
+        return prompt_ids if truncate is None else prompt_ids[-truncate:]
+
+    def _max_new_tokens(self, num_input: int, asked: int | None) -> int:
+        """Rules 15 and 16; without a wish, the rest of the context."""
+        limits = self.limits
+        max_new = max(0, limits.max_total_tokens - num_input) if asked is None else asked
+        if num_input + max_new > limits.max_total_tokens:
+            raise InvalidRequest(
+                f"`inputs` tokens + `max_new_tokens` must be <= {limits.max_total_tokens}."
+                f" Given: {num_input} `inputs` tokens and {max_new} `max_new_tokens`"
+            )
+        if num_input > limits.max_input_tokens:
+            raise InvalidRequest(
+                f"`inputs` must have less than {limits.max_input_tokens} tokens. Given: {num_input}"
+            )
+        return max_new
+
+
+def samples(request: ValidRequest, count: int) -> list[ValidRequest]:
+    """`count` generations of one prompt: the request itself, then its twins with other seeds.
+
+    Randomness is a function of (seed, position), so neighbouring seeds are unrelated.
+    """
+    return [request] + [
+        replace(
+            request,
+            sampling=replace(request.sampling, seed=(request.sampling.seed + offset) & MAX_SEED),
+        )
+        for offset in range(1, count)
+    ]
+
+
+def _check_supported(params: GenerationParams) -> None:
+    """Rule 17, and what else is known but not served yet."""
+    if params.grammar is not None:
+        raise InvalidRequest("grammar is not supported")
+    for name, value in params.unsupported.items():
+        if value is not None and value is not False:
+            raise InvalidRequest(f"`{name}` is not supported yet")
+
+
+def _float32(name: str, value: float | None, default: float) -> float:
+    """What the shard will see of `value`: 1e-60 is 0 there."""
+    if value is None:
+        return default
+    try:
+        rounded: float = struct.unpack("f", struct.pack("f", value))[0]
+    except OverflowError:
+        raise InvalidRequest(f"`{name}` is out of range. Given: {value}") from None
+    return rounded
+
+
+def _additive_penalty(name: str, value: float | None) -> float:
+    penalty = _float32(name, value, 0.0)
+    if not -2.0 <= penalty <= 2.0:
+        raise InvalidRequest(f"`{name}` must be >= -2.0 and <= 2.0")
+    return penalty
+
+
+def _share(name: str, value: float | None) -> float:
+    if value is None:
+        return 1.0
+    share = _float32(name, value, 1.0)
+    if not 0.0 < share < 1.0:
+        raise InvalidRequest(f"`{name}` must be > 0.0 and < 1.0")
+    return share
+
+
+def _seed(given: int | None, do_sample: bool) -> int:
+    if given is not None:
+        if given > MAX_SEED:
+            raise InvalidRequest(f"`seed` must be <= {MAX_SEED}. Given: {given}")
+        return given
+    return random.getrandbits(64) if do_sample else 0
