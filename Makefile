@@ -42,6 +42,9 @@ test: $(STAMP) ## run every test
 check: lint types ## format, lint, types and the fast tests
 	$(BIN)/pytest -q -m 'not slow'
 
+bench: $(STAMP) ## measure the embedded model on the design's four workloads
+	PYTHONPATH=. $(BIN)/python tests/benchmarks/workloads.py
+
 run: $(STAMP) ## serve the embedded model on port $(PORT)
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/text-generation-launcher --port $(PORT)
 
