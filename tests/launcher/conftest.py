@@ -91,6 +91,5 @@ def launch(tmp_path: Path, model_folder: Path) -> Iterator[Callable[..., Launche
 
     yield start
     for launcher in started:
-        if launcher.process.poll() is None:
-            launcher.process.send_signal(signal.SIGKILL)
-            launcher.process.communicate()
+        launcher.process.send_signal(signal.SIGKILL)
+        launcher.process.communicate()

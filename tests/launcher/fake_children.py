@@ -50,8 +50,10 @@ def shard(argv: list[str]) -> int:
         return 1
     if mode == "deaf":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        say("INFO", "Loading")
         threading.Event().wait()
     if mode == "hang":
+        say("INFO", "Loading")
         wait_for_sigterm()
         return 0
     address = f"unix://{argv[argv.index('--uds-path') + 1]}-{os.environ['RANK']}"

@@ -8,9 +8,8 @@ from kagami_launcher import cli, environment, main
 
 
 def find_fake(name: str, base: Mapping[str, str]) -> str | None:
-    return base.get(
-        {"text-generation-server": "FAKE_SERVER", "text-generation-router": "FAKE_WEB"}[name]
-    )
+    variable = {"text-generation-server": "FAKE_SERVER", "text-generation-router": "FAKE_WEB"}[name]
+    return base[variable] or None
 
 
 if __name__ == "__main__":
