@@ -32,7 +32,7 @@ class Decoder:
         load = _Loader(spec, checkpoint, dtype, device)
         self._embedding = load.embedding()
         self._layers = [_Layer(spec, index, load) for index in range(len(spec.layers))]
-        self._norm = load.norm(spec.names.prefix + spec.names.final_norm)
+        self._norm = load.norm(load.prefix + spec.names.final_norm)
         self._head = load.head(self._embedding)
         self._ropes = [RotaryEmbedding(rope, device) for rope in spec.ropes]
 
@@ -78,13 +78,15 @@ class _Loader:
         self._checkpoint = checkpoint
         self._dtype = dtype
         self._device = device
+        embedding = f"{spec.names.embedding}.weight"
+        prefixes = spec.names.prefixes
+        self.prefix = next((p for p in prefixes if p + embedding in checkpoint), prefixes[0])
 
     def tensor(self, *names: str) -> Tensor:
         return self._checkpoint.load_rows(names, dtype=self._dtype, device=self._device)
 
     def embedding(self) -> Embedding:
-        names = self._spec.names
-        weight = self.tensor(f"{names.prefix}{names.embedding}.weight")
+        weight = self.tensor(f"{self.prefix}{self._spec.names.embedding}.weight")
         return Embedding(weight, self._spec.embedding_multiplier)
 
     def head(self, embedding: Embedding) -> Head:
@@ -144,7 +146,7 @@ class _Layer:
 
     def __init__(self, spec: ModelSpec, index: int, load: _Loader) -> None:
         names = spec.names
-        layer = f"{names.prefix}layers.{index}."
+        layer = f"{load.prefix}layers.{index}."
         self._rope = spec.layers[index].rope
         self._multiplier = spec.residual_multiplier
         self._before_attention = load.norm_or_none(layer, names.before_attention)

@@ -16,7 +16,17 @@ from kagami_shard.weights.checkpoint import Checkpoint
 # `model_type` of config.json -> the module of this package whose `spec(config, max_length)` it has.
 FAMILIES: Mapping[str, str] = MappingProxyType(
     {
+        "gemma2": "gemma2",
+        "gemma3": "gemma3",
+        "gemma3_text": "gemma3",
+        "granite": "granite",
         "llama": "llama",
+        "mistral": "mistral",
+        "olmo2": "olmo2",
+        "phi3": "phi3",
+        "qwen2": "qwen2",
+        "qwen3": "qwen3",
+        "starcoder2": "starcoder2",
     }
 )
 
@@ -41,7 +51,7 @@ def load_model(
             f" ({folder})"
         )
     module = import_module(f"kagami_shard.models.{FAMILIES[config.model_type]}")
-    spec = module.spec(config, max_length or config.max_position_embeddings)
+    spec = module.spec(config, max_length)
     if getattr(config, "quantization_config", None) is not None:
         raise UnsupportedModel(
             f"model type {config.model_type}: quantized weights are not served yet ({folder})"

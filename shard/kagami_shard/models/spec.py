@@ -51,11 +51,11 @@ class WeightNames:
     before attention and mlp is Llama's place, after them OLMo 2's, both Gemma's.
     """
 
-    prefix: str = "model."
+    prefixes: tuple[str, ...] = ("model.",)
+    """What comes before all names but the head's: the first under which there is an embedding"""
     embedding: str = "embed_tokens"
     final_norm: str = "norm"
     head: str = "lm_head"
-    """Not below `prefix`"""
     qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     qk_norm: tuple[str, str] = ("self_attn.q_norm", "self_attn.k_norm")
     output: str = "self_attn.o_proj"
@@ -124,7 +124,7 @@ def rope_of(config: PreTrainedConfig, max_length: int, layer_type: str | None = 
         rotary_dim=int(head_dim_of(config) * (parameters.get("partial_rotary_factor") or 1.0)),
         theta=float(parameters["rope_theta"]),
         max_positions=config.max_position_embeddings,
-        max_length=max_length,
+        max_length=max_length or config.max_position_embeddings,
         kind=kind,
         parameters=parameters,
     )
@@ -139,9 +139,19 @@ def windows_of(config: PreTrainedConfig) -> Sequence[int | None]:
     return [window if kind == "sliding_attention" else None for kind in layer_types]
 
 
-def llama_like(config: PreTrainedConfig, max_length: int, **differences: object) -> ModelSpec:
-    """Llama's spec, with fields replaced by `differences`."""
+def llama_like(
+    config: PreTrainedConfig,
+    max_length: int,
+    *,
+    windows: Sequence[int | None] | None = None,
+    **differences: object,
+) -> ModelSpec:
+    """Llama's spec, with fields replaced by `differences`.
+
+    Windows only where a family asks for them: a Llama's config.json may name one by descent.
+    """
     head_dim = head_dim_of(config)
+    windows = windows or [None] * config.num_hidden_layers
     fields: dict[str, object] = {
         "model_type": config.model_type,
         "vocab_size": config.vocab_size,
@@ -150,11 +160,13 @@ def llama_like(config: PreTrainedConfig, max_length: int, **differences: object)
         "num_kv_heads": config.num_key_value_heads or config.num_attention_heads,
         "head_dim": head_dim,
         "max_positions": config.max_position_embeddings,
-        "layers": tuple(LayerSpec(window) for window in windows_of(config)),
-        "ropes": (rope_of(config, max_length),),
+        "layers": tuple(LayerSpec(window) for window in windows),
         "norm_eps": getattr(config, "rms_norm_eps", 1e-6),
         "activation": getattr(config, "hidden_act", "silu"),
         "tied_head": config.tie_word_embeddings,
         "attention_scale": head_dim**-0.5,
     }
-    return ModelSpec(**(fields | differences))  # type: ignore[arg-type]  # names checked at run time
+    if "ropes" not in differences:
+        fields["ropes"] = (rope_of(config, max_length),)
+    # Field names are checked by the call, their types by the parity tests of every family.
+    return ModelSpec(**(fields | differences))  # type: ignore[arg-type]  # see above

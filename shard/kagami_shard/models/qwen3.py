@@ -1,0 +1,16 @@
+"""Qwen3: norms on every head of query and key (arXiv:2505.09388)."""
+
+from transformers import PreTrainedConfig
+
+from kagami_shard.models.spec import ModelSpec, QKNorm, llama_like, windows_of
+
+
+def spec(config: PreTrainedConfig, max_length: int) -> ModelSpec:
+    return llama_like(
+        config,
+        max_length,
+        windows=windows_of(config),
+        qk_norm=QKNorm.PER_HEAD,
+        qkv_bias=config.attention_bias,
+        output_bias=config.attention_bias,
+    )

@@ -1,0 +1,55 @@
+"""Our logits beside transformers' own, over steps that mix chunks and decodes."""
+
+from pathlib import Path
+
+import torch
+from tests.fakes.batches import Runner
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kagami_shard.models.registry import load_model
+
+NUM_TOKENS = (23, 9, 17)
+
+
+def prompts(vocab_size: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(0, vocab_size, (n,), generator=generator).tolist() for n in NUM_TOKENS]
+
+
+@torch.inference_mode()
+def expected_logits(model: PreTrainedModel, tokens: list[int]) -> Tensor:
+    """`[num_tokens, vocab_size]`, one sequence at a time without a cache."""
+    return model(torch.tensor([tokens]), use_cache=False).logits[0].float()
+
+
+def our_logits(folder: Path, tokens: list[list[int]], *, max_length: int = 0) -> list[Tensor]:
+    """Three sequences, run in chunks, in decodes and in both at once."""
+    cpu = torch.device("cpu")
+    model = load_model(folder, dtype=torch.float32, device=cpu, max_length=max_length)
+    runner = Runner(model)
+    a, b, c = (runner.add(each) for each in tokens)
+    seen: dict[int, list[Tensor]] = {id(a): [], id(b): [], id(c): []}
+
+    def step(*work: tuple[object, int]) -> None:
+        for (sequence, _), logits in zip(work, runner.step(*work), strict=True):
+            seen[id(sequence)].append(logits)
+
+    step((a, 7))
+    step((a, 1), (b, 5), (c, 2))
+    step((b, 1), (a, 9))
+    step((c, 1), (b, 1), (a, 3))
+    step((b, 1), (a, 1), (c, 11))
+    step((b, 1), (c, 1), (a, 1))
+    step((a, 1), (c, 2))
+    return [torch.cat(logits) for logits in seen.values()]
+
+
+def worst_difference(folder: Path, model: PreTrainedModel, *, max_length: int = 0) -> float:
+    """The largest difference between any two logits."""
+    tokens = prompts(model.config.get_text_config().vocab_size)
+    ours = our_logits(folder, tokens, max_length=max_length)
+    return max(
+        float((mine - expected_logits(model, each)).abs().max())
+        for mine, each in zip(ours, tokens, strict=True)
+    )
