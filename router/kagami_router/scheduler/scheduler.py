@@ -1,0 +1,508 @@
+"""Decides which sequences run next: token budget, blocks, prefix cache, preemption.
+
+Pure: no await, clock, socket or tensor; time comes in as an argument. The order of calls is
+
+    add, cancel, finish         at any time
+    schedule() -> Step | None   as often as it gives one; at most two steps are in flight
+    update(results) -> events   once for each step, in order
+
+Steps run strictly in the order in which `schedule` made them. That is why a block may be given to
+somebody else although a step in flight still writes to it (its sequence ended or was preempted):
+the new owner's step comes later and writes over whatever was left. Only the prefix cache must not
+see such a block, hence it takes only what a result confirmed for a sequence that still runs.
+
+Whether a sequence ended by EOS or a stop string is not known here: the caller looks at ids and
+text and calls `finish`. The length is counted here.
+"""
+
+import itertools
+from bisect import insort
+from collections import deque
+from dataclasses import dataclass
+
+from kagami_router.metrics import PoolStats
+from kagami_router.requests import ValidRequest
+from kagami_router.scheduler.blocks import BlockAllocator
+from kagami_router.scheduler.isolation import FaultIsolation
+from kagami_router.scheduler.prefix_cache import Node, PrefixCache
+from kagami_router.scheduler.sequence import Sequence, Status, age
+from kagami_router.scheduler.step import (
+    Event,
+    NewSequence,
+    SequenceFailed,
+    Step,
+    StepResults,
+    TokenSampled,
+    Work,
+)
+from kagami_router.token_log import TokenLog
+
+# One runs while the router handles the result of the one before it (design §1.4).
+MAX_STEPS_IN_FLIGHT = 2
+# TGI's defaults for whichever of the two knobs is not given while the other is.
+DEFAULT_WAITING_SERVED_RATIO = 0.3
+DEFAULT_MAX_WAITING_TOKENS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """The pool and the limits of a step.
+
+    `waiting_served_ratio`, `max_waiting_tokens`: when newcomers may interrupt decoding, in TGI's
+    sense; with neither they join as soon as the budget allows.
+    """
+
+    num_blocks: int
+    block_size: int
+    max_step_tokens: int
+    max_batch_size: int
+    waiting_served_ratio: float | None = None
+    max_waiting_tokens: int | None = None
+    prefix_caching: bool = True
+
+
+class _Draft:
+    """The step being made: what is left of its budgets, and what is in it so far."""
+
+    __slots__ = ("new_sequences", "num_preempted", "room", "tokens", "work")
+
+    def __init__(self, *, tokens: int, room: int) -> None:
+        self.tokens = tokens
+        self.room = room
+        self.work: list[Work] = []
+        self.new_sequences: list[NewSequence] = []
+        self.num_preempted = 0
+
+    @property
+    def is_full(self) -> bool:
+        return self.tokens <= 0 or self.room <= 0
+
+    def put(self, sequence: Sequence, count: int, blocks: list[int]) -> None:
+        """Schedule the next `count` positions of a sequence."""
+        position = sequence.num_scheduled
+        end = position + count
+        self.work.append(Work(sequence, position, count, blocks, end >= sequence.prefill_end))
+        sequence.num_scheduled = end
+        sequence.steps_in_flight += 1
+        self.tokens -= count
+        self.room -= 1
+
+
+class Scheduler:
+    """Decides which sequences run next. Pure: knows no clock, no socket, no tensor."""
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        if config.max_step_tokens < 1 or config.max_batch_size < 1:
+            raise ValueError("a step needs room for one token and one sequence")
+        self._config = config
+        self._allocator = BlockAllocator(config.num_blocks)
+        self._cache = PrefixCache(self._allocator, config.block_size)
+        self._isolation = FaultIsolation(
+            max_batch_size=config.max_batch_size, max_step_tokens=config.max_step_tokens
+        )
+        self._sequences: dict[int, Sequence] = {}
+        # Both oldest first.
+        self._waiting: list[Sequence] = []
+        self._running: list[Sequence] = []
+        self._ids = itertools.count(1)
+        self._numbers = itertools.count(1)
+        self._in_flight: deque[Step] = deque()
+        self._void: set[int] = set()
+        self._drop_ids: list[int] = []
+        self._steps_since_admission = 0
+
+    @property
+    def num_in_flight(self) -> int:
+        """Steps scheduled whose results have not come."""
+        return len(self._in_flight)
+
+    @property
+    def is_idle(self) -> bool:
+        return not self._sequences and not self._in_flight
+
+    def add(self, request: ValidRequest, now: float) -> Sequence:
+        """Queue one generation. The door has made sure that it fits alone in the pool."""
+        max_kv_tokens = len(request.prompt_ids) + request.stopping.max_new_tokens - 1
+        assert self._blocks_for(max_kv_tokens) <= self._allocator.num_total, "can never fit"
+        log = TokenLog(request.prompt_ids)
+        sequence = Sequence(next(self._ids), request, log, max_kv_tokens, added_at=now)
+        self._sequences[sequence.id] = sequence
+        self._waiting.append(sequence)
+        return sequence
+
+    def cancel(self, request_id: int) -> None:
+        """Drop a sequence with the next step; one that ended already is none of our business."""
+        if sequence := self._sequences.get(request_id):
+            self._end(sequence)
+
+    def finish(self, sequence: Sequence) -> None:
+        """End a sequence whose last token was EOS or completed a stop string."""
+        self.cancel(sequence.id)
+
+    def schedule(self, now: float) -> Step | None:
+        """The next step, or None if there is nothing to compute or enough is in flight.
+
+        One flat budget of tokens: every decode of a running sequence takes one, what is left goes
+        to prompt chunks, oldest first, so a step's time is bounded whatever prompts come.
+        """
+        suspects = self._isolation.suspects()
+        if len(self._in_flight) >= (1 if suspects else MAX_STEPS_IN_FLIGHT):
+            return None
+        draft = _Draft(tokens=self._isolation.max_step_tokens, room=self._isolation.max_batch_size)
+        eligible = suspects or self._running
+        self._put_decodes(draft, list(eligible), suspects)
+        self._put_chunks(draft, eligible)
+        if suspects or (draft.num_preempted == 0 and self._may_admit()):
+            self._admit(draft, suspects, now)
+        if not draft.work:
+            return None
+        self._steps_since_admission = 0 if draft.new_sequences else self._steps_since_admission + 1
+        step = Step(
+            number=next(self._numbers),
+            new_sequences=draft.new_sequences,
+            drop_ids=self._drop_ids,
+            work=draft.work,
+            num_preempted=draft.num_preempted,
+        )
+        self._drop_ids = []
+        self._in_flight.append(step)
+        return step
+
+    def _put_decodes(
+        self, draft: _Draft, sequences: list[Sequence], suspects: list[Sequence]
+    ) -> None:
+        block_size = self._config.block_size
+        for sequence in sequences:
+            if draft.is_full:
+                return
+            position = sequence.num_scheduled
+            if (
+                position < sequence.prefill_end
+                or position >= sequence.max_kv_tokens  # its last token is being sampled
+                or sequence.status is not Status.RUNNING  # a suspect, or preempted just now
+            ):
+                continue
+            if position < len(sequence.blocks) * block_size:
+                draft.put(sequence, 1, [])
+            elif self._make_room_for(sequence, suspects, draft):
+                blocks = self._allocate(1)
+                sequence.blocks += blocks
+                draft.put(sequence, 1, blocks)
+
+    def _put_chunks(self, draft: _Draft, sequences: list[Sequence]) -> None:
+        for sequence in sequences:
+            if draft.is_full:
+                return
+            missing = sequence.prefill_end - sequence.num_scheduled
+            if sequence.status is Status.RUNNING and missing > 0:
+                draft.put(sequence, min(missing, draft.tokens), [])
+
+    def _may_admit(self) -> bool:
+        """Whether newcomers may join now (TGI's `waiting_served_ratio`, `max_waiting_tokens`)."""
+        ratio, max_waiting = self._config.waiting_served_ratio, self._config.max_waiting_tokens
+        if not self._waiting or not self._running or (ratio is None and max_waiting is None):
+            return bool(self._waiting)
+        if ratio is None:
+            ratio = DEFAULT_WAITING_SERVED_RATIO
+        if max_waiting is None:
+            max_waiting = DEFAULT_MAX_WAITING_TOKENS
+        return (
+            len(self._waiting) >= int(ratio * len(self._running))
+            or self._steps_since_admission >= max_waiting
+        )
+
+    def _admit(self, draft: _Draft, suspects: list[Sequence], now: float) -> None:
+        """Let waiting sequences join, oldest first; nobody passes one that lacks only blocks.
+
+        One whose next block is just being computed by another waits for it and is passed.
+        """
+        being_computed = {} if suspects else self._being_computed()
+        waiting = [each for each in suspects or self._waiting if each.status is Status.WAITING]
+        for sequence in waiting:
+            if draft.is_full or sequence.steps_in_flight:
+                return
+            if not suspects and len(self._running) >= self._config.max_batch_size:
+                return
+            if not suspects and _is_still_deferred(sequence):
+                continue
+            path = self._match(sequence)
+            if blocker := self._blocker_of(sequence, path, being_computed):
+                end = (len(path) + 1) * self._config.block_size
+                sequence.deferred_behind = (blocker, end)
+                continue
+            if not self._take_blocks(sequence, path, suspects, draft):
+                return
+            self._start(sequence, draft, now)
+            self._note_computing(sequence, being_computed)
+
+    def _match(self, sequence: Sequence) -> list[Node]:
+        """The cached beginning of a sequence; its last known token is always computed."""
+        if not self._config.prefix_caching or sequence.wants_prompt_logprobs:
+            return []
+        ids = sequence.log.ids
+        return self._cache.match(ids, (len(ids) - 1) // self._config.block_size)
+
+    def _being_computed(self) -> "_Computing":
+        computing: _Computing = {}
+        if self._waiting:
+            for sequence in self._running:
+                self._note_computing(sequence, computing)
+        return computing
+
+    def _note_computing(self, sequence: Sequence, computing: "_Computing") -> None:
+        """Note the block that a running prefill will bring to the prefix cache next."""
+        index = len(sequence.path)
+        if sequence.num_confirmed < (index + 1) * self._config.block_size <= sequence.prefill_end:
+            parent = sequence.path[-1] if sequence.path else self._cache.root
+            key = self._cache.key_of(sequence.log.ids, index)
+            computing.setdefault((parent, key), sequence)
+
+    def _blocker_of(
+        self, sequence: Sequence, path: list[Node], computing: "_Computing"
+    ) -> Sequence | None:
+        """Who just computes the block behind `path`, if a waiting sequence could use it."""
+        index = len(path)
+        has_use = (index + 1) * self._config.block_size < len(sequence.log.ids)
+        if not computing or not has_use or not self._config.prefix_caching:
+            return None
+        if sequence.wants_prompt_logprobs:
+            return None
+        parent = path[-1] if path else self._cache.root
+        return computing.get((parent, self._cache.key_of(sequence.log.ids, index)))
+
+    def _take_blocks(
+        self, sequence: Sequence, path: list[Node], suspects: list[Sequence], draft: _Draft
+    ) -> bool:
+        """Give a sequence the blocks of all that is known of it; False if there are too few.
+
+        A newcomer leaves every running sequence room for one more block, else it would be
+        preempted as soon as they grow. A suspect takes what it needs from those not on trial.
+        """
+        table = self._cache.acquire(path)
+        num_new = self._blocks_for(len(sequence.log.ids)) - len(table)
+        num_spare = 0 if suspects else len(self._running)
+        while self._num_available < num_new + num_spare:
+            bystanders = [each for each in self._running if each not in suspects]
+            if not suspects or not bystanders:
+                self._allocator.release(table)
+                self._cache.release(path)
+                return False
+            self._preempt(bystanders[-1], draft)
+        sequence.path = path
+        sequence.blocks = table + self._allocate(num_new)
+        return True
+
+    def _start(self, sequence: Sequence, draft: _Draft, now: float) -> None:
+        """Move a sequence that has its blocks to the running ones, with its first chunk."""
+        is_replay = sequence.scheduled_at is not None
+        num_cached = len(sequence.path) * self._config.block_size
+        if sequence.scheduled_at is None:
+            sequence.scheduled_at = now
+            sequence.cached_tokens = num_cached
+        sequence.status = Status.RUNNING
+        sequence.deferred_behind = None
+        sequence.num_scheduled = sequence.num_confirmed = num_cached
+        sequence.prefill_end = len(sequence.log.ids)
+        sequence.is_on_shard = True
+        self._waiting.remove(sequence)
+        insort(self._running, sequence, key=age)
+        draft.new_sequences.append(
+            NewSequence(
+                id=sequence.id,
+                token_ids=sequence.log.ids.copy(),
+                num_prompt_tokens=sequence.log.num_prompt,
+                request=sequence.request,
+                prompt_logprobs=sequence.wants_prompt_logprobs,
+                num_cached_tokens=num_cached,
+                is_replay=is_replay,
+            )
+        )
+        count = min(sequence.prefill_end - num_cached, draft.tokens)
+        draft.put(sequence, count, sequence.blocks.copy())
+
+    def _make_room_for(self, sequence: Sequence, suspects: list[Sequence], draft: _Draft) -> bool:
+        """Have one block available by preempting the youngest; False if that is the asker itself.
+
+        The oldest can always go on this way, and everybody is the oldest some day.
+        """
+        while self._num_available < 1:
+            bystanders = [each for each in self._running if each not in suspects]
+            victim = (bystanders if suspects and bystanders else self._running)[-1]
+            self._preempt(victim, draft)
+            if victim is sequence:
+                return False
+        return True
+
+    def _preempt(self, victim: Sequence, draft: _Draft) -> None:
+        self._put_back(victim)
+        draft.num_preempted += 1
+
+    def _put_back(self, sequence: Sequence) -> None:
+        """Take everything from a running sequence; it waits to be prefilled from its log."""
+        self._running.remove(sequence)
+        self._release(sequence)
+        sequence.status = Status.WAITING
+        sequence.num_scheduled = sequence.num_confirmed = 0
+        insort(self._waiting, sequence, key=age)
+
+    def _end(self, sequence: Sequence) -> None:
+        (self._running if sequence.status is Status.RUNNING else self._waiting).remove(sequence)
+        self._release(sequence)
+        sequence.status = Status.ENDED
+        del self._sequences[sequence.id]
+
+    def _release(self, sequence: Sequence) -> None:
+        if sequence.is_on_shard:
+            self._drop_ids.append(sequence.id)
+            sequence.is_on_shard = False
+        self._allocator.release(sequence.blocks)
+        self._cache.release(sequence.path)
+        sequence.blocks = []
+        sequence.path = []
+
+    def update(self, results: StepResults, now: float) -> list[Event]:
+        """Take the results of the oldest step in flight; what they mean for each sequence.
+
+        Tokens of a sequence that ended meanwhile are discarded; those of a preempted one count:
+        they were computed before anybody else could write into its blocks.
+        """
+        del now
+        step = self._in_flight.popleft()
+        assert step.number == results.number, f"step {results.number} came for {step.number}"
+        for work in step.work:
+            work.sequence.steps_in_flight -= 1
+        if step.number in self._void:
+            self._void.remove(step.number)
+            return []
+        if results.error:
+            return self._step_failed(step, results)
+        events: list[Event] = []
+        for failure in results.failures:
+            self._fail(failure.sequence_id, failure.message, events)
+        for scored in results.prompt_logprobs:
+            if sequence := self._sequences.get(scored.sequence_id):
+                sequence.log.take_prompt_logprobs(scored.first_position, scored.logprobs)
+        self._confirm(step)
+        self._isolation.step_succeeded()
+        for sample in results.samples:
+            sequence = self._sequences.get(sample.sequence_id)
+            if sequence is None:
+                continue
+            log = sequence.log
+            log.ids.append(sample.token_id)
+            is_last = log.num_generated >= sequence.request.stopping.max_new_tokens
+            if is_last:
+                self._end(sequence)
+            events.append(
+                TokenSampled(sequence, sample.token_id, sample.logprob, sample.top_tokens, is_last)
+            )
+        if len(results.samples) < step.num_samples:
+            self._fail_unanswered(step, results, events)
+        return events
+
+    def _confirm(self, step: Step) -> None:
+        """Move confirmed positions on, and give full blocks to the prefix cache."""
+        block_size = self._config.block_size
+        for work in step.work:
+            sequence = work.sequence
+            if sequence.status is not Status.RUNNING:
+                continue
+            end = work.position + work.num_tokens
+            sequence.num_confirmed = end
+            num_full = end // block_size
+            if num_full > work.position // block_size and self._config.prefix_caching:
+                self._cache.insert(sequence.path, sequence.log.ids, sequence.blocks, num_full)
+
+    def _step_failed(self, step: Step, results: StepResults) -> list[Event]:
+        """Nothing of this step was computed, and the one behind it built on it: redo both."""
+        culprit = self._isolation.step_failed(step.work, out_of_memory=results.out_of_memory)
+        self._void.update(later.number for later in self._in_flight)
+        for affected in (step, *self._in_flight):
+            for work in affected.work:
+                if work.sequence.status is Status.RUNNING:
+                    self._put_back(work.sequence)
+        events: list[Event] = []
+        if culprit is not None:
+            self._fail(culprit.id, results.error, events)
+        return events
+
+    def _fail(self, sequence_id: int, message: str, events: list[Event]) -> None:
+        if sequence := self._sequences.get(sequence_id):
+            path = sequence.path
+            self._end(sequence)
+            # What made it fail may be in its KV: nobody shall find that in the cache.
+            self._cache.forget(path)
+            events.append(SequenceFailed(sequence, message))
+
+    def _fail_unanswered(self, step: Step, results: StepResults, events: list[Event]) -> None:
+        """A sequence that should have a token but got none would never be scheduled again."""
+        answered = {sample.sequence_id for sample in results.samples}
+        for work in step.work:
+            if work.samples and work.sequence.id not in answered:
+                self._fail(work.sequence.id, "the shard returned no token", events)
+
+    @property
+    def _num_available(self) -> int:
+        return self._allocator.num_free + self._allocator.num_cached
+
+    def _allocate(self, count: int) -> list[int]:
+        if count > self._allocator.num_free:
+            self._cache.evict(count - self._allocator.num_free)
+        return self._allocator.allocate(count)
+
+    def _blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._config.block_size)
+
+    def stats(self) -> PoolStats:
+        """The state of queue and pool, for the metrics."""
+        return PoolStats(
+            running=len(self._running),
+            waiting=len(self._waiting),
+            blocks_total=self._allocator.num_total,
+            blocks_used=self._allocator.num_held,
+            blocks_cached=self._allocator.num_cached,
+            running_tokens=sum(sequence.num_scheduled for sequence in self._running),
+        )
+
+    def check_integrity(self) -> None:
+        """Assert that queues, tables, tree and counters tell one story."""
+        everybody = self._waiting + self._running
+        assert sorted(self._sequences) == sorted(sequence.id for sequence in everybody)
+        in_flight: dict[Sequence, int] = {}
+        for step in self._in_flight:
+            for work in step.work:
+                in_flight[work.sequence] = in_flight.get(work.sequence, 0) + 1
+        for sequence in everybody:
+            assert sequence.steps_in_flight == in_flight.get(sequence, 0)
+            assert sequence.log.num_generated < sequence.request.stopping.max_new_tokens
+        assert self._waiting == sorted(self._waiting, key=age)
+        for sequence in self._waiting:
+            assert sequence.status is Status.WAITING
+            assert not sequence.blocks
+            assert not sequence.path
+            assert not sequence.is_on_shard
+        assert self._running == sorted(self._running, key=age)
+        for sequence in self._running:
+            assert sequence.status is Status.RUNNING
+            assert sequence.is_on_shard
+            assert sequence.num_confirmed <= sequence.num_scheduled <= sequence.max_kv_tokens
+            assert sequence.num_scheduled <= len(sequence.blocks) * self._config.block_size
+            assert len(sequence.path) <= sequence.num_confirmed // self._config.block_size
+            known = max(sequence.prefill_end, sequence.num_confirmed + 1)
+            assert len(sequence.log.ids) == known
+        self._cache.check_integrity([(each.path, each.blocks) for each in everybody])
+        self._allocator.check_integrity(
+            (sequence.blocks for sequence in everybody),
+            (node.block for node in self._cache.nodes()),
+        )
+
+
+# The block somebody computes (its parent in the tree, its tokens), and who.
+_Computing = dict[tuple[Node, tuple[int, ...]], Sequence]
+
+
+def _is_still_deferred(sequence: Sequence) -> bool:
+    if sequence.deferred_behind is None:
+        return False
+    blocker, end = sequence.deferred_behind
+    return blocker.status is Status.RUNNING and blocker.num_confirmed < end

@@ -1,0 +1,63 @@
+"""All the scheduler knows of one generation."""
+
+import enum
+from dataclasses import dataclass, field
+
+from kagami_router.requests import ValidRequest
+from kagami_router.scheduler.prefix_cache import Node
+from kagami_router.token_log import TokenLog
+
+
+class Status(enum.Enum):
+    """Where a sequence is; ENDED is final."""
+
+    WAITING = enum.auto()
+    RUNNING = enum.auto()
+    ENDED = enum.auto()
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One generation. `id` grows with arrival, so the smaller id is the older sequence.
+
+    Positions of a running sequence, each counter the end of what stands left of it:
+
+        0 ............ num_confirmed ......... num_scheduled ......... max_kv_tokens
+          KV computed,               in a step               not yet
+          result read                in flight               scheduled
+
+    Up to `prefill_end` the ids were known when it was admitted; behind it every position is one
+    decode, whose token the step before it samples.
+    """
+
+    id: int
+    request: ValidRequest
+    log: TokenLog
+    max_kv_tokens: int
+    """Prompt and output but the last token, which is never fed to the model."""
+    added_at: float
+    status: Status = Status.WAITING
+    blocks: list[int] = field(default_factory=list)
+    path: list[Node] = field(default_factory=list)
+    """The nodes of the prefix cache whose blocks are the first of `blocks`."""
+    num_scheduled: int = 0
+    num_confirmed: int = 0
+    prefill_end: int = 0
+    steps_in_flight: int = 0
+    is_on_shard: bool = False
+    scheduled_at: float | None = None
+    """When its first chunk was put into a step."""
+    cached_tokens: int = 0
+    """Prompt tokens found in the prefix cache when it was first admitted."""
+    deferred_behind: tuple["Sequence", int] | None = None
+    """Who computes its next block, and up to where that one must be confirmed for it."""
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether prompt log-probabilities are asked for and not all here yet."""
+        return self.request.prompt_logprobs and not self.log.has_prompt_logprobs
+
+
+def age(sequence: Sequence) -> int:
+    """Sort key: the oldest first."""
+    return sequence.id

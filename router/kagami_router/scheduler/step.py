@@ -1,0 +1,117 @@
+"""What goes to the shards in one step, what comes back, and what the scheduler makes of it."""
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from kagami_router.requests import ValidRequest
+from kagami_router.scheduler.sequence import Sequence
+
+
+class NewSequence(NamedTuple):
+    """A sequence the shard does not hold; on a replay `token_ids` go on behind the prompt."""
+
+    id: int
+    token_ids: list[int]
+    num_prompt_tokens: int
+    request: ValidRequest
+    prompt_logprobs: bool
+    num_cached_tokens: int
+    is_replay: bool
+
+
+class Work(NamedTuple):
+    """Compute the KV of `num_tokens` tokens from `position` on; `blocks` are newly given.
+
+    `samples`: they reach the end of what is known, so one token is sampled behind them.
+    """
+
+    sequence: Sequence
+    position: int
+    num_tokens: int
+    blocks: list[int]
+    samples: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One change set and one forward pass. Drops are applied first, then new sequences."""
+
+    number: int
+    new_sequences: list[NewSequence]
+    drop_ids: list[int]
+    work: list[Work]
+    num_preempted: int
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(work.num_tokens for work in self.work)
+
+    @property
+    def num_samples(self) -> int:
+        return sum(work.samples for work in self.work)
+
+
+class TopToken(NamedTuple):
+    """A likely token where one was sampled."""
+
+    id: int
+    logprob: float
+
+
+class Sample(NamedTuple):
+    """One sampled token; `top_tokens` most likely first."""
+
+    sequence_id: int
+    token_id: int
+    logprob: float
+    top_tokens: tuple[TopToken, ...] = ()
+
+
+class PromptLogprobs(NamedTuple):
+    """Log-probabilities of the prompt tokens from `first_position` on."""
+
+    sequence_id: int
+    first_position: int
+    logprobs: Seq[float]
+
+
+class Failure(NamedTuple):
+    """The shard dropped this sequence; the others of the step went on."""
+
+    sequence_id: int
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class StepResults:
+    """What one step brought. `error`, if not empty: the pass failed, nothing was computed."""
+
+    number: int
+    samples: Seq[Sample] = ()
+    prompt_logprobs: Seq[PromptLogprobs] = ()
+    failures: Seq[Failure] = ()
+    error: str = ""
+    out_of_memory: bool = False
+    host_ns: int = 0
+    device_ns: int = 0
+
+
+class TokenSampled(NamedTuple):
+    """A sequence got its next token; `is_last`: it has all it may have and was ended."""
+
+    sequence: Sequence
+    token_id: int
+    logprob: float
+    top_tokens: tuple[TopToken, ...]
+    is_last: bool
+
+
+class SequenceFailed(NamedTuple):
+    """A sequence cannot be computed and was ended."""
+
+    sequence: Sequence
+    message: str
+
+
+Event = TokenSampled | SequenceFailed
