@@ -89,7 +89,7 @@ class Value:
         self.value += amount
 
     def set(self, value: float) -> None:
-        self.value = value
+        self.value = float(value)
 
     def samples(self, name: str, labels: str) -> Iterator[str]:
         """The one line of this series."""
@@ -109,7 +109,7 @@ class Histogram:
     def observe(self, value: float, times: int = 1) -> None:
         """Count `value`, `times` over."""
         self._counts[bisect_left(self._bounds, value)] += times
-        self._sum += value * times
+        self._sum += float(value * times)
 
     def samples(self, name: str, labels: str) -> Iterator[str]:
         """One line a bucket, then sum and count."""

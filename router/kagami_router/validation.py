@@ -14,6 +14,7 @@ from kagami_router.requests import SamplingParams, StoppingParams, ValidRequest
 from kagami_router.tokenizer import Tokenizer
 
 MAX_SEED = 2**64 - 1
+_FLOAT = struct.Struct("<f")  # the native form has no overflow, it packs infinity
 # Colder is the same as greedy in float32, and a logit divided by less can overflow.
 MIN_TEMPERATURE = 1e-4
 
@@ -245,7 +246,7 @@ def _float32(name: str, value: float | None, default: float) -> float:
     if value is None:
         return default
     try:
-        rounded: float = struct.unpack("f", struct.pack("f", value))[0]
+        rounded: float = _FLOAT.unpack(_FLOAT.pack(value))[0]
     except OverflowError:
         raise InvalidRequest(f"`{name}` is out of range. Given: {value}") from None
     return rounded

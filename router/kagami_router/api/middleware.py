@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import msgspec
 from aiohttp import hdrs, web
+from aiohttp.typedefs import Handler, Middleware
 
 from kagami_proto.errors import (
     BodyTooLarge,
@@ -34,8 +35,6 @@ from kagami_router.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-Middleware = Callable[[web.Request, Handler], Coroutine[Any, Any, web.StreamResponse]]
 
 # Where a stream leaves the `err` label of what its status line could not tell any more.
 FAILURE_CAUSE = web.RequestKey("failure_cause", str)

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 
 from aiohttp import web
+from aiohttp.typedefs import Middleware
 
 from kagami_router.api import chat, completions, generate, service
-from kagami_router.api.middleware import Middleware, api_key, cors, count_calls, errors
+from kagami_router.api.middleware import api_key, cors, count_calls, errors
 from kagami_router.api.service import DOOR, Door
 
 ROUTES = [

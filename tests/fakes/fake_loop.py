@@ -1,0 +1,107 @@
+"""A batching loop without a scheduler: plays a script of turns, remembers what it was asked."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Iterable
+from dataclasses import dataclass, field
+
+from kagami_router.infer import Events
+from kagami_router.requests import (
+    End,
+    FinishReason,
+    PrefillToken,
+    StreamEvent,
+    Timings,
+    Token,
+    ValidRequest,
+)
+
+EOS = Token(2, "</s>", -0.0625, True)
+FAILED = Token(5229, " failed", -2.583984375, False)
+COLON = Token(29901, ":", -0.44970703125, False)
+
+
+def end(
+    text: str,
+    num_generated: int,
+    reason: FinishReason = FinishReason.LENGTH,
+    prefill: tuple[PrefillToken, ...] = (),
+) -> End:
+    now = time.monotonic()
+    return End(reason, text, num_generated, prefill, Timings(now, now, now, now), 0)
+
+
+def turns_of(
+    tokens: Iterable[Token],
+    reason: FinishReason = FinishReason.LENGTH,
+    *,
+    tail: str = "",
+    prefill: tuple[PrefillToken, ...] = (),
+    top_tokens: tuple[Token, ...] = (),
+) -> list[Events]:
+    """One event a turn; the last one carries the end."""
+    said = list(tokens)
+    text = "".join(token.text for token in said if not token.special) + tail
+    turns: list[Events] = [(StreamEvent(token, top_tokens),) for token in said[:-1]]
+    last = StreamEvent(said[-1], top_tokens, tail, end(text, len(said), reason, prefill))
+    return [*turns, (last,)]
+
+
+def failed_colon(request: ValidRequest) -> list[Events | Exception]:
+    """What TGI's golden transcripts show: " failed:"."""
+    top = (FAILED, COLON)[: request.top_n_tokens]
+    prefill = tuple(
+        PrefillToken(token_id, "", -1.5 if index else None)
+        for index, token_id in enumerate(request.prompt_ids)
+    )
+    return [
+        *turns_of(
+            [FAILED, COLON], top_tokens=top, prefill=prefill if request.prompt_logprobs else ()
+        )
+    ]
+
+
+@dataclass(eq=False)
+class FakeLoop:
+    """`play` says for a request what happens: turns, or an exception to raise.
+
+    Before each turn after the first the stream waits until `gate` is set.
+    """
+
+    play: Callable[[ValidRequest], list[Events | Exception]] = failed_colon
+    requests: list[ValidRequest] = field(default_factory=list)
+    num_open: int = 0
+    is_healthy: bool = True
+
+    def __post_init__(self) -> None:
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.entered = asyncio.Event()
+        self.left = asyncio.Event()
+
+    def submit(self, request: ValidRequest) -> "FakeStream":
+        self.requests.append(request)
+        return FakeStream(self, self.play(request))
+
+
+class FakeStream:
+    def __init__(self, loop: FakeLoop, script: list[Events | Exception]) -> None:
+        self._loop = loop
+        self._script = script
+
+    async def __aenter__(self) -> AsyncIterator[Events]:
+        self._loop.num_open += 1
+        self._loop.entered.set()
+        return self._turns()
+
+    async def __aexit__(self, *error: object) -> None:
+        self._loop.num_open -= 1
+        self._loop.left.set()
+
+    async def _turns(self) -> AsyncIterator[Events]:
+        for number, turn in enumerate(self._script):
+            if number:
+                await self._loop.gate.wait()
+            if isinstance(turn, Exception):
+                raise turn
+            yield turn

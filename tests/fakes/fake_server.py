@@ -1,0 +1,131 @@
+"""The router's HTTP side on a loopback port, over a fake loop and a tokenizer of single bytes."""
+
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import tokenizers
+from aiohttp import ClientSession, web
+from tests.fakes.fake_loop import FakeLoop
+from tokenizers import decoders, models, pre_tokenizers, processors
+
+from kagami_router.api.routes import make_app
+from kagami_router.api.schemas import Info
+from kagami_router.api.service import Door, Front
+from kagami_router.chat_template import ChatTemplate, MissingTemplate
+from kagami_router.infer import Infer
+from kagami_router.metrics import Metrics
+from kagami_router.tokenizer import SpecialTokens, Tokenizer
+from kagami_router.validation import Limits, Validation
+
+LIMITS = Limits(
+    max_best_of=2,
+    max_stop_sequences=4,
+    max_top_n_tokens=5,
+    max_input_tokens=63,
+    max_total_tokens=64,
+    max_client_batch_size=4,
+)
+TEMPLATE = (
+    "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+TOKENS = SpecialTokens("<s>", "</s>", {})
+
+
+def byte_tokenizer() -> tokenizers.Tokenizer:
+    """One token a byte, `<s>` (id 0) in front."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<s>": 0, "</s>": 1} | {one: n for n, one in enumerate(alphabet, 2)}
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
+    return tokenizer
+
+
+def info(limits: Limits) -> Info:
+    return Info(
+        model_id="M",
+        model_sha=None,
+        model_pipeline_tag=None,
+        max_concurrent_requests=4,
+        max_best_of=limits.max_best_of,
+        max_stop_sequences=limits.max_stop_sequences,
+        max_input_tokens=limits.max_input_tokens,
+        max_total_tokens=limits.max_total_tokens,
+        validation_workers=1,
+        max_client_batch_size=limits.max_client_batch_size,
+        router="text-generation-router",
+        version="3.3.7",
+        sha=None,
+        docker_label=None,
+        model_dtype="torch.float32",
+        model_device_type="cpu",
+        max_input_length=limits.max_input_tokens,
+        waiting_served_ratio=0.0,
+        max_batch_total_tokens=64,
+        max_waiting_tokens=0,
+        max_batch_size=None,
+        kagami_version="0.1.0",
+    )
+
+
+@dataclass(eq=False)
+class FakeServer:
+    url: str
+    door: Door
+    front: Front
+    loop: FakeLoop
+    http: ClientSession
+
+    def post(self, path: str, body: object, **options: object):
+        return self.http.post(path, json=body, **options)
+
+
+@asynccontextmanager
+async def serving(
+    loop: FakeLoop | None = None,
+    *,
+    limits: Limits = LIMITS,
+    template: ChatTemplate | MissingTemplate | None = None,
+    max_concurrent_requests: int = 4,
+    is_open: bool = True,
+    key: str | None = None,
+    origins: tuple[str, ...] = (),
+    payload_limit: int = 2_000_000,
+) -> AsyncIterator[FakeServer]:
+    loop = loop or FakeLoop()
+    metrics = Metrics(max_input_tokens=63, max_total_tokens=64)
+    with ThreadPoolExecutor(1) as threads:
+        tokenizer = Tokenizer(byte_tokenizer(), threads)
+        front = Front(
+            infer=Infer(loop, metrics, max_concurrent_requests=max_concurrent_requests),
+            validation=Validation(tokenizer, limits),
+            tokenizer=tokenizer,
+            template=template or ChatTemplate(TEMPLATE, TOKENS),
+            metrics=metrics,
+            info=info(limits),
+            compute_type="1-fake",
+            is_healthy=lambda: loop.is_healthy,
+        )
+        door = Door()
+        if is_open:
+            door.open(front)
+        app = make_app(door, payload_limit=payload_limit, allowed_origins=origins, key=key)
+        runner = web.AppRunner(
+            app, handler_cancellation=True, access_log=None, shutdown_timeout=0.1
+        )
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        try:
+            async with ClientSession(url) as http:
+                yield FakeServer(url, door, front, loop, http)
+        finally:
+            await runner.cleanup()

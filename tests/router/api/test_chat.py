@@ -1,0 +1,312 @@
+import json
+from typing import Any
+
+import pytest
+from tests.fakes.fake_loop import EOS, FAILED, FakeLoop, turns_of
+from tests.fakes.fake_server import serving
+
+from kagami_proto.errors import GenerationFailed
+from kagami_router.chat_template import MissingTemplate
+from kagami_router.requests import FinishReason, StreamEvent, Token
+
+PATH = "/v1/chat/completions"
+MESSAGES = [{"role": "user", "content": "Say hi"}]
+CHAT = {"model": "tgi", "messages": MESSAGES, "max_tokens": 8}
+HI = Token(40, "Hi", -0.25, False)
+BANG = Token(41, "!", -0.5, False)
+
+
+def hi_loop() -> FakeLoop:
+    return FakeLoop(lambda _: [*turns_of([HI, BANG, EOS], FinishReason.EOS_TOKEN)])
+
+
+def chunks_of(text: str) -> list[dict[str, Any]]:
+    lines = text.split("\n\n")
+    assert lines[-2:] == ["data: [DONE]", ""]
+    return [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
+
+
+async def test_answer_has_the_shape_of_the_golden_transcript() -> None:
+    async with serving(hi_loop()) as server, server.post(PATH, CHAT) as response:
+        answer = await response.json()
+        assert list(answer) == [
+            "object",
+            "id",
+            "created",
+            "model",
+            "system_fingerprint",
+            "choices",
+            "usage",
+        ]
+        assert answer["object"] == "chat.completion"
+        assert answer["id"].startswith("chatcmpl-")
+        assert answer["model"] == "M"
+        assert answer["choices"] == [
+            {
+                "index": 0,
+                "message": {"role": "assistant", "content": "Hi!"},
+                "logprobs": None,
+                "finish_reason": "stop",
+            }
+        ]
+        assert answer["usage"] == {
+            "prompt_tokens": 28,
+            "completion_tokens": 3,
+            "total_tokens": 31,
+        }
+        assert response.headers["x-compute-characters"] == "28"
+
+
+async def test_the_template_has_the_special_tokens_so_none_are_added() -> None:
+    async with serving(hi_loop()) as server:
+        await server.post(PATH, CHAT)
+        assert server.loop.requests[0].prompt_text == "<|user|>Say hi\n<|assistant|>"
+        assert 0 not in server.loop.requests[0].prompt_ids
+
+
+async def test_stream_with_usage() -> None:
+    body = CHAT | {"stream": True, "stream_options": {"include_usage": True}}
+    async with serving(hi_loop()) as server, server.post(PATH, body) as response:
+        chunks = chunks_of(await response.text())
+    assert [chunk["choices"] for chunk in chunks] == [
+        [_choice({"role": "assistant", "content": "Hi"}, None)],
+        [_choice({"content": "!"}, None)],
+        [_choice({"content": ""}, "stop")],
+        [],
+    ]
+    assert [chunk["usage"] for chunk in chunks] == [
+        None,
+        None,
+        None,
+        {"prompt_tokens": 28, "completion_tokens": 3, "total_tokens": 31},
+    ]
+    assert {chunk["id"] for chunk in chunks} == {chunks[0]["id"]}
+    assert list(chunks[0]) == list(chunks[-1])
+
+
+def _choice(delta: dict[str, str], finish_reason: str | None) -> dict[str, Any]:
+    return {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+
+
+async def test_without_stream_options_no_usage_chunk_comes() -> None:
+    body = CHAT | {"stream": True, "stream_options": None}
+    async with serving(hi_loop()) as server, server.post(PATH, body) as response:
+        assert len(chunks_of(await response.text())) == 3
+
+
+async def test_logprobs_have_alternatives_and_bytes() -> None:
+    loop = FakeLoop(lambda _: [*turns_of([HI], top_tokens=(HI, BANG))])
+    body = CHAT | {"logprobs": True, "top_logprobs": 2}
+    async with serving(loop) as server, server.post(PATH, body) as response:
+        assert (await response.json())["choices"][0]["logprobs"] == {
+            "content": [
+                {
+                    "token": "Hi",
+                    "logprob": -0.25,
+                    "bytes": [72, 105],
+                    "top_logprobs": [
+                        {"token": "Hi", "logprob": -0.25, "bytes": [72, 105]},
+                        {"token": "!", "logprob": -0.5, "bytes": [33]},
+                    ],
+                }
+            ]
+        }
+        assert loop.requests[0].top_n_tokens == 2
+
+
+async def test_n_makes_choices_with_seeds_of_their_own() -> None:
+    async with serving(hi_loop()) as server:
+        async with server.post(PATH, CHAT | {"n": 2, "seed": 2**64 - 1}) as response:
+            answer = await response.json()
+        assert [choice["index"] for choice in answer["choices"]] == [0, 1]
+        assert answer["usage"]["prompt_tokens"] == 28
+        assert answer["usage"]["completion_tokens"] == 6
+        seeds = [request.sampling.seed for request in server.loop.requests]
+        assert seeds == [2**64 - 1, 0]
+
+
+async def test_n_streams_its_choices_by_index() -> None:
+    body = CHAT | {"n": 2, "stream": True}
+    async with serving(hi_loop()) as server, server.post(PATH, body) as response:
+        chunks = chunks_of(await response.text())
+    text = {0: "", 1: ""}
+    for chunk in chunks:
+        text[chunk["choices"][0]["index"]] += chunk["choices"][0]["delta"]["content"]
+    assert text == {0: "Hi!", 1: "Hi!"}
+    roles = [chunk["choices"][0]["delta"].get("role") for chunk in chunks]
+    assert roles.count("assistant") == 2
+
+
+async def test_nulls_mean_absent() -> None:
+    names = (
+        "max_completion_tokens temperature top_p frequency_penalty presence_penalty stop stream"
+        " stream_options seed n logit_bias logprobs top_logprobs tools tool_choice"
+        " response_format model user ignore_eos"
+    )
+    body = CHAT | dict.fromkeys(names.split())
+    async with serving(hi_loop()) as server, server.post(PATH, body) as response:
+        assert response.status == 200
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, {"do_sample": True, "temperature": 1.0, "top_p": 1.0}),
+        ({"temperature": 0}, {"do_sample": False}),
+        ({"temperature": 0, "top_p": 0.5}, {"do_sample": False, "top_p": 1.0}),
+        ({"top_p": 0}, {"do_sample": False}),
+        ({"top_p": 1}, {"do_sample": True, "top_p": 1.0}),
+        ({"top_p": 0.5}, {"top_p": 0.5}),
+        ({"presence_penalty": 0}, {"presence_penalty": 0.0, "repetition_penalty": 1.0}),
+        ({"presence_penalty": 1.5}, {"presence_penalty": 1.5, "repetition_penalty": 1.0}),
+        ({"top_k": -1}, {"top_k": 0}),
+    ],
+)
+async def test_openai_parameters(fields: dict[str, Any], expected: dict[str, Any]) -> None:
+    async with serving(hi_loop()) as server:
+        async with server.post(PATH, CHAT | fields) as response:
+            assert response.status == 200
+        sampling = server.loop.requests[0].sampling
+        assert {name: getattr(sampling, name) for name in expected} == expected
+
+
+async def test_stop_may_be_a_text_and_is_trimmed() -> None:
+    async with serving(hi_loop()) as server:
+        await server.post(PATH, CHAT | {"stop": "END", "ignore_eos": True})
+        stopping = server.loop.requests[0].stopping
+        assert stopping.stop == ("END",)
+        assert not stopping.keep_stop
+        assert stopping.ignore_eos
+
+
+async def test_max_completion_tokens_wins() -> None:
+    async with serving(hi_loop()) as server:
+        await server.post(PATH, CHAT | {"max_completion_tokens": 5})
+        assert server.loop.requests[0].stopping.max_new_tokens == 5
+
+
+async def test_an_unknown_model_is_served_and_echoed() -> None:
+    async with serving(hi_loop()) as server:
+        async with server.post(PATH, CHAT | {"model": "dummy"}) as response:
+            assert (await response.json())["model"] == "dummy"
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"n": 3}, "Input validation error: `n` must be > 0 and <= 2. Given: 3"),
+        ({"tools": [{"type": "function"}]}, "Input validation error: `tools` is not supported yet"),
+        (
+            {"response_format": {"type": "json_object"}},
+            "Input validation error: grammar is not supported",
+        ),
+        ({"logit_bias": {"1": 2}}, "Input validation error: `logit_bias` is not supported yet"),
+        (
+            {"logprobs": True, "top_logprobs": 6},
+            "Input validation error: `top_logprobs` must be >= 0 and <= 5. Given: 6",
+        ),
+        ({"messages": []}, "Input validation error: `messages` cannot be empty"),
+        (
+            {"presence_penalty": 2.5},
+            "Input validation error: `presence_penalty` must be >= -2.0 and <= 2.0",
+        ),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+async def test_what_is_refused_is_named(fields: dict[str, Any], text: str, stream: bool) -> None:
+    async with serving() as server:
+        async with server.post(PATH, CHAT | fields | {"stream": stream}) as response:
+            assert response.status == 422
+            assert await response.json() == {"error": text, "error_type": "validation"}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tools": []},
+        {"tools": [{"type": "function"}], "tool_choice": "none"},
+        {"tool_choice": "auto"},
+        {"response_format": {"type": "text"}},
+        {"logit_bias": {}},
+        {"n": 1, "user": "me", "parallel_tool_calls": True},
+    ],
+)
+async def test_neutral_values_are_accepted(fields: dict[str, Any]) -> None:
+    async with serving(hi_loop()) as server, server.post(PATH, CHAT | fields) as response:
+        assert response.status == 200
+
+
+@pytest.mark.parametrize(
+    ("message", "text"),
+    [
+        ({"content": "a"}, "messages[0]: missing field `role`"),
+        ({"role": "user"}, "messages[0]: needs `content` or `tool_calls`"),
+        ({"role": "user", "content": None}, "messages[0]: needs `content` or `tool_calls`"),
+        ({"role": "user", "content": 3}, "messages[0].content: expected a text or a list"),
+        ({"role": "user", "content": [{"type": "audio"}]}, "messages[0].content[0]: expected"),
+        (
+            {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]},
+            "`messages[0].content[0]` is an image",
+        ),
+    ],
+)
+async def test_bad_messages_are_refused(message: dict[str, Any], text: str) -> None:
+    async with serving() as server, server.post(PATH, {"messages": [message]}) as response:
+        assert response.status == 422
+        assert text in (await response.json())["error"]
+
+
+async def test_text_chunks_are_joined() -> None:
+    content = [{"type": "text", "text": "Say"}, {"type": "text", "text": " hi"}]
+    body = CHAT | {"messages": [{"role": "user", "content": content, "name": None}]}
+    async with serving(hi_loop()) as server:
+        await server.post(PATH, body)
+        assert server.loop.requests[0].prompt_text.startswith("<|user|>Say hi\n")
+
+
+async def test_an_assistant_message_at_the_end_is_continued() -> None:
+    messages = [*MESSAGES, {"role": "assistant", "content": "Hello, I"}]
+    async with serving(hi_loop()) as server:
+        await server.post(PATH, CHAT | {"messages": messages})
+        assert server.loop.requests[0].prompt_text.endswith("<|assistant|>Hello, I")
+
+
+async def test_no_template_is_an_error_of_its_own() -> None:
+    missing = MissingTemplate("template not found (looked for one in x)")
+    async with serving(template=missing) as server, server.post(PATH, CHAT) as response:
+        assert response.status == 422
+        assert await response.json() == {
+            "error": "Template error: template not found (looked for one in x)",
+            "error_type": "template_error",
+        }
+        assert 'tgi_request_failure{err="template"} 1' in server.front.metrics.render()
+
+
+async def test_a_failure_in_a_stream_has_its_real_status_and_then_done() -> None:
+    loop = FakeLoop(lambda _: [(StreamEvent(FAILED),), GenerationFailed("Server error: boom")])
+    async with serving(loop) as server:
+        async with server.post(PATH, CHAT | {"stream": True}) as response:
+            assert response.status == 200
+            events = (await response.text()).split("\n\n")
+    assert events[1:] == [
+        'data: {"error":{"message":"Request failed during generation: Server error: boom",'
+        '"http_status_code":424}}',
+        "data: [DONE]",
+        "",
+    ]
+
+
+async def test_a_failure_of_one_of_two_choices_ends_both() -> None:
+    plays = iter(([*turns_of([HI, BANG])], [GenerationFailed("Server error: boom")]))
+    loop = FakeLoop(lambda _: next(plays))
+    async with serving(loop) as server:
+        async with server.post(PATH, CHAT | {"n": 2}) as response:
+            assert response.status == 424
+        assert loop.num_open == 0
+
+
+async def test_chat_tokenize_shows_the_prompt() -> None:
+    async with serving() as server, server.post("/chat_tokenize", CHAT) as response:
+        answer = await response.json()
+        assert answer["templated_text"] == "<|user|>Say hi\n<|assistant|>"
+        assert answer["tokenize_response"][0]["text"] == "<"

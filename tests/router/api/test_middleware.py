@@ -1,0 +1,150 @@
+import pytest
+from tests.fakes.fake_server import serving
+
+from kagami_router.api.middleware import failure_cause
+from kagami_router.metrics import FAILURES
+
+JSON = {"content-type": "application/json"}
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "text"),
+    [
+        (b"", 400, "Failed to parse the request body as JSON: "),
+        (b"{", 400, "Failed to parse the request body as JSON: "),
+        (b'{"inputs":"\xff"}', 400, "Failed to parse the request body as JSON: "),
+        (b'{"inputs":"\\ud800"}', 400, "Failed to parse the request body as JSON: "),
+        (b'{"inputs":"a","parameters":{"top_p":NaN}}', 400, "Failed to parse"),
+        (b"{}", 422, "missing required field `inputs`"),
+        (b'["a"]', 422, "got `array`"),
+        (b'{"inputs":null}', 422, ": inputs: Expected `str`, got `null`"),
+        (b'{"inputs":["a"]}', 422, ": inputs: Expected `str`, got `array`"),
+        (b'{"inputs":"a","parameters":null}', 422, ": parameters: Expected `object`"),
+        (
+            b'{"inputs":"a","parameters":{"temperature":"0.5"}}',
+            422,
+            ": parameters.temperature: Expected `float | null`, got `str`",
+        ),
+        (b'{"inputs":"a","parameters":{"max_new_tokens":-1}}', 422, ": parameters.max_new_tok"),
+        (b'{"inputs":"a","parameters":{"max_new_tokens":1.5}}', 422, ": parameters.max_new_tok"),
+        (b'{"inputs":"a","parameters":{"seed":-1}}', 422, ": parameters.seed: "),
+        (b'{"inputs":"a","parameters":{"stop":"x"}}', 422, ": parameters.stop: "),
+        (b'{"inputs":"a","parameters":{"do_sample":null}}', 422, ": parameters.do_sample: "),
+    ],
+)
+async def test_a_bad_body_is_refused_with_the_path(body: bytes, status: int, text: str) -> None:
+    async with serving() as server:
+        async with server.http.post("/generate", data=body, headers=JSON) as response:
+            assert response.status == status
+            answer = await response.json()
+            assert answer["error_type"] == "validation"
+            assert text in answer["error"]
+
+
+async def test_unknown_fields_are_ignored() -> None:
+    body = {"inputs": "a", "junk": 1, "parameters": {"junk": 2}}
+    async with serving() as server, server.post("/generate", body) as response:
+        assert response.status == 200
+
+
+@pytest.mark.parametrize(
+    ("content_type", "status"),
+    [
+        ("application/json; charset=utf-8", 200),
+        ("application/ld+json", 200),
+        ("text/plain", 415),
+        ("application/x-www-form-urlencoded", 415),
+    ],
+)
+async def test_only_json_is_read(content_type: str, status: int) -> None:
+    async with serving() as server:
+        headers = {"content-type": content_type}
+        async with server.http.post(
+            "/generate", data=b'{"inputs":"a"}', headers=headers
+        ) as response:
+            assert response.status == status
+
+
+async def test_a_long_body_is_refused_naming_limit_and_flag() -> None:
+    async with serving(payload_limit=100) as server:
+        async with server.post("/generate", {"inputs": "a" * 200}) as response:
+            assert response.status == 413
+            error = (await response.json())["error"]
+    assert "100 bytes" in error
+    assert "--payload-limit" in error
+
+
+async def test_unknown_paths_and_methods_have_empty_answers() -> None:
+    async with serving() as server:
+        async with server.http.get("/nowhere") as response:
+            assert (response.status, await response.read()) == (404, b"")
+        async with server.http.get("/generate") as response:
+            assert (response.status, await response.read()) == (405, b"")
+            assert response.headers["allow"] == "POST"
+
+
+@pytest.mark.parametrize(
+    ("header", "status"),
+    [
+        ("Bearer Secret", 200),
+        ("bearer Secret", 200),
+        ("Bearer secret", 401),
+        ("Bearer Secret2", 401),
+        ("Secret", 401),
+        ("Basic Secret", 401),
+        (None, 401),
+    ],
+)
+async def test_the_api_key_is_compared_exactly(header: str | None, status: int) -> None:
+    headers = {"authorization": header} if header else {}
+    async with serving(key="Secret") as server:
+        async with server.post("/generate", {"inputs": "a"}, headers=headers) as response:
+            assert response.status == status
+            if status == 401:
+                assert (await response.json())["error_type"] == "unauthorized"
+                assert response.headers["www-authenticate"] == "Bearer"
+
+
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        ("/health", 200),
+        ("/", 200),
+        ("/ping", 200),
+        ("/metrics", 200),
+        ("/info", 401),
+        ("/v1/models", 401),
+        ("/nowhere", 404),
+    ],
+)
+async def test_the_api_key_guards_all_but_health_and_metrics(path: str, status: int) -> None:
+    async with serving(key="Secret") as server, server.http.get(path) as response:
+        assert response.status == status
+
+
+async def test_preflight_allows_authorization_without_a_key() -> None:
+    async with serving(key="Secret") as server:
+        async with server.http.options("/v1/chat/completions") as response:
+            assert response.status == 200
+            assert response.headers["access-control-allow-origin"] == "*"
+            assert response.headers["access-control-allow-methods"] == "GET,POST"
+            assert "authorization" in response.headers["access-control-allow-headers"]
+
+
+@pytest.mark.parametrize("path", ["/generate", "/generate_stream", "/nowhere"])
+async def test_every_answer_has_the_cors_headers(path: str) -> None:
+    async with serving() as server, server.post(path, {"inputs": "a"}) as response:
+        assert response.headers["access-control-allow-origin"] == "*"
+        assert "x-compute-time" in response.headers["access-control-expose-headers"]
+        assert response.headers["vary"].startswith("origin")
+
+
+async def test_a_list_of_origins_is_echoed() -> None:
+    async with serving(origins=("https://a.example",)) as server:
+        for origin, expected in (("https://a.example", "https://a.example"), ("https://b", None)):
+            async with server.http.get("/health", headers={"origin": origin}) as response:
+                assert response.headers.get("access-control-allow-origin") == expected
+
+
+def test_every_cause_is_a_label() -> None:
+    assert failure_cause(ValueError()) in FAILURES

@@ -1,0 +1,326 @@
+"""The loop against a fake shard over a real socket."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from tests.fakes.byte_tokenizer import byte_tokenizer
+from tests.fakes.fake_shard import EOS, FakeShard, Request, generated
+
+from kagami_proto.errors import GenerationFailed, ShardLost
+from kagami_router.batching_loop import BatchingLoop, GenerationStream
+from kagami_router.metrics import PoolStats, StepStats
+from kagami_router.requests import (
+    End,
+    FinishReason,
+    SamplingParams,
+    StoppingParams,
+    StreamEvent,
+    ValidRequest,
+)
+from kagami_router.scheduler.scheduler import Scheduler, SchedulerConfig
+from kagami_router.shard_client import ShardGroup
+
+PROMPT = b"The quick brown fox"
+
+
+@dataclass
+class RecordingMetrics:
+    """Keeps what the loop told it."""
+
+    steps: list[StepStats] = field(default_factory=list)
+    pools: list[PoolStats] = field(default_factory=list)
+    num_preempted: int = 0
+    look_ups: list[tuple[int, int]] = field(default_factory=list)
+
+    def step_finished(self, stats: StepStats) -> None:
+        self.steps.append(stats)
+
+    def pool_changed(self, stats: PoolStats) -> None:
+        self.pools.append(stats)
+
+    def preempted(self, count: int) -> None:
+        self.num_preempted += count
+
+    def prefix_looked_up(self, hit_tokens: int, prompt_tokens: int) -> None:
+        self.look_ups.append((hit_tokens, prompt_tokens))
+
+
+@dataclass
+class Served:
+    """A running loop and everything around it."""
+
+    shard: FakeShard
+    loop: BatchingLoop
+    scheduler: Scheduler
+    metrics: RecordingMetrics
+    running: asyncio.Task[None]
+    now: float = 0.0
+
+
+def new_request(prompt: bytes = PROMPT, max_new_tokens: int = 8, **changes: object) -> ValidRequest:
+    stopping = {
+        key: changes.pop(key) for key in ("stop", "ignore_eos", "keep_stop") if key in changes
+    }
+    return ValidRequest(
+        prompt_ids=tuple(prompt),
+        prompt_text=prompt.decode(),
+        sampling=SamplingParams(),
+        stopping=StoppingParams(max_new_tokens, **stopping),
+        **changes,
+    )
+
+
+@asynccontextmanager
+async def serving(
+    folder: Path, *, num_blocks: int = 64, eos_every: int = 0
+) -> AsyncIterator[Served]:
+    async with (
+        FakeShard(str(folder / "s"), num_blocks=num_blocks, eos_every=eos_every) as shard,
+        ShardGroup([shard.address]) as group,
+    ):
+        info = await group.wait_ready()
+        pool = await group.warmup(
+            max_step_tokens=64, max_batch_size=32, max_total_tokens=64, max_pool_tokens=0
+        )
+        scheduler = Scheduler(
+            SchedulerConfig(
+                num_blocks=pool.num_blocks,
+                block_size=pool.block_size,
+                max_step_tokens=64,
+                max_batch_size=32,
+            )
+        )
+        metrics = RecordingMetrics()
+        loop = BatchingLoop(
+            group,
+            scheduler,
+            tokenizer=byte_tokenizer(),
+            eos_token_ids=info.eos_token_ids,
+            metrics=metrics,
+        )
+        running = asyncio.ensure_future(loop.run())
+        try:
+            yield Served(shard, loop, scheduler, metrics, running)
+            scheduler.check_integrity()
+        finally:
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+
+
+async def collect(stream: GenerationStream) -> list[StreamEvent]:
+    async with stream:
+        return [event async for events in stream for event in events]
+
+
+def end_of(events: list[StreamEvent]) -> End:
+    assert [event.end is not None for event in events] == [False] * (len(events) - 1) + [True]
+    end = events[-1].end
+    assert end is not None
+    text = "".join(
+        ("" if event.token.special else event.token.text) + event.tail for event in events
+    )
+    assert text == end.generated_text
+    return end
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0)
+
+
+async def test_a_request_gets_its_tokens_and_its_end(tmp_path: Path) -> None:
+    async with serving(tmp_path) as served:
+        events = await collect(served.loop.submit(new_request()))
+    assert [event.token.id for event in events] == generated(PROMPT, 8)
+    end = end_of(events)
+    assert end.generated_text == bytes(generated(PROMPT, 8)).decode()
+    assert (end.finish_reason, end.num_generated) == (FinishReason.LENGTH, 8)
+    times = end.timings
+    assert times.submitted <= times.scheduled <= times.first_token <= times.finished
+
+
+async def test_sixteen_at_once_in_a_pool_for_four(tmp_path: Path) -> None:
+    prompts = [b"request number %d" % number for number in range(16)]
+    async with serving(tmp_path, num_blocks=30) as served:
+        streams = [served.loop.submit(new_request(prompt, 12)) for prompt in prompts]
+        results = await asyncio.gather(*map(collect, streams))
+        assert served.metrics.num_preempted > 0
+        await until(lambda: served.loop.idle)
+        assert served.scheduler.stats().blocks_used == 0
+    for prompt, events in zip(prompts, results, strict=True):
+        assert [event.token.id for event in events] == generated(prompt, 12)
+
+
+async def test_two_steps_are_in_flight(tmp_path: Path) -> None:
+    async with serving(tmp_path) as served:
+        served.shard.gate.clear()
+        stream = served.loop.submit(new_request())
+        await until(lambda: served.scheduler.num_in_flight == 2)
+        served.shard.gate.set()
+        await collect(stream)
+
+
+async def test_leaving_a_stream_early_frees_its_blocks(tmp_path: Path) -> None:
+    async with serving(tmp_path) as served:
+        async with served.loop.submit(new_request(max_new_tokens=40)) as stream:
+            await anext(stream)
+        assert served.scheduler.stats().blocks_used == 0
+        await until(lambda: served.loop.idle)
+        await collect(served.loop.submit(new_request(b"another")))
+        assert 1 not in served.shard.engine.ids
+
+
+async def test_end_of_sequence_ends_and_is_no_text(tmp_path: Path) -> None:
+    async with serving(tmp_path, eos_every=5) as served:
+        events = await collect(served.loop.submit(new_request(max_new_tokens=40)))
+        end = end_of(events)
+    assert end.finish_reason is FinishReason.EOS_TOKEN
+    assert events[-1].token[:2] == (EOS, "<eos>")
+    assert events[-1].token.special
+    assert "<eos>" not in end.generated_text
+
+
+async def test_end_of_sequence_can_be_ignored(tmp_path: Path) -> None:
+    async with serving(tmp_path, eos_every=5) as served:
+        request = new_request(max_new_tokens=40, ignore_eos=True)
+        end = end_of(await collect(served.loop.submit(request)))
+    assert (end.finish_reason, end.num_generated) == (FinishReason.LENGTH, 40)
+
+
+@pytest.mark.parametrize("keep_stop", [True, False])
+async def test_a_stop_string_ends_even_on_the_last_token(tmp_path: Path, keep_stop: bool) -> None:
+    text = bytes(generated(PROMPT, 8)).decode()
+    async with serving(tmp_path) as served:
+        request = new_request(max_new_tokens=8, stop=(text[5:8],), keep_stop=keep_stop)
+        end = end_of(await collect(served.loop.submit(request)))
+    assert end.finish_reason is FinishReason.STOP_SEQUENCE
+    assert end.generated_text == (text if keep_stop else text[:5])
+
+
+async def test_text_held_back_for_a_stop_string_is_not_lost(tmp_path: Path) -> None:
+    text = bytes(generated(PROMPT, 8)).decode()
+    async with serving(tmp_path) as served:
+        request = new_request(max_new_tokens=8, stop=(text[5:] + "!",), keep_stop=False)
+        events = await collect(served.loop.submit(request))
+    assert end_of(events).generated_text == text
+    assert events[-1].tail == text[5:]
+
+
+async def test_prompt_logprobs_and_top_tokens_come_with_their_text(tmp_path: Path) -> None:
+    async with serving(tmp_path) as served:
+        request = new_request(b"abc", 1, prompt_logprobs=True, top_n_tokens=2)
+        (event,) = await collect(served.loop.submit(request))
+    assert event.end is not None
+    assert [tuple(token) for token in event.end.prefill] == [
+        (97, "a", None),
+        (98, "b", -1.0),
+        (99, "c", -1.0),
+    ]
+    assert [token.id for token in event.top_tokens] == [event.token.id, 0]
+
+
+async def test_a_prompt_seen_before_is_found_in_the_cache(tmp_path: Path) -> None:
+    async with serving(tmp_path) as served:
+        await collect(served.loop.submit(new_request()))
+        end = end_of(await collect(served.loop.submit(new_request())))
+        assert served.metrics.look_ups == [(0, len(PROMPT)), (16, len(PROMPT))]
+    assert end.cached_tokens == 16
+
+
+async def test_a_failing_step_is_a_pause_and_no_error(tmp_path: Path) -> None:
+    failing = iter(["", "", "kernel broke"])
+    async with serving(tmp_path) as served:
+        served.shard.engine.faults.pass_error = lambda _: next(failing, "")
+        prompts = [b"one", b"two", b"three"]
+        streams = [served.loop.submit(new_request(prompt)) for prompt in prompts]
+        results = await asyncio.gather(*map(collect, streams))
+        assert [step.failed for step in served.metrics.steps].count(True) >= 1
+    for prompt, events in zip(prompts, results, strict=True):
+        assert [event.token.id for event in events] == generated(prompt, 8)
+
+
+async def test_the_culprit_of_failing_steps_fails_alone(tmp_path: Path) -> None:
+    async with serving(tmp_path) as served:
+
+        def poisoned(step: Request) -> str:
+            return "poison" if any(entry.id == 3 for entry in step.work) else ""
+
+        served.shard.engine.faults.pass_error = poisoned
+        streams = [served.loop.submit(new_request(b"number %d" % n)) for n in range(6)]
+        results = await asyncio.gather(*map(collect, streams), return_exceptions=True)
+    assert isinstance(results[2], GenerationFailed)
+    assert str(results[2]) == "poison"
+    assert [len(events) for events in results if isinstance(events, list)] == [8] * 5
+
+
+async def test_a_failing_sequence_harms_only_itself(tmp_path: Path) -> None:
+    async with serving(tmp_path) as served:
+        served.shard.engine.faults.sequence_error = lambda key: "bad grammar" if key == 2 else ""
+        streams = [served.loop.submit(new_request(b"number %d" % n)) for n in range(3)]
+        results = await asyncio.gather(*map(collect, streams), return_exceptions=True)
+    assert isinstance(results[1], GenerationFailed)
+    assert len(results[0]) == len(results[2]) == 8
+
+
+async def test_a_dead_shard_fails_every_request(tmp_path: Path) -> None:
+    async with serving(tmp_path) as served:
+        served.shard.gate.clear()
+        streams = [served.loop.submit(new_request()) for _ in range(3)]
+        await until(lambda: len(served.shard.steps) > 0)
+        assert served.loop.is_healthy
+        await served.shard.kill()
+        results = await asyncio.gather(*map(collect, streams), return_exceptions=True)
+        assert [type(result) for result in results] == [ShardLost] * 3
+        with pytest.raises(ShardLost):
+            await served.running
+        assert not served.loop.is_healthy
+        with pytest.raises(ShardLost):
+            await collect(served.loop.submit(new_request()))
+
+
+async def test_stopping_the_loop_tells_open_requests(tmp_path: Path) -> None:
+    async with serving(tmp_path) as served:
+        served.shard.gate.clear()
+        collecting: Awaitable[list[StreamEvent]] = asyncio.ensure_future(
+            collect(served.loop.submit(new_request()))
+        )
+        await until(lambda: len(served.shard.steps) > 0)
+        served.running.cancel()
+        with pytest.raises(GenerationFailed):
+            await collecting
+
+
+async def test_a_bug_in_one_text_ends_that_request_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with serving(tmp_path) as served:
+        broken = served.loop.submit(new_request(b"broken"))
+        monkeypatch.setattr(
+            served.loop._generations[1].detokenizer.__class__,
+            "step",
+            lambda self, _: 1 / 0,
+        )
+        with pytest.raises(GenerationFailed, match="internal error"):
+            await collect(broken)
+        monkeypatch.undo()
+        assert len(await collect(served.loop.submit(new_request()))) == 8
+
+
+async def test_a_step_that_never_ends_is_unhealthy(tmp_path: Path) -> None:
+    async with serving(tmp_path) as served:
+        now = 0.0
+        served.loop._clock = lambda: now
+        served.shard.gate.clear()
+        stream = served.loop.submit(new_request())
+        await until(lambda: len(served.shard.steps) > 0)
+        assert served.loop.is_healthy
+        now = 61.0
+        assert not served.loop.is_healthy
+        served.shard.gate.set()
+        await collect(stream)
+        assert served.loop.is_healthy
