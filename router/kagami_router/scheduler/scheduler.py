@@ -64,13 +64,25 @@ class SchedulerConfig:
 class _Draft:
     """The step being made: what is left of its budgets, and what is in it so far."""
 
-    __slots__ = ("new_sequences", "num_preempted", "room", "tokens", "work")
+    __slots__ = (
+        "new_sequences",
+        "num_decodes",
+        "num_preempted",
+        "num_prefill_tokens",
+        "num_samples",
+        "room",
+        "tokens",
+        "work",
+    )
 
     def __init__(self, *, tokens: int, room: int) -> None:
         self.tokens = tokens
         self.room = room
         self.work: list[Work] = []
         self.new_sequences: list[NewSequence] = []
+        self.num_decodes = 0
+        self.num_prefill_tokens = 0
+        self.num_samples = 0
         self.num_preempted = 0
 
     @property
@@ -81,7 +93,13 @@ class _Draft:
         """Schedule the next `count` positions of a sequence."""
         position = sequence.num_scheduled
         end = position + count
-        self.work.append(Work(sequence, position, count, blocks, end >= sequence.prefill_end))
+        samples = end >= sequence.prefill_end
+        self.work.append(Work(sequence, position, count, blocks, samples))
+        self.num_samples += samples
+        if position < sequence.prefill_end:
+            self.num_prefill_tokens += count
+        else:
+            self.num_decodes += 1
         sequence.num_scheduled = end
         sequence.steps_in_flight += 1
         self.tokens -= count
@@ -162,6 +180,9 @@ class Scheduler:
             new_sequences=draft.new_sequences,
             drop_ids=self._drop_ids,
             work=draft.work,
+            num_decodes=draft.num_decodes,
+            num_prefill_tokens=draft.num_prefill_tokens,
+            num_samples=draft.num_samples,
             num_preempted=draft.num_preempted,
         )
         self._drop_ids = []

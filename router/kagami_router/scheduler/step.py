@@ -41,15 +41,10 @@ class Step:
     new_sequences: list[NewSequence]
     drop_ids: list[int]
     work: list[Work]
+    num_decodes: int
+    num_prefill_tokens: int
+    num_samples: int
     num_preempted: int
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(work.num_tokens for work in self.work)
-
-    @property
-    def num_samples(self) -> int:
-        return sum(work.samples for work in self.work)
 
 
 class TopToken(NamedTuple):

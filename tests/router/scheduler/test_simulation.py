@@ -160,7 +160,7 @@ class Simulation:
         if step is None:
             return False
         assert step.work
-        assert step.num_tokens <= self.world.max_step_tokens
+        assert sum(work.num_tokens for work in step.work) <= self.world.max_step_tokens
         assert len(step.work) <= self.world.max_batch_size
         assert len({work.sequence.id for work in step.work}) == len(step.work)
         self.queue.append(step)

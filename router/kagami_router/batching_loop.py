@@ -1,0 +1,366 @@
+"""The only driver: schedule, call the shards, update, deliver.
+
+Two tasks on one event loop share the scheduler, each leaving it whole before it awaits. The
+sender asks it for steps as long as it gives one (two are in flight at most); the reader takes
+results, makes text of them, and wakes the sender before it wakes any client.
+
+Ids say whether a sequence ended by EOS, text whether by a stop string; both count before length.
+"""
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+import tokenizers
+
+from kagami_proto.errors import GenerationFailed, KagamiError, ShardLost
+from kagami_router.detokenize import Detokenizer, TextDecoder
+from kagami_router.metrics import Metrics, StepStats
+from kagami_router.requests import (
+    End,
+    FinishReason,
+    PrefillToken,
+    StreamEvent,
+    Timings,
+    Token,
+    ValidRequest,
+)
+from kagami_router.scheduler.scheduler import Scheduler
+from kagami_router.scheduler.sequence import Sequence
+from kagami_router.scheduler.step import SequenceFailed, Step, StepResults, TokenSampled
+from kagami_router.shard_client import ShardGroup, StepStream
+from kagami_router.stopping import StopMatcher
+
+logger = logging.getLogger(__name__)
+
+# A step takes milliseconds to seconds; the largest prefill on a slow CPU stays well below.
+STEP_OVERDUE_S = 60.0
+# The integrity check walks the whole pool: only when nobody is likely to come just now.
+IDLE_CHECK_S = 1.0
+
+
+class GenerationStream:
+    """The events of one request: an async context manager and an async iterator.
+
+    Leaving the context before the end cancels the generation.
+    """
+
+    __slots__ = ("_cancel", "_error", "_events", "_has_ended", "_waiter")
+
+    def __init__(self, cancel: Callable[[], None]) -> None:
+        self._cancel = cancel
+        self._events: list[StreamEvent] = []
+        self._error: KagamiError | None = None
+        self._has_ended = False
+        self._waiter: asyncio.Future[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._cancel()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> tuple[StreamEvent, ...]:
+        """All events since the last turn; raises `GenerationFailed` or `ShardLost`."""
+        while not self._events:
+            if self._error is not None:
+                raise self._error
+            if self._has_ended:
+                raise StopAsyncIteration
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        events = tuple(self._events)
+        self._events.clear()
+        return events
+
+    def put(self, event: StreamEvent) -> None:
+        """For the loop: one more event; the one with `end` is the last."""
+        self._events.append(event)
+        if event.end is not None:
+            self._has_ended = True
+        self._notify()
+
+    def fail(self, error: KagamiError) -> None:
+        """For the loop: no more events; what is there already is still delivered."""
+        self._error = error
+        self._notify()
+
+    def _notify(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+class _Generation:
+    """What the loop keeps of one sequence: its stream and its text so far."""
+
+    __slots__ = ("detokenizer", "first_token", "sequence", "stop", "stream", "texts")
+
+    def __init__(
+        self,
+        sequence: Sequence,
+        stream: GenerationStream,
+        detokenizer: Detokenizer,
+        stop: StopMatcher | None,
+    ) -> None:
+        self.sequence = sequence
+        self.stream = stream
+        self.detokenizer = detokenizer
+        self.stop = stop
+        self.texts: list[str] = []
+        self.first_token: float | None = None
+
+
+class BatchingLoop:
+    """Drives one scheduler and the shards of one model."""
+
+    def __init__(
+        self,
+        shards: ShardGroup,
+        scheduler: Scheduler,
+        *,
+        tokenizer: tokenizers.Tokenizer,
+        eos_token_ids: frozenset[int],
+        metrics: Metrics,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._shards = shards
+        self._scheduler = scheduler
+        self._decoder = TextDecoder(tokenizer, eos_token_ids)
+        self._eos_token_ids = eos_token_ids
+        self._metrics = metrics
+        self._clock = clock
+        self._generations: dict[int, _Generation] = {}
+        # Steps in flight, each with the time it was sent.
+        self._sent: deque[tuple[Step, float]] = deque()
+        self._last_progress = 0.0
+        self._wake = asyncio.Event()
+        self._is_streaming = False
+        self._gone: KagamiError | None = None
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether the step stream stands and no step is overdue."""
+        if not self._is_streaming:
+            return False
+        if not self._sent:
+            return True
+        since = max(self._sent[0][1], self._last_progress)
+        return self._clock() - since <= STEP_OVERDUE_S
+
+    @property
+    def idle(self) -> bool:
+        return self._scheduler.is_idle
+
+    def submit(self, request: ValidRequest) -> GenerationStream:
+        """Queue one generation; enter the stream's context to be sure that it is released."""
+        if self._gone is not None:
+            stream = GenerationStream(lambda: None)
+            stream.fail(self._gone)
+            return stream
+        sequence = self._scheduler.add(request, self._clock())
+        stream = GenerationStream(lambda: self._cancel(sequence.id))
+        stopping = request.stopping
+        self._generations[sequence.id] = _Generation(
+            sequence,
+            stream,
+            self._decoder.start(request.prompt_ids),
+            StopMatcher(stopping.stop, keep_stop=stopping.keep_stop) if stopping.stop else None,
+        )
+        self._wake.set()
+        return stream
+
+    def _cancel(self, sequence_id: int) -> None:
+        if self._generations.pop(sequence_id, None) is not None:
+            self._scheduler.cancel(sequence_id)
+            self._wake.set()
+
+    async def run(self) -> None:
+        """Serve until cancelled. Raises `ShardLost` when the step stream broke.
+
+        However it ends, every open request is told.
+        """
+        gone: KagamiError = GenerationFailed("the server is shutting down")
+        try:
+            async with self._shards.open_steps() as steps:
+                self._is_streaming = True
+                async with asyncio.TaskGroup() as tasks:
+                    tasks.create_task(self._send_steps(steps), name="send steps")
+                    tasks.create_task(self._read_results(steps), name="read results")
+        except ExceptionGroup as group:
+            lost, bugs = group.split(ShardLost)
+            if bugs is not None or lost is None:
+                gone = GenerationFailed("internal error")
+                raise
+            gone = ShardLost(str(lost.exceptions[0]))
+            raise gone from group
+        finally:
+            self._is_streaming = False
+            self._fail_everybody(gone)
+
+    async def _send_steps(self, steps: StepStream) -> None:
+        while True:
+            now = self._clock()
+            step = self._scheduler.schedule(now)
+            if step is None:
+                self._wake.clear()
+                await self._wait_for_work()
+                continue
+            self._sent.append((step, now))
+            for new in step.new_sequences:
+                if not new.is_replay:
+                    self._metrics.prefix_looked_up(new.num_cached_tokens, new.num_prompt_tokens)
+            if step.num_preempted:
+                self._metrics.preempted(step.num_preempted)
+            await steps.send(step)
+
+    async def _wait_for_work(self) -> None:
+        if self._scheduler.is_idle:
+            try:
+                async with asyncio.timeout(IDLE_CHECK_S):
+                    await self._wake.wait()
+            except TimeoutError:
+                if self._scheduler.is_idle:
+                    self._scheduler.check_integrity()
+        await self._wake.wait()
+
+    async def _read_results(self, steps: StepStream) -> None:
+        while True:
+            self._take_results(await steps.receive())
+
+    def _take_results(self, results: StepResults) -> None:
+        """One step's results: move sequences on, make text, tell clients and metrics."""
+        now = self._clock()
+        step, sent_at = self._sent.popleft()
+        self._last_progress = now
+        ready: list[tuple[GenerationStream, StreamEvent | KagamiError]] = []
+        for event in self._scheduler.update(results, now):
+            generation = self._generations.get(event.sequence.id)
+            if generation is None:
+                continue
+            if isinstance(event, SequenceFailed):
+                del self._generations[event.sequence.id]
+                ready.append((generation.stream, GenerationFailed(event.message)))
+            else:
+                ready.append((generation.stream, self._take_token(generation, event, now)))
+        if results.error:
+            logger.error(
+                "Step failed",
+                extra={
+                    "step": step.number,
+                    "sequences": len(step.work),
+                    "out_of_memory": results.out_of_memory,
+                    "error": results.error,
+                },
+            )
+        self._wake.set()
+        for stream, outcome in ready:
+            if isinstance(outcome, StreamEvent):
+                stream.put(outcome)
+            else:
+                stream.fail(outcome)
+        self._metrics.step_finished(
+            StepStats(
+                num_prefill_tokens=step.num_prefill_tokens,
+                num_decodes=step.num_decodes,
+                num_new=len(step.new_sequences),
+                wall_s=now - sent_at,
+                host_s=results.host_ns / 1e9,
+                device_s=results.device_ns / 1e9,
+                failed=bool(results.error),
+            )
+        )
+        self._metrics.pool_changed(self._scheduler.stats())
+
+    def _take_token(
+        self, generation: _Generation, event: TokenSampled, now: float
+    ) -> StreamEvent | KagamiError:
+        """The event of one token. What goes wrong with its text ends that sequence only."""
+        try:
+            return self._new_event(generation, event, now)
+        # A border: a bug in one sequence's text must not stop the others' steps.
+        except Exception:
+            logger.exception("Text failed", extra={"request_id": event.sequence.id})
+            self._cancel(event.sequence.id)
+            return GenerationFailed("internal error")
+
+    def _new_event(self, generation: _Generation, event: TokenSampled, now: float) -> StreamEvent:
+        token_id = event.token_id
+        if generation.first_token is None:
+            generation.first_token = now
+        reason: FinishReason | None = None
+        text = self._decoder.special.get(token_id)
+        is_special = text is not None
+        if text is None:
+            text = generation.detokenizer.step(token_id)
+            if generation.stop is not None:
+                text, is_stopped = generation.stop.push(text)
+                if is_stopped:
+                    reason = FinishReason.STOP_SEQUENCE
+            generation.texts.append(text)
+        if token_id in self._eos_token_ids and not event.sequence.request.stopping.ignore_eos:
+            reason = FinishReason.EOS_TOKEN
+        elif reason is None and event.is_last:
+            reason = FinishReason.LENGTH
+        token = Token(token_id, text, event.logprob, is_special)
+        top_tokens = (
+            tuple(self._top_token(top.id, top.logprob) for top in event.top_tokens)
+            if event.top_tokens
+            else ()
+        )
+        if reason is None:
+            return StreamEvent(token, top_tokens)
+        tail = generation.stop.rest() if generation.stop is not None else ""
+        generation.texts.append(tail)
+        return StreamEvent(token, top_tokens, tail, self._end(generation, reason, now))
+
+    def _top_token(self, token_id: int, logprob: float) -> Token:
+        is_special = token_id in self._decoder.special
+        return Token(token_id, self._decoder.text_of(token_id), logprob, is_special)
+
+    def _end(self, generation: _Generation, reason: FinishReason, now: float) -> End:
+        sequence = generation.sequence
+        self._scheduler.finish(sequence)
+        del self._generations[sequence.id]
+        assert sequence.scheduled_at is not None
+        assert generation.first_token is not None
+        return End(
+            finish_reason=reason,
+            generated_text="".join(generation.texts),
+            num_generated=sequence.log.num_generated,
+            prefill=self._prefill(sequence),
+            timings=Timings(
+                submitted=sequence.added_at,
+                scheduled=sequence.scheduled_at,
+                first_token=generation.first_token,
+                finished=now,
+            ),
+            cached_tokens=sequence.cached_tokens,
+        )
+
+    def _prefill(self, sequence: Sequence) -> tuple[PrefillToken, ...]:
+        if not sequence.request.prompt_logprobs:
+            return ()
+        log = sequence.log
+        return tuple(
+            PrefillToken(token_id, self._decoder.text_of(token_id), logprob)
+            for token_id, logprob in zip(log.prompt_ids, log.prompt_logprobs(), strict=True)
+        )
+
+    def _fail_everybody(self, error: KagamiError) -> None:
+        self._gone = error
+        generations, self._generations = self._generations, {}
+        for sequence_id, generation in generations.items():
+            self._scheduler.cancel(sequence_id)
+            generation.stream.fail(error)

@@ -1,0 +1,299 @@
+"""The shards as the router sees them: gRPC lives here and nowhere else in the router.
+
+Turns steps into protobuf and results back. Addresses, not file names: a shard may live on another
+host. Every shard of a model gets the same steps, so they agree by construction; sampled tokens
+are read from the first, and a failure counts whoever reports it.
+"""
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+import grpc
+import grpc.aio
+
+from kagami_proto import generate_pb2 as pb
+from kagami_proto import generate_pb2_grpc
+from kagami_proto.errors import GenerationFailed, ShardLost
+from kagami_router.scheduler.step import (
+    Failure,
+    NewSequence,
+    PromptLogprobs,
+    Sample,
+    Step,
+    StepResults,
+    TopToken,
+)
+
+logger = logging.getLogger(__name__)
+
+# A step result with prompt logprobs or a replay of a long prompt has no natural bound; a shard
+# that starts binds its socket within seconds, so reconnecting never backs off for long.
+CHANNEL_OPTIONS = (
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.initial_reconnect_backoff_ms", 50),
+    ("grpc.min_reconnect_backoff_ms", 50),
+    ("grpc.max_reconnect_backoff_ms", 500),
+)
+# How often a log line says what is being waited for.
+WAIT_REPORT_S = 10.0
+
+_StepCall = grpc.aio.StreamStreamCall[pb.Step, pb.StepResult]
+
+
+@dataclass(frozen=True, slots=True)
+class ShardInfo:
+    """Facts about the model and the device."""
+
+    model_type: str
+    dtype: str
+    device_type: str
+    attention: str
+    vocab_size: int
+    max_positions: int
+    """0: unknown."""
+    block_size: int
+    eos_token_ids: frozenset[int]
+    world_size: int
+    version: str
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """The KV cache that fits all shards; block 0 is reserved."""
+
+    num_blocks: int
+    block_size: int
+    kv_bytes: int
+    """On one shard."""
+    elapsed_s: float
+
+
+class StepStream:
+    """One step stream to every shard; an async context manager."""
+
+    def __init__(self, calls: Sequence[_StepCall]) -> None:
+        self._calls = calls
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for call in self._calls:
+            call.cancel()
+
+    async def send(self, step: Step) -> None:
+        """Send a step to every shard; raises `ShardLost`."""
+        message = step_to_pb(step)
+        try:
+            for call in self._calls:
+                await call.write(message)
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
+            raise ShardLost(_reason(error)) from error
+
+    async def receive(self) -> StepResults:
+        """The results of the oldest step that has none yet; raises `ShardLost`."""
+        try:
+            messages = [await call.read() for call in self._calls]
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
+            raise ShardLost(_reason(error)) from error
+        except asyncio.CancelledError as error:
+            if _is_cancelling():
+                raise
+            raise ShardLost("the step stream was cancelled") from error
+        results: list[pb.StepResult] = []
+        for message in messages:
+            if not isinstance(message, pb.StepResult):
+                raise ShardLost("the shard closed the step stream")
+            results.append(message)
+        return results_from_pb(results)
+
+
+class ShardGroup:
+    """All shards of one model; an async context manager that owns their channels."""
+
+    def __init__(self, addresses: Sequence[str]) -> None:
+        if not addresses:
+            raise ValueError("a model needs at least one shard")
+        self._addresses = list(addresses)
+        self._stubs: list[generate_pb2_grpc.TextGenerationServiceAsyncStub] = []
+        self._stack = AsyncExitStack()
+
+    async def __aenter__(self) -> Self:
+        for address in self._addresses:
+            channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+            await self._stack.enter_async_context(channel)
+            self._stubs.append(generate_pb2_grpc.TextGenerationServiceStub(channel))
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._stubs.clear()
+        await self._stack.aclose()
+
+    async def wait_ready(self) -> ShardInfo:
+        """Wait until every shard answers `Info`, however long its weights take to load."""
+        facts = [await self._wait_for_info(rank) for rank in range(len(self._stubs))]
+        return _info_from_pb(facts[0])
+
+    async def _wait_for_info(self, rank: int) -> pb.InfoResponse:
+        while True:
+            try:
+                return await self._stubs[rank].Info(
+                    pb.InfoRequest(), wait_for_ready=True, timeout=WAIT_REPORT_S
+                )
+            except grpc.aio.AioRpcError as error:
+                if error.code() not in (
+                    grpc.StatusCode.UNAVAILABLE,
+                    grpc.StatusCode.DEADLINE_EXCEEDED,
+                ):
+                    raise ShardLost(_reason(error)) from error
+                logger.info(
+                    "Waiting for shard to be ready",
+                    extra={"rank": rank, "address": self._addresses[rank]},
+                )
+
+    async def warmup(
+        self,
+        *,
+        max_step_tokens: int,
+        max_batch_size: int,
+        max_total_tokens: int,
+        max_pool_tokens: int,
+    ) -> Pool:
+        """Let every shard size its KV cache; the smallest pool counts.
+
+        Raises `GenerationFailed` if the limits do not fit into memory, `ShardLost`.
+        """
+        request = pb.WarmupRequest(
+            max_step_tokens=max_step_tokens,
+            max_batch_size=max_batch_size,
+            max_total_tokens=max_total_tokens,
+            max_pool_tokens=max_pool_tokens,
+        )
+        try:
+            pools = await asyncio.gather(*(stub.Warmup(request) for stub in self._stubs))
+        except grpc.aio.AioRpcError as error:
+            is_lost = error.code() is grpc.StatusCode.UNAVAILABLE
+            raise (ShardLost if is_lost else GenerationFailed)(_reason(error)) from error
+        smallest = min(pools, key=lambda pool: pool.num_blocks)
+        return Pool(
+            num_blocks=smallest.num_blocks,
+            block_size=smallest.block_size,
+            kv_bytes=smallest.kv_bytes,
+            elapsed_s=max(pool.elapsed_ns for pool in pools) / 1e9,
+        )
+
+    def open_steps(self) -> StepStream:
+        """A new step stream; the shards forget every sequence of the one before it."""
+        return StepStream([stub.Run() for stub in self._stubs])
+
+
+def _is_cancelling() -> bool:
+    """Whether the running task itself is being cancelled, not just the call it waits for."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, grpc.aio.AioRpcError):
+        return error.details() or error.code().name
+    return "the step stream is closed"
+
+
+def _info_from_pb(info: pb.InfoResponse) -> ShardInfo:
+    return ShardInfo(
+        model_type=info.model_type,
+        dtype=info.dtype,
+        device_type=info.device_type,
+        attention=info.attention,
+        vocab_size=info.vocab_size,
+        max_positions=info.max_positions,
+        block_size=info.block_size,
+        eos_token_ids=frozenset(info.eos_token_ids),
+        world_size=info.world_size,
+        version=info.version,
+    )
+
+
+def step_to_pb(step: Step) -> pb.Step:
+    """Records become columns."""
+    return pb.Step(
+        number=step.number,
+        new_sequences=[_new_to_pb(new) for new in step.new_sequences],
+        drop_ids=step.drop_ids,
+        ids=[work.sequence.id for work in step.work],
+        positions=[work.position for work in step.work],
+        counts=[work.num_tokens for work in step.work],
+        grants=[
+            pb.BlockGrant(id=work.sequence.id, blocks=work.blocks)
+            for work in step.work
+            if work.blocks
+        ],
+    )
+
+
+def _new_to_pb(new: NewSequence) -> pb.NewSequence:
+    sampling = new.request.sampling
+    return pb.NewSequence(
+        id=new.id,
+        token_ids=new.token_ids,
+        num_prompt_tokens=new.num_prompt_tokens,
+        sampling=pb.SamplingParameters(
+            do_sample=sampling.do_sample,
+            seed=sampling.seed,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            typical_p=sampling.typical_p,
+            repetition_penalty=sampling.repetition_penalty,
+            frequency_penalty=sampling.frequency_penalty,
+            presence_penalty=sampling.presence_penalty,
+        ),
+        top_n_tokens=new.request.top_n_tokens,
+        prompt_logprobs=new.prompt_logprobs,
+        traceparent=new.request.traceparent,
+        tracestate=new.request.tracestate,
+    )
+
+
+def results_from_pb(messages: Sequence[pb.StepResult]) -> StepResults:
+    """What all shards say of one step: the first one's tokens, everybody's failures."""
+    first = messages[0]
+    top_tokens = {
+        top.index: tuple(map(TopToken, top.token_ids, top.logprobs)) for top in first.top_tokens
+    }
+    samples = list(map(Sample, first.ids, first.token_ids, first.logprobs))
+    for index, top in top_tokens.items():
+        samples[index] = samples[index]._replace(top_tokens=top)
+    return StepResults(
+        number=first.number,
+        samples=samples,
+        prompt_logprobs=[
+            PromptLogprobs(scored.id, scored.first_position, list(scored.logprobs))
+            for scored in first.prompt_logprobs
+        ],
+        failures=[
+            Failure(failure.id, failure.message)
+            for message in messages
+            for failure in message.failures
+        ],
+        error=next((message.error for message in messages if message.error), ""),
+        out_of_memory=any(message.out_of_memory for message in messages),
+        host_ns=max(message.host_ns for message in messages),
+        device_ns=max(message.device_ns for message in messages),
+    )

@@ -1,0 +1,22 @@
+"""A tokenizer without training: one token a byte, and `<eos>`."""
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+EOS = 256
+
+
+def alphabet() -> list[str]:
+    """The characters that stand for the bytes 0 .. 255 in a byte-level vocabulary."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+
+
+def byte_tokenizer() -> Tokenizer:
+    """Id = byte; id 256 is the special token `<eos>`."""
+    vocabulary = {character: byte for byte, character in enumerate(alphabet())}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken("<eos>", special=True, normalized=False)])
+    return tokenizer
