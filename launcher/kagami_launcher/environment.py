@@ -14,29 +14,34 @@ from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
+from kagami_launcher.cli import flags
 from kagami_launcher.plan import Devices
 
-# LOG_LEVEL: a shard gets its level as a flag, as in TGI. The key is none of its business.
-_NOT_FOR_A_SHARD = frozenset({"LOG_LEVEL", "API_KEY"})
-_NOT_FOR_CONVERSION = frozenset({"API_KEY"})
+# Children get the flags by argv, or by what the plan adds: a variable that the launcher's command
+# line overrode must not reach them behind its back.
+_FLAG_VARIABLES = frozenset(item.name.upper() for item, _ in flags())
 _ALWAYS: Mapping[str, str] = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONUNBUFFERED": "1"}
 
 
 def for_shard(base: Mapping[str, str], additions: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a shard: the launcher's own, minus what is not for it, plus the plan's."""
-    kept = {key: value for key, value in base.items() if key not in _NOT_FOR_A_SHARD}
+    """The environment of a shard: the launcher's without its flags, plus the plan's additions."""
+    kept = _without_flags(base)
+    kept.pop("LOG_LEVEL", None)  # a flag of the shard, as in TGI
     return {**kept, **_ALWAYS, **additions}
 
 
 def for_router(base: Mapping[str, str], additions: Mapping[str, str]) -> dict[str, str]:
     """The environment of the router."""
-    return {**base, **_ALWAYS, **additions}
+    return {**_without_flags(base), **_ALWAYS, **additions}
 
 
 def for_conversion(base: Mapping[str, str]) -> dict[str, str]:
     """The environment of a conversion."""
-    kept = {key: value for key, value in base.items() if key not in _NOT_FOR_CONVERSION}
-    return {**kept, **_ALWAYS}
+    return {**_without_flags(base), **_ALWAYS}
+
+
+def _without_flags(base: Mapping[str, str]) -> dict[str, str]:
+    return {key: value for key, value in base.items() if key not in _FLAG_VARIABLES}
 
 
 def find_command(name: str, base: Mapping[str, str]) -> str | None:

@@ -31,6 +31,7 @@ class ModelSource:
     model_id: str  # what clients see
     folder: Path
     gguf: Path | None = None
+    is_from_hub: bool = False
 
     @property
     def is_ready(self) -> bool:
@@ -61,7 +62,8 @@ def resolve(model_id: str, *, revision: str | None, cache: Path) -> ModelSource:
         return _converted(model_id, _embedded_file(), model_id, cache)
     if path.suffix == ".gguf" or model_id.startswith(("/", ".", "~")) or model_id.count("/") > 1:
         raise ModelNotFound(f"{model_id} does not exist")
-    return ModelSource(model_id, _cached_snapshot(model_id, revision, cache))
+    snapshot = _cached_snapshot(model_id, revision, cache)
+    return ModelSource(model_id, snapshot, is_from_hub=True)
 
 
 def _embedded_file() -> Path:

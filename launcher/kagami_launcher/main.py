@@ -37,6 +37,11 @@ log = logging.getLogger(__name__)
 
 TARGET = "text_generation_launcher"
 _ROUTER_TARGET = "text_generation_router"
+_SHARD_LEVELS: Mapping[int, str] = {
+    logging.DEBUG: "DEBUG",
+    logging.INFO: "INFO",
+    logging.WARNING: "WARNING",
+}
 _DOWNLOAD: Mapping[str, object] = {"span": "download"}
 _POLL_S, _PROBE_TIMEOUT_S, _WAITING_EVERY_S = 0.1, 1.0, 10.0
 # Nobody is being served yet, so there is nothing to finish: router and shard together end in 5 s.
@@ -105,6 +110,8 @@ class Launch:
             source = hub.resolve(args.model_id, revision=args.revision, cache=cache)
         except hub.ModelNotFound as missing:
             raise LaunchFailed("DownloadError", str(missing)) from missing
+        if args.revision is not None and not source.is_from_hub:
+            log.warning("`--revision` has no effect: %s is not from the hub", args.model_id)
         if source.is_ready:
             log.info("Files are already present on the host. Skipping download.")
         else:
@@ -138,9 +145,9 @@ class Launch:
         prefill_tokens = plan.max_batch_prefill_tokens(args, self._devices, positions)
         if args.max_batch_prefill_tokens is None:
             log.info("Default `max_batch_prefill_tokens` to %s", prefill_tokens)
-        level = logging.getLevelName(self._level())
+        level = logs.level_of(self._invocation.log_level, TARGET)
         return (
-            plan.plan_shard(self._invocation, source, log_level=level),
+            plan.plan_shard(self._invocation, source, log_level=_SHARD_LEVELS.get(level, "ERROR")),
             plan.plan_router(
                 self._invocation, source, self._devices, prefill_tokens=prefill_tokens
             ),
@@ -239,9 +246,6 @@ class Launch:
             return self._supervisor.start(name, argv, env, voice)
         except OSError as error:
             raise LaunchFailed(variant, f"cannot start {argv[0]}: {error.strerror}") from error
-
-    def _level(self) -> int:
-        return logs.level_of(self._invocation.log_level, TARGET)
 
     def _voice(self, target: str, rank: int | None = None, renames: bool = False) -> Voice:
         level = logs.level_of(self._invocation.log_level, target)

@@ -170,15 +170,9 @@ def plan_shard(
     environment = {
         "RANK": str(rank),
         "WORLD_SIZE": "1",
-        "MASTER_ADDR": args.master_addr,
-        "MASTER_PORT": str(args.master_port),
         "CUDA_MEMORY_FRACTION": f"{args.cuda_memory_fraction:g}",
         **_hub_environment(args),
     }
-    if args.max_total_tokens is not None:
-        environment["MAX_TOTAL_TOKENS"] = str(args.max_total_tokens)
-    if args.max_batch_size is not None:
-        environment["MAX_BATCH_SIZE"] = str(args.max_batch_size)
     return ShardPlan(rank, f"{args.shard_uds_path}-{rank}", tuple(argv), environment)
 
 
@@ -201,6 +195,7 @@ def plan_router(
         ("--max-batch-prefill-tokens", prefill_tokens),
         ("--validation-workers", args.validation_workers),
         ("--payload-limit", args.payload_limit),
+        ("--graceful-termination-timeout", _drain_s(args.graceful_termination_timeout)),
     )
     argv = [ROUTER_COMMAND, "--json-output"]
     for name, value in required:
@@ -210,11 +205,9 @@ def plan_router(
     argv += _optional("--max-batch-total-tokens", args.max_batch_total_tokens)
     argv += _optional("--max-batch-size", args.max_batch_size)
     argv += _optional("--tokenizer-config-path", args.tokenizer_config_path)
-    argv += _optional("--revision", args.revision)
     for name in ("waiting_served_ratio", "max_waiting_tokens", "prometheus_port"):
         argv += _optional(option(name), getattr(args, name) if name in given else None)
-    for name in ("disable_grammar_support", "trust_remote_code"):
-        argv += [option(name)] if getattr(args, name) else []
+    argv += ["--disable-grammar-support"] if args.disable_grammar_support else []
     for origin in args.cors_allow_origin:
         argv += ["--cors-allow-origin", origin]
     environment = {"COMPUTE_TYPE": invocation.environ.get("COMPUTE_TYPE") or devices.compute_type}
@@ -223,6 +216,11 @@ def plan_router(
             args.api_key
         )  # not in argv: every user of the machine can read that
     return RouterPlan(tuple(argv), {**environment, **_hub_environment(args)})
+
+
+def _drain_s(grace_s: int) -> str:
+    """What of the grace time is for running requests; the rest is for telling those cut off."""
+    return f"{grace_s - min(2, grace_s / 4):g}"
 
 
 def _optional(name: str, value: object | None) -> list[str]:

@@ -15,7 +15,9 @@ from safetensors import safe_open
 from tokenizers import Tokenizer
 
 from kagami_launcher import convert as converter
-from kagami_launcher.convert import ConversionRefused, checkpoint_name, convert
+from kagami_launcher import convert_tokenizer
+from kagami_launcher.convert import checkpoint_name, convert
+from kagami_launcher.convert_tokenizer import ConversionRefused, Metadata, build_tokenizer
 
 HEADS, KV_HEADS, HIDDEN, INNER, LAYERS = 4, 2, 32, 64, 2
 PLAIN = [*"abcdefghijklmnopqrstuvwxyz0123456789Ġ.,?'Ċ", "th", "the", "Ġthe", "12"]
@@ -160,8 +162,8 @@ def test_smollms_tokenizer_splits_digits(folder: Path) -> None:
 
 
 def test_gpt2s_tokenizer_does_not(tmp_path: Path) -> None:
-    metadata = converter.Metadata(gguf.GGUFReader(write_gguf(tmp_path / "a.gguf", pre="gpt-2")))
-    assert converter.build_tokenizer(metadata).encode("12").tokens == ["12"]
+    metadata = Metadata(gguf.GGUFReader(write_gguf(tmp_path / "a.gguf", pre="gpt-2")))
+    assert build_tokenizer(metadata).encode("12").tokens == ["12"]
 
 
 @pytest.mark.slow
@@ -203,7 +205,7 @@ def test_llama_3s_rope_scaling_is_read_from_its_tensor(tmp_path: Path) -> None:
     factors = converter.llama3_factors(scaling, 100000.0, HIDDEN // HEADS).astype(np.float32)
     reader = gguf.GGUFReader(write_gguf(tmp_path / "a.gguf", rope_freqs__weight=factors))
     tensors = {tensor.name: tensor for tensor in reader.tensors}
-    config = converter.model_config(converter.Metadata(reader), tensors)
+    config = converter.model_config(Metadata(reader), tensors)
     assert config["rope_scaling"] == scaling
 
 
@@ -222,7 +224,7 @@ def test_llama_3s_factors_are_those_of_transformers() -> None:
 
 def test_sentencepiece_merges_follow_the_scores() -> None:
     vocab = {token: index for index, token in enumerate(["a", "b", "c", "ab", "bc", "abc"])}
-    merges = converter._merges_from_scores(vocab, [0, 0, 0, -2, -1, -3])
+    merges = convert_tokenizer._merges_from_scores(vocab, [0, 0, 0, -2, -1, -3])
     assert merges == [("b", "c"), ("a", "b"), ("a", "bc"), ("ab", "c")]
 
 

@@ -19,10 +19,13 @@ def test_a_shard_gets_neither_the_key_nor_the_log_level() -> None:
     }
 
 
-def test_the_router_inherits_everything() -> None:
-    env = environment.for_router({"LOG_LEVEL": "debug", "MAX_IMAGE_FETCH_SIZE": "1"}, {})
+def test_the_router_inherits_what_is_no_flag_of_the_launcher() -> None:
+    base = {"LOG_LEVEL": "debug", "MAX_IMAGE_FETCH_SIZE": "1", "PORT": "80", "API_KEY": "old"}
+    env = environment.for_router(base, {"API_KEY": "new"})
     assert env["LOG_LEVEL"] == "debug"
     assert env["MAX_IMAGE_FETCH_SIZE"] == "1"
+    assert env["API_KEY"] == "new"
+    assert "PORT" not in env
 
 
 def test_a_conversion_does_not_see_the_key() -> None:

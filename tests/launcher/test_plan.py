@@ -156,18 +156,11 @@ def test_the_shards_command_line() -> None:
 
 
 def test_the_shards_environment() -> None:
-    given = invocation(
-        *("--cuda-memory-fraction", "0.5", "--max-total-tokens", "99", "--max-batch-size", "3"),
-        *("--huggingface-hub-cache", "/data"),
-    )
+    given = invocation("--cuda-memory-fraction", "0.5", "--huggingface-hub-cache", "/data")
     assert plan_shard(given, SOURCE, log_level="INFO").environment == {
         "RANK": "0",
         "WORLD_SIZE": "1",
-        "MASTER_ADDR": "localhost",
-        "MASTER_PORT": "29500",
         "CUDA_MEMORY_FRACTION": "0.5",
-        "MAX_TOTAL_TOKENS": "99",
-        "MAX_BATCH_SIZE": "3",
         "HUGGINGFACE_HUB_CACHE": "/data",
     }
 
@@ -205,6 +198,11 @@ def test_what_was_given_reaches_the_router() -> None:
     assert after("--waiting-served-ratio", argv) == "0.3"
     assert argv.count("--cors-allow-origin") == 2
     assert "--disable-grammar-support" in argv
+
+
+def test_the_router_has_time_to_tell_those_it_cuts_off() -> None:
+    assert after("--graceful-termination-timeout", router_argv()) == "88"
+    assert after("--graceful-termination-timeout", router_argv("-g", "2")) == "1.5"
 
 
 def test_the_api_key_is_not_in_anybodys_command_line() -> None:
