@@ -50,12 +50,17 @@ def load_model(
             f"model type {config.model_type}: an encoder-decoder; only decoders are served"
             f" ({folder})"
         )
-    module = import_module(f"kagami_shard.models.{FAMILIES[config.model_type]}")
-    spec = module.spec(config, max_length)
+    if (family := FAMILIES.get(config.model_type)) is None:
+        transformers_path = import_module("kagami_shard.models.transformers")
+        model: Model = transformers_path.load_transformers(
+            folder, config, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+        )
+        return model
     if getattr(config, "quantization_config", None) is not None:
         raise UnsupportedModel(
             f"model type {config.model_type}: quantized weights are not served yet ({folder})"
         )
+    spec = import_module(f"kagami_shard.models.{family}").spec(config, max_length)
     with Checkpoint(folder) as checkpoint:
         return Decoder(spec, checkpoint, dtype=dtype, device=device)
 

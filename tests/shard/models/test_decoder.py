@@ -53,16 +53,13 @@ LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
 
 
-def longrope(original: int) -> dict[str, object]:
-    return {
-        "rope_type": "longrope",
-        "rope_theta": 10000.0,
-        "short_factor": [1.0, 1.1, 1.2],
-        "long_factor": [1.5, 2.0, 4.0],
-        "partial_rotary_factor": 0.75,
-        "original_max_position_embeddings": original,
-    }
-
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.1, 1.2],
+    "long_factor": [1.5, 2.0, 4.0],
+    "partial_rotary_factor": 0.75,
+}
 
 GEMMA = SMALL | {"head_dim": 16, "sliding_window": 5, "query_pre_attn_scalar": 24}
 
@@ -96,8 +93,10 @@ CONFIGS: dict[str, PreTrainedConfig] = {
         rope_scaling={"rope_type": "linear", "factor": 8.0},
     ),
     "phi3": Phi3Config(**SMALL, sliding_window=7),
-    "phi3 short": Phi3Config(**SMALL, rope_parameters=longrope(64)),
-    "phi3 long": Phi3Config(**SMALL, rope_parameters=longrope(8)),
+    "phi3 short": Phi3Config(
+        **SMALL, rope_parameters=LONGROPE, original_max_position_embeddings=64
+    ),
+    "phi3 long": Phi3Config(**SMALL, rope_parameters=LONGROPE, original_max_position_embeddings=8),
     "granite": GraniteConfig(
         **SMALL,
         attention_multiplier=0.3,
