@@ -44,15 +44,20 @@ def run(args: RouterArgs) -> int:
     """Serve until a signal or a failure; the process's exit code."""
     logs.configure("text_generation_router", level=args.log_level, json_output=args.json_output)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_serve(args))
+        return runner.run(_serve_until_signal(args))
 
 
-async def _serve(args: RouterArgs) -> int:
-    for flag in args.without_effect:
-        logger.warning("Flag has no effect", extra={"flag": flag})
+async def _serve_until_signal(args: RouterArgs) -> int:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    return await serve(args, stop)
+
+
+async def serve(args: RouterArgs, stop: asyncio.Event) -> int:
+    """Serve until `stop` is set or something fails; the exit code."""
+    for flag in args.without_effect:
+        logger.warning("Flag has no effect", extra={"flag": flag})
     door = Door()
     try:
         _check_arguments(args)

@@ -24,7 +24,6 @@ FAILURES = (
     "dropped",
     "template",
     "unavailable",
-    "unauthorized",
 )
 
 

@@ -8,9 +8,9 @@ import asyncio
 import hmac
 import logging
 import re
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from http import HTTPStatus
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import msgspec
 from aiohttp import hdrs, web
@@ -27,6 +27,7 @@ from kagami_proto.errors import (
     TemplateError,
     Unauthorized,
     Unavailable,
+    Unhealthy,
     UnsupportedMediaType,
     row_of,
 )
@@ -51,12 +52,19 @@ class InternalError(KagamiError):
     """A bug of ours, as the client sees it."""
 
 
-def as_known(error: Exception) -> KagamiError:
-    """The error itself if it is in the tree; else it is logged, and stands as `InternalError`."""
-    if isinstance(error, KagamiError):
-        return error
-    logger.error("Internal error", exc_info=error)
-    return InternalError("Internal error")
+def report(request: web.Request, error: Exception) -> KagamiError:
+    """Write the one log line of a failed call; the error as the client may know it.
+
+    What is outside the tree is logged with its traceback and stands as `InternalError`. Probes of
+    a server that is not ready are not worth a line.
+    """
+    if not isinstance(error, KagamiError):
+        logger.error("Internal error", extra={"path": request.path}, exc_info=error)
+        return InternalError("Internal error")
+    if not isinstance(error, Unhealthy | Unavailable):
+        level = logging.WARNING if error_status(error) < 424 else logging.ERROR
+        logger.log(level, "%s", error_text(error), extra={"path": request.path})
+    return error
 
 
 def error_text(error: KagamiError) -> str:
@@ -121,7 +129,7 @@ async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
         headers = {name: text for name, text in refusal.headers.items() if name == hdrs.ALLOW}
         return web.Response(status=refusal.status, headers=headers)
     except Exception as error:
-        return error_response(as_known(error))
+        return error_response(report(request, error))
 
 
 def count_calls(metrics_of: Callable[[], Metrics | None], paths: frozenset[str]) -> Middleware:

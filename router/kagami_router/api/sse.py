@@ -12,7 +12,7 @@ from typing import TypeVar
 from aiohttp import web
 
 from kagami_proto.errors import KagamiError
-from kagami_router.api.middleware import FAILURE_CAUSE, as_known, failure_cause
+from kagami_router.api.middleware import FAILURE_CAUSE, failure_cause, report
 
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b":\n\n"
@@ -63,7 +63,7 @@ async def respond(
     except Exception as error:
         if not response.prepared:
             raise
-        known = as_known(error)
+        known = report(request, error)
         request[FAILURE_CAUSE] = failure_cause(known)
         with suppress(ConnectionError):
             await response.write(render_error(known))
