@@ -1,0 +1,112 @@
+"""Records to protobuf and back, and the calls around the step stream."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from tests.fakes.fake_shard import EOS, FakeShard
+
+from kagami_proto import generate_pb2 as pb
+from kagami_proto.errors import ShardLost
+from kagami_router.requests import SamplingParams, StoppingParams, ValidRequest
+from kagami_router.scheduler.scheduler import Scheduler, SchedulerConfig
+from kagami_router.scheduler.step import Failure, PromptLogprobs, Step
+from kagami_router.shard_client import ShardGroup, results_from_pb, step_to_pb
+
+
+def new_step() -> Step:
+    scheduler = Scheduler(
+        SchedulerConfig(num_blocks=9, block_size=4, max_step_tokens=8, max_batch_size=4)
+    )
+    request = ValidRequest(
+        (5, 6, 7, 8, 9),
+        "",
+        SamplingParams(do_sample=True, seed=2**64 - 1, temperature=0.5, top_k=3),
+        StoppingParams(4),
+        top_n_tokens=2,
+        prompt_logprobs=True,
+        traceparent="00-a-b-01",
+    )
+    scheduler.add(request, 0.0)
+    step = scheduler.schedule(0.0)
+    assert step is not None
+    return step
+
+
+def test_a_step_becomes_columns() -> None:
+    message = step_to_pb(new_step())
+    assert (list(message.ids), list(message.positions), list(message.counts)) == ([1], [0], [5])
+    assert [(grant.id, list(grant.blocks)) for grant in message.grants] == [(1, [1, 2])]
+
+
+def test_a_new_sequence_carries_all_the_shard_needs() -> None:
+    (new,) = step_to_pb(new_step()).new_sequences
+    assert (list(new.token_ids), new.num_prompt_tokens) == ([5, 6, 7, 8, 9], 5)
+    assert (new.sampling.seed, new.sampling.temperature, new.sampling.top_k) == (2**64 - 1, 0.5, 3)
+    assert (new.top_n_tokens, new.prompt_logprobs, new.traceparent) == (2, True, "00-a-b-01")
+
+
+def test_results_become_records() -> None:
+    message = pb.StepResult(
+        number=3,
+        ids=[1, 2],
+        token_ids=[7, 8],
+        logprobs=[-1.0, -2.0],
+        top_tokens=[pb.TopTokens(index=1, token_ids=[8, 9], logprobs=[-2.0, -3.0])],
+        prompt_logprobs=[pb.PromptLogprobs(id=1, first_position=1, logprobs=[-0.5])],
+        failures=[pb.SequenceFailure(id=4, message="bad")],
+        host_ns=5,
+    )
+    results = results_from_pb([message])
+    assert [sample[:3] for sample in results.samples] == [(1, 7, -1.0), (2, 8, -2.0)]
+    assert [len(sample.top_tokens) for sample in results.samples] == [0, 2]
+    assert results.prompt_logprobs == [PromptLogprobs(1, 1, [-0.5])]
+    assert results.failures == [Failure(4, "bad")]
+    assert (results.number, results.host_ns) == (3, 5)
+
+
+def test_any_shards_failure_counts() -> None:
+    good, bad = pb.StepResult(number=1, ids=[1]), pb.StepResult(number=1, error="boom")
+    assert results_from_pb([good, bad]).error == "boom"
+
+
+async def test_a_shard_that_is_late_is_waited_for(tmp_path: Path) -> None:
+    path = tmp_path / "late"
+    async with ShardGroup([f"unix://{path}"]) as group:
+        waiting = asyncio.ensure_future(group.wait_ready())
+        async with FakeShard(str(path)):
+            info = await waiting
+            assert (info.model_type, info.eos_token_ids) == ("fake", frozenset({EOS}))
+
+
+async def test_the_smallest_pool_counts(tmp_path: Path) -> None:
+    async with (
+        FakeShard(str(tmp_path / "0"), num_blocks=20) as first,
+        FakeShard(str(tmp_path / "1"), num_blocks=10) as second,
+        ShardGroup([first.address, second.address]) as group,
+    ):
+        pool = await group.warmup(
+            max_step_tokens=8, max_batch_size=1, max_total_tokens=8, max_pool_tokens=0
+        )
+        assert (pool.num_blocks, pool.elapsed_s) == (10, 1.0)
+
+
+async def test_every_shard_gets_every_step(tmp_path: Path) -> None:
+    async with (
+        FakeShard(str(tmp_path / "0")) as first,
+        FakeShard(str(tmp_path / "1")) as second,
+        ShardGroup([first.address, second.address]) as group,
+        group.open_steps() as steps,
+    ):
+        await steps.send(new_step())
+        results = await steps.receive()
+        assert [sample.sequence_id for sample in results.samples] == [1]
+        assert first.steps == second.steps
+
+
+async def test_a_warmup_nobody_answers_is_a_lost_shard(tmp_path: Path) -> None:
+    async with ShardGroup([f"unix://{tmp_path / 'none'}"]) as group:
+        with pytest.raises(ShardLost):
+            await group.warmup(
+                max_step_tokens=8, max_batch_size=1, max_total_tokens=8, max_pool_tokens=0
+            )
