@@ -17,6 +17,7 @@ from kagami_launcher.hub import EMBEDDED_MODEL_ID
 
 PROGRAM = "text-generation-launcher"
 DISTRIBUTION = "kagami-tgi"
+_STARTUP_TIMEOUT_S = "1800"  # 140 GB from a disk of 100 MB/s take 1400 s
 
 T = TypeVar("T")
 
@@ -235,16 +236,11 @@ class Invocation:
     args: LauncherArgs
     given: frozenset[str]  # field names
     environ: Mapping[str, str]
+    startup_timeout_s: int  # how long a shard may load
 
     @property
     def log_level(self) -> str:
         return self.environ.get("LOG_LEVEL") or "info"
-
-    @property
-    def startup_timeout_s(self) -> int:
-        """How long a shard may load: by default 30 minutes, 140 GB from a slow disk."""
-        value = self.environ.get("KAGAMI_STARTUP_TIMEOUT", "")
-        return int(value) if value.isdecimal() else 1800
 
 
 def flags() -> list[tuple[Field[Any], Flag]]:
@@ -312,8 +308,11 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> Invocation:
             values[name] = _value(flag, raw)
         except ValueError as error:
             parser.error(f"invalid value {raw!r} for {source}: {error}")
+    patience = environ.get("KAGAMI_STARTUP_TIMEOUT") or _STARTUP_TIMEOUT_S
+    if not patience.isdecimal():
+        parser.error(f"invalid value {patience!r} for KAGAMI_STARTUP_TIMEOUT: expected seconds")
     args = LauncherArgs(**cast(dict[str, Any], values))
-    return Invocation(args, frozenset(values), dict(environ))
+    return Invocation(args, frozenset(values), dict(environ), int(patience))
 
 
 def _value(flag: Flag, raw: object) -> object:

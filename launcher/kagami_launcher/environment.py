@@ -94,14 +94,14 @@ def _output(argv: list[str], base: Mapping[str, str]) -> str | None:
 def port_problem(address: str, port: int) -> str:
     """Why the port cannot be listened on, in one line; empty if it can, or if nobody knows."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind((address, port))
-        except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                return f"port {port} of {address} is already in use"
-            return f"cannot listen on port {port} of {address}: {error.strerror}"
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            return f"port {port} of {address} is already in use"
+        return f"cannot listen on port {port} of {address}: {error.strerror}"
     return ""
 
 

@@ -55,7 +55,7 @@ class Stopped(Exception):
 
 def run(invocation: Invocation) -> int:
     """Run the tree until it ends; returns the exit code."""
-    output = Output(sys.stdout.buffer)
+    output = Output(sys.stdout.fileno())
     json_output = invocation.args.json_output
     logs.configure(TARGET, level=invocation.log_level, json_output=json_output, stream=output)
     with Supervisor(output) as supervisor, supervisor.signals():

@@ -61,14 +61,15 @@ Event = ChildEnded | StopAsked
 class Output:
     """The launcher's stdout, shared by its own log and the forwarded lines; one write a line."""
 
-    def __init__(self, raw: BinaryIO) -> None:
-        self._raw = raw
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
         self._lock = threading.Lock()
 
     def write(self, text: str, /) -> int:
-        with self._lock, suppress(OSError, ValueError):  # a closed stdout is no reason to stop
-            self._raw.write(text.encode("utf-8", "backslashreplace"))
-            self._raw.flush()
+        rest = memoryview(text.encode("utf-8", "backslashreplace"))
+        with self._lock, suppress(OSError):  # a closed stdout is no reason to stop serving
+            while rest:
+                rest = rest[os.write(self._descriptor, rest) :]
         return len(text)
 
     def flush(self) -> None:
@@ -193,10 +194,11 @@ class Supervisor:
 
     @contextmanager
     def signals(self) -> Iterator[None]:
-        """Turn the stop signals into events while the scope lasts."""
+        """Turn the stop signals into events while the scope lasts; `nohup` is respected."""
         before = {
             number: signal.signal(number, lambda got, _: self._events.put(StopAsked(got)))
             for number in _STOP_SIGNALS
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
         }
         try:
             yield

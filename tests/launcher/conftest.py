@@ -92,4 +92,7 @@ def launch(tmp_path: Path, model_folder: Path) -> Iterator[Callable[..., Launche
     yield start
     for launcher in started:
         launcher.process.send_signal(signal.SIGKILL)
-        launcher.process.communicate()
+        launcher.process.wait()
+        for pipe in (launcher.process.stdout, launcher.process.stderr):
+            if pipe:
+                pipe.close()

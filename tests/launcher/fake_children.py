@@ -36,14 +36,15 @@ def note(event: str) -> None:
             file.write(f"{event} {os.getpid()}\n")
 
 
-def wait_for_sigterm() -> None:
+def stop_at_sigterm() -> threading.Event:
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    stop.wait()
+    return stop
 
 
 def shard(argv: list[str]) -> int:
     mode = os.environ.get("FAKE_SHARD", "serve")
+    stop = stop_at_sigterm()
     note("shard-start")
     if mode == "die":
         sys.stderr.write("Traceback (most recent call last):\nRuntimeError: no weight for you\n")
@@ -54,7 +55,7 @@ def shard(argv: list[str]) -> int:
         threading.Event().wait()
     if mode == "hang":
         say("INFO", "Loading")
-        wait_for_sigterm()
+        stop.wait()
         return 0
     address = f"unix://{argv[argv.index('--uds-path') + 1]}-{os.environ['RANK']}"
     server = grpc.server(futures.ThreadPoolExecutor(2))
@@ -64,7 +65,7 @@ def shard(argv: list[str]) -> int:
     say("INFO", f"Server started at {address}")
     if mode == "crash":
         threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGKILL)).start()
-    wait_for_sigterm()
+    stop.wait()
     server.stop(0)
     note("shard-end")
     return 0
@@ -72,6 +73,7 @@ def shard(argv: list[str]) -> int:
 
 def router(argv: list[str]) -> int:
     mode = os.environ.get("FAKE_ROUTER", "serve")
+    stop = stop_at_sigterm()
     note("router-start")
     if mode == "busy":
         sys.stderr.write("Error: Axum webserver failed: Address already in use\n")
@@ -80,17 +82,17 @@ def router(argv: list[str]) -> int:
         say("WARN", "x" * 300_000, "text_generation_router")
         sys.stdout.write("no json on stdout\n")
         sys.stderr.write("no json on stderr")  # and no newline
+    if mode == "deaf":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     say("INFO", "Connected", "text_generation_router")
     if mode == "leave":
         return 0
-    if mode == "deaf":
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        threading.Event().wait()
-    wait_for_sigterm()
+    stop.wait()
     note("router-end")
     return 0
 
 
 if __name__ == "__main__":
-    part = {"shard": shard, "router": router}[sys.argv[1]]
-    os._exit(part(sys.argv[2:]) if not sys.stdout.flush() else 1)
+    code = {"shard": shard, "router": router}[sys.argv[1]](sys.argv[2:])
+    sys.stdout.flush()
+    os._exit(code)  # without waiting for gRPC's threads

@@ -14,4 +14,5 @@ def find_fake(name: str, base: Mapping[str, str]) -> str | None:
 
 if __name__ == "__main__":
     environment.find_command = find_fake
+    main._WAITING_EVERY_S = float(os.environ.get("FAKE_WAITING_S", "10"))
     sys.exit(main.run(cli.parse(sys.argv[1:], os.environ)))

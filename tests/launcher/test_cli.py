@@ -1,10 +1,10 @@
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
-from kagami_launcher import cli
 from kagami_launcher.cli import LauncherArgs, dump, flags, listen_address, option, parse
 
 # launcher.md §2: flag, a value, what it becomes, the default.
@@ -144,6 +144,7 @@ def test_dtype_takes_float32() -> None:
         ([], {"JSON_OUTPUT": "1"}),
         ([], {"QUANTIZE": "int3"}),
         ([], {"CUDA_GRAPHS": "1,,2"}),
+        ([], {"KAGAMI_STARTUP_TIMEOUT": "soon"}),
     ],
 )
 def test_a_usage_error_is_one_line_and_exit_2(
@@ -220,7 +221,18 @@ def test_the_startup_time_out_can_be_set() -> None:
 
 def test_every_flag_has_a_help_text() -> None:
     assert all(flag.help for _, flag in flags())
-    assert cli.PROGRAM == "text-generation-launcher"
+
+
+def test_the_readme_has_a_row_for_every_flag() -> None:
+    readme = Path(__file__).parents[2] / "launcher" / "README.md"
+    rows = [line for line in readme.read_text().splitlines() if line.startswith("| `-")]
+    assert len(rows) == len(TABLE)
+    for row, (item, flag) in zip(rows, flags(), strict=True):
+        name, variable, default, effect = [cell.strip() for cell in row.strip("|").split("|")]
+        assert name.endswith(f"`{option(item.name)}`")
+        assert variable == (f"`{item.name.upper()}`" if flag.in_environment else "-")
+        assert default in (f"`{item.default}`", "none", "off", "any origin")
+        assert (effect == f"none (WARN): {flag.unused}") == bool(flag.unused)
 
 
 GOLDEN = r"""Args {

@@ -165,6 +165,22 @@ def test_a_shard_that_never_gets_ready_is_given_up(launch: Launch) -> None:
     assert "Shard 0 is not ready after 1 s" in stdout
 
 
+def test_a_long_load_is_not_silent(launch: Launch) -> None:
+    launcher = launch(FAKE_SHARD="hang", FAKE_WAITING_S="0.2")
+    line = " INFO shard-manager: text_generation_launcher: Waiting for shard to be ready... rank=0"
+    launcher.wait_for(line)
+
+
+def test_a_reader_that_goes_away_is_no_reason_to_stop(launch: Launch) -> None:
+    launcher = launch()
+    launcher.wait_until_serving()
+    launcher.process.stdout.close()
+    launcher.process.send_signal(signal.SIGTERM)
+    assert launcher.process.wait(timeout=10) == 0
+    assert launcher.process.stderr.read() == b""
+    assert launcher.happened()[-1] == "shard-end"
+
+
 def test_lines_are_forwarded_whole(launch: Launch) -> None:
     launcher = launch(FAKE_ROUTER="talk")
     launcher.wait_for("Connected")
