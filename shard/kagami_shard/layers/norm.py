@@ -1,4 +1,4 @@
-"""Normalisations; all compute in float32 and round once or where transformers does."""
+"""Normalisations. They read and compute float32 and round once, to the weights' dtype."""
 
 from typing import Protocol
 
@@ -14,50 +14,50 @@ class Norm(Protocol):
 
 
 class RMSNorm:
-    """`x / rms(x)`, rounded, times the weight (arXiv:1910.07467)."""
+    """`x / rms(x) * (center + weight)` (arXiv:1910.07467); Gemma's checkpoints center at one."""
 
-    __slots__ = ("_eps", "weight")
+    __slots__ = ("_dtype", "_eps", "weight")
 
-    def __init__(self, weight: Tensor, eps: float) -> None:
-        self.weight = weight
+    def __init__(self, weight: Tensor, eps: float, *, center: float = 0.0) -> None:
+        self.weight = weight.float() + center
         self._eps = eps
+        self._dtype = weight.dtype
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        return self.weight * _over_rms(hidden, self._eps).to(hidden.dtype)
-
-
-class OneCenteredRMSNorm:
-    """Gemma's: the checkpoint keeps `weight - 1`, and rounding comes after the product."""
-
-    __slots__ = ("_eps", "weight")
-
-    def __init__(self, weight: Tensor, eps: float) -> None:
-        self.weight = 1.0 + weight.float()
-        self._eps = eps
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        return (self.weight * _over_rms(hidden, self._eps)).to(hidden.dtype)
+        exact = hidden.float()
+        scale = torch.rsqrt(exact.square().mean(-1, keepdim=True) + self._eps)
+        return (exact * scale * self.weight).to(self._dtype)
 
 
 class LayerNorm:
     """Mean and variance, with weight and bias (arXiv:1607.06450)."""
 
-    __slots__ = ("_bias", "_eps", "weight")
+    __slots__ = ("_bias", "_dtype", "_eps", "weight")
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, eps: float) -> None:
-        self.weight = weight
-        self._bias = bias
+    def __init__(self, weight: Tensor, bias: Tensor, eps: float) -> None:
+        self.weight = weight.float()
+        self._bias = bias.float()
         self._eps = eps
+        self._dtype = weight.dtype
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        return layer_norm(hidden, hidden.shape[-1:], self.weight, self._bias, self._eps)
+        exact = hidden.float()
+        normed = layer_norm(exact, exact.shape[-1:], self.weight, self._bias, self._eps)
+        return normed.to(self._dtype)
+
+
+class Rounding:
+    """In a norm's place before a matmul: the stream, rounded to `dtype`."""
+
+    __slots__ = ("_dtype",)
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        return hidden.to(self._dtype)
 
 
 def no_norm(hidden: Tensor) -> Tensor:
-    """Where a family has no norm."""
+    """In a norm's place where there is none."""
     return hidden
-
-
-def _over_rms(hidden: Tensor, eps: float) -> Tensor:
-    exact = hidden.float()
-    return exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + eps)

@@ -1,7 +1,9 @@
 """The one decoder: every family of `spec.py` is this code with other numbers.
 
 It works on flat tensors, `[num_tokens, hidden]`: prompt chunks and decode tokens of all sequences
-together. What a token sees of its own sequence is the business of `attend` alone.
+together. What a token sees of its own sequence is the business of `attend` alone. The stream that
+layers add to is float32 whatever the weights are: on SmolLM2 in bfloat16 that halves the error of
+the log probabilities (notes/0002) and costs nothing beside the matmuls.
 """
 
 from typing import Protocol
@@ -16,7 +18,7 @@ from kagami_shard.kv_cache import LayerShape
 from kagami_shard.layers.embedding import Embedding, Head
 from kagami_shard.layers.linear import Linear, Projection
 from kagami_shard.layers.mlp import ACTIVATIONS, MLP, GatedMLP
-from kagami_shard.layers.norm import LayerNorm, Norm, OneCenteredRMSNorm, RMSNorm, no_norm
+from kagami_shard.layers.norm import LayerNorm, Norm, RMSNorm, Rounding, no_norm
 from kagami_shard.layers.rotary import RotaryEmbedding, Rotation, rotate
 from kagami_shard.models.spec import ModelSpec, NormKind, QKNorm
 from kagami_shard.weights.checkpoint import Checkpoint
@@ -57,6 +59,7 @@ class Decoder:
         """Logits after `batch.logits_rows`: `[num_rows, vocab_size]` float32."""
         hidden = self._embedding(batch.input_ids)
         rotations = [rope.rotation(batch.positions, hidden.dtype) for rope in self._ropes]
+        hidden = hidden.float()
         for layer in self._layers:
             hidden = layer(hidden, rotations, attend)
         return self._head(self._norm(hidden.index_select(0, batch.logits_rows)))
@@ -101,19 +104,19 @@ class _Loader:
         )
 
     def norm(self, name: str) -> Norm:
-        bias = self.tensor(f"{name}.bias") if self._spec.norm is NormKind.LAYER else None
-        return self._norm_of(self.tensor(f"{name}.weight"), bias)
+        weight = self.tensor(f"{name}.weight")
+        if self._spec.norm is NormKind.LAYER:
+            return LayerNorm(weight, self.tensor(f"{name}.bias"), self._spec.norm_eps)
+        return self._rms_norm(weight)
 
-    def _norm_of(self, weight: Tensor, bias: Tensor | None = None) -> Norm:
-        match self._spec.norm:
-            case NormKind.RMS:
-                return RMSNorm(weight, self._spec.norm_eps)
-            case NormKind.RMS_ONE_CENTERED:
-                return OneCenteredRMSNorm(weight, self._spec.norm_eps)
-            case NormKind.LAYER:
-                return LayerNorm(weight, bias, self._spec.norm_eps)
+    def _rms_norm(self, weight: Tensor) -> Norm:
+        center = 1.0 if self._spec.norm is NormKind.RMS_ONE_CENTERED else 0.0
+        return RMSNorm(weight, self._spec.norm_eps, center=center)
 
-    def norm_or_none(self, layer: str, name: str | None) -> Norm:
+    def norm_before(self, layer: str, name: str | None) -> Norm:
+        return Rounding(self._dtype) if name is None else self.norm(layer + name)
+
+    def norm_after(self, layer: str, name: str | None) -> Norm:
         return no_norm if name is None else self.norm(layer + name)
 
     def qk_norm(self, layer: str) -> Norm:
@@ -125,7 +128,7 @@ class _Loader:
             case QKNorm.PER_HEAD:
                 weight_of_query = self.tensor(f"{of_query}.weight").expand(spec.num_heads, -1)
                 weight_of_key = self.tensor(f"{of_key}.weight").expand(spec.num_kv_heads, -1)
-                return self._norm_of(torch.cat((weight_of_query, weight_of_key)))
+                return self._rms_norm(torch.cat((weight_of_query, weight_of_key)))
             case QKNorm.FULL:
                 return _FullNorm(spec.num_heads, self.norm(of_query), self.norm(of_key))
 
@@ -149,12 +152,12 @@ class _Layer:
         layer = f"{load.prefix}layers.{index}."
         self._rope = spec.layers[index].rope
         self._multiplier = spec.residual_multiplier
-        self._before_attention = load.norm_or_none(layer, names.before_attention)
+        self._before_attention = load.norm_before(layer, names.before_attention)
         self._attention = _SelfAttention(spec, index, layer, load)
-        self._after_attention = load.norm_or_none(layer, names.after_attention)
-        self._before_mlp = load.norm_or_none(layer, names.before_mlp)
+        self._after_attention = load.norm_after(layer, names.after_attention)
+        self._before_mlp = load.norm_before(layer, names.before_mlp)
         self._mlp = load.mlp(layer)
-        self._after_mlp = load.norm_or_none(layer, names.after_mlp)
+        self._after_mlp = load.norm_after(layer, names.after_mlp)
 
     def __call__(self, hidden: Tensor, rotations: list[Rotation], attend: AttentionStep) -> Tensor:
         update = self._attention(self._before_attention(hidden), rotations[self._rope], attend)
