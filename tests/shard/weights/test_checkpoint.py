@@ -1,0 +1,108 @@
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from kagami_proto.errors import InvalidCheckpoint
+from kagami_shard.weights.checkpoint import INDEX, Checkpoint, weight_files
+
+CPU = torch.device("cpu")
+A = torch.arange(6.0).view(2, 3)
+B = torch.arange(12.0).view(4, 3) + 10
+
+
+def test_a_tensor_is_cast_and_copied(tmp_path: Path) -> None:
+    save_file({"a": A}, tmp_path / "model.safetensors")
+    with Checkpoint(tmp_path) as checkpoint:
+        loaded = checkpoint.load("a", dtype=torch.bfloat16, device=CPU)
+    assert torch.equal(loaded, A.bfloat16())
+
+
+def test_rows_of_several_files_land_in_one_tensor(tmp_path: Path) -> None:
+    save_file({"a": A}, tmp_path / "one.safetensors")
+    save_file({"b": B}, tmp_path / "two.safetensors")
+    with Checkpoint(tmp_path) as checkpoint:
+        loaded = checkpoint.load_rows(["b", "a"], dtype=torch.float32, device=CPU)
+    assert torch.equal(loaded, torch.cat([B, A]))
+
+
+def test_vectors_are_joined_too(tmp_path: Path) -> None:
+    save_file({"a": A[0].clone(), "b": B[0].clone()}, tmp_path / "model.safetensors")
+    with Checkpoint(tmp_path) as checkpoint:
+        loaded = checkpoint.load_rows(["a", "b"], dtype=torch.float32, device=CPU)
+    assert torch.equal(loaded, torch.cat([A[0], B[0]]))
+
+
+def test_bytes_are_counted_as_stored(tmp_path: Path) -> None:
+    save_file({"a": A.half(), "b": B}, tmp_path / "model.safetensors")
+    with Checkpoint(tmp_path) as checkpoint:
+        checkpoint.load("a", dtype=torch.float32, device=CPU)
+        assert checkpoint.bytes_loaded == 12
+
+
+def test_the_index_says_which_files_count(tmp_path: Path) -> None:
+    save_file({"a": A}, tmp_path / "model-00001-of-00001.safetensors")
+    save_file({"a": A}, tmp_path / "leftover.safetensors")
+    index = {"weight_map": {"a": "model-00001-of-00001.safetensors"}}
+    (tmp_path / INDEX).write_text(json.dumps(index))
+    assert weight_files(tmp_path) == [tmp_path / "model-00001-of-00001.safetensors"]
+
+
+def test_the_original_format_and_adapters_are_left_out(tmp_path: Path) -> None:
+    for name in ("model", "consolidated", "adapter_model"):
+        save_file({"a": A}, tmp_path / f"{name}.safetensors")
+    assert weight_files(tmp_path) == [tmp_path / "model.safetensors"]
+
+
+def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
+    save_file({"a": A}, tmp_path / "model.safetensors")
+    with (
+        Checkpoint(tmp_path) as checkpoint,
+        pytest.raises(InvalidCheckpoint, match=r"^weight b does not exist$"),
+    ):
+        checkpoint.load("b", dtype=torch.float32, device=CPU)
+
+
+def test_a_key_in_two_files_is_named_with_both(tmp_path: Path) -> None:
+    one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
+    for file in (one, two):
+        save_file({"a": A}, file)
+    message = f"Key a was found in multiple files: {one} and {two}"
+    with pytest.raises(InvalidCheckpoint, match=re.escape(message)):
+        Checkpoint(tmp_path)
+
+
+def test_parts_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    save_file({"a": A, "b": torch.zeros(2, 5)}, tmp_path / "model.safetensors")
+    with (
+        Checkpoint(tmp_path) as checkpoint,
+        pytest.raises(InvalidCheckpoint, match=r"weights a, b do not fit together.*\(2, 5\)"),
+    ):
+        checkpoint.load_rows(["a", "b"], dtype=torch.float32, device=CPU)
+
+
+def test_a_folder_without_weights_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InvalidCheckpoint, match=re.escape(f"{tmp_path} has no weights")):
+        Checkpoint(tmp_path)
+
+
+def test_a_file_missing_from_the_index_is_named(tmp_path: Path) -> None:
+    (tmp_path / INDEX).write_text('{"weight_map": {"a": "gone.safetensors"}}')
+    with pytest.raises(InvalidCheckpoint, match=r"gone\.safetensors does not exist"):
+        Checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}"])
+def test_a_broken_index_is_named(text: str, tmp_path: Path) -> None:
+    (tmp_path / INDEX).write_text(text)
+    with pytest.raises(InvalidCheckpoint, match="is not an index of weights"):
+        Checkpoint(tmp_path)
+
+
+def test_a_broken_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"\x00" * 16)
+    with pytest.raises(InvalidCheckpoint, match=r"model\.safetensors is not a safetensors file"):
+        Checkpoint(tmp_path)
