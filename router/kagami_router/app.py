@@ -17,7 +17,7 @@ import uvloop
 from aiohttp import web
 
 from kagami_proto import logs
-from kagami_proto.errors import KagamiError
+from kagami_proto.errors import GenerationFailed, ShardLost
 from kagami_router import chat_template, tokenizer
 from kagami_router.api.routes import make_app, make_metrics_app
 from kagami_router.api.schemas import Info
@@ -82,8 +82,8 @@ async def _serve_behind(door: Door, args: RouterArgs, stop: asyncio.Event) -> in
             return 0
         engine.result()
         raise StartError("The batching loop ended")
-    except KagamiError as error:
-        logger.error("%s", error)
+    except ShardLost as error:
+        logger.error("Shard lost: %s", error)
         return 1
     finally:
         signalled.cancel()
@@ -146,12 +146,7 @@ async def _run_engine(args: RouterArgs, door: Door) -> None:
         )
         shards, facts = await _connect(stack, args.master_shard_uds_path)
         logger.info("Warming up model")
-        pool = await shards.warmup(
-            max_step_tokens=_max_step_tokens(args),
-            max_batch_size=_max_batch_size(args),
-            max_total_tokens=args.max_total_tokens or 0,
-            max_pool_tokens=args.max_batch_total_tokens or 0,
-        )
+        pool = await _warm_up(shards, args)
         pool_tokens = (pool.num_blocks - 1) * pool.block_size  # block 0 is scratch
         logger.info("Setting max batch total tokens to %d", pool_tokens)
         limits = plan_limits(args, max_positions=facts.max_positions, pool_tokens=pool_tokens)
@@ -191,6 +186,18 @@ async def _connect(stack: AsyncExitStack, master: str) -> tuple[ShardGroup, Shar
         shards = await stack.enter_async_context(ShardGroup(addresses))
         facts = await shards.wait_ready()
     return shards, facts
+
+
+async def _warm_up(shards: ShardGroup, args: RouterArgs) -> Pool:
+    try:
+        return await shards.warmup(
+            max_step_tokens=_max_step_tokens(args),
+            max_batch_size=_max_batch_size(args),
+            max_total_tokens=args.max_total_tokens or 0,
+            max_pool_tokens=args.max_batch_total_tokens or 0,
+        )
+    except GenerationFailed as error:
+        raise StartError(f"Unable to warmup the Python model shards: {error}") from error
 
 
 def _max_batch_size(args: RouterArgs) -> int:

@@ -1,5 +1,6 @@
 """/v1/chat/completions, and /chat_tokenize, which shows the prompt a chat becomes."""
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,6 +29,8 @@ from kagami_router.requests import StreamEvent, Token, ValidRequest
 from kagami_router.validation import GenerationParams, samples
 
 _CHAT = msgspec.json.Decoder(ChatRequest)
+# Rendering costs some 5 us a message: longer chats go to a thread.
+INLINE_MESSAGES = 100
 _ROLE = b'"role":"assistant",'
 
 
@@ -35,7 +38,7 @@ async def chat_tokenize(request: web.Request) -> web.Response:
     """The rendered prompt and its tokens."""
     body = await read_body(request, _CHAT)
     front = front_of(request)
-    prompt = _prompt(front, body)
+    prompt = await _prompt(front, body)
     spans = await front.tokenizer.spans(prompt, add_special_tokens=False)
     return json_response(ChatTokenizeResponse(simple_tokens(spans), prompt))
 
@@ -45,7 +48,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     body = await read_body(request, _CHAT)
     front, call = front_of(request), Call.of(request)
     params = _params(front, body)
-    prompt = _prompt(front, body)
+    prompt = await _prompt(front, body)
     num_samples = openai.num_samples(front, body)
     with front.infer.permits(num_samples):
         # The template has written the special tokens already.
@@ -164,11 +167,13 @@ def _params(front: Front, body: ChatRequest) -> GenerationParams:
     return openai.params(body, max_tokens, top_n_tokens)
 
 
-def _prompt(front: Front, body: ChatRequest) -> str:
+async def _prompt(front: Front, body: ChatRequest) -> str:
     if not body.messages:
         raise InvalidRequest("`messages` cannot be empty")
     messages = [_message(index, message) for index, message in enumerate(body.messages)]
-    return front.template.render(messages)
+    if len(messages) <= INLINE_MESSAGES:
+        return front.template.render(messages)
+    return await asyncio.to_thread(front.template.render, messages)
 
 
 def _message(index: int, message: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -62,7 +62,8 @@ def report(request: web.Request, error: Exception) -> KagamiError:
         logger.error("Internal error", extra={"path": request.path}, exc_info=error)
         return InternalError("Internal error")
     if not isinstance(error, Unhealthy | Unavailable):
-        level = logging.WARNING if error_status(error) < 424 else logging.ERROR
+        is_theirs = isinstance(error, InvalidRequest | Overloaded | Unauthorized)
+        level = logging.WARNING if is_theirs else logging.ERROR
         logger.log(level, "%s", error_text(error), extra={"path": request.path})
     return error
 
@@ -185,10 +186,13 @@ async def read_body(request: web.Request, decoder: msgspec.json.Decoder[_Body]) 
 
 
 def cors(allowed_origins: Sequence[str]) -> Callable[..., Awaitable[None]]:
-    """A signal that puts the CORS headers on every response; no origins = any origin."""
+    """A signal that gives every response TGI's headers; no origins = any origin."""
 
     async def add_headers(request: web.Request, response: web.StreamResponse) -> None:
         headers = response.headers
+        headers.pop(hdrs.SERVER, None)  # aiohttp's own; it tells versions to anyone
+        if isinstance(response, web.Response) and not response.body:
+            headers.pop(hdrs.CONTENT_TYPE, None)
         origin = request.headers.get(hdrs.ORIGIN)
         if not allowed_origins:
             headers[hdrs.ACCESS_CONTROL_ALLOW_ORIGIN] = "*"

@@ -264,6 +264,12 @@ async def test_text_chunks_are_joined() -> None:
         assert server.loop.requests[0].prompt_text.startswith("<|user|>Say hi\n")
 
 
+async def test_a_long_chat_is_rendered_all_the_same() -> None:
+    async with serving() as server:
+        async with server.post("/chat_tokenize", {"messages": MESSAGES * 101}) as response:
+            assert (await response.json())["templated_text"].count("Say hi") == 101
+
+
 async def test_an_assistant_message_at_the_end_is_continued() -> None:
     messages = [*MESSAGES, {"role": "assistant", "content": "Hello, I"}]
     async with serving(hi_loop()) as server:

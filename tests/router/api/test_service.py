@@ -19,6 +19,7 @@ async def test_health_is_empty_when_well(path: str) -> None:
     async with serving() as server, server.http.get(path) as response:
         assert response.status == 200
         assert await response.read() == b""
+        assert not {"content-type", "server"} & {name.lower() for name in response.headers}
 
 
 async def test_health_follows_the_loop() -> None:
