@@ -22,7 +22,8 @@ KagamiError
 └─ InvalidCheckpoint         the model folder's files are missing or contradict each other
 ```
 
-The class says whose fault it is. Anything outside the tree is a bug: logged with its traceback, 500.
+The class says whose fault it is. Anything outside the tree is a bug: logged with its traceback,
+500.
 """
 
 from collections.abc import Mapping
