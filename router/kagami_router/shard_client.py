@@ -104,7 +104,11 @@ class StepStream:
     async def receive(self) -> StepResults:
         """The results of the oldest step that has none yet; raises `ShardLost`."""
         try:
-            messages = [await call.read() for call in self._calls]
+            if len(self._calls) == 1:
+                messages = [await self._calls[0].read()]
+            else:
+                # All at once: when one shard dies the others may wait for it for ever.
+                messages = await asyncio.gather(*(call.read() for call in self._calls))
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
             raise ShardLost(_reason(error)) from error
         except asyncio.CancelledError as error:

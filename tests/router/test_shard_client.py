@@ -104,6 +104,21 @@ async def test_every_shard_gets_every_step(tmp_path: Path) -> None:
         assert first.steps == second.steps
 
 
+async def test_one_dead_shard_is_noticed_while_the_others_wait(tmp_path: Path) -> None:
+    async with (
+        FakeShard(str(tmp_path / "0")) as first,
+        FakeShard(str(tmp_path / "1")) as second,
+        ShardGroup([first.address, second.address]) as group,
+        group.open_steps() as steps,
+    ):
+        first.gate.clear()
+        await steps.send(new_step())
+        receiving = asyncio.ensure_future(steps.receive())
+        await second.kill()
+        with pytest.raises(ShardLost):
+            await receiving
+
+
 async def test_a_warmup_nobody_answers_is_a_lost_shard(tmp_path: Path) -> None:
     async with ShardGroup([f"unix://{tmp_path / 'none'}"]) as group:
         with pytest.raises(ShardLost):
