@@ -58,14 +58,21 @@ def build_batch(
 class Runner:
     """Feeds sequences to a model by hand, over blocks in shuffled order."""
 
-    def __init__(self, model: Model, *, num_blocks: int = 64, block_size: int = 4) -> None:
+    def __init__(
+        self,
+        model: Model,
+        *,
+        num_blocks: int = 64,
+        block_size: int = 4,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         self._model = model
         self._block_size = block_size
         self._cache = KVCache(
             model.layers,
             num_blocks,
             block_size,
-            dtype=torch.float32,
+            dtype=dtype,
             device=torch.device("cpu"),
         )
         self._free = list(range(1, num_blocks))

@@ -3,7 +3,7 @@
 It works on flat tensors, `[num_tokens, hidden]`: prompt chunks and decode tokens of all sequences
 together. What a token sees of its own sequence is the business of `attend` alone. The stream that
 layers add to is float32 whatever the weights are: on SmolLM2 in bfloat16 that halves the error of
-the log probabilities (notes/0002) and costs nothing beside the matmuls.
+the log probabilities (notes/0003) and costs nothing beside the matmuls.
 """
 
 from typing import Protocol

@@ -23,11 +23,12 @@ def expected_logits(model: PreTrainedModel, tokens: list[int]) -> Tensor:
     return model(torch.tensor([tokens]), use_cache=False).logits[0].float()
 
 
-def our_logits(folder: Path, tokens: list[list[int]], *, max_length: int = 0) -> list[Tensor]:
+def our_logits(
+    folder: Path, tokens: list[list[int]], dtype: torch.dtype = torch.float32
+) -> list[Tensor]:
     """Three sequences, run in chunks, in decodes and in both at once."""
-    cpu = torch.device("cpu")
-    model = load_model(folder, dtype=torch.float32, device=cpu, max_length=max_length)
-    runner = Runner(model)
+    model = load_model(folder, dtype=dtype, device=torch.device("cpu"))
+    runner = Runner(model, dtype=dtype)
     a, b, c = (runner.add(each) for each in tokens)
     seen: dict[int, list[Tensor]] = {id(a): [], id(b): [], id(c): []}
 
@@ -45,11 +46,19 @@ def our_logits(folder: Path, tokens: list[list[int]], *, max_length: int = 0) ->
     return [torch.cat(logits) for logits in seen.values()]
 
 
-def worst_difference(folder: Path, model: PreTrainedModel, *, max_length: int = 0) -> float:
+def worst_difference(folder: Path, model: PreTrainedModel) -> float:
     """The largest difference between any two logits."""
     tokens = prompts(model.config.get_text_config().vocab_size)
-    ours = our_logits(folder, tokens, max_length=max_length)
+    ours = our_logits(folder, tokens)
     return max(
         float((mine - expected_logits(model, each)).abs().max())
         for mine, each in zip(ours, tokens, strict=True)
     )
+
+
+def relative_error_in_bfloat16(folder: Path, model: PreTrainedModel) -> float:
+    """Of all logits together, against transformers in float32."""
+    tokens = prompts(model.config.get_text_config().vocab_size)
+    ours = torch.cat(our_logits(folder, tokens, torch.bfloat16))
+    expected = torch.cat([expected_logits(model, each) for each in tokens])
+    return float((ours - expected).norm() / expected.norm())

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import pytest
-from tests.shard.models.parity import worst_difference
+from tests.shard.models.parity import relative_error_in_bfloat16, worst_difference
 from transformers import (
     Gemma2Config,
     Gemma3Config,
@@ -128,3 +128,9 @@ def test_gemma3_with_a_vision_tower_matches_transformers(
     )
     folder, reference = save_checkpoint(config, Gemma3ForConditionalGeneration)
     assert worst_difference(folder, reference) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "granite", "olmo2", "starcoder2"])
+def test_a_family_runs_in_bfloat16(name: str, save_checkpoint: Callable[..., tuple]) -> None:
+    folder, reference = save_checkpoint(CONFIGS[name])
+    assert relative_error_in_bfloat16(folder, reference) < 0.05

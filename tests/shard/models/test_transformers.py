@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import pytest
-from tests.shard.models.parity import worst_difference
+from tests.shard.models.parity import relative_error_in_bfloat16, worst_difference
 from transformers import (
     DeepseekV3Config,
     GemmaConfig,
@@ -84,3 +84,17 @@ CONFIGS: dict[str, PreTrainedConfig] = {
 def test_a_model_matches_itself(name: str, save_checkpoint: Callable[..., tuple]) -> None:
     folder, reference = save_checkpoint(CONFIGS[name])
     assert worst_difference(folder, reference) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "phi"])
+def test_a_model_runs_in_bfloat16(name: str, save_checkpoint: Callable[..., tuple]) -> None:
+    folder, reference = save_checkpoint(CONFIGS[name])
+    assert relative_error_in_bfloat16(folder, reference) < 0.05
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_experts_near_a_tie_do_not_stop_a_model_in_bfloat16(
+    name: str, save_checkpoint: Callable[..., tuple]
+) -> None:
+    folder, reference = save_checkpoint(CONFIGS[name])
+    assert relative_error_in_bfloat16(folder, reference) < 0.5
