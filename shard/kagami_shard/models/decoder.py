@@ -49,7 +49,7 @@ class Decoder:
 
     @property
     def vocab_size(self) -> int:
-        return self._spec.vocab_size
+        return self._head.weight.shape[0]
 
     @property
     def max_positions(self) -> int:
