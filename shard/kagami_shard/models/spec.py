@@ -73,8 +73,6 @@ class ModelSpec:
     """All the decoder knows of a model."""
 
     model_type: str
-    vocab_size: int
-    hidden_size: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
@@ -154,8 +152,6 @@ def llama_like(
     windows = windows or [None] * config.num_hidden_layers
     fields: dict[str, object] = {
         "model_type": config.model_type,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
         "num_heads": config.num_attention_heads,
         "num_kv_heads": config.num_key_value_heads or config.num_attention_heads,
         "head_dim": head_dim,
