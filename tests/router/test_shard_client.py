@@ -112,6 +112,7 @@ async def test_one_dead_shard_is_noticed_while_the_others_wait(tmp_path: Path) -
         group.open_steps() as steps,
     ):
         first.gate.clear()
+        second.gate.clear()
         await steps.send(new_step())
         receiving = asyncio.ensure_future(steps.receive())
         await second.kill()
