@@ -217,6 +217,7 @@ def _scheduler_config(args: RouterArgs, pool: Pool) -> SchedulerConfig:
         max_batch_size=_max_batch_size(args),
         waiting_served_ratio=args.waiting_served_ratio,
         max_waiting_tokens=args.max_waiting_tokens,
+        prefix_caching=args.prefix_caching,
     )
 
 

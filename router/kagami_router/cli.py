@@ -46,6 +46,7 @@ class RouterArgs:
     disable_grammar_support: bool
     payload_limit: int
     graceful_termination_timeout: float
+    prefix_caching: bool
     log_level: str
     compute_type: str
     docker_label: str | None
@@ -190,6 +191,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Route
     return RouterArgs(
         **values,
         cors_allow_origin=tuple(origin for origin in origins if origin != "*"),
+        prefix_caching=environ.get("PREFIX_CACHING", "true").lower() in ("1", "true"),
         log_level=environ.get("LOG_LEVEL", "info"),
         compute_type=environ.get("COMPUTE_TYPE", "gpu+optimized"),
         docker_label=environ.get("DOCKER_LABEL"),

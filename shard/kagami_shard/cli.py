@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import NoReturn
 
 DTYPES = ("float16", "bfloat16", "float32")
 
@@ -32,6 +33,12 @@ class ServeArgs:
     """0: torch's own choice"""
     block_size: int
     version: str
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, exit code 2."""
+        self.exit(2, f"error: {message} (see --help)\n")
 
 
 def parse(argv: Sequence[str], environ: Mapping[str, str]) -> ServeArgs:
@@ -66,7 +73,7 @@ def process_arguments() -> ServeArgs:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="text-generation-server", description="One shard: a model on one device, over gRPC."
     )
     parser.add_argument("--version", action="version", version=version("kagami-tgi"))

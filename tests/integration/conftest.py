@@ -112,7 +112,7 @@ def model_folder(server: Server) -> Path:
     from kagami_launcher import hub
 
     cache = hub.cache_folder(None, os.environ)
-    return hub.resolve(None, revision=None, cache=cache).folder
+    return hub.resolve(hub.EMBEDDED_MODEL_ID, revision=None, cache=cache).folder
 
 
 PROMPTS: Sequence[str] = (

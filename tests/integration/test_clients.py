@@ -57,14 +57,13 @@ def test_huggingface_hub_chat(bf16_server: Server) -> None:
 
 
 async def test_huggingface_hub_async(bf16_server: Server) -> None:
-    client = AsyncInferenceClient(bf16_server.url)
-
-    details = await client.text_generation(
-        "The capital of France is", max_new_tokens=3, details=True, return_full_text=False
-    )
+    async with AsyncInferenceClient(bf16_server.url) as client:
+        details = await client.text_generation(
+            "The capital of France is", max_new_tokens=2, details=True, return_full_text=False
+        )
 
     assert details.generated_text == " Paris."
-    assert [token.text for token in details.details.tokens][:2] == [" Paris", "."]
+    assert [token.text for token in details.details.tokens] == [" Paris", "."]
 
 
 @pytest.fixture
@@ -115,8 +114,10 @@ def test_openai_stop_is_cut_off(client: openai.OpenAI) -> None:
 
 
 def test_openai_errors_are_typed(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.UnprocessableEntityError, match="top_p"):
+    with pytest.raises(openai.UnprocessableEntityError) as raised:
         client.chat.completions.create(model="tgi", messages=MESSAGES, top_p=7)
+
+    assert "top_p" in str(raised.value.body)
 
 
 async def test_many_openai_streams_at_once(bf16_server: Server) -> None:
