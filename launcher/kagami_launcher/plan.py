@@ -173,6 +173,8 @@ def plan_shard(
         "CUDA_MEMORY_FRACTION": f"{args.cuda_memory_fraction:g}",
         **_hub_environment(args),
     }
+    if args.max_total_tokens is not None:
+        environment["MAX_TOTAL_TOKENS"] = str(args.max_total_tokens)
     return ShardPlan(rank, f"{args.shard_uds_path}-{rank}", tuple(argv), environment)
 
 

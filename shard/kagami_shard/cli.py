@@ -29,6 +29,8 @@ class ServeArgs:
     rank: int
     world_size: int
     memory_fraction: float
+    max_total_tokens: int
+    """The longest sequence to be served; 0: the model's longest"""
     num_threads: int
     """0: torch's own choice"""
     block_size: int
@@ -59,12 +61,16 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> ServeArgs:
             rank=int(environ.get("RANK", "0")),
             world_size=int(environ.get("WORLD_SIZE", "1")),
             memory_fraction=float(environ.get("CUDA_MEMORY_FRACTION", "1")),
+            max_total_tokens=int(environ.get("MAX_TOTAL_TOKENS", "0")),
             num_threads=int(environ.get("OMP_NUM_THREADS", "0")),
             block_size=args.block_size,
             version=version("kagami-tgi"),
         )
     except ValueError as error:
-        parser.error(f"RANK, WORLD_SIZE, CUDA_MEMORY_FRACTION, OMP_NUM_THREADS: {error}")
+        parser.error(
+            "one of the variables RANK, WORLD_SIZE, CUDA_MEMORY_FRACTION, MAX_TOTAL_TOKENS, "
+            f"OMP_NUM_THREADS is no number: {error}"
+        )
 
 
 def process_arguments() -> ServeArgs:

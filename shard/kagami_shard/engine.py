@@ -36,6 +36,8 @@ _CPU_WARMUP_TOKENS = 32
 # Without a given bound a CPU gets this many tokens of KV cache, if the memory allows.
 _CPU_POOL_TOKENS = 32_768
 
+NOT_FINITE = "the model's output is not finite"
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -232,8 +234,8 @@ class Engine:
                 kept.append(row)
                 item.state.take(token_ids[row])
             else:
-                failures[item.state.id] = "the model's output is not finite"
-                self._discard(item.state)
+                failures[item.state.id] = NOT_FINITE
+                self._quarantine(item.state)
         finished_ns = time.perf_counter_ns()
         return StepResult(
             number=launched.number,
@@ -276,8 +278,10 @@ class Engine:
             if sequence_id in failures:
                 continue
             state = self._states.get(sequence_id)
-            if state is None or state.has_failed:
+            if state is None:
                 failures[sequence_id] = "the sequence is not in memory"
+            elif state.has_failed:
+                failures[sequence_id] = NOT_FINITE
             elif position + count > state.num_known:
                 failures[sequence_id] = f"position {position + count} lies behind the known ids"
             elif position + count > len(state.blocks) * self.block_size:
@@ -347,11 +351,17 @@ class Engine:
             targets += item.state.ids[first : first + _prompt_rows(item)]
         return token_logprobs(logits, self._tensor(targets)) if targets else logits[:0, 0]
 
-    def _discard(self, state: GenerationState) -> None:
-        """Stop a sequence whose values are not finite, and clean its blocks for the next owner."""
-        state.has_failed = True
+    def _quarantine(self, state: GenerationState) -> None:
+        """Stop a sequence whose values are not finite, and whoever shares such a block with it.
+
+        The blocks are cleaned for their next owner: a masked read of NaN is still NaN. Those of
+        a shared prefix that are finite stay as they are.
+        """
         assert self.cache is not None
-        self.cache.clear_blocks(state.blocks)
+        state.has_failed = True
+        if bad := self.cache.clear_non_finite(state.blocks):
+            for other in self._states.values():
+                other.has_failed = other.has_failed or not bad.isdisjoint(other.blocks)
 
     def _mark_start(self) -> tuple[torch.cuda.Event, torch.cuda.Event] | None:
         if self._device.type != "cuda":

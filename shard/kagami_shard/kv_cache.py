@@ -71,11 +71,16 @@ class KVCache:
         self.keys[layer].flatten(0, 1).index_copy_(0, slots, key)
         self.values[layer].flatten(0, 1).index_copy_(0, slots, value)
 
-    def clear_blocks(self, blocks: Sequence[int]) -> None:
-        """Zero `blocks`, so that a sequence whose values went non-finite leaves nothing behind."""
+    def clear_non_finite(self, blocks: Sequence[int]) -> set[int]:
+        """Zero those of `blocks` that hold a value which is not finite; returns them."""
         index = torch.tensor(blocks, dtype=torch.int64, device=self.keys[0].device)
-        for tensor in (*self.keys, *self.values):
-            tensor[index] = 0
+        tensors = (*self.keys, *self.values)
+        is_bad = torch.stack(
+            [~tensor[index].isfinite().flatten(1).all(-1) for tensor in tensors]
+        ).any(0)
+        for tensor in tensors:
+            tensor[index[is_bad]] = 0
+        return set(index[is_bad].tolist())
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -55,7 +55,11 @@ def _load(args: ServeArgs) -> tuple[Engine, pb.InfoResponse]:
     dtype: torch.dtype = getattr(torch, args.dtype)
     attention = select_attention(device)
     model = load_model(
-        args.model_folder, dtype=dtype, device=device, trust_remote_code=args.trust_remote_code
+        args.model_folder,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=args.trust_remote_code,
+        max_length=args.max_total_tokens,
     )
     engine = Engine(
         model,

@@ -201,22 +201,40 @@ def test_work_without_a_block_fails_its_sequence() -> None:
     assert result.failures == {1: "position 11 has no block"}
 
 
-def test_output_that_is_not_finite_fails_its_sequence_and_leaves_clean_blocks() -> None:
+def test_output_that_is_not_finite_fails_its_sequence_alone() -> None:
     model = TinyModel()
     model.nan_at = 60
     engine = new_engine(model)
-    assert engine.cache is not None
     expected = generate(new_engine(), new_sequence(), [1, 2, 3, 4, 5], 3)
 
     news = [new_sequence(), new_sequence(2, [5, 60])]
     work = [Work(1, 0, 11), Work(2, 0, 2)]
     result = run(engine, Step(1, news, (), work, {1: [1, 2, 3, 4], 2: [5]}))
-    engine.cache.values[0][5] = float("nan")
-    repeated = run(engine, Step(2, work=[Work(2, 2, 1)]))
+    again = run(engine, Step(2, work=[Work(1, 11, 1), Work(2, 2, 1)]))
 
-    assert result.failures == {2: "the model's output is not finite"}
-    assert result.token_ids[0] == expected[0]
-    assert repeated.failures == {2: "the sequence is not in memory"}
+    assert result.failures == again.failures == {2: "the model's output is not finite"}
+    assert [*result.token_ids, *again.token_ids] == expected[:2]
+
+
+def test_blocks_that_are_not_finite_are_cleaned_and_finite_shared_ones_are_kept() -> None:
+    model = TinyModel()
+    model.nan_at = 60
+    engine = new_engine(model)
+    assert engine.cache is not None
+    values = engine.cache.values[0]
+    run(engine, Step(1, [new_sequence()], (), [Work(1, 0, 11)], {1: [1, 2, 3, 4]}))
+    shared = values[1].clone()
+    values[5] = float("nan")
+
+    second = NewSequence(2, [*PROMPT[:4], 7, 60], 6, GREEDY)
+    third = NewSequence(3, [*PROMPT[:4], 9, 9], 6, GREEDY)
+    work = [Work(2, 4, 2), Work(3, 4, 2)]
+    run(engine, Step(2, [second, third], (), work, {2: [1, 6, 5], 3: [1, 7]}))
+    result = run(engine, Step(3, work=[Work(1, 11, 1), Work(3, 6, 1)]))
+
+    assert torch.equal(values[1], shared)
+    assert not values[5].any()
+    assert not result.failures
 
 
 def test_a_forward_pass_that_raises_leaves_the_engine_usable() -> None:
