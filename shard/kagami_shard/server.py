@@ -5,6 +5,7 @@ import json
 import logging
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc.aio
@@ -32,17 +33,19 @@ def serve(args: ServeArgs) -> int:
 
     Until the model is loaded a signal ends the process by its default action, at once.
     """
-    try:
-        engine, facts = _load(args)
-    except (KagamiError, OSError) as error:
-        logger.error("Error when initializing model: %s", error)
-        return 1
-    # The process's border: whatever stops the load is the last thing that this process says.
-    except Exception as error:
-        logger.exception("Error when initializing model: %s", error)
-        return 1
-    socket = Path(f"{args.uds_path}-{args.rank}")
-    asyncio.run(_serve(socket, engine, facts))
+    with ThreadPoolExecutor(1, "engine") as thread:
+        try:
+            engine, facts = thread.submit(_load, args).result()
+        except (KagamiError, OSError) as error:
+            logger.error("Error when initializing model: %s", error)
+            return 1
+        # The process's border: whatever stops the load is the last thing that this process says.
+        except Exception as error:
+            logger.exception("Error when initializing model: %s", error)
+            return 1
+        socket = Path(f"{args.uds_path}-{args.rank}")
+        with Worker(engine, thread, overlap=facts.device_type == "cuda") as worker:
+            asyncio.run(_serve(socket, engine, worker, facts))
     socket.unlink(missing_ok=True)
     return 0
 
@@ -107,17 +110,16 @@ def eos_token_ids(folder: Path) -> list[int]:
     return []
 
 
-async def _serve(socket: Path, engine: Engine, facts: pb.InfoResponse) -> None:
+async def _serve(socket: Path, engine: Engine, worker: Worker, facts: pb.InfoResponse) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    with Worker(engine, overlap=facts.device_type == "cuda") as worker:
-        server = grpc.aio.server(options=_UNLIMITED)
-        service = TextGenerationService(engine, worker, facts)
-        add_TextGenerationServiceServicer_to_server(service, server)
-        server.add_insecure_port(f"unix://{socket}")
-        await server.start()
-        logger.info("Server started at unix://%s", socket)
-        await stop.wait()
-        await server.stop(_GRACE_S)
+    server = grpc.aio.server(options=_UNLIMITED)
+    service = TextGenerationService(engine, worker, facts)
+    add_TextGenerationServiceServicer_to_server(service, server)
+    server.add_insecure_port(f"unix://{socket}")
+    await server.start()
+    logger.info("Server started at unix://%s", socket)
+    await stop.wait()
+    await server.stop(_GRACE_S)

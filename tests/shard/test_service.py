@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc.aio
@@ -49,7 +50,7 @@ async def stub(tmp_path: Path, model: Gate) -> AsyncIterator[TextGenerationServi
     engine = Engine(
         model, SdpaAttention(), dtype=torch.float32, device=torch.device("cpu"), block_size=4
     )
-    with Worker(engine, overlap=False) as worker:
+    with ThreadPoolExecutor(1) as thread, Worker(engine, thread, overlap=False) as worker:
         server = grpc.aio.server()
         service = TextGenerationService(engine, worker, pb.InfoResponse(vocab_size=64))
         add_TextGenerationServiceServicer_to_server(service, server)

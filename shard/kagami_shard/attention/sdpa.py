@@ -36,7 +36,9 @@ class _SdpaStep:
         self._decode_lens = torch.tensor(batch.kv_lens[: self._num_decodes], device=device)
         max_len = max(batch.kv_lens[: self._num_decodes], default=0)
         num_blocks = -(-max_len // cache.block_size)
-        self._decode_blocks = batch.block_tables[: self._num_decodes, :num_blocks]
+        self._decode_width = num_blocks * cache.block_size
+        self._decode_blocks = batch.block_tables[: self._num_decodes, :num_blocks].flatten()
+        self._scratch: dict[tuple[str, int, torch.Size], Tensor] = {}
         self._chunks: list[_Chunk] = []
         start = self._num_decodes
         for index in range(self._num_decodes, len(batch.query_lens)):
@@ -61,9 +63,11 @@ class _SdpaStep:
     def _decode(self, query: Tensor, keys: Tensor, values: Tensor, spec: AttentionSpec) -> Tensor:
         batch_size, num_heads, head_dim = query.shape
         num_kv_heads = keys.shape[2]
-        # [batch, blocks, block_size, kv_heads, dim] -> [batch, kv_heads, tokens, dim]
-        gathered_keys = keys[self._decode_blocks].flatten(1, 2).transpose(1, 2)
-        gathered_values = values[self._decode_blocks].flatten(1, 2).transpose(1, 2)
+        # [batch * blocks, block_size, kv_heads, dim] -> [batch, kv_heads, tokens, dim]
+        gathered_keys = self._gather("keys", keys, self._decode_blocks)
+        gathered_keys = gathered_keys.view(batch_size, -1, *keys.shape[2:]).transpose(1, 2)
+        gathered_values = self._gather("values", values, self._decode_blocks)
+        gathered_values = gathered_values.view(batch_size, -1, *values.shape[2:]).transpose(1, 2)
         folded = query.view(batch_size, num_kv_heads, num_heads // num_kv_heads, head_dim)
         mask = self._decode_mask(spec.window, query.dtype)
         output = _attend(folded, gathered_keys, gathered_values, mask, spec)
@@ -76,8 +80,10 @@ class _SdpaStep:
         num_heads, num_kv_heads = query.shape[1], keys.shape[2]
         group = num_heads // num_kv_heads
         # The KV heads are the batch, the heads of a group share its keys without a copy.
-        gathered_keys = keys[chunk.blocks].flatten(0, 1)[: chunk.kv_len].transpose(0, 1)
-        gathered_values = values[chunk.blocks].flatten(0, 1)[: chunk.kv_len].transpose(0, 1)
+        gathered_keys = self._gather("keys", keys, chunk.blocks)
+        gathered_keys = gathered_keys.flatten(0, 1)[: chunk.kv_len].transpose(0, 1)
+        gathered_values = self._gather("values", values, chunk.blocks)
+        gathered_values = gathered_values.flatten(0, 1)[: chunk.kv_len].transpose(0, 1)
         grouped = query.view(chunk.length, num_kv_heads, group, -1).permute(1, 2, 0, 3)
         mask = self._prefill_mask(number, spec.window, query.dtype)
         output = _attend(
@@ -90,11 +96,23 @@ class _SdpaStep:
         )
         return output.permute(2, 0, 1, 3).reshape(chunk.length, num_heads, values.shape[-1])
 
+    def _gather(self, name: str, pages: Tensor, blocks: Tensor) -> Tensor:
+        """`pages[blocks]`, into memory that every layer of the step uses again.
+
+        On a CPU half of the time of plain indexing goes into page faults of a fresh result, and
+        most of the rest into copying element by element (m: 5.4 ms against 0.16 for 7 MB).
+        """
+        key = (name, len(blocks), pages.shape)
+        if (scratch := self._scratch.get(key)) is None:
+            scratch = pages.new_empty((len(blocks), pages[0].numel()))
+            self._scratch[key] = scratch
+        torch.index_select(pages.flatten(1), 0, blocks, out=scratch)
+        return scratch.view(len(blocks), *pages.shape[1:])
+
     def _decode_mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
         """`[num_decodes, 1, 1, max_len]`, 0 where a token is seen and -inf elsewhere."""
         if (mask := self._masks.get((-1, window, dtype))) is None:
-            num_tokens = self._decode_blocks.shape[1] * self._cache.block_size
-            position = torch.arange(num_tokens, device=self._decode_lens.device)[None]
+            position = torch.arange(self._decode_width, device=self._decode_lens.device)[None]
             seen = position < self._decode_lens[:, None]
             if window is not None:
                 seen &= position >= self._decode_lens[:, None] - window
