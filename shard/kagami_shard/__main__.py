@@ -1,5 +1,6 @@
 """`python -m kagami_shard`, or `text-generation-server`."""
 
+import os
 import sys
 
 from kagami_proto import logs
@@ -7,7 +8,10 @@ from kagami_shard import cli
 
 
 def main() -> None:
-    """Parse, then import what is heavy."""
+    """Parse, then import what is heavy. Downloads are the launcher's, reached by its command."""
+    if sys.argv[1:2] == ["download-weights"]:
+        command = [sys.executable, "-P", "-m", "kagami_launcher.download", *sys.argv[2:]]
+        os.execv(sys.executable, command)
     args = cli.process_arguments()
     logs.configure("text_generation_server", level=args.log_level, json_output=args.json_output)
     from kagami_shard import server
