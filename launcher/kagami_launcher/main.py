@@ -17,7 +17,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from kagami_launcher import cli, environment, hub, plan
+from kagami_launcher import cli, environment, hub, hub_cache, plan
 from kagami_launcher.cli import Invocation
 from kagami_launcher.hub import ModelSource
 from kagami_launcher.plan import Devices, LaunchFailed, RouterPlan, ShardPlan
@@ -106,7 +106,7 @@ class Launch:
         """Find the model's folder, and make it if it has to be converted."""
         args, environ = self._invocation.args, self._invocation.environ
         log.info("Starting check and download process for %s", args.model_id, extra=_DOWNLOAD)
-        cache = hub.cache_folder(args.huggingface_hub_cache, environ)
+        cache = hub_cache.cache_folder(args.huggingface_hub_cache, environ)
         override, was_looked_up = args.weights_cache_override, False
         try:
             if not hub.is_hub_id(args.model_id) or not override:
@@ -114,7 +114,7 @@ class Launch:
                 source = hub.resolve(args.model_id, revision=args.revision, cache=cache)
             else:
                 source = hub.overridden(args.model_id, Path(override))
-        except hub.ModelNotFound as missing:
+        except hub_cache.ModelNotFound as missing:
             raise LaunchFailed("DownloadError", str(missing)) from missing
         if args.revision is not None and not source.is_from_hub:
             log.warning("`--revision` has no effect: %s is not from the hub", args.model_id)
@@ -126,24 +126,18 @@ class Launch:
         return source
 
     def _download(self, cache: Path) -> bool:
-        """Have the hub's model brought into the cache; False if nothing has to be asked of the hub.
-
-        What a commit is never changes, so a pinned one that is there needs no network at all.
-        """
+        """Have the hub's model brought into the cache; False if nobody has to be asked for it."""
         args, environ = self._invocation.args, self._invocation.environ
         if not hub.is_hub_id(args.model_id):
             return False
-        is_offline = hub.is_offline(environ)
-        if is_offline or hub.is_pinned(args.revision):
-            try:
-                snapshot = hub.cached_snapshot(args.model_id, args.revision, cache)
-            except hub.ModelNotFound:
-                if is_offline:
-                    text = hub.not_cached(args.model_id, args.revision, cache, is_offline=True)
-                    raise hub.ModelNotFound(text) from None
-            else:
-                if is_offline or not args.trust_remote_code or hub.has_its_code(snapshot):
-                    return False
+        if hub_cache.will_do(
+            args.model_id,
+            args.revision,
+            cache,
+            is_offline=hub_cache.is_offline(environ),
+            trust_remote_code=args.trust_remote_code,
+        ):
+            return False
         self._downloader = self._supervisor.start(
             "download",
             plan.download_command(args, on_terminal=sys.stdout.isatty()),
@@ -175,7 +169,7 @@ class Launch:
         """Decide every child's command line."""
         try:
             config = hub.read_config(source.folder)
-        except hub.ModelNotFound as missing:
+        except hub_cache.ModelNotFound as missing:
             raise LaunchFailed("DownloadError", str(missing)) from missing
         args = self._invocation.args
         positions = hub.max_positions(config)

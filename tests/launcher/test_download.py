@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -83,13 +83,6 @@ class Downloads:
 
 
 @pytest.fixture
-def hub() -> Iterator[FakeHub]:
-    hub = FakeHub()
-    with hub.serve():
-        yield hub
-
-
-@pytest.fixture
 def downloads(hub: FakeHub, tmp_path: Path) -> Downloads:
     return Downloads(hub, tmp_path)
 
@@ -144,6 +137,15 @@ def test_files_there_already_are_not_fetched_again(downloads: Downloads) -> None
     assert "File model-00002-of-00002.safetensors already present in cache." in ended.messages
     assert "Download: [1/1] -- ETA: 0" in ended.messages
     assert len(downloads.transfers()) == 1
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "generation_config.json"])
+def test_a_file_of_another_size_is_fetched_again(downloads: Downloads, name: str) -> None:
+    downloads.hub.add(MODEL_ID, SMALL)
+    downloads.run()
+    (downloads.snapshot() / name).write_bytes(b"x")
+    assert downloads.run().code == 0
+    assert (downloads.snapshot() / name).read_bytes() == SMALL[name]
 
 
 @pytest.mark.parametrize("revision", ["v1", "refs/pr/7"])
@@ -434,6 +436,17 @@ def test_the_cache_lies_where_the_variable_says(downloads: Downloads, tmp_path: 
     downloads.hub.add(MODEL_ID, SMALL)
     downloads.run(HUGGINGFACE_HUB_CACHE=str(tmp_path / "other"))
     assert (tmp_path / "other" / "models--org--name" / "refs" / "main").exists()
+
+
+def test_a_terminal_gets_a_bar_in_place_of_lines(downloads: Downloads) -> None:
+    downloads.hub.add(MODEL_ID, SMALL)
+    wrapper = "import pty, sys; sys.exit(pty.spawn(sys.argv[1:]) >> 8)"
+    argv = [sys.executable, "-c", wrapper, sys.executable, "-m", "kagami_launcher.download"]
+    environment = {**os.environ, "HF_HOME": str(downloads.home), "HF_ENDPOINT": downloads.hub.url}
+    done = subprocess.run([*argv, MODEL_ID], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "Download [1/1]: 100%" in done.stdout
+    assert "Download file:" not in done.stdout
 
 
 def test_two_at_a_time_fetch_it_once(downloads: Downloads) -> None:

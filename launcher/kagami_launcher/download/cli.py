@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from kagami_launcher import hub
+from kagami_launcher import hub_cache
 from kagami_launcher.download.files import PREFERRED
 
 PROGRAM = "text-generation-server download-weights"
@@ -26,7 +26,6 @@ class DownloadArgs:
     auto_convert: bool
     """Whether other weights than safetensors will do"""
     trust_remote_code: bool
-    has_token: bool
     is_offline: bool
     log_level: str
     json_output: bool
@@ -43,16 +42,14 @@ class _Parser(argparse.ArgumentParser):
 def parse(argv: Sequence[str], environ: Mapping[str, str], *, is_terminal: bool) -> DownloadArgs:
     """Read the flags; exits with 2 and one line on a usage error."""
     args = _parser().parse_args(argv)
-    token = environ.get("HF_TOKEN") or environ.get("HUGGING_FACE_HUB_TOKEN")
     return DownloadArgs(
         model_id=args.model_id,
         revision=args.revision,
-        cache=hub.cache_folder(None, environ),
+        cache=hub_cache.cache_folder(None, environ),
         extension=args.extension,
         auto_convert=args.auto_convert,
         trust_remote_code=args.trust_remote_code,
-        has_token=bool(token),
-        is_offline=hub.is_offline(environ),
+        is_offline=hub_cache.is_offline(environ),
         log_level=args.logger_level,
         json_output=args.json_output,
         draws_bars=args.progress or (is_terminal and not args.json_output),
@@ -69,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--revision", help="commit, branch or tag (default: main)")
     parser.add_argument(
         "--extension",
-        choices=hub.WEIGHT_EXTENSIONS,
+        choices=hub_cache.WEIGHT_EXTENSIONS,
         default=PREFERRED,
         help="kind of the weights (default: %(default)s, else what there is)",
     )

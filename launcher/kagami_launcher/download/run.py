@@ -15,9 +15,9 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import TypeVar
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, get_token
 
-from kagami_launcher import hub
+from kagami_launcher import hub, hub_cache
 from kagami_launcher.download.cli import DownloadArgs
 from kagami_launcher.download.errors import DownloadFailed, Unreachable, explain
 from kagami_launcher.download.files import (
@@ -63,7 +63,9 @@ def download(args: DownloadArgs, model_id: str, revision: str | None) -> None:
     source = _cached(model_id, revision, args.cache)
     if args.is_offline:
         if source is None:
-            raise DownloadFailed(hub.not_cached(model_id, revision, args.cache, is_offline=True))
+            raise DownloadFailed(
+                hub_cache.not_cached(model_id, revision, args.cache, is_offline=True)
+            )
         log.info("Files are already present on the host. Skipping download.")
         return
     try:
@@ -80,8 +82,8 @@ def download(args: DownloadArgs, model_id: str, revision: str | None) -> None:
 
 def _cached(model_id: str, revision: str | None, cache: Path) -> Path | None:
     try:
-        return hub.cached_snapshot(model_id, revision, cache)
-    except hub.ModelNotFound:
+        return hub_cache.cached_snapshot(model_id, revision, cache)
+    except hub_cache.ModelNotFound:
         return None
 
 
@@ -110,7 +112,7 @@ class _Download:
         commit, files = self._insist(self._list, pauses=() if is_cached else _PAUSES_S)
         chosen = self._choose(files)
         wanted = [*chosen.texts, *chosen.weights]
-        if missing := [file for file in wanted if not commit.pointer(file).is_file()]:
+        if missing := [file for file in wanted if not commit.has(file)]:
             self._check_disk(commit, missing)
             self._say_what_is_there(chosen, missing)
             self._fetch_all(commit, chosen, missing)
@@ -197,7 +199,7 @@ class _Download:
                 return action()
             except Exception as error:  # of HTTP, of the library, of the disk: see errors.py
                 failure = explain(
-                    error, self._model_id, self._revision, has_token=self._args.has_token
+                    error, self._model_id, self._revision, has_token=get_token() is not None
                 )
                 if pause_s is None or not isinstance(failure, Unreachable):
                     raise failure from error

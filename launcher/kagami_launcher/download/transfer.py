@@ -21,7 +21,7 @@ from huggingface_hub.utils import WeakFileLock, build_hf_headers
 from kagami_launcher.download.errors import WrongContent
 from kagami_launcher.download.files import RemoteFile
 from kagami_launcher.download.progress import TransferBar
-from kagami_launcher.hub import repository_folder
+from kagami_launcher.hub_cache import repository_folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +47,16 @@ class Commit:
         blob = self.blob(file)
         return blob.with_name(f"{blob.name}.incomplete")
 
+    def has(self, file: RemoteFile) -> bool:
+        """Whether the file is there with the size that the hub tells."""
+        path = self.pointer(file)
+        return path.is_file() and path.stat().st_size == file.size
+
     def missing_bytes(self, file: RemoteFile) -> int:
         """How much of the file is not on the disk yet."""
-        if self.pointer(file).is_file():
-            return 0
         if file.sha256 is None:
             return file.size
-        if self.blob(file).is_file():
+        if size_of(self.blob(file)) == file.size:
             return 0
         return max(0, file.size - size_of(self.partial(file)))
 
@@ -65,6 +68,7 @@ def size_of(path: Path) -> int:
 
 def fetch(commit: Commit, file: RemoteFile, advance: Callable[[int], None]) -> Path:
     """Bring the file into the snapshot. Raises what the library raises, and `WrongContent`."""
+    _clear_wrong_size(commit, file)
     is_large = file.sha256 is not None and file.size <= constants.MAX_HTTP_DOWNLOAD_SIZE
     if is_large and not commit.blob(file).is_file():
         lock = commit.cache / ".locks" / commit.folder.name / f"{file.sha256}.lock"
@@ -86,6 +90,14 @@ def fetch(commit: Commit, file: RemoteFile, advance: Callable[[int], None]) -> P
         path.unlink()
         raise WrongContent(f"{file.name} has {size} bytes, and {file.size} by the hub's list")
     return path
+
+
+def _clear_wrong_size(commit: Commit, file: RemoteFile) -> None:
+    """Remove what a full disk or another tool left there in the file's name."""
+    for path in (commit.pointer(file), commit.blob(file)):
+        if path.is_file() and path.stat().st_size != file.size:
+            path.resolve().unlink()
+            path.unlink(missing_ok=True)
 
 
 def _fetch_blob(commit: Commit, file: RemoteFile, advance: Callable[[int], None]) -> None:
