@@ -1,6 +1,7 @@
 """How far a download is, for people: TGI's lines in a log, or one bar on a terminal."""
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -8,7 +9,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Protocol, Self, TextIO
 
-from huggingface_hub.utils import tqdm
+from tqdm import tqdm
 
 from kagami_launcher.download.files import RemoteFile
 
@@ -80,7 +81,7 @@ class Bar:
             unit="B",
             unit_scale=True,
             file=terminal,
-            dynamic_ncols=True,
+            ncols=os.get_terminal_size(terminal.fileno()).columns or 80,
             desc=f"Download [0/{num_files}]",
         )
 
