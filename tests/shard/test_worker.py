@@ -82,3 +82,20 @@ def test_calls_run_between_steps_in_their_order() -> None:
         done.result(timeout=10)
 
     assert order == [1, "call", 2]
+
+
+def test_a_lost_device_ends_the_loop() -> None:
+    results: list[StepResult] = []
+    engine = new_engine(TinyModel())
+    lost = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    def launch(step: Step) -> None:
+        raise lost
+
+    engine.launch = launch  # type: ignore[assignment,method-assign]  # a device cannot be broken
+    with ThreadPoolExecutor(1) as thread, Worker(engine, thread, overlap=True) as worker:
+        worker.run(Step(1), results.append)
+        reason = worker.ended.exception(timeout=10)
+
+    assert reason is lost
+    assert "illegal memory access" in results[0].error
