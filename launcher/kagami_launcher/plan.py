@@ -154,9 +154,8 @@ def max_batch_prefill_tokens(
     if args.max_batch_prefill_tokens is not None:
         return args.max_batch_prefill_tokens
     base = _CUDA_PREFILL_TOKENS if devices.num_cuda else _CPU_PREFILL_TOKENS
-    return min(
-        base, *(n for n in (max_positions, args.max_batch_total_tokens) if n is not None), base
-    )
+    limits = (base, max_positions, args.max_batch_total_tokens)
+    return min(limit for limit in limits if limit is not None)
 
 
 def download_command(args: LauncherArgs, *, on_terminal: bool) -> list[str]:

@@ -211,6 +211,35 @@ async def test_text_held_back_for_a_stop_string_is_not_lost(tmp_path: Path) -> N
     assert events[-1].tail == text[5:]
 
 
+@pytest.mark.parametrize("keep_stop", [True, False])
+@pytest.mark.parametrize("num_before", [0, 2])
+async def test_a_special_token_can_complete_a_stop_string(
+    tmp_path: Path, keep_stop: bool, num_before: int
+) -> None:
+    *ids, eos = generated(PROMPT, 40, eos_every=5)
+    assert eos == EOS
+    text = bytes(ids).decode()
+    stop = text[len(text) - num_before :] + "<eos>"
+    async with serving(tmp_path, eos_every=5) as served:
+        request = new_request(max_new_tokens=40, ignore_eos=True, stop=(stop,), keep_stop=keep_stop)
+        end = end_of(await collect(served.loop.submit(request)))
+    assert end.finish_reason is FinishReason.STOP_SEQUENCE
+    assert end.generated_text == (text if keep_stop else text[: len(text) - num_before])
+
+
+async def test_text_that_a_special_token_frees_goes_out_with_it(tmp_path: Path) -> None:
+    *ids, _ = generated(PROMPT, 40, eos_every=5)
+    text = bytes(ids).decode()
+    async with serving(tmp_path, eos_every=5) as served:
+        request = new_request(
+            max_new_tokens=40, ignore_eos=True, stop=(text[-1] + "!",), keep_stop=False
+        )
+        events = await collect(served.loop.submit(request))
+    assert events[len(ids)].token.special
+    assert events[len(ids)].tail == text[-1]
+    end_of(events)
+
+
 async def test_prompt_logprobs_and_top_tokens_come_with_their_text(tmp_path: Path) -> None:
     async with serving(tmp_path) as served:
         request = new_request(b"abc", 1, prompt_logprobs=True, top_n_tokens=2)
