@@ -249,15 +249,26 @@ def test_other_weights_are_the_second_choice(downloads: Downloads) -> None:
 
 def test_an_adapter_brings_its_base(downloads: Downloads) -> None:
     adapter = {
-        "adapter_config.json": b'{"base_model_name_or_path": "org/base"}',
+        "adapter_config.json": b'{"base_model_name_or_path": "org/base", "revision": "v1"}',
         "adapter_model.safetensors": WEIGHTS[: 1 << 17],
     }
     downloads.hub.add(MODEL_ID, adapter)
-    downloads.hub.add("org/base", SMALL)
+    base = downloads.hub.add("org/base", SMALL)
+    base.refs["v1"] = base.refs["main"]
     ended = downloads.run()
     assert ended.code == 0
     assert "Downloading parent model org/base" in ended.messages
-    assert (downloads.home / "hub" / "models--org--base" / "refs" / "main").exists()
+    assert (downloads.home / "hub" / "models--org--base" / "refs" / "v1").exists()
+
+
+def test_a_commit_that_is_no_commit_names_no_folder(downloads: Downloads) -> None:
+    repository = downloads.hub.add(MODEL_ID, SMALL)
+    repository.commits["../../../x"] = repository.commits[repository.refs["main"]]
+    repository.refs["main"] = "../../../x"
+    ended = downloads.run()
+    assert ended.messages[-1] == "the hub names no commit for model org/name"
+    assert ended.code == 1
+    assert not downloads.repository.exists()
 
 
 def test_kill_9_in_mid_download_is_resumed(downloads: Downloads) -> None:

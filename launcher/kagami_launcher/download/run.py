@@ -8,6 +8,7 @@ hub cannot be reached, a complete snapshot in the cache will do.
 import json
 import logging
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -28,7 +29,7 @@ from kagami_launcher.download.files import (
     select,
 )
 from kagami_launcher.download.progress import Progress, open_progress
-from kagami_launcher.download.transfer import Commit, fetch
+from kagami_launcher.download.transfer import Commit, clear_wrong_size, fetch
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ T = TypeVar("T")
 _PAUSES_S = (1.0, 5.0, 15.0, 30.0)
 _LIST_TIMEOUT_S = 10.0
 _NUM_TRANSFERS = 8  # the library's own number
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _MARGIN_BYTES = 64 << 20  # for what else writes to the disk meanwhile
 
 
@@ -45,7 +47,10 @@ def run(args: DownloadArgs) -> int:
     """Download the model and what it is built on; returns the exit code."""
     _let_the_library_speak()
     try:
-        download(args, args.model_id, args.revision)
+        folder = download(args, args.model_id, args.revision)
+        if (base := base_of(folder)) is not None:
+            log.info("Downloading parent model %s", base[0])
+            download(args, *base)
     except DownloadFailed as failure:
         log.error("%s", failure)
         return 1
@@ -58,8 +63,8 @@ def _let_the_library_speak() -> None:
     library.propagate = True
 
 
-def download(args: DownloadArgs, model_id: str, revision: str | None) -> None:
-    """Bring one repository into the cache; raises `DownloadFailed`."""
+def download(args: DownloadArgs, model_id: str, revision: str | None) -> Path:
+    """Bring one repository into the cache; returns its snapshot. Raises `DownloadFailed`."""
     source = _cached(model_id, revision, args.cache)
     if args.is_offline:
         if source is None:
@@ -67,17 +72,14 @@ def download(args: DownloadArgs, model_id: str, revision: str | None) -> None:
                 hub_cache.not_cached(model_id, revision, args.cache, is_offline=True)
             )
         log.info("Files are already present on the host. Skipping download.")
-        return
+        return source
     try:
-        folder = _Download(args, model_id, revision).bring(is_cached=source is not None)
+        return _Download(args, model_id, revision).bring(is_cached=source is not None)
     except Unreachable as failure:
         if source is None:
             raise
         log.warning("%s. Going on with the cached files of %s in %s", failure, model_id, source)
-        folder = source
-    if (parent := parent_of(folder, model_id)) is not None:
-        log.info("Downloading parent model %s", parent)
-        download(args, parent, None)
+        return source
 
 
 def _cached(model_id: str, revision: str | None, cache: Path) -> Path | None:
@@ -87,18 +89,16 @@ def _cached(model_id: str, revision: str | None, cache: Path) -> Path | None:
         return None
 
 
-def parent_of(folder: Path, model_id: str) -> str | None:
-    """The hub id of the model that this one, an adapter or a set of heads, is built on."""
-    for name in ("adapter_config.json", "config.json"):
-        try:
-            parent = json.loads((folder / name).read_text(encoding="utf-8")).get(
-                "base_model_name_or_path"
-            )
-        except (OSError, ValueError, AttributeError):
-            continue
-        if isinstance(parent, str) and parent != model_id and hub.is_hub_id(parent):
-            return parent
-    return None
+def base_of(folder: Path) -> tuple[str, str | None] | None:
+    """Hub id and revision of the model that an adapter is for; None if the folder holds none."""
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        name, revision = config.get("base_model_name_or_path"), config.get("revision")
+    except (OSError, ValueError, AttributeError):
+        return None
+    if (folder / "config.json").is_file() or not isinstance(name, str) or not hub.is_hub_id(name):
+        return None
+    return name, revision if isinstance(revision, str) else None
 
 
 class _Download:
@@ -128,10 +128,14 @@ class _Download:
             timeout=_LIST_TIMEOUT_S,
             files_metadata=True,
         )
-        if info.sha is None:
+        # Both become file names, and a hub may be anybody's.
+        if info.sha is None or not hub_cache.is_pinned(info.sha):
             raise Unreachable(f"the hub names no commit for model {self._model_id}")
+        hashes = {item.rfilename: item.lfs.sha256 for item in info.siblings or () if item.lfs}
+        if bad := [name for name, value in hashes.items() if not _SHA256.fullmatch(value)]:
+            raise DownloadFailed(f"the hub gives no sha256 for {bad[0]} of model {self._model_id}")
         files = [
-            RemoteFile(item.rfilename, item.size or 0, item.lfs.sha256 if item.lfs else None)
+            RemoteFile(item.rfilename, item.size or 0, hashes.get(item.rfilename))
             for item in info.siblings or ()
         ]
         return Commit(self._model_id, info.sha, self._args.cache), files
@@ -173,6 +177,8 @@ class _Download:
                 log.info("File %s already present in cache.", file.name)
 
     def _fetch_all(self, commit: Commit, chosen: Selection, missing: Sequence[RemoteFile]) -> None:
+        for file in missing:
+            clear_wrong_size(commit, file)
         weights = [file for file in missing if file in chosen.weights]
         num_bytes = sum(commit.missing_bytes(file) for file in weights)
         texts = [file for file in missing if file not in weights]

@@ -66,9 +66,19 @@ def size_of(path: Path) -> int:
     return path.stat().st_size if path.is_file() else 0
 
 
+def clear_wrong_size(commit: Commit, file: RemoteFile) -> None:
+    """Remove what a full disk or another tool left there in the file's name.
+
+    Not while files are being fetched: two of them may share a blob.
+    """
+    for path in (commit.pointer(file), commit.blob(file)):
+        if path.is_file() and path.stat().st_size != file.size:
+            path.resolve().unlink()
+            path.unlink(missing_ok=True)
+
+
 def fetch(commit: Commit, file: RemoteFile, advance: Callable[[int], None]) -> Path:
     """Bring the file into the snapshot. Raises what the library raises, and `WrongContent`."""
-    _clear_wrong_size(commit, file)
     is_large = file.sha256 is not None and file.size <= constants.MAX_HTTP_DOWNLOAD_SIZE
     if is_large and not commit.blob(file).is_file():
         lock = commit.cache / ".locks" / commit.folder.name / f"{file.sha256}.lock"
@@ -90,14 +100,6 @@ def fetch(commit: Commit, file: RemoteFile, advance: Callable[[int], None]) -> P
         path.unlink()
         raise WrongContent(f"{file.name} has {size} bytes, and {file.size} by the hub's list")
     return path
-
-
-def _clear_wrong_size(commit: Commit, file: RemoteFile) -> None:
-    """Remove what a full disk or another tool left there in the file's name."""
-    for path in (commit.pointer(file), commit.blob(file)):
-        if path.is_file() and path.stat().st_size != file.size:
-            path.resolve().unlink()
-            path.unlink(missing_ok=True)
 
 
 def _fetch_blob(commit: Commit, file: RemoteFile, advance: Callable[[int], None]) -> None:
