@@ -8,6 +8,7 @@ ROUTER ─not found─► 1    RUN ─a child ends─► 1    a stop signal, any
 Every way out stops the router before the shard: the router needs it to finish running streams.
 """
 
+import fcntl
 import logging
 import os
 import socket
@@ -15,6 +16,7 @@ import stat
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from kagami_launcher import cli, environment, hub, plan
@@ -58,10 +60,11 @@ def run(invocation: Invocation) -> int:
     output = Output(sys.stdout.fileno())
     json_output = invocation.args.json_output
     logs.configure(TARGET, level=invocation.log_level, json_output=json_output, stream=output)
-    with Supervisor(output) as supervisor, supervisor.signals():
+    with ExitStack() as held, Supervisor(output) as supervisor, supervisor.signals():
         launch = Launch(invocation, supervisor)
         try:
             launch.check()
+            held.callback(os.close, _claim(f"{plan.socket_prefix(invocation.args)}-0"))
             source = launch.prepare()
             shard_plan, router_plan = launch.plan(source)
             launch.start_shard(shard_plan)
@@ -178,8 +181,9 @@ class Launch:
 
     @staticmethod
     def _is_ready(shard: ShardPlan) -> bool:
-        path = Path(shard.socket)
-        return path.exists() and is_healthy(f"unix://{path.absolute()}", _PROBE_TIMEOUT_S)
+        return Path(shard.socket).exists() and is_healthy(
+            f"unix://{shard.socket}", _PROBE_TIMEOUT_S
+        )
 
     def start_router(self, router: RouterPlan) -> None:
         """Start the router; it says `Connected` itself when requests are served."""
@@ -252,12 +256,50 @@ class Launch:
         return Voice(target, level, self._invocation.args.json_output, rank, renames)
 
 
-def _clear_socket(path: str) -> None:
-    """Remove the socket of an earlier run; one that still answers belongs to somebody."""
+def _claim(path: str) -> int:
+    """Keep other launchers off this socket for as long as the returned descriptor is open.
+
+    The socket itself cannot do that: it appears when the shard has loaded, and gRPC replaces one
+    that is there. The lock is the kernel's, so that `kill -9` releases it; its file stays.
+    """
     if len(os.fsencode(path)) > _MAX_SOCKET_PATH:
         raise LaunchFailed("ShardCannotStart", f"{path} is too long for a socket's path")
-    if not Path(path).parent.is_dir():
-        raise LaunchFailed("ShardCannotStart", f"the folder of {path} does not exist")
+    lock = f"{path}.lock"
+    try:
+        descriptor = _open_lock(lock)
+    except OSError as error:
+        raise _cannot_use(lock, error) from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        if isinstance(error, BlockingIOError):
+            raise LaunchFailed(
+                "ShardCannotStart",
+                f"another launcher uses {path}: choose another --shard-uds-path",
+            ) from error
+        raise _cannot_use(lock, error) from error
+    return descriptor
+
+
+def _open_lock(path: str) -> int:
+    # To read, which every user may: in /tmp the file may be one that another user left, and Linux
+    # opens that neither for writing nor with a plain O_CREAT (fs.protected_regular).
+    with suppress(FileExistsError):
+        descriptor = os.open(path, os.O_RDONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        os.fchmod(descriptor, 0o644)  # whatever the umask
+        return descriptor
+    return os.open(path, os.O_RDONLY)
+
+
+def _cannot_use(path: str, error: OSError) -> LaunchFailed:
+    return LaunchFailed(
+        "ShardCannotStart", f"cannot use {path}: {error.strerror}: choose another --shard-uds-path"
+    )
+
+
+def _clear_socket(path: str) -> None:
+    """Remove the socket of an earlier run; one that still answers belongs to somebody."""
     try:
         mode = os.lstat(path).st_mode
     except FileNotFoundError:

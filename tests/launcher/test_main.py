@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from kagami_launcher.main import _clear_socket, _duration
+from kagami_launcher.main import _claim, _clear_socket, _duration
 from kagami_launcher.plan import LaunchFailed
 
 Launch = Callable[..., Any]
@@ -256,6 +256,33 @@ def test_a_missing_command_is_named(
     assert f"{command} not found in PATH" in stdout
 
 
+def test_a_relative_socket_path_serves_too(launch: Launch, tmp_path: Path) -> None:
+    launcher = launch("--shard-uds-path", "relative")
+    launcher.wait_until_serving()
+    assert (tmp_path / "relative-0").is_socket()
+
+
+def test_two_launchers_never_share_a_shard(launch: Launch, tmp_path: Path) -> None:
+    first = launch(FAKE_SHARD="hang")
+    first.wait_for("Loading")
+    code, stdout, stderr = launch().finish()
+    assert code == 1
+    assert stderr == (
+        f'Error: ShardCannotStart("another launcher uses {tmp_path}/uds-0: '
+        'choose another --shard-uds-path")\n'
+    )
+    assert "Starting shard" not in stdout
+    assert first.process.poll() is None
+
+
+def test_a_killed_launcher_keeps_nobody_from_its_socket(launch: Launch) -> None:
+    killed = launch()
+    killed.wait_until_serving()
+    killed.process.send_signal(signal.SIGKILL)
+    wait_until_dead(killed.child_pids())
+    launch().wait_until_serving()
+
+
 def test_a_stale_socket_is_no_obstacle(launch: Launch, tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as stale:
         stale.bind(str(tmp_path / "uds-0"))
@@ -283,8 +310,8 @@ def test_a_file_that_is_no_socket_is_left_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", ["/tmp/" + "x" * 110, "/no/such/folder/uds-0"])
 def test_an_impossible_socket_is_refused(path: str) -> None:
-    with pytest.raises(LaunchFailed):
-        _clear_socket(path)
+    with pytest.raises(LaunchFailed, match=re.escape(path)):
+        _claim(path)
 
 
 @pytest.mark.parametrize(
