@@ -19,6 +19,7 @@ from aiohttp import web
 from kagami_proto import logs
 from kagami_proto.errors import GenerationFailed, ShardLost
 from kagami_router import chat_template, tokenizer
+from kagami_router.api.middleware import connection_logger
 from kagami_router.api.routes import make_app, make_metrics_app
 from kagami_router.api.schemas import Info
 from kagami_router.api.service import TGI_VERSION, Door, Front
@@ -110,7 +111,11 @@ async def _listening(args: RouterArgs, door: Door) -> AsyncIterator[None]:
 
 async def _bind(stack: AsyncExitStack, app: web.Application, host: str, port: int) -> None:
     runner = web.AppRunner(
-        app, handler_cancellation=True, access_log=None, shutdown_timeout=LAST_WORDS_S
+        app,
+        handler_cancellation=True,
+        access_log=None,
+        logger=connection_logger,
+        shutdown_timeout=LAST_WORDS_S,
     )
     await runner.setup()
     stack.push_async_callback(runner.cleanup)
