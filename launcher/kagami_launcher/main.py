@@ -8,6 +8,7 @@ ROUTER ─not found─► 1    RUN ─a child ends─► 1    a stop signal, any
 Every way out stops the router before the shard: the router needs it to finish running streams.
 """
 
+import errno
 import fcntl
 import logging
 import os
@@ -299,21 +300,29 @@ def _cannot_use(path: str, error: OSError) -> LaunchFailed:
 
 
 def _clear_socket(path: str) -> None:
-    """Remove the socket of an earlier run; one that still answers belongs to somebody."""
+    """Remove the socket of an earlier run; one that may still be served belongs to somebody."""
     try:
-        mode = os.lstat(path).st_mode
+        _remove_stale(path)
     except FileNotFoundError:
-        return
+        pass
+    except OSError as error:
+        raise _cannot_use(path, error) from error
+
+
+def _remove_stale(path: str) -> None:
+    mode = os.lstat(path).st_mode
     if not stat.S_ISSOCK(mode):
         raise LaunchFailed("ShardCannotStart", f"{path} exists and is not a socket")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.settimeout(_PROBE_TIMEOUT_S)
-        if probe.connect_ex(path) == 0:
-            raise LaunchFailed(
-                "ShardCannotStart",
-                f"another process serves {path}: choose another --shard-uds-path",
-            )
-    Path(path).unlink(missing_ok=True)
+        code = probe.connect_ex(path)
+    if code == 0:
+        raise LaunchFailed(
+            "ShardCannotStart", f"another process serves {path}: choose another --shard-uds-path"
+        )
+    if code != errno.ECONNREFUSED:  # only that says that nobody listens
+        raise OSError(code, os.strerror(code))
+    os.unlink(path)
 
 
 def _duration(nanoseconds: int) -> str:

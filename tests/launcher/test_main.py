@@ -5,8 +5,10 @@ import os
 import re
 import signal
 import socket
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -235,6 +237,14 @@ def test_a_flag_without_effect_is_one_warning(launch: Launch) -> None:
     assert stdout.count(" WARN text_generation_launcher: `--rope-factor` has no effect: ") == 1
 
 
+def test_a_broken_index_is_one_clear_line(launch: Launch, model_folder: Path) -> None:
+    index = model_folder / "model.safetensors.index.json"
+    index.write_text("{}")
+    code, _, stderr = launch().finish()
+    why = f"{index} has no weight_map of tensors to files"
+    assert (code, stderr) == (1, f'Error: DownloadError("{why}")\n')
+
+
 def test_the_report_comes_before_the_arguments(launch: Launch) -> None:
     _, stdout, _ = launch("--env", "--model-id", "/none").finish()
     assert "Runtime environment:" in stdout.splitlines()[0]
@@ -298,6 +308,49 @@ def test_a_socket_that_answers_is_left_alone(tmp_path: Path) -> None:
         with pytest.raises(LaunchFailed, match="choose another --shard-uds-path"):
             _clear_socket(path)
     assert os.path.exists(path)
+
+
+@contextmanager
+def as_somebody_else(folder: Path) -> Iterator[None]:
+    """This process may change nothing in the folder meanwhile, also if the tests run as root."""
+    user = os.geteuid()
+    folder.chmod(0o555)
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+        folder.chmod(0o755)
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o000], ids=["unlink", "connect"])
+def test_a_socket_of_another_user_is_one_clear_line(mode: int) -> None:
+    with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as served:
+        path = Path(folder) / "uds-0"
+        served.bind(str(path))
+        path.chmod(mode)
+        with as_somebody_else(path.parent), pytest.raises(LaunchFailed) as failure:
+            _clear_socket(str(path))
+    why = f"cannot use {path}: Permission denied: choose another --shard-uds-path"
+    assert str(failure.value) == f'ShardCannotStart("{why}")'
+
+
+def test_a_socket_that_cannot_be_asked_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "uds-0"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
+        other.bind(str(path))
+        with pytest.raises(LaunchFailed, match="cannot use"):
+            _clear_socket(str(path))
+    assert path.is_socket()
+
+
+def test_a_lock_that_another_user_left_is_no_obstacle() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/uds-0"
+        os.close(_claim(path))
+        with as_somebody_else(Path(folder)):
+            os.close(_claim(path))
 
 
 def test_a_file_that_is_no_socket_is_left_alone(tmp_path: Path) -> None:
