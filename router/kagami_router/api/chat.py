@@ -195,7 +195,7 @@ def _message(index: int, message: Mapping[str, Any]) -> Mapping[str, Any]:
         )
     elif content is not None and not isinstance(content, str):
         raise MalformedBody(f"{place}.content: expected a text or a list of chunks")
-    return kept if "content" in kept else {**kept, "content": None}
+    return kept
 
 
 def _chunk_text(place: str, chunk: object) -> str:

@@ -256,6 +256,18 @@ async def test_bad_messages_are_refused(message: dict[str, Any], text: str) -> N
         assert text in (await response.json())["error"]
 
 
+@pytest.mark.parametrize("content", [{}, {"content": None}])
+async def test_a_turn_of_tool_calls_alone_is_served(content: dict[str, Any]) -> None:
+    call = {"id": "0", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    turn = {"role": "assistant", "tool_calls": [call]} | content
+    body = {"messages": [*MESSAGES, turn, {"role": "tool", "content": "7"}]}
+    async with serving() as server, server.post("/chat_tokenize", body) as response:
+        assert response.status == 200
+        text = (await response.json())["templated_text"]
+    assert '<|assistant|>[{"id":"0"' in text
+    assert text.endswith("<|tool|>7\n<|assistant|>")
+
+
 async def test_text_chunks_are_joined() -> None:
     content = [{"type": "text", "text": "Say"}, {"type": "text", "text": " hi"}]
     body = CHAT | {"messages": [{"role": "user", "content": content, "name": None}]}
