@@ -49,6 +49,8 @@ _DOWNLOAD: Mapping[str, object] = {"span": "download"}
 _POLL_S, _PROBE_TIMEOUT_S, _WAITING_EVERY_S = 0.1, 1.0, 10.0
 # Nobody is being served yet, so there is nothing to finish: router and shard together end in 5 s.
 _STARTUP_GRACE_S = 2.0
+# A router that lost its shard may be gone before it: the shard's own end follows within this time.
+_SHARD_ENDS_WITHIN_S = 1.0
 _MAX_SOCKET_PATH = 107  # sun_path of unix(7), less its terminator
 
 
@@ -225,6 +227,7 @@ class Launch:
             case StopAsked():
                 raise Stopped
             case ChildEnded(child) if child is self._router:
+                self._raise_if_over(self._supervisor.next_event(_SHARD_ENDS_WITHIN_S))
                 log.error("Webserver Crashed")
                 raise LaunchFailed("WebserverFailed")
             case ChildEnded(child) if child is self._shard:

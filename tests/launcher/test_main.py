@@ -143,6 +143,14 @@ def test_a_shard_that_crashes_takes_the_router_down(launch: Launch) -> None:
     assert "router-end" in launcher.happened()
 
 
+def test_a_router_that_loses_its_shard_is_not_blamed(launch: Launch) -> None:
+    code, stdout, stderr = launch(FAKE_SHARD="fail", FAKE_ROUTER="busy").finish()
+    assert (code, stderr) == (1, "Error: ShardFailed\n")
+    assert "Shard 0 crashed" in stdout
+    assert "Webserver Crashed" not in stdout
+    assert messages(stdout)[-1].endswith("Last error of the shard: the GPU is lost")
+
+
 def test_a_router_that_cannot_bind_shows_its_own_error(launch: Launch) -> None:
     launcher = launch(FAKE_ROUTER="busy")
     code, stdout, stderr = launcher.finish()
