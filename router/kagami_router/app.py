@@ -27,7 +27,12 @@ from kagami_router.batching_loop import BatchingLoop
 from kagami_router.cli import RouterArgs, own_version
 from kagami_router.infer import Infer
 from kagami_router.metrics import Metrics
-from kagami_router.scheduler.scheduler import Scheduler, SchedulerConfig
+from kagami_router.scheduler.scheduler import (
+    DEFAULT_MAX_WAITING_TOKENS,
+    DEFAULT_WAITING_SERVED_RATIO,
+    Scheduler,
+    SchedulerConfig,
+)
 from kagami_router.shard_client import Pool, ShardGroup, ShardInfo
 from kagami_router.validation import Limits, Validation
 
@@ -142,13 +147,13 @@ async def _run_engine(args: RouterArgs, door: Door) -> None:
         folder = Path(args.tokenizer_name)
         try:
             encoder = await asyncio.to_thread(tokenizer.load, folder, threads)
-        except FileNotFoundError as error:
+            template = chat_template.load(
+                folder,
+                tokenizer.special_tokens(tokenizer.read_json(folder / "tokenizer_config.json")),
+                Path(args.tokenizer_config_path) if args.tokenizer_config_path else None,
+            )
+        except (OSError, ValueError) as error:
             raise StartError(str(error)) from error
-        template = chat_template.load(
-            folder,
-            tokenizer.special_tokens(tokenizer.read_json(folder / "tokenizer_config.json")),
-            Path(args.tokenizer_config_path) if args.tokenizer_config_path else None,
-        )
         shards, facts = await _connect(stack, args.master_shard_uds_path)
         logger.info("Warming up model")
         pool = await _warm_up(shards, args)
@@ -288,9 +293,13 @@ def _info(args: RouterArgs, limits: Limits, facts: ShardInfo, pool_tokens: int) 
         model_dtype=facts.dtype,
         model_device_type=facts.device_type,
         max_input_length=limits.max_input_tokens,
-        waiting_served_ratio=args.waiting_served_ratio or 0.0,
+        waiting_served_ratio=DEFAULT_WAITING_SERVED_RATIO
+        if args.waiting_served_ratio is None
+        else args.waiting_served_ratio,
         max_batch_total_tokens=pool_tokens,
-        max_waiting_tokens=args.max_waiting_tokens or 0,
+        max_waiting_tokens=DEFAULT_MAX_WAITING_TOKENS
+        if args.max_waiting_tokens is None
+        else args.max_waiting_tokens,
         max_batch_size=args.max_batch_size,
         kagami_version=own_version(),
     )

@@ -111,7 +111,10 @@ class MissingTemplate:
 def load(
     folder: Path, tokens: SpecialTokens, config_path: Path | None = None
 ) -> ChatTemplate | MissingTemplate:
-    """The template of a model folder, `config_path` (--tokenizer-config-path) before its files."""
+    """The template of a model folder, `config_path` (--tokenizer-config-path) before its files.
+
+    Raises `ValueError` for a file that is not what its name says.
+    """
     looked_for = [
         *([config_path] if config_path else []),
         folder / "chat_template.jinja",
@@ -133,13 +136,25 @@ def load(
 
 def _source_in(path: Path) -> str | None:
     if path.suffix == ".jinja":
-        return path.read_text(encoding="utf-8") if path.is_file() else None
+        return _text_in(path) if path.is_file() else None
     template = read_json(path).get("chat_template")
     if isinstance(template, list):  # named templates: [{"name": …, "template": …}]
         template = next(
-            (one.get("template") for one in template if one.get("name") == "default"), None
+            (
+                one.get("template")
+                for one in template
+                if isinstance(one, dict) and one.get("name") == "default"
+            ),
+            None,
         )
     return template if isinstance(template, str) else None
+
+
+def _text_in(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error}") from error
 
 
 def _describe(error: jinja2.TemplateError) -> str:
