@@ -179,6 +179,12 @@ async def test_the_api_key_guards_all_but_health_and_metrics(path: str, status: 
         assert response.status == status
 
 
+@pytest.mark.parametrize("path", ["/tokenize", "/chat_tokenize", "/v1/completions", "/"])
+async def test_the_api_key_guards_every_post(path: str) -> None:
+    async with serving(key="Secret") as server, server.post(path, {}) as response:
+        assert response.status == 401
+
+
 async def test_preflight_allows_authorization_without_a_key() -> None:
     async with serving(key="Secret") as server:
         async with server.http.options("/v1/chat/completions") as response:
