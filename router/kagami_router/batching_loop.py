@@ -39,6 +39,9 @@ logger = logging.getLogger(__name__)
 
 # A step takes milliseconds to seconds; the largest prefill on a slow CPU stays well below.
 STEP_OVERDUE_S = 60.0
+# In a row. Finding one culprit among 128, or the size that fits the memory, takes some 10; a
+# device with a sticky error fails them all.
+MAX_FAILED_STEPS = 16
 # The integrity check walks the whole pool: only when nobody is likely to come just now.
 IDLE_CHECK_S = 1.0
 
@@ -145,14 +148,15 @@ class BatchingLoop:
         # Steps in flight, each with the time it was sent.
         self._sent: deque[tuple[Step, float]] = deque()
         self._last_progress = 0.0
+        self._num_failed_steps = 0  # in a row
         self._wake = asyncio.Event()
         self._is_streaming = False
         self._gone: KagamiError | None = None
 
     @property
     def is_healthy(self) -> bool:
-        """Whether the step stream stands and no step is overdue."""
-        if not self._is_streaming:
+        """Whether the step stream stands, steps still succeed, and none is overdue."""
+        if not self._is_streaming or self._num_failed_steps >= MAX_FAILED_STEPS:
             return False
         if not self._sent:
             return True
@@ -244,8 +248,9 @@ class BatchingLoop:
         now = self._clock()
         step, sent_at = self._sent.popleft()
         self._last_progress = now
+        self._num_failed_steps = self._num_failed_steps + 1 if results.error else 0
         ready: list[tuple[GenerationStream, StreamEvent | KagamiError]] = []
-        for event in self._scheduler.update(results, now):
+        for event in self._scheduler.update(results):
             generation = self._generations.get(event.sequence.id)
             if generation is None:
                 continue

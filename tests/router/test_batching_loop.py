@@ -11,8 +11,8 @@ from tests.fakes.byte_tokenizer import byte_tokenizer
 from tests.fakes.fake_shard import EOS, FakeShard, Request, generated
 
 from kagami_proto.errors import GenerationFailed, ShardLost
-from kagami_router.batching_loop import BatchingLoop, GenerationStream
-from kagami_router.metrics import PoolStats, StepStats
+from kagami_router.batching_loop import MAX_FAILED_STEPS, BatchingLoop, GenerationStream
+from kagami_router.metrics import StepStats
 from kagami_router.requests import (
     End,
     FinishReason,
@@ -22,6 +22,7 @@ from kagami_router.requests import (
     ValidRequest,
 )
 from kagami_router.scheduler.scheduler import Scheduler, SchedulerConfig
+from kagami_router.scheduler.step import PoolStats
 from kagami_router.shard_client import ShardGroup
 
 PROMPT = b"The quick brown fox"
@@ -352,4 +353,20 @@ async def test_a_step_that_never_ends_is_unhealthy(tmp_path: Path) -> None:
         assert not served.loop.is_healthy
         served.shard.gate.set()
         await collect(stream)
+        assert served.loop.is_healthy
+
+
+async def test_a_device_that_fails_every_step_is_unhealthy_until_one_succeeds(
+    tmp_path: Path,
+) -> None:
+    async with serving(tmp_path) as served:
+        await until(lambda: served.loop.is_healthy)
+        served.shard.engine.faults.pass_error = lambda _: "an illegal memory access"
+        while served.loop.is_healthy:
+            assert len(served.metrics.steps) < MAX_FAILED_STEPS
+            with pytest.raises(GenerationFailed):
+                await collect(served.loop.submit(new_request()))
+        assert len(served.metrics.steps) in (MAX_FAILED_STEPS, MAX_FAILED_STEPS + 1)
+        served.shard.engine.faults.pass_error = lambda _: ""
+        await collect(served.loop.submit(new_request()))
         assert served.loop.is_healthy
