@@ -148,6 +148,20 @@ def test_a_file_of_another_size_is_fetched_again(downloads: Downloads, name: str
     assert (downloads.snapshot() / name).read_bytes() == SMALL[name]
 
 
+def test_what_a_link_out_of_the_cache_leads_to_is_not_removed(
+    downloads: Downloads, tmp_path: Path
+) -> None:
+    downloads.hub.add(MODEL_ID, SMALL)
+    downloads.run()
+    mine = tmp_path / "mine"
+    mine.write_bytes(b"mine")
+    (downloads.snapshot() / "model.safetensors").unlink()
+    (downloads.snapshot() / "model.safetensors").symlink_to(mine)
+    assert downloads.run().code == 0
+    assert mine.read_bytes() == b"mine"
+    assert (downloads.snapshot() / "model.safetensors").read_bytes() == SMALL["model.safetensors"]
+
+
 @pytest.mark.parametrize("revision", ["v1", "refs/pr/7"])
 def test_a_revision_is_fetched_and_remembered(downloads: Downloads, revision: str) -> None:
     repository = downloads.hub.add(MODEL_ID, SMALL)

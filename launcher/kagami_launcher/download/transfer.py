@@ -69,12 +69,15 @@ def size_of(path: Path) -> int:
 def clear_wrong_size(commit: Commit, file: RemoteFile) -> None:
     """Remove what a full disk or another tool left there in the file's name.
 
-    Not while files are being fetched: two of them may share a blob.
+    Not while files are being fetched: two of them may share a blob. What a link outside of the
+    repository's folder leads to is somebody's own, and stays.
     """
     for path in (commit.pointer(file), commit.blob(file)):
         if path.is_file() and path.stat().st_size != file.size:
-            path.resolve().unlink()
-            path.unlink(missing_ok=True)
+            content = path.resolve()
+            path.unlink()
+            if content.is_relative_to(commit.folder.resolve()):
+                content.unlink(missing_ok=True)
 
 
 def fetch(commit: Commit, file: RemoteFile, advance: Callable[[int], None]) -> Path:
