@@ -105,8 +105,9 @@ class StreamEvent:
     """One sampled token; `end` is set on the last one of the stream and only there.
 
     `tail` is text beside `token.text` that was held back for a stop string until this token: it
-    ended the stream, or is special and showed that the string does not go on. The concatenation of all `text` of tokens that are not
-    special, each with its event's `tail`, is `end.generated_text`.
+    ended the stream, or is special and showed that the string does not go on. The
+    concatenation of all `text` of tokens that are not special, each with its event's `tail`, is
+    `end.generated_text`.
     """
 
     token: Token
