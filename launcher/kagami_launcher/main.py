@@ -120,11 +120,10 @@ class Launch:
         return source
 
     def _convert(self, source: ModelSource) -> None:
-        log.info("Converting %s to safetensors in %s", source.gguf, source.folder)
-        argv = [sys.executable, "-P", "-m", "kagami_launcher.convert"]
+        log.info("Converting %s to safetensors in %s", source.origin, source.folder)
         self._converter = self._supervisor.start(
             "download",
-            [*argv, str(source.gguf), str(source.folder)],
+            [sys.executable, "-P", "-m", *plan.conversion(self._invocation, source)],
             environment.for_conversion(self._invocation.environ),
             self._voice(TARGET, renames=True),
         )

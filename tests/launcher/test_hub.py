@@ -89,7 +89,7 @@ def test_a_gguf_file_is_to_be_converted_once(tmp_path: Path) -> None:
     file = tmp_path / "Tiny.gguf"
     file.write_bytes(b"x" * 100)
     source = resolve(str(file), revision=None, cache=tmp_path / "hub")
-    assert source.gguf == file
+    assert source.origin == file
     assert source.folder.parent == tmp_path / "hub" / "models--kagami--Tiny" / "snapshots"
     assert not source.is_ready
     make_model(source.folder)
@@ -99,8 +99,8 @@ def test_a_gguf_file_is_to_be_converted_once(tmp_path: Path) -> None:
 def test_the_embedded_model_is_found_without_importing_it(tmp_path: Path) -> None:
     pytest.importorskip("gguf")
     source = resolve(hub.EMBEDDED_MODEL_ID, revision=None, cache=tmp_path)
-    assert source.gguf is not None
-    assert source.gguf.name == "SmolLM2-135M-Instruct.Q4_1.gguf"
+    assert source.origin is not None
+    assert source.origin.name == "SmolLM2-135M-Instruct.Q4_1.gguf"
     assert source.model_id == "kagami/SmolLM2-135M-Instruct"
 
 

@@ -14,16 +14,22 @@ from gguf import quants
 from safetensors import safe_open
 from tokenizers import Tokenizer
 
-from kagami_launcher import convert as converter
-from kagami_launcher import convert_tokenizer
-from kagami_launcher.convert import checkpoint_name, convert
-from kagami_launcher.convert_tokenizer import ConversionRefused, Metadata, build_tokenizer
+from kagami_launcher import convert_gguf as converter
+from kagami_launcher.convert import Task
+from kagami_launcher.convert import convert as run_task
+from kagami_launcher.convert_files import ConversionRefused
+from kagami_launcher.convert_gguf import checkpoint_name
+from kagami_launcher.convert_gguf_tokenizer import Metadata, build_tokenizer
 
 HEADS, KV_HEADS, HIDDEN, INNER, LAYERS = 4, 2, 32, 64, 2
 PLAIN = [*"abcdefghijklmnopqrstuvwxyz0123456789Ġ.,?'Ċ", "th", "the", "Ġthe", "12"]
 TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *PLAIN]
 MERGES = ["t h", "th e", "Ġ the", "1 2"]
 Q4, Q8 = gguf.GGMLQuantizationType.Q4_1, gguf.GGMLQuantizationType.Q8_0
+
+
+def convert(source: Path, destination: Path) -> None:
+    run_task(Task(source, destination))
 
 
 def permute(weight: Any, heads: int) -> Any:
@@ -220,12 +226,6 @@ def test_llama_3s_factors_are_those_of_transformers() -> None:
     plain = 500000.0 ** -(np.arange(0, 64, 2) / 64)
     ours = plain / converter.llama3_factors(scaling, 500000.0, 64)
     np.testing.assert_allclose(theirs.numpy(), ours, rtol=1e-4)
-
-
-def test_sentencepiece_merges_follow_the_scores() -> None:
-    vocab = {token: index for index, token in enumerate(["a", "b", "c", "ab", "bc", "abc"])}
-    merges = convert_tokenizer._merges_from_scores(vocab, [0, 0, 0, -2, -1, -3])
-    assert merges == [("b", "c"), ("a", "b"), ("a", "bc"), ("ab", "c")]
 
 
 def run_child(source: Path, destination: Path) -> subprocess.Popen[str]:
