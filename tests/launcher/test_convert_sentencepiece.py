@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2 as spm
-from tests.launcher.pieces import ENGLISH, JAPANESE, SAMPLES, swallow_like, train
+from tests.fakes.pieces import ENGLISH, JAPANESE, SAMPLES, swallow_like, train
 from tokenizers import Tokenizer
 
 from kagami_launcher.convert_files import ConversionRefused
