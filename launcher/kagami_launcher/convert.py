@@ -61,7 +61,7 @@ def convert(task: Task) -> None:
             convert_gguf.write_folder(task.source, folder)
         elif task.base is not None:
             import_module("kagami_launcher.convert_adapter").merge(
-                task.source, task.base, folder, model_id=task.model_id
+                task.source, task.base, folder, destination=task.destination
             )
             _complete(task, folder)
         else:

@@ -48,6 +48,13 @@ _DTYPES: Mapping[torch.dtype, str] = MappingProxyType(
 )
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """safetensors' name of a dtype."""
+    if dtype not in _DTYPES:
+        raise ConversionRefused(f"safetensors has no {dtype}")
+    return _DTYPES[dtype]
+
+
 def convert_weights(source: Path, folder: Path) -> None:
     """Make `folder`'s safetensors files from `source`'s pickles; those already made are kept."""
     files = torch_files(source)
@@ -122,11 +129,12 @@ def stored(name: str, tensor: Tensor) -> StoredTensor:
         _DTYPES[tensor.dtype],
         tuple(tensor.shape),
         tensor.numel() * tensor.element_size(),
-        lambda: _bytes(tensor).numpy(),
+        lambda: as_bytes(tensor).numpy(),
     )
 
 
-def _bytes(tensor: Tensor) -> Tensor:
+def as_bytes(tensor: Tensor) -> Tensor:
+    """All of a tensor as one row of bytes."""
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
@@ -172,5 +180,5 @@ def _compare(path: Path, expected: Mapping[str, Tensor]) -> None:
         for name, tensor in expected.items():
             found = file.get_tensor(name)
             is_alike = found.dtype == tensor.dtype and found.shape == tensor.shape
-            if not is_alike or not torch.equal(_bytes(found), _bytes(tensor)):
+            if not is_alike or not torch.equal(as_bytes(found), as_bytes(tensor)):
                 raise RuntimeError(f"The output tensors do not match for key {name}")

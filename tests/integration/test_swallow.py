@@ -52,6 +52,9 @@ def test_the_log_tells_the_articles_story(swallow: Server) -> None:
     assert -1 not in places, (story[places.index(-1)], log)
     assert places == sorted(places)
     assert "Could not find a fast tokenizer" not in log
+    loaded = next(line for line in log.splitlines() if "Model loaded" in line)
+    assert "gigabytes=" in loaded
+    assert "gigabytes_per_second=" in loaded
 
 
 def test_generate_with_curl(swallow: Server) -> None:
