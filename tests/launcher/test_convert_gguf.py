@@ -14,13 +14,14 @@ from gguf import quants
 from safetensors import safe_open
 from tokenizers import Tokenizer
 
-from kagami_launcher import convert_gguf as converter
+from kagami_launcher import convert_gguf_families as converter
 from kagami_launcher.convert import Task
 from kagami_launcher.convert import convert as run_task
 from kagami_launcher.convert_files import ConversionRefused
-from kagami_launcher.convert_gguf import checkpoint_name
+from kagami_launcher.convert_gguf_families import FAMILIES, checkpoint_name
 from kagami_launcher.convert_gguf_tokenizer import Metadata, build_tokenizer
 
+LLAMA = FAMILIES["llama"]
 HEADS, KV_HEADS, HIDDEN, INNER, LAYERS = 4, 2, 32, 64, 2
 PLAIN = [*"abcdefghijklmnopqrstuvwxyz0123456789Ġ.,?'Ċ", "th", "the", "Ġthe", "12"]
 TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *PLAIN]
@@ -136,7 +137,7 @@ def test_every_tensor_is_the_dequantized_one_in_bfloat16(folder: Path) -> None:
             kind = Q4 if ".ffn_" in name else Q8
             weight = quants.dequantize(quants.quantize(weight, kind), kind).reshape(weight.shape)
         expected = as_bfloat16(weight)
-        np.testing.assert_array_equal(found.pop(checkpoint_name(name + ".weight")), expected)
+        np.testing.assert_array_equal(found.pop(checkpoint_name(name + ".weight", LLAMA)), expected)
     assert not found  # nothing else, in particular no lm_head
 
 
@@ -190,7 +191,7 @@ def test_transformers_loads_the_folder(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "why"),
     [
-        ({"architecture": "qwen2"}, "GGUF architecture `qwen2` is not supported yet"),
+        ({"architecture": "gemma3"}, "GGUF architecture `gemma3` is not supported yet, only llama"),
         ({"pre": "tekken"}, "pre-tokenizer `tekken` is not supported yet"),
         ({"blk__0__surprise__weight": np.zeros(4, np.float32)}, "`blk.0.surprise.weight` has no"),
         ({"rope_freqs__weight": np.full(4, 3.3, np.float32)}, "not the scaling of Llama 3"),
@@ -211,7 +212,7 @@ def test_llama_3s_rope_scaling_is_read_from_its_tensor(tmp_path: Path) -> None:
     factors = converter.llama3_factors(scaling, 100000.0, HIDDEN // HEADS).astype(np.float32)
     reader = gguf.GGUFReader(write_gguf(tmp_path / "a.gguf", rope_freqs__weight=factors))
     tensors = {tensor.name: tensor for tensor in reader.tensors}
-    config = converter.model_config(Metadata(reader), tensors)
+    config = converter.model_config(Metadata(reader), tensors, LLAMA)
     assert config["rope_scaling"] == scaling
 
 
