@@ -5,7 +5,7 @@ neither sentencepiece nor transformers is needed. What the slow tokenizer does b
 stands in tokenizer_config.json: bos, added tokens, and `legacy`, which decides whether every
 stretch of text between special tokens gets a leading space, or only the first.
 
-What cannot be expressed is refused or warned of: see launcher/notes/0004.
+What cannot be expressed is refused or warned of: see launcher/notes/0006.
 """
 
 import logging
