@@ -121,6 +121,13 @@ def _of_folder(
     model_id: str, folder: Path, cache: Path, *, is_from_hub: bool = False
 ) -> ModelSource:
     """A folder as it is, with what is missing made in it, or made in a new one."""
+    try:
+        return _prepared(model_id, folder, cache, is_from_hub)
+    except model_folder.BrokenIndex as broken:
+        raise ModelNotFound(str(broken)) from broken
+
+
+def _prepared(model_id: str, folder: Path, cache: Path, is_from_hub: bool) -> ModelSource:
     if not model_folder.problem(folder):
         return ModelSource(model_id, folder, is_from_hub=is_from_hub)
     if model_folder.is_adapter(folder):
@@ -173,11 +180,14 @@ def max_positions(config: Mapping[str, object]) -> int | None:
 
 def read_config(folder: Path) -> Mapping[str, object]:
     """config.json of a model folder; raises `ModelNotFound` if it cannot be read."""
-    path = folder / "config.json"
+    return _read_object(folder / "config.json")
+
+
+def _read_object(path: Path) -> Mapping[str, object]:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelNotFound(f"cannot read {path}: {error}") from error
-    if not isinstance(config, dict):
+    if not isinstance(content, dict):
         raise ModelNotFound(f"{path} holds no JSON object")
-    return config
+    return content

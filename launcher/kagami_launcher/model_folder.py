@@ -20,6 +20,10 @@ _NOT_WEIGHTS = ("consolidated", "training", "optimizer", "scheduler", "adapter",
 _NUMBERED = re.compile(r"-(\d+)-of-(\d+)\.safetensors$")
 
 
+class BrokenIndex(ValueError):
+    """A file that should say which tensor lies where does not."""
+
+
 def problem(folder: Path) -> str:
     """Why the folder cannot be served as it is; empty if it can."""
     for name in ("config.json", "tokenizer.json"):
@@ -50,8 +54,8 @@ def obstacle(folder: Path) -> str:
 def missing_weights(folder: Path) -> str:
     """What is missing of the .safetensors weights: by the index, else by the files' own numbers."""
     if (folder / INDEX).is_file():
-        files = sorted(set(read_object(folder / INDEX).get("weight_map", {}).values()))
-        lost = [name for name in files if not (folder / name).is_file()]
+        files = _indexed(folder / INDEX)
+        lost = [file for file in files if not file.is_file()]
         return f"{len(lost)} of {len(files)} weight files are missing" if lost else ""
     names = [file.name for file in _weights(folder, "*.safetensors")]
     totals = {int(found[2]) for name in names if (found := _NUMBERED.search(name))}
@@ -63,8 +67,7 @@ def missing_weights(folder: Path) -> str:
 def torch_files(folder: Path) -> list[Path]:
     """The weights that PyTorch has pickled: of the index, else all .bin, else all .pt."""
     if (folder / TORCH_INDEX).is_file():
-        named = read_object(folder / TORCH_INDEX).get("weight_map", {}).values()
-        return sorted({folder / name for name in named})
+        return _indexed(folder / TORCH_INDEX)
     for pattern in ("pytorch_model*.bin", "*.bin", "*.pt"):
         if found := _weights(folder, pattern):
             return found
@@ -76,8 +79,7 @@ def weight_files(folder: Path) -> list[Path]:
     if missing_weights(folder):
         return torch_files(folder)
     if (folder / INDEX).is_file():
-        named = read_object(folder / INDEX).get("weight_map", {}).values()
-        return sorted({folder / name for name in named})
+        return _indexed(folder / INDEX)
     return _weights(folder, "*.safetensors")
 
 
@@ -97,6 +99,15 @@ def side_files(folder: Path) -> list[Path]:
         for file in folder.iterdir()
         if file.suffix in kept and file.name not in indexes and file.is_file()
     )
+
+
+def _indexed(index: Path) -> list[Path]:
+    """The files that an index names; raises `BrokenIndex`."""
+    names = read_object(index).get("weight_map")
+    files = list(names.values()) if isinstance(names, dict) else []
+    if not files or not all(isinstance(name, str) for name in files):
+        raise BrokenIndex(f"{index} has no weight_map of tensors to files")
+    return sorted({index.parent / name for name in files})
 
 
 def _weights(folder: Path, pattern: str) -> list[Path]:

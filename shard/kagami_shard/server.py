@@ -43,11 +43,15 @@ def serve(args: ServeArgs) -> int:
         except Exception as error:
             logger.exception("Error when initializing model: %s", error)
             return 1
-        socket = Path(f"{args.uds_path}-{args.rank}")
+        socket = Path(f"{args.uds_path}-{args.rank}").absolute()
         with Worker(engine, thread, overlap=facts.device_type == "cuda") as worker:
-            asyncio.run(_serve(socket, engine, worker, facts))
+            try:
+                code = asyncio.run(_serve(socket, engine, worker, facts))
+            except OSError as error:
+                logger.error("Cannot listen on %s: %s", socket, error)
+                return 1
     socket.unlink(missing_ok=True)
-    return 0
+    return code
 
 
 def _load(args: ServeArgs) -> tuple[Engine, pb.InfoResponse]:
@@ -56,7 +60,7 @@ def _load(args: ServeArgs) -> tuple[Engine, pb.InfoResponse]:
         torch.set_num_threads(args.num_threads)
     device = torch.device("cuda", args.rank) if torch.cuda.is_available() else torch.device("cpu")
     dtype: torch.dtype = getattr(torch, args.dtype)
-    attention = select_attention(device)
+    attention = select_attention()
     reading = time.monotonic()
     model = load_model(
         args.model_folder,
@@ -114,7 +118,7 @@ def eos_token_ids(folder: Path) -> list[int]:
     return []
 
 
-async def _serve(socket: Path, engine: Engine, worker: Worker, facts: pb.InfoResponse) -> None:
+async def _serve(socket: Path, engine: Engine, worker: Worker, facts: pb.InfoResponse) -> int:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -122,8 +126,16 @@ async def _serve(socket: Path, engine: Engine, worker: Worker, facts: pb.InfoRes
     server = grpc.aio.server(options=_UNLIMITED)
     service = TextGenerationService(engine, worker, facts)
     add_TextGenerationServiceServicer_to_server(service, server)
-    server.add_insecure_port(f"unix://{socket}")
+    try:
+        server.add_insecure_port(f"unix:{socket}")
+    except RuntimeError as error:
+        raise OSError(str(error)) from error
     await server.start()
     logger.info("Server started at unix://%s", socket)
+    worker.ended.add_done_callback(lambda _: loop.call_soon_threadsafe(stop.set))
     await stop.wait()
     await server.stop(_GRACE_S)
+    if worker.ended.done() and (reason := worker.ended.exception()):
+        logger.error("The engine stopped: %s", reason, exc_info=reason)
+        return 1
+    return 0

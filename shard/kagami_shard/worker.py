@@ -8,7 +8,7 @@ import logging
 import queue
 import time
 from collections.abc import Callable
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor, Future, wait
 
 import torch
 
@@ -38,7 +38,8 @@ class Worker:
         self._queue: queue.SimpleQueue[Callable[[], None] | tuple[Step, Publish] | None] = (
             queue.SimpleQueue()
         )
-        self._loop: Future[None] | None = None
+        self.ended: Future[None] = Future()
+        """Done when the loop has ended: at the exit, or by the exception that it then holds"""
         self._launched: tuple[Launched, Publish] | None = None
         self.last_step = 0
         self.last_step_ns = 0
@@ -47,13 +48,12 @@ class Worker:
         """0 when idle"""
 
     def __enter__(self) -> "Worker":
-        self._loop = self._thread.submit(self._run)
+        self.ended = self._thread.submit(self._run)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._queue.put(None)
-        if self._loop is not None:
-            self._loop.result()
+        wait((self.ended,))
 
     def run(self, step: Step, publish: Publish) -> None:
         """Queue a step; `publish` is called with its result on the worker's thread."""
@@ -91,6 +91,7 @@ class Worker:
         except Exception as error:
             self._collect()
             publish(self._failed(step.number, error))
+            _raise_if_lost(error)
             return
         self._collect()
         self._launched = (launched, publish)
@@ -105,7 +106,9 @@ class Worker:
             result = self._engine.collect(launched)
         # A device reports a failed kernel when its results are read.
         except Exception as error:
-            result = self._failed(launched.number, error)
+            publish(self._failed(launched.number, error))
+            _raise_if_lost(error)
+            return
         self.last_step = result.number
         self.last_step_ns = time.monotonic_ns()
         publish(result)
@@ -117,3 +120,9 @@ class Worker:
             torch.cuda.empty_cache()
         text = " ".join(str(error).split()) or type(error).__name__
         return StepResult(number=number, error=text, out_of_memory=out_of_memory)
+
+
+def _raise_if_lost(error: Exception) -> None:
+    """A CUDA error is sticky: every later call fails too, and only a new process helps."""
+    if isinstance(error, torch.AcceleratorError) and not isinstance(error, torch.OutOfMemoryError):
+        raise error
