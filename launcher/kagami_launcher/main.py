@@ -119,7 +119,7 @@ class Launch:
                 was_looked_up = self._download(cache)
                 source = hub.resolve(args.model_id, revision=args.revision, cache=cache)
             else:
-                source = hub.overridden(args.model_id, Path(override))
+                source = hub.overridden(args.model_id, Path(override), cache)
         except hub_cache.ModelNotFound as missing:
             raise LaunchFailed("DownloadError", str(missing)) from missing
         if args.revision is not None and not source.is_from_hub:
@@ -154,11 +154,10 @@ class Launch:
         return True
 
     def _convert(self, source: ModelSource) -> None:
-        log.info("Converting %s to safetensors in %s", source.gguf, source.folder)
-        argv = [sys.executable, "-P", "-m", "kagami_launcher.convert"]
+        log.info("Converting %s to safetensors in %s", source.origin, source.folder)
         self._converter = self._supervisor.start(
             "download",
-            [*argv, str(source.gguf), str(source.folder)],
+            [sys.executable, "-P", "-m", *plan.conversion(self._invocation, source)],
             environment.for_conversion(self._invocation.environ),
             self._voice(TARGET, renames=True),
         )

@@ -174,6 +174,16 @@ def socket_prefix(args: LauncherArgs) -> str:
     return str(Path(f"{args.shard_uds_path}-").absolute())[:-1]
 
 
+def conversion(invocation: Invocation, source: ModelSource) -> list[str]:
+    """The module and arguments that make the model's folder."""
+    args = invocation.args
+    argv = ["kagami_launcher.convert", str(source.origin), str(source.folder)]
+    argv += ["--model-id", args.model_id, *_optional("--revision", args.revision)]
+    argv += _optional("--base", source.base)
+    argv += ["--trust-remote-code"] if args.trust_remote_code else []
+    return argv
+
+
 def plan_shard(
     invocation: Invocation, source: ModelSource, *, log_level: str, rank: int = 0
 ) -> ShardPlan:

@@ -61,6 +61,7 @@ def _load(args: ServeArgs) -> tuple[Engine, pb.InfoResponse]:
     device = torch.device("cuda", args.rank) if torch.cuda.is_available() else torch.device("cpu")
     dtype: torch.dtype = getattr(torch, args.dtype)
     attention = select_attention()
+    reading = time.monotonic()
     model = load_model(
         args.model_folder,
         dtype=dtype,
@@ -68,6 +69,7 @@ def _load(args: ServeArgs) -> tuple[Engine, pb.InfoResponse]:
         trust_remote_code=args.trust_remote_code,
         max_length=args.max_total_tokens,
     )
+    reading_s = time.monotonic() - reading
     engine = Engine(
         model,
         attention,
@@ -97,6 +99,8 @@ def _load(args: ServeArgs) -> tuple[Engine, pb.InfoResponse]:
             "device": str(device),
             "attention": attention.name,
             "seconds": round(time.monotonic() - started, 2),
+            "gigabytes": round(model.bytes_loaded / 1e9, 3),
+            "gigabytes_per_second": round(model.bytes_loaded / 1e9 / reading_s, 2),
         },
     )
     return engine, facts

@@ -68,18 +68,18 @@ def test_a_gguf_file_from_the_hub_is_to_be_converted(tmp_path: Path) -> None:
     snapshot.mkdir(parents=True)
     (snapshot / "Tiny.gguf").write_bytes(b"x" * 100)
     source = resolve("org/name", revision=None, cache=tmp_path)
-    assert source.gguf == snapshot / "Tiny.gguf"
+    assert source.origin == snapshot / "Tiny.gguf"
     assert source.folder.parts[-3] == "models--kagami--Tiny"
 
 
 def test_a_folder_can_stand_for_the_hub(tmp_path: Path) -> None:
     folder = make_model(tmp_path / "repository")
-    source = hub.overridden("org/name", folder)
+    source = hub.overridden("org/name", folder, tmp_path)
     assert (source.model_id, source.folder) == ("org/name", folder)
     index = {"weight_map": {"x": "b.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ModelNotFound) as missing:
-        hub.overridden("org/name", folder)
+        hub.overridden("org/name", folder, tmp_path)
     assert str(missing.value) == f"File {folder}/b.safetensors not found in {folder}."
 
 
@@ -122,7 +122,7 @@ def test_a_gguf_file_is_to_be_converted_once(tmp_path: Path) -> None:
     file = tmp_path / "Tiny.gguf"
     file.write_bytes(b"x" * 100)
     source = resolve(str(file), revision=None, cache=tmp_path / "hub")
-    assert source.gguf == file
+    assert source.origin == file
     assert source.folder.parent == tmp_path / "hub" / "models--kagami--Tiny" / "snapshots"
     assert not source.is_ready
     make_model(source.folder)
@@ -132,8 +132,8 @@ def test_a_gguf_file_is_to_be_converted_once(tmp_path: Path) -> None:
 def test_the_embedded_model_is_found_without_importing_it(tmp_path: Path) -> None:
     pytest.importorskip("gguf")
     source = resolve(hub.EMBEDDED_MODEL_ID, revision=None, cache=tmp_path)
-    assert source.gguf is not None
-    assert source.gguf.name == "SmolLM2-135M-Instruct.Q4_1.gguf"
+    assert source.origin is not None
+    assert source.origin.name == "SmolLM2-135M-Instruct.Q4_1.gguf"
     assert source.model_id == "kagami/SmolLM2-135M-Instruct"
 
 
