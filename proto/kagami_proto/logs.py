@@ -100,9 +100,7 @@ class _Formatter(logging.Formatter):
         if record.exc_info:
             message = f"{message}\n{self.formatException(record.exc_info)}"
         line = LogLine(
-            timestamp=datetime.fromtimestamp(record.created, UTC).strftime(
-                "%Y-%m-%dT%H:%M:%S.%fZ"
-            ),
+            timestamp=datetime.fromtimestamp(record.created, UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
             level=_LEVEL_NAMES.get(record.levelname, record.levelname),
             target=self._target,
             message=message,
