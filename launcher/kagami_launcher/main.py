@@ -1,11 +1,11 @@
-"""The launcher's life, top to bottom: check, prepare the weights, shard, router, wait, stop.
+"""The launcher's life, top to bottom: check, prepare the weights, shards, router, wait, stop.
 
 ```
-PARSE ─usage─► 2    CHECK ─refused─► 1    PREPARE ─no model─► 1    SHARD ─dies, too slow─► 1
+PARSE ─usage─► 2    CHECK ─refused─► 1    PREPARE ─no model─► 1    SHARDS ─one dies, too slow─► 1
 ROUTER ─not found─► 1    RUN ─a child ends─► 1    a stop signal, anywhere ─► 0
 ```
 
-Every way out stops the router before the shard: the router needs it to finish running streams.
+Every way out stops the router before the shards: it needs all of them to finish running streams.
 """
 
 import logging
@@ -14,7 +14,7 @@ import socket
 import stat
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from kagami_launcher import cli, environment, hub, plan
@@ -63,8 +63,8 @@ def run(invocation: Invocation) -> int:
         try:
             launch.check()
             source = launch.prepare()
-            shard_plan, router_plan = launch.plan(source)
-            launch.start_shard(shard_plan)
+            shard_plans, router_plan = launch.plan(source)
+            launch.start_shards(shard_plans)
             launch.start_router(router_plan)
             launch.watch()
         except LaunchFailed as failure:
@@ -83,9 +83,10 @@ class Launch:
         self._invocation = invocation
         self._supervisor = supervisor
         self._converter: Child | None = None
-        self._shard: Child | None = None
+        self._shards: list[Child] = []  # by rank
         self._router: Child | None = None
         self._devices = Devices(0)
+        self._num_shard = 1
 
     def check(self) -> None:
         """Say what was asked for, and refuse what cannot be done, before any work."""
@@ -93,13 +94,21 @@ class Launch:
         if args.env:
             log.info("%s", environment.report(environ))
         log.info("%s", cli.dump(args))
-        plan.check(args)
         self._devices = environment.find_devices(environ)
-        for line in plan.warnings(self._invocation, self._devices):
+        if args.sharded and args.num_shard is None:
+            log.info("Parsing num_shard from %s", "/".join(environment.DEVICE_VARIABLES))
+        self._num_shard = plan.check(args, self._devices)
+        for line in plan.warnings(self._invocation, self._devices, self._num_shard):
             log.warning("%s", line)
         address = cli.listen_address(args.hostname)
         if problem := environment.port_problem(address, args.port):
             raise LaunchFailed("WebserverCannotStart", problem)
+        if self._num_shard > 1:
+            log.info("Sharding model on %s processes", self._num_shard)
+            if problem := environment.port_problem(args.master_addr, args.master_port):
+                raise LaunchFailed(
+                    "ShardCannotStart", f"{problem}: choose another --master-port for the shards"
+                )
 
     def prepare(self) -> ModelSource:
         """Find the model's folder, and make it if it has to be converted."""
@@ -134,7 +143,7 @@ class Launch:
                 log.error("Download process %s", describe_end(self._converter))
             raise LaunchFailed("DownloadError", self._converter.last_error)
 
-    def plan(self, source: ModelSource) -> tuple[ShardPlan, RouterPlan]:
+    def plan(self, source: ModelSource) -> tuple[list[ShardPlan], RouterPlan]:
         """Decide every child's command line."""
         try:
             config = hub.read_config(source.folder)
@@ -147,34 +156,57 @@ class Launch:
             log.info("Default `max_batch_prefill_tokens` to %s", prefill_tokens)
         level = logs.level_of(self._invocation.log_level, TARGET)
         return (
-            plan.plan_shard(self._invocation, source, log_level=_SHARD_LEVELS.get(level, "ERROR")),
+            [
+                plan.plan_shard(
+                    self._invocation,
+                    source,
+                    log_level=_SHARD_LEVELS.get(level, "ERROR"),
+                    rank=rank,
+                    num_shard=self._num_shard,
+                )
+                for rank in range(self._num_shard)
+            ],
             plan.plan_router(
-                self._invocation, source, self._devices, prefill_tokens=prefill_tokens
+                self._invocation,
+                source,
+                self._devices,
+                prefill_tokens=prefill_tokens,
+                num_shard=self._num_shard,
             ),
         )
 
-    def start_shard(self, shard: ShardPlan) -> None:
-        """Start the shard and wait until its `Health` answers."""
-        about = {"span": "shard-manager", "rank": shard.rank}
+    def start_shards(self, shards: Sequence[ShardPlan]) -> None:
+        """Start all shards at once and wait until every one's `Health` answers."""
         started = time.monotonic_ns()
-        command = self._command(shard.argv, "ShardCannotStart")
-        _clear_socket(shard.socket)
-        log.info("Starting shard", extra=about)
-        env = environment.for_shard(self._invocation.environ, shard.environment)
-        voice = self._voice(TARGET, rank=shard.rank, renames=True)
-        self._shard = self._start("shard", command, env, voice, "ShardCannotStart")
+        for shard in shards:
+            self._start_shard(shard)
+        waiting = list(shards)
         limit_s = self._invocation.startup_timeout_s
         next_word_s = _WAITING_EVERY_S
-        while not self._is_ready(shard):
+        while True:
+            for shard in [shard for shard in waiting if self._is_ready(shard)]:
+                duration = _duration(time.monotonic_ns() - started)
+                log.info("Shard ready in %s", duration, extra=_about(shard))
+                waiting.remove(shard)
+            if not waiting:
+                return
             self._raise_if_over(self._supervisor.next_event(_POLL_S))
             waited_s = (time.monotonic_ns() - started) / 1e9
             if waited_s >= next_word_s:
-                log.info("Waiting for shard to be ready...", extra=about)
+                for shard in waiting:
+                    log.info("Waiting for shard to be ready...", extra=_about(shard))
                 next_word_s += _WAITING_EVERY_S
             if waited_s >= limit_s:
-                log.error("Shard %s is not ready after %s s", shard.rank, limit_s)
+                log.error("Shard %s is not ready after %s s", waiting[0].rank, limit_s)
                 raise LaunchFailed("ShardCannotStart")
-        log.info("Shard ready in %s", _duration(time.monotonic_ns() - started), extra=about)
+
+    def _start_shard(self, shard: ShardPlan) -> None:
+        command = self._command(shard.argv, "ShardCannotStart")
+        _clear_socket(shard.socket)
+        log.info("Starting shard", extra=_about(shard))
+        env = environment.for_shard(self._invocation.environ, shard.environment)
+        voice = self._voice(TARGET, rank=shard.rank, renames=True)
+        self._shards.append(self._start("shard", command, env, voice, "ShardCannotStart"))
 
     @staticmethod
     def _is_ready(shard: ShardPlan) -> bool:
@@ -195,7 +227,7 @@ class Launch:
             self._raise_if_over(self._supervisor.next_event(None))
 
     def stop(self) -> None:
-        """End whatever runs: the router first, with time to finish its streams, then the shard."""
+        """End whatever runs: the router first, with time to finish its streams, then all shards."""
         is_serving = self._router is not None and self._router.has_connected
         full_s = float(self._invocation.args.graceful_termination_timeout)
         grace_s = full_s if is_serving else min(full_s, _STARTUP_GRACE_S)
@@ -203,10 +235,10 @@ class Launch:
             self._supervisor.stop([self._converter], grace_s)
         if self._router:
             self._supervisor.stop([self._router], grace_s)
-        if self._shard:
+        if self._shards:
             log.info("Shutting down shards")
-            self._supervisor.stop([self._shard], grace_s)
-        for child in (self._router, self._shard):
+            self._supervisor.stop(self._shards, grace_s)
+        for child in (self._router, *self._shards):
             if child and child.exit_code and child.last_error and not child.was_asked_to_end:
                 log.error("Last error of the %s: %s", child.name, child.last_error)
 
@@ -222,11 +254,12 @@ class Launch:
             case ChildEnded(child) if child is self._router:
                 log.error("Webserver Crashed")
                 raise LaunchFailed("WebserverFailed")
-            case ChildEnded(child) if child is self._shard:
+            case ChildEnded(child) if child in self._shards:
+                rank = self._shards.index(child)
                 if child.exit_code is not None and child.exit_code < 0:
-                    log.error("Shard process %s", describe_end(child), extra={"rank": 0})
+                    log.error("Shard process %s", describe_end(child), extra={"rank": rank})
                 is_loading = self._router is None
-                log.error("Shard 0 %s", "failed to start" if is_loading else "crashed")
+                log.error("Shard %s %s", rank, "failed to start" if is_loading else "crashed")
                 raise LaunchFailed("ShardCannotStart" if is_loading else "ShardFailed")
             case _:
                 pass
@@ -250,6 +283,10 @@ class Launch:
     def _voice(self, target: str, rank: int | None = None, renames: bool = False) -> Voice:
         level = logs.level_of(self._invocation.log_level, target)
         return Voice(target, level, self._invocation.args.json_output, rank, renames)
+
+
+def _about(shard: ShardPlan) -> dict[str, object]:
+    return {"span": "shard-manager", "rank": shard.rank}
 
 
 def _clear_socket(path: str) -> None:

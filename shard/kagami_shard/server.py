@@ -3,19 +3,23 @@
 import asyncio
 import json
 import logging
+import os
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
 import grpc.aio
 import torch
 
 from kagami_proto import generate_pb2 as pb
-from kagami_proto.errors import KagamiError
+from kagami_proto.errors import KagamiError, RankLost
 from kagami_proto.generate_pb2_grpc import add_TextGenerationServiceServicer_to_server
 from kagami_shard.attention.select import select_attention
 from kagami_shard.cli import ServeArgs
+from kagami_shard.distributed import connect
 from kagami_shard.engine import Engine
 from kagami_shard.models.registry import load_model
 from kagami_shard.service import TextGenerationService
@@ -44,17 +48,47 @@ def serve(args: ServeArgs) -> int:
             logger.exception("Error when initializing model: %s", error)
             return 1
         socket = Path(f"{args.uds_path}-{args.rank}")
-        with Worker(engine, thread, overlap=facts.device_type == "cuda") as worker:
+        overlap = facts.device_type == "cuda" and args.world_size == 1
+        with Worker(engine, thread, overlap=overlap) as worker:
             asyncio.run(_serve(socket, engine, worker, facts))
-    socket.unlink(missing_ok=True)
+            socket.unlink(missing_ok=True)
+            if args.world_size > 1:
+                _leave_the_others(worker)
     return 0
+
+
+def _leave_the_others(worker: Worker) -> NoReturn:
+    """End this process, a rank of several, without waiting for ranks that may be gone.
+
+    A step may hang in a collective that another rank never called; so may the end of a process
+    group. With code 1 where the others were lost before anybody asked this rank to end.
+    """
+    was_lost = worker.loop.done()
+    worker.stop()
+    try:
+        worker.loop.result(timeout=_GRACE_S)
+    except TimeoutError:
+        logger.warning("A step was not finished: it waits for a rank that is gone")
+    except RankLost as error:
+        (logger.error if was_lost else logger.warning)("%s", error)
+    logging.shutdown()
+    os._exit(1 if was_lost else 0)
 
 
 def _load(args: ServeArgs) -> tuple[Engine, pb.InfoResponse]:
     started = time.monotonic()
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
-    device = torch.device("cuda", args.rank) if torch.cuda.is_available() else torch.device("cpu")
+    elif args.world_size > 1:  # they share the cores of one machine
+        torch.set_num_threads(max(1, torch.get_num_threads() // args.world_size))
+    device = _device(args.rank)
+    parallel = connect(
+        args.rank,
+        args.world_size,
+        address=args.master_addr,
+        port=args.master_port,
+        device=device,
+    )
     dtype: torch.dtype = getattr(torch, args.dtype)
     attention = select_attention(device)
     model = load_model(
@@ -63,6 +97,7 @@ def _load(args: ServeArgs) -> tuple[Engine, pb.InfoResponse]:
         device=device,
         trust_remote_code=args.trust_remote_code,
         max_length=args.max_total_tokens,
+        parallel=parallel,
     )
     engine = Engine(
         model,
@@ -70,7 +105,9 @@ def _load(args: ServeArgs) -> tuple[Engine, pb.InfoResponse]:
         dtype=dtype,
         device=device,
         block_size=args.block_size,
-        memory_fraction=args.memory_fraction,
+        # Each rank has a card of its own, but a share of the host.
+        memory_fraction=args.memory_fraction / (args.world_size if device.type == "cpu" else 1),
+        parallel=parallel,
     )
     facts = pb.InfoResponse(
         model_type=model.model_type,
@@ -98,6 +135,14 @@ def _load(args: ServeArgs) -> tuple[Engine, pb.InfoResponse]:
     return engine, facts
 
 
+def _device(rank: int) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
 def eos_token_ids(folder: Path) -> list[int]:
     """The ids that end a text: from generation_config.json, else config.json; empty if unknown."""
     for name in ("generation_config.json", "config.json"):
@@ -115,6 +160,12 @@ async def _serve(socket: Path, engine: Engine, worker: Worker, facts: pb.InfoRes
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+
+    def wake_up(_: object) -> None:
+        with suppress(RuntimeError):  # the event loop ended first: that is the usual order
+            loop.call_soon_threadsafe(stop.set)
+
+    worker.loop.add_done_callback(wake_up)
     server = grpc.aio.server(options=_UNLIMITED)
     service = TextGenerationService(engine, worker, facts)
     add_TextGenerationServiceServicer_to_server(service, server)
@@ -122,4 +173,4 @@ async def _serve(socket: Path, engine: Engine, worker: Worker, facts: pb.InfoRes
     await server.start()
     logger.info("Server started at unix://%s", socket)
     await stop.wait()
-    await server.stop(_GRACE_S)
+    await server.stop(0 if worker.loop.done() else _GRACE_S)

@@ -4,6 +4,8 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterable, AsyncIterator
+from contextlib import suppress
+from functools import partial
 
 import grpc
 import grpc.aio
@@ -11,6 +13,7 @@ import torch
 
 from kagami_proto import generate_pb2 as pb
 from kagami_proto import generate_pb2_grpc
+from kagami_proto.errors import RankLost
 from kagami_shard.engine import Engine, Limits
 from kagami_shard.kv_cache import KVCache
 from kagami_shard.sampling.sampler import SamplingParameters
@@ -88,6 +91,8 @@ class TextGenerationService(generate_pb2_grpc.TextGenerationServiceServicer):
             # Handed to the caller, who knows what it means.
             except Exception as error:
                 loop.call_soon_threadsafe(future.set_exception, error)
+                if isinstance(error, RankLost):
+                    raise
             else:
                 loop.call_soon_threadsafe(future.set_result, cache)
 
@@ -107,17 +112,15 @@ class TextGenerationService(generate_pb2_grpc.TextGenerationServiceServicer):
         loop = asyncio.get_running_loop()
         results: asyncio.Queue[StepResult | None] = asyncio.Queue()
 
-        def publish(result: StepResult) -> None:
-            loop.call_soon_threadsafe(results.put_nowait, result)
-
-        def end() -> None:
-            loop.call_soon_threadsafe(results.put_nowait, None)
+        def publish(result: StepResult | None) -> None:
+            with suppress(RuntimeError):  # the server has stopped, nobody waits for it
+                loop.call_soon_threadsafe(results.put_nowait, result)
 
         async def read_steps() -> None:
             async for message in request_iterator:
                 self._worker.run(step_from_pb(message), publish)
             # Behind the last step's result: the worker is done with this stream.
-            self._worker.call(end)
+            self._worker.call(partial(publish, None))
 
         async with asyncio.TaskGroup() as tasks:
             reader = tasks.create_task(read_steps())

@@ -12,6 +12,7 @@ from concurrent.futures import Executor, Future
 
 import torch
 
+from kagami_proto.errors import RankLost
 from kagami_shard.engine import Engine, Launched
 from kagami_shard.step import Step, StepResult
 
@@ -28,7 +29,11 @@ class Worker:
     spinning between two operations (m: 27 ms a step against 16, SmolLM2-135M on two cores).
 
     With `overlap` a step is launched before the one before it is collected, if it is there by
-    then; on a CPU, where launching is computing, that would only delay results.
+    then; on a CPU, where launching is computing, that would only delay results. Ranks of one model
+    may not overlap: what a collected step says about failures must reach the next one on all of
+    them, and each would find another moment to collect.
+
+    `RankLost` ends the loop: whoever waits for `loop` learns it.
     """
 
     def __init__(self, engine: Engine, thread: Executor, *, overlap: bool) -> None:
@@ -51,9 +56,18 @@ class Worker:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.stop()
+        self.loop.result()
+
+    @property
+    def loop(self) -> Future[None]:
+        """Done when the loop has ended."""
+        assert self._loop is not None, "enter the worker first"
+        return self._loop
+
+    def stop(self) -> None:
+        """End the loop behind what is queued."""
         self._queue.put(None)
-        if self._loop is not None:
-            self._loop.result()
 
     def run(self, step: Step, publish: Publish) -> None:
         """Queue a step; `publish` is called with its result on the worker's thread."""
@@ -87,6 +101,8 @@ class Worker:
             self._collect()
         try:
             launched = self._engine.launch(step)
+        except RankLost:
+            raise
         # A border: whatever a forward pass raises fails this step, and the shard goes on.
         except Exception as error:
             self._collect()
@@ -103,6 +119,8 @@ class Worker:
         (launched, publish), self._launched = self._launched, None
         try:
             result = self._engine.collect(launched)
+        except RankLost:
+            raise
         # A device reports a failed kernel when its results are read.
         except Exception as error:
             result = self._failed(launched.number, error)

@@ -79,6 +79,7 @@ def launch(tmp_path: Path, model_folder: Path) -> Iterator[Callable[..., Launche
     def start(*flags: str, **fakes: str) -> Launcher:
         env = {
             "PATH": os.environ["PATH"],
+            "PYTHONPATH": os.environ.get("PYTHONPATH", ""),
             "HOME": str(tmp_path),
             "FAKE_EVENTS": str(tmp_path / "events"),
             **commands,

@@ -62,13 +62,14 @@ def heads_of(model_type: str, num_heads: int, num_kv_heads: int, rank: int, size
     if num_heads % size:
         raise UnsupportedModel(
             f"model type {model_type} cannot be cut: `num_heads` must be divisible by "
-            f"`num_shards` (got `num_heads`: {num_heads} and `num_shards`: {size})"
+            f"`num_shards` (got `num_heads`: {num_heads} and `num_shards`: {size}): choose "
+            "another --num-shard"
         )
     if num_kv_heads % size and size % num_kv_heads:
         raise UnsupportedModel(
             f"model type {model_type} cannot be cut: `num_key_value_heads` must be divisible by "
             f"`num_shards`, or divide it (got `num_key_value_heads`: {num_kv_heads} and "
-            f"`num_shards`: {size})"
+            f"`num_shards`: {size}): choose another --num-shard"
         )
     copies = max(1, size // num_kv_heads)
     keys = span_of(num_kv_heads, rank // copies, size // copies)

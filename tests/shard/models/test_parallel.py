@@ -62,13 +62,14 @@ def refusals(folder: Path, size: int) -> list[str]:
             LlamaConfig(**SMALL),
             4,
             "model type llama cannot be cut: `num_heads` must be divisible by `num_shards` (got "
-            "`num_heads`: 6 and `num_shards`: 4)",
+            "`num_heads`: 6 and `num_shards`: 4): choose another --num-shard",
         ),
         (
             Olmo2Config(**SMALL),
             3,
             "model type olmo2 cannot be cut: `num_key_value_heads` must be divisible by "
-            "`num_shards`, or divide it (got `num_key_value_heads`: 2 and `num_shards`: 3)",
+            "`num_shards`, or divide it (got `num_key_value_heads`: 2 and `num_shards`: 3): choose "
+            "another --num-shard",
         ),
         (
             GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=32),
