@@ -3,6 +3,7 @@
 import socket
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -65,7 +66,8 @@ def test_ranks_meet_at_a_port_of_this_host_only() -> None:
     for thread in threads:
         thread.join()
     assert [(groups[rank].rank, groups[rank].size) for rank in range(2)] == [(0, 2), (1, 2)]
-    local = {line.split()[1] for line in open("/proc/net/tcp") if line.split()[3] == "0A"}
+    lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()]
+    local = {line[1] for line in lines if line[3] == "0A"}
     assert f"0100007F:{port:04X}" in local
     assert f"00000000:{port:04X}" not in local
 
@@ -88,11 +90,12 @@ def test_a_rank_that_never_comes_is_given_up(monkeypatch: pytest.MonkeyPatch) ->
 
 def fail(group: Group, *, calls: int) -> type[Exception]:
     """What an exception after some collectives becomes."""
-    with pytest.raises((ValueError, RankLost)) as raised, group.together():
-        for _ in range(calls):
-            group._num_calls += 1
-        raise ValueError("out of luck")
-    return raised.type
+    group._num_calls += calls
+    try:
+        with group.together():
+            raise ValueError("out of luck")
+    except (ValueError, RankLost) as error:
+        return type(error)
 
 
 def test_an_error_of_all_ranks_passes() -> None:
@@ -111,11 +114,14 @@ def test_an_error_of_one_rank_ends_both_in_time(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(distributed, "_COLLECTIVE_S", 1.0)
 
     def step(group: Group) -> str:
-        with pytest.raises(RankLost) as raised, group.together():
-            if group.rank == 1:
-                raise MemoryError("no memory left")
-            group.all_reduce(torch.ones(1))
-        return str(raised.value)
+        try:
+            with group.together():
+                if group.rank == 1:
+                    raise MemoryError("no memory left")
+                group.all_reduce(torch.ones(1))
+        except RankLost as error:
+            return str(error)
+        return "nothing was raised"
 
     started = time.monotonic()
     waiting, failing = run_ranks(2, step)
