@@ -216,6 +216,9 @@ def plan_shard(
         "CUDA_MEMORY_FRACTION": f"{args.cuda_memory_fraction:g}",
         **_hub_environment(args),
     }
+    if num_shard > 1:
+        # A rank that loses the others says so itself; torch would add a C++ stack trace.
+        environment["TORCH_CPP_LOG_LEVEL"] = invocation.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR")
     if args.max_total_tokens is not None:
         environment["MAX_TOTAL_TOKENS"] = str(args.max_total_tokens)
     return ShardPlan(rank, f"{args.shard_uds_path}-{rank}", tuple(argv), environment)

@@ -28,7 +28,11 @@ class Linear:
 
 
 class RowLinear:
-    """A linear cut by its input: the ranks' partial products are summed, the bias added once."""
+    """A linear cut by its input: the ranks' partial products are summed, the bias added once.
+
+    The sum is float32, as the stream is that it goes into: in bfloat16 each addend of the stream
+    would be rounded once more than on one rank (notes/0004).
+    """
 
     __slots__ = ("_parallel", "bias", "weight")
 
@@ -38,5 +42,5 @@ class RowLinear:
         self._parallel = parallel
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        output = self._parallel.all_reduce(linear(hidden, self.weight))
+        output = self._parallel.all_reduce(linear(hidden, self.weight).float())
         return output if self.bias is None else output + self.bias
