@@ -31,7 +31,7 @@ class RowLinear:
     """A linear cut by its input: the ranks' partial products are summed, the bias added once.
 
     The sum is float32, as the stream is that it goes into: in bfloat16 each addend of the stream
-    would be rounded once more than on one rank (notes/0004).
+    would be rounded once more than on one rank (notes/0005).
     """
 
     __slots__ = ("_parallel", "bias", "weight")
