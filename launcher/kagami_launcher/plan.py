@@ -1,11 +1,12 @@
 """What will be started, decided before anything is: argv and environment of every child.
 
-Pure: reads no file, no variable, starts nothing. Also the arguments' checks, with TGI's texts, and
-what of the flags is refused or has no effect.
+Pure: reads no file, no variable (only the working directory, for a relative path), starts nothing.
+Also the arguments' checks, with TGI's texts, and what of the flags is refused or has no effect.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from kagami_launcher.cli import Invocation, LauncherArgs, debug_text, flags, option
 from kagami_launcher.hub import ModelSource
@@ -188,9 +189,13 @@ def max_batch_prefill_tokens(
     if args.max_batch_prefill_tokens is not None:
         return args.max_batch_prefill_tokens
     base = _CUDA_PREFILL_TOKENS if devices.num_cuda else _CPU_PREFILL_TOKENS
-    return min(
-        base, *(n for n in (max_positions, args.max_batch_total_tokens) if n is not None), base
-    )
+    limits = (base, max_positions, args.max_batch_total_tokens)
+    return min(limit for limit in limits if limit is not None)
+
+
+def socket_prefix(args: LauncherArgs) -> str:
+    """The sockets' path without `-{rank}`, absolute: gRPC reads `unix://x-0` as a host's name."""
+    return str(Path(f"{args.shard_uds_path}-").absolute())[:-1]
 
 
 def plan_shard(
@@ -203,7 +208,7 @@ def plan_shard(
 ) -> ShardPlan:
     """The command that serves the model's weights, or one of `num_shard` parts, on one device."""
     args = invocation.args
-    argv = [SHARD_COMMAND, "serve", str(source.folder), "--uds-path", args.shard_uds_path]
+    argv = [SHARD_COMMAND, "serve", str(source.folder), "--uds-path", socket_prefix(args)]
     argv += ["--logger-level", log_level, "--json-output"]
     argv += _optional("--dtype", args.dtype)
     argv += ["--trust-remote-code"] if args.trust_remote_code else []
@@ -221,7 +226,7 @@ def plan_shard(
         environment["TORCH_CPP_LOG_LEVEL"] = invocation.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR")
     if args.max_total_tokens is not None:
         environment["MAX_TOTAL_TOKENS"] = str(args.max_total_tokens)
-    return ShardPlan(rank, f"{args.shard_uds_path}-{rank}", tuple(argv), environment)
+    return ShardPlan(rank, f"{socket_prefix(args)}-{rank}", tuple(argv), environment)
 
 
 def plan_router(
@@ -237,7 +242,7 @@ def plan_router(
     required: Sequence[tuple[str, object]] = (
         ("--tokenizer-name", source.folder),
         ("--served-model-name", source.model_id),
-        ("--master-shard-uds-path", f"{args.shard_uds_path}-0"),
+        ("--master-shard-uds-path", f"{socket_prefix(args)}-0"),
         ("--hostname", args.hostname),
         ("--port", args.port),
         ("--max-client-batch-size", args.max_client_batch_size),

@@ -74,14 +74,15 @@ class TextGenerationServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Warmup(self, request, context):
-        """Measures memory, allocates the KV cache. Once, before Run; a second call answers the same.
+        """Runs a step, measures memory, allocates the KV cache. Once, before Run; a second call answers
+        the same. On CUDA the step is as large as the limits allow, on the CPU a small one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Run(self, request_iterator, context):
-        """The step stream. Opening a new stream drops every sequence of the stream before it.
+        """The step stream. A new stream ends the one before it (ABORTED) and drops its sequences.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -43,9 +43,11 @@ class TextGenerationServiceStub:
     Health: _grpc.UnaryUnaryMultiCallable[_generate_pb2.HealthRequest, _generate_pb2.HealthResponse]
     """Answered at any time, also during a forward pass."""
     Warmup: _grpc.UnaryUnaryMultiCallable[_generate_pb2.WarmupRequest, _generate_pb2.WarmupResponse]
-    """Measures memory, allocates the KV cache. Once, before Run; a second call answers the same."""
+    """Runs a step, measures memory, allocates the KV cache. Once, before Run; a second call answers
+    the same. On CUDA the step is as large as the limits allow, on the CPU a small one.
+    """
     Run: _grpc.StreamStreamMultiCallable[_generate_pb2.Step, _generate_pb2.StepResult]
-    """The step stream. Opening a new stream drops every sequence of the stream before it."""
+    """The step stream. A new stream ends the one before it (ABORTED) and drops its sequences."""
 
 @_typing.type_check_only
 class TextGenerationServiceAsyncStub(TextGenerationServiceStub):
@@ -55,9 +57,11 @@ class TextGenerationServiceAsyncStub(TextGenerationServiceStub):
     Health: _aio.UnaryUnaryMultiCallable[_generate_pb2.HealthRequest, _generate_pb2.HealthResponse]  # type: ignore[assignment]
     """Answered at any time, also during a forward pass."""
     Warmup: _aio.UnaryUnaryMultiCallable[_generate_pb2.WarmupRequest, _generate_pb2.WarmupResponse]  # type: ignore[assignment]
-    """Measures memory, allocates the KV cache. Once, before Run; a second call answers the same."""
+    """Runs a step, measures memory, allocates the KV cache. Once, before Run; a second call answers
+    the same. On CUDA the step is as large as the limits allow, on the CPU a small one.
+    """
     Run: _aio.StreamStreamMultiCallable[_generate_pb2.Step, _generate_pb2.StepResult]  # type: ignore[assignment]
-    """The step stream. Opening a new stream drops every sequence of the stream before it."""
+    """The step stream. A new stream ends the one before it (ABORTED) and drops its sequences."""
 
 class TextGenerationServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -82,7 +86,9 @@ class TextGenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _generate_pb2.WarmupRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_generate_pb2.WarmupResponse, _abc.Awaitable[_generate_pb2.WarmupResponse]]:
-        """Measures memory, allocates the KV cache. Once, before Run; a second call answers the same."""
+        """Runs a step, measures memory, allocates the KV cache. Once, before Run; a second call answers
+        the same. On CUDA the step is as large as the limits allow, on the CPU a small one.
+        """
 
     @_abc_1.abstractmethod
     def Run(
@@ -90,6 +96,6 @@ class TextGenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_generate_pb2.Step],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_generate_pb2.StepResult], _abc.AsyncIterator[_generate_pb2.StepResult]]:
-        """The step stream. Opening a new stream drops every sequence of the stream before it."""
+        """The step stream. A new stream ends the one before it (ABORTED) and drops its sequences."""
 
 def add_TextGenerationServiceServicer_to_server(servicer: TextGenerationServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -19,6 +19,7 @@ from aiohttp import web
 from kagami_proto import logs
 from kagami_proto.errors import GenerationFailed, ShardLost
 from kagami_router import chat_template, tokenizer
+from kagami_router.api.middleware import connection_logger
 from kagami_router.api.routes import make_app, make_metrics_app
 from kagami_router.api.schemas import Info
 from kagami_router.api.service import TGI_VERSION, Door, Front
@@ -26,7 +27,12 @@ from kagami_router.batching_loop import BatchingLoop
 from kagami_router.cli import RouterArgs, own_version
 from kagami_router.infer import Infer
 from kagami_router.metrics import Metrics
-from kagami_router.scheduler.scheduler import Scheduler, SchedulerConfig
+from kagami_router.scheduler.scheduler import (
+    DEFAULT_MAX_WAITING_TOKENS,
+    DEFAULT_WAITING_SERVED_RATIO,
+    Scheduler,
+    SchedulerConfig,
+)
 from kagami_router.shard_client import Pool, ShardGroup, ShardInfo
 from kagami_router.validation import Limits, Validation
 
@@ -110,7 +116,11 @@ async def _listening(args: RouterArgs, door: Door) -> AsyncIterator[None]:
 
 async def _bind(stack: AsyncExitStack, app: web.Application, host: str, port: int) -> None:
     runner = web.AppRunner(
-        app, handler_cancellation=True, access_log=None, shutdown_timeout=LAST_WORDS_S
+        app,
+        handler_cancellation=True,
+        access_log=None,
+        logger=connection_logger,
+        shutdown_timeout=LAST_WORDS_S,
     )
     await runner.setup()
     stack.push_async_callback(runner.cleanup)
@@ -137,13 +147,13 @@ async def _run_engine(args: RouterArgs, door: Door) -> None:
         folder = Path(args.tokenizer_name)
         try:
             encoder = await asyncio.to_thread(tokenizer.load, folder, threads)
-        except FileNotFoundError as error:
+            template = chat_template.load(
+                folder,
+                tokenizer.special_tokens(tokenizer.read_json(folder / "tokenizer_config.json")),
+                Path(args.tokenizer_config_path) if args.tokenizer_config_path else None,
+            )
+        except (OSError, ValueError) as error:
             raise StartError(str(error)) from error
-        template = chat_template.load(
-            folder,
-            tokenizer.special_tokens(tokenizer.read_json(folder / "tokenizer_config.json")),
-            Path(args.tokenizer_config_path) if args.tokenizer_config_path else None,
-        )
         shards, facts = await _connect(stack, args.master_shard_uds_path)
         logger.info("Warming up model")
         pool = await _warm_up(shards, args)
@@ -283,9 +293,13 @@ def _info(args: RouterArgs, limits: Limits, facts: ShardInfo, pool_tokens: int) 
         model_dtype=facts.dtype,
         model_device_type=facts.device_type,
         max_input_length=limits.max_input_tokens,
-        waiting_served_ratio=args.waiting_served_ratio or 0.0,
+        waiting_served_ratio=DEFAULT_WAITING_SERVED_RATIO
+        if args.waiting_served_ratio is None
+        else args.waiting_served_ratio,
         max_batch_total_tokens=pool_tokens,
-        max_waiting_tokens=args.max_waiting_tokens or 0,
+        max_waiting_tokens=DEFAULT_MAX_WAITING_TOKENS
+        if args.max_waiting_tokens is None
+        else args.max_waiting_tokens,
         max_batch_size=args.max_batch_size,
         kagami_version=own_version(),
     )

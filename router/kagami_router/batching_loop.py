@@ -39,6 +39,9 @@ logger = logging.getLogger(__name__)
 
 # A step takes milliseconds to seconds; the largest prefill on a slow CPU stays well below.
 STEP_OVERDUE_S = 60.0
+# In a row. Finding one culprit among 128, or the size that fits the memory, takes some 10; a
+# device with a sticky error fails them all.
+MAX_FAILED_STEPS = 16
 # The integrity check walks the whole pool: only when nobody is likely to come just now.
 IDLE_CHECK_S = 1.0
 
@@ -145,14 +148,15 @@ class BatchingLoop:
         # Steps in flight, each with the time it was sent.
         self._sent: deque[tuple[Step, float]] = deque()
         self._last_progress = 0.0
+        self._num_failed_steps = 0  # in a row
         self._wake = asyncio.Event()
         self._is_streaming = False
         self._gone: KagamiError | None = None
 
     @property
     def is_healthy(self) -> bool:
-        """Whether the step stream stands and no step is overdue."""
-        if not self._is_streaming:
+        """Whether the step stream stands, steps still succeed, and none is overdue."""
+        if not self._is_streaming or self._num_failed_steps >= MAX_FAILED_STEPS:
             return False
         if not self._sent:
             return True
@@ -244,8 +248,9 @@ class BatchingLoop:
         now = self._clock()
         step, sent_at = self._sent.popleft()
         self._last_progress = now
+        self._num_failed_steps = self._num_failed_steps + 1 if results.error else 0
         ready: list[tuple[GenerationStream, StreamEvent | KagamiError]] = []
-        for event in self._scheduler.update(results, now):
+        for event in self._scheduler.update(results):
             generation = self._generations.get(event.sequence.id)
             if generation is None:
                 continue
@@ -299,31 +304,34 @@ class BatchingLoop:
         token_id = event.token_id
         if generation.first_token is None:
             generation.first_token = now
-        reason: FinishReason | None = None
-        text = self._decoder.special.get(token_id)
-        is_special = text is not None
-        if text is None:
-            text = generation.detokenizer.step(token_id)
-            if generation.stop is not None:
-                text, is_stopped = generation.stop.push(text)
-                if is_stopped:
-                    reason = FinishReason.STOP_SEQUENCE
-            generation.texts.append(text)
-        if token_id in self._eos_token_ids and not event.sequence.request.stopping.ignore_eos:
-            reason = FinishReason.EOS_TOKEN
-        elif reason is None and event.is_last:
+        is_end = token_id in self._eos_token_ids and not event.sequence.request.stopping.ignore_eos
+        reason = FinishReason.EOS_TOKEN if is_end else None
+        special = self._decoder.special.get(token_id)
+        shown = "" if special is not None else generation.detokenizer.step(token_id)
+        if generation.stop is not None and not is_end:
+            # A special token is no text, but what it stands for may complete a stop string.
+            shown, is_stopped = (
+                generation.stop.push(shown)
+                if special is None
+                else generation.stop.push(special, is_shown=False)
+            )
+            if is_stopped:
+                reason = FinishReason.STOP_SEQUENCE
+        if reason is None and event.is_last:
             reason = FinishReason.LENGTH
-        token = Token(token_id, text, event.logprob, is_special)
         top_tokens = (
             tuple(self._top_token(top.id, top.logprob) for top in event.top_tokens)
             if event.top_tokens
             else ()
         )
-        if reason is None:
-            return StreamEvent(token, top_tokens)
-        tail = generation.stop.rest() if generation.stop is not None else ""
-        generation.texts.append(tail)
-        return StreamEvent(token, top_tokens, tail, self._end(generation, reason, now))
+        tail = generation.stop.rest() if reason is not None and generation.stop is not None else ""
+        generation.texts += (shown, tail)
+        if special is None:
+            token = Token(token_id, shown, event.logprob, False)
+        else:  # what it freed goes out beside it
+            token, tail = Token(token_id, special, event.logprob, True), shown + tail
+        end = None if reason is None else self._end(generation, reason, now)
+        return StreamEvent(token, top_tokens, tail, end)
 
     def _top_token(self, token_id: int, logprob: float) -> Token:
         is_special = token_id in self._decoder.special

@@ -21,6 +21,22 @@ from kagami_router.tokenizer import SpecialTokens, read_json
 
 Message = Mapping[str, Any]
 
+# Stands behind the text that is to be continued while the template runs; all from here on is cut.
+_CUT = "\ufdd0kagami-goes-on-here\ufdd0"
+
+
+class _NoContent(str):
+    """The content of a message without one, for all that templates do with it.
+
+    Most put it between other texts, where None raises or prints "None"; some (DeepSeek's) ask
+    whether it `is none` to find the turns of tool calls. It is an empty text, and it `is none`.
+    """
+
+    __slots__ = ()
+
+
+_NO_CONTENT = _NoContent()
+
 
 class ChatTemplate:
     """One compiled template; raises `TemplateError` for messages it refuses."""
@@ -32,6 +48,7 @@ class ChatTemplate:
             "bos_token": tokens.bos or "",
             "eos_token": tokens.eos or "",
         }
+        self._reads_tool_calls = "tool_calls" in source
         try:
             self._template = _environment().from_string(source)
         except jinja2.TemplateError as error:
@@ -45,21 +62,39 @@ class ChatTemplate:
         """
         if not messages:
             raise TemplateError("`messages` cannot be empty")
+        messages = [self._with_content(message) for message in messages]
+        last = messages[-1]
+        if last.get("role") == "assistant" and str(last["content"]).strip():
+            open_end = {**last, "content": f"{last['content']}{_CUT}"}
+            prompt = self._run([*messages[:-1], open_end], add_generation_prompt=False, **variables)
+            begin, cut, _ = prompt.rpartition(_CUT)
+            if cut:
+                return begin.rstrip()
+            # The template prints no such text: ask for a message of its own.
+        return self._run(messages, add_generation_prompt=True, **variables)
+
+    def _with_content(self, message: Message) -> Message:
+        """`message` with a text as its content, which a message of tool calls alone lacks.
+
+        A template that does not read `tool_calls` gets them as the text, as in TGI: a model that
+        never sees its own calls repeats them.
+        """
+        if message.get("content") is not None:
+            return message
+        calls = message.get("tool_calls")
+        if calls and not self._reads_tool_calls:
+            return {**message, "content": _to_json(calls, separators=(",", ":"))}
+        return {**message, "content": _NO_CONTENT}
+
+    def _run(self, messages: Sequence[Message], **variables: Any) -> str:
         arguments = {"tools": None, "documents": None, **self._variables, **variables}
         try:
-            prompt = self._template.render(
-                messages=messages, add_generation_prompt=True, **arguments
-            )
+            return self._template.render(messages=messages, **arguments)
         except jinja2.TemplateError as error:
             raise TemplateError(_describe(error)) from error
         except (TypeError, ValueError, KeyError, ArithmeticError, RecursionError) as error:
             # A template is a program of the model's author: what it does wrong is no bug of ours.
             raise TemplateError(f"{type(error).__name__}: {error}") from error
-        last = messages[-1]
-        content = last.get("content")
-        if last.get("role") == "assistant" and isinstance(content, str):
-            return _cut_behind(prompt, content)
-        return prompt
 
 
 class MissingTemplate:
@@ -76,7 +111,10 @@ class MissingTemplate:
 def load(
     folder: Path, tokens: SpecialTokens, config_path: Path | None = None
 ) -> ChatTemplate | MissingTemplate:
-    """The template of a model folder, `config_path` (--tokenizer-config-path) before its files."""
+    """The template of a model folder, `config_path` (--tokenizer-config-path) before its files.
+
+    Raises `ValueError` for a file that is not what its name says.
+    """
     looked_for = [
         *([config_path] if config_path else []),
         folder / "chat_template.jinja",
@@ -98,22 +136,25 @@ def load(
 
 def _source_in(path: Path) -> str | None:
     if path.suffix == ".jinja":
-        return path.read_text(encoding="utf-8") if path.is_file() else None
+        return _text_in(path) if path.is_file() else None
     template = read_json(path).get("chat_template")
     if isinstance(template, list):  # named templates: [{"name": …, "template": …}]
         template = next(
-            (one.get("template") for one in template if one.get("name") == "default"), None
+            (
+                one.get("template")
+                for one in template
+                if isinstance(one, dict) and one.get("name") == "default"
+            ),
+            None,
         )
     return template if isinstance(template, str) else None
 
 
-def _cut_behind(prompt: str, content: str) -> str:
-    end = prompt.rfind(content)
-    if end < 0 or not content:
-        # A template may strip what it prints.
-        content = content.strip()
-        end = prompt.rfind(content)
-    return prompt if end < 0 or not content else prompt[: end + len(content)].rstrip()
+def _text_in(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error}") from error
 
 
 def _describe(error: jinja2.TemplateError) -> str:
@@ -141,6 +182,7 @@ def _environment() -> ImmutableSandboxedEnvironment:
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
     )
     environment.filters["tojson"] = _to_json
+    environment.tests["none"] = _is_none
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
     return environment
@@ -160,6 +202,10 @@ def _to_json(
         separators=separators,
         sort_keys=sort_keys,
     )
+
+
+def _is_none(value: object) -> bool:
+    return value is None or isinstance(value, _NoContent)
 
 
 def _raise_exception(message: str) -> NoReturn:

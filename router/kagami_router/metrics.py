@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
+from kagami_router.scheduler.step import PoolStats
+
 # Seconds, 0.15 ms to 145 s (TGI's: 0.0001 * 1.5^k).
 DURATIONS = tuple(0.0001 * 1.5**k for k in range(1, 36))
 # TGI has one bucket for each size from 1 to 1024: a thousand lines in every scrape.
@@ -40,20 +42,6 @@ class StepStats:
     host_s: float
     device_s: float
     failed: bool
-
-
-@dataclass(frozen=True, slots=True)
-class PoolStats:
-    """The scheduler's state after a step."""
-
-    running: int
-    waiting: int
-    blocks_total: int
-    blocks_used: int
-    """Held by sequences, each shared block once."""
-    blocks_cached: int
-    """Kept by the prefix cache and held by no sequence."""
-    running_tokens: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,11 @@
 """Stop strings, matched on text across token boundaries.
 
 The text is seen as one stream, whatever tokens it came in: the string that is complete first ends
-it, and of those complete at the same character the longest.
+it, and of those complete at the same character the longest. Special tokens are part of the stream
+with their literal text, so they can complete a stop string, but they never go out.
 """
 
+from collections import deque
 from collections.abc import Sequence
 
 
@@ -14,48 +16,92 @@ class StopMatcher:
     before, so whatever could still become a stop string is held back.
     """
 
-    __slots__ = ("_first_characters", "_keep_stop", "_longest", "_prefixes", "_seen", "_stop")
+    __slots__ = ("_held", "_keep_stop", "_num_held", "_progress")
 
     def __init__(self, stop: Sequence[str], *, keep_stop: bool) -> None:
-        self._stop = [text for text in stop if text]
+        self._progress = [_Progress(text) for text in stop if text]
         self._keep_stop = keep_stop
-        self._longest = max(map(len, self._stop), default=0)
-        self._prefixes = {text[:end] for text in self._stop for end in range(1, len(text))}
-        self._first_characters = {text[0] for text in self._stop}
-        # Text a stop string may begin in: already out with keep_stop, else held back.
-        self._seen = ""
+        # What a stop string may begin in, oldest first: a text, and whether it may go out.
+        self._held: deque[tuple[str, bool]] = deque()
+        self._num_held = 0
 
-    def push(self, text: str) -> tuple[str, bool]:
+    def push(self, text: str, *, is_shown: bool = True) -> tuple[str, bool]:
         """Take new text; returns what may go out now, and whether a stop string is complete."""
-        num_out = len(self._seen) if self._keep_stop else 0
-        buffer = self._seen + text
-        match = self._first_match(buffer)
-        if match is not None:
-            self._seen = ""
-            begin, end = match
-            return (buffer[num_out:end] if self._keep_stop else buffer[:begin]), True
-        start = self._possible_start(buffer)
-        self._seen = buffer[start:]
-        return (text if self._keep_stop else buffer[:start]), False
+        num_before = self._num_held
+        self._held.append((text, is_shown))
+        self._num_held += len(text)
+        complete = [
+            (end, -len(each.stop)) for each in self._progress if (end := each.feed(text)) >= 0
+        ]
+        if complete:
+            end, minus_length = min(complete)
+            out = self._release(num_before + end + (0 if self._keep_stop else minus_length))
+            self._held.clear()
+            return out, True
+        num_kept = (
+            0 if self._keep_stop else max((each.length for each in self._progress), default=0)
+        )
+        return self._release(self._num_held - num_kept), False
 
     def rest(self) -> str:
         """What was held back, once it is known that nothing follows."""
-        held, self._seen = ("" if self._keep_stop else self._seen), ""
-        return held
+        return "".join(text for text, is_shown in self._held if is_shown)
 
-    def _first_match(self, buffer: str) -> tuple[int, int] | None:
-        """Begin and end of the stop string that is complete first."""
-        found = [
-            (begin + len(text), begin) for text in self._stop if (begin := buffer.find(text)) >= 0
-        ]
-        if not found:
-            return None
-        end, begin = min(found)
-        return begin, end
+    def _release(self, count: int) -> str:
+        """The oldest `count` characters of what is held, less those that must not go out."""
+        self._num_held -= count
+        out = []
+        while self._held and count >= len(self._held[0][0]):
+            text, is_shown = self._held.popleft()
+            count -= len(text)
+            if is_shown:
+                out.append(text)
+        if count:
+            text, is_shown = self._held[0]
+            self._held[0] = (text[count:], is_shown)
+            if is_shown:
+                out.append(text[:count])
+        return "".join(out)
 
-    def _possible_start(self, buffer: str) -> int:
-        """Where the longest suffix begins that a stop string begins with."""
-        for start in range(max(0, len(buffer) - self._longest + 1), len(buffer)):
-            if buffer[start] in self._first_characters and buffer[start:] in self._prefixes:
-                return start
-        return len(buffer)
+
+class _Progress:
+    """How much of one stop string the text ends with (Knuth, Morris, Pratt 1977).
+
+    The table of borders is filled only as far as the text has ever matched: a stop string may be
+    as long as a request's body, and building all of its table would stop the event loop.
+    """
+
+    __slots__ = ("_borders", "length", "stop")
+
+    def __init__(self, stop: str) -> None:
+        self.stop = stop
+        self.length = 0
+        # At n: the length of the longest text, shorter than n, that stop[:n] begins and ends with.
+        self._borders = [0, 0]
+
+    def feed(self, text: str) -> int:
+        """Take new text; where in it the stop string is complete, -1 if nowhere."""
+        stop, borders, length = self.stop, self._borders, self.length
+        start = 0 if length else text.find(stop[0])
+        if start < 0:
+            return -1
+        for index in range(start, len(text)):
+            character = text[index]
+            while length and stop[length] != character:
+                length = borders[length]
+            if stop[length] == character:
+                length += 1
+                if length == len(stop):
+                    return index + 1
+                if length == len(borders):
+                    borders.append(self._border_of(length))
+        self.length = length
+        return -1
+
+    def _border_of(self, length: int) -> int:
+        """The next entry of the table, from those before it."""
+        last = self.stop[length - 1]
+        border = self._borders[length - 1]
+        while border and self.stop[border] != last:
+            border = self._borders[border]
+        return border + (self.stop[border] == last)

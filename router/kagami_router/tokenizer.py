@@ -101,22 +101,30 @@ def _byte_offsets(text: str) -> Any:
 
 
 def load(folder: Path, threads: ThreadPoolExecutor) -> Tokenizer:
-    """Read `tokenizer.json` of a model folder; raises `FileNotFoundError` without one."""
+    """Read `tokenizer.json` of a model folder; raises `FileNotFoundError` or `ValueError`."""
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} does not exist: the launcher makes it, or give --tokenizer-name a folder"
             " that has it"
         )
-    return Tokenizer(tokenizers.Tokenizer.from_file(str(path)), threads)
+    try:
+        return Tokenizer(tokenizers.Tokenizer.from_file(str(path)), threads)
+    except Exception as error:  # the Rust library raises bare Exceptions
+        raise ValueError(f"{path} is no tokenizer: {error}") from error
 
 
 def read_json(path: Path) -> Mapping[str, Any]:
-    """A JSON object from a file; empty if there is no such file."""
+    """A JSON object from a file; empty if there is no such file. Raises `ValueError`."""
     if not path.is_file():
         return MappingProxyType({})
-    content = json.loads(path.read_text(encoding="utf-8"))
-    return content if isinstance(content, dict) else MappingProxyType({})
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is no JSON object")
+    return content
 
 
 def special_tokens(config: Mapping[str, Any]) -> SpecialTokens:

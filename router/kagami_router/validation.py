@@ -17,6 +17,8 @@ MAX_SEED = 2**64 - 1
 _FLOAT = struct.Struct("<f")  # the native form has no overflow, it packs infinity
 # Colder is the same as greedy in float32, and a logit divided by less can overflow.
 MIN_TEMPERATURE = 1e-4
+# Beyond, a factor says no more than "never" or "always", and a logit can overflow in float32.
+MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 1e-4, 1e4
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +56,7 @@ class GenerationParams:
     top_n_tokens: int | None = None
     grammar: object = None
     unsupported: Mapping[str, object] = field(default_factory=dict)
-    """Fields that this server knows but cannot serve, by name; None or false = neutral."""
+    """Fields that this server knows but cannot serve, by name; None, false, empty = neutral."""
 
     @property
     def is_sampling_asked(self) -> bool:
@@ -165,7 +167,9 @@ class Validation:
             top_k=params.top_k or 0,
             top_p=top_p,
             typical_p=typical_p,
-            repetition_penalty=repetition_penalty,
+            repetition_penalty=min(
+                max(repetition_penalty, MIN_REPETITION_PENALTY), MAX_REPETITION_PENALTY
+            ),
             frequency_penalty=frequency_penalty,
             presence_penalty=presence_penalty,
         )
@@ -237,7 +241,7 @@ def _check_supported(params: GenerationParams) -> None:
     if params.grammar is not None:
         raise InvalidRequest("grammar is not supported")
     for name, value in params.unsupported.items():
-        if value is not None and value is not False:
+        if value:
             raise InvalidRequest(f"`{name}` is not supported yet")
 
 

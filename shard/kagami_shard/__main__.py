@@ -1,5 +1,6 @@
 """`python -m kagami_shard`, or `text-generation-server`."""
 
+import os
 import sys
 
 from kagami_proto import logs
@@ -10,6 +11,8 @@ def main() -> None:
     """Parse, then import what is heavy."""
     args = cli.process_arguments()
     logs.configure("text_generation_server", level=args.log_level, json_output=args.json_output)
+    # libgomp reads it when torch is loaded; the number is from notes/0004.
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     from kagami_shard import server
 
     sys.exit(server.serve(args))

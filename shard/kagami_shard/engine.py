@@ -15,6 +15,7 @@ import torch
 
 from kagami_shard.attention.base import Attention
 from kagami_shard.batch import ForwardBatch
+from kagami_shard.device import to_device
 from kagami_shard.distributed import Alone, TensorParallel
 from kagami_shard.generation import GenerationState, Pending
 from kagami_shard.kv_cache import KVCache, block_bytes, blocks_for
@@ -108,8 +109,9 @@ class Engine:
     def warmup(self, limits: Limits) -> KVCache:
         """Run a step, measure memory, allocate the cache; a second call returns the same cache.
 
-        Ranks may find room for different numbers of blocks; the router uses the smallest. Raises
-        torch.OutOfMemoryError if the largest step does not fit.
+        On CUDA the step has all the prompt tokens and sampled rows that the limits allow; on the
+        CPU, where it would only cost time, a few. Ranks may find room for different numbers of
+        blocks; the router uses the smallest. Raises torch.OutOfMemoryError, `RankLost`.
         """
         if self.cache is None:
             with self._parallel.together():
@@ -117,31 +119,34 @@ class Engine:
         return self.cache
 
     def _measured_cache(self, limits: Limits) -> KVCache:
-        num_tokens = limits.max_step_tokens
+        num_tokens, num_rows = limits.max_step_tokens, limits.max_batch_size
         if self._device.type == "cpu":
-            num_tokens = min(num_tokens, _CPU_WARMUP_TOKENS)
+            num_tokens, num_rows = min(num_tokens, _CPU_WARMUP_TOKENS), min(num_rows, 2)
         longest = limits.max_total_tokens or self._model.max_positions or num_tokens
-        self._run_warmup_step(num_tokens, min(longest, num_tokens))
+        self._run_warmup_steps(num_tokens, min(longest, num_tokens), num_rows)
         num_blocks = self._size_pool(limits, longest)
         return self._new_cache(num_blocks)
 
     @torch.inference_mode()
-    def _run_warmup_step(self, num_tokens: int, max_length: int) -> None:
-        """One step of `num_tokens` tokens in prompts of at most `max_length`, then a decode."""
+    def _run_warmup_steps(self, num_tokens: int, max_length: int, num_rows: int) -> None:
+        """`num_tokens` tokens in prompts of at most `max_length`, then `num_rows` decodes."""
         lengths = [max_length] * (num_tokens // max_length)
         if num_tokens % max_length:
             lengths.append(num_tokens % max_length)
-        cache = self._new_cache(1 + sum(blocks_for(n + 1, self.block_size) for n in lengths))
+        cache = self._new_cache(1 + sum(blocks_for(n, self.block_size) for n in lengths))
         free = iter(range(1, cache.num_blocks))
         items = []
-        for length in lengths:
-            state = GenerationState(_warmup_sequence(length))
-            state.blocks = [next(free) for _ in range(blocks_for(length + 1, self.block_size))]
+        for number, length in enumerate(lengths):
+            state = GenerationState(_warmup_sequence(number, length))
+            state.blocks = [next(free) for _ in range(blocks_for(length, self.block_size))]
             items.append(Item(state, 0, length))
-        drawn = self._forward_and_draw(items, cache)
-        for row, item in enumerate(items):
-            item.state.expect(Pending(drawn.token_ids, row))
-        self._forward_and_draw([Item(i.state, i.num_tokens, 1) for i in items], cache)
+        self._forward_and_draw(items, cache)
+        decodes = []
+        for number in range(num_rows):
+            state = GenerationState(_warmup_sequence(number, max_length))
+            state.blocks = items[0].state.blocks
+            decodes.append(Item(state, max_length - 1, 1))
+        self._forward_and_draw(decodes, cache)
 
     def _forward_and_draw(self, items: list[Item], cache: KVCache) -> Drawn:
         batch = self._build(items, items, [])
@@ -298,7 +303,7 @@ class Engine:
         return ""
 
     def _items(self, work: Sequence[Work], failures: dict[int, str]) -> list[Item]:
-        """The work that can be done, single tokens first; what cannot is a failure."""
+        """The work that can be done, single tokens first, by length; what cannot is a failure."""
         items: list[Item] = []
         for sequence_id, position, count in work:
             if sequence_id in failures:
@@ -314,7 +319,7 @@ class Engine:
                 failures[sequence_id] = f"position {position + count} has no block"
             else:
                 items.append(Item(state, position, count))
-        items.sort(key=lambda item: item.num_tokens > 1)
+        items.sort(key=lambda item: (item.num_tokens > 1, item.end))
         return items
 
     def _build(self, items: list[Item], samples: list[Item], prompts: list[Item]) -> ForwardBatch:
@@ -363,11 +368,8 @@ class Engine:
             logits_rows=self._tensor(rows),
         )
 
-    def _tensor(self, values: object) -> torch.Tensor:
-        tensor = torch.tensor(values, dtype=torch.int64)
-        if self._device.type == "cpu":
-            return tensor
-        return tensor.pin_memory().to(self._device, non_blocking=True)
+    def _tensor(self, values: Sequence[object]) -> torch.Tensor:
+        return to_device(values, dtype=torch.int64, device=self._device)
 
     def _prompt_logprobs(self, logits: torch.Tensor, prompts: list[Item]) -> torch.Tensor:
         """The logprobs of the next prompt token after each row, all items in one column."""
@@ -408,9 +410,9 @@ class Engine:
         return int(start.elapsed_time(end) * 1e6)
 
 
-def _warmup_sequence(length: int) -> NewSequence:
+def _warmup_sequence(number: int, length: int) -> NewSequence:
     return NewSequence(
-        id=0,
+        id=number,
         token_ids=[1] * length,
         num_prompt_tokens=length,
         sampling=SamplingParameters(do_sample=True, top_k=10, top_p=0.9, typical_p=0.9),

@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
@@ -47,32 +47,30 @@ def serve(args: ServeArgs) -> int:
         except Exception as error:
             logger.exception("Error when initializing model: %s", error)
             return 1
-        socket = Path(f"{args.uds_path}-{args.rank}")
+        socket = Path(f"{args.uds_path}-{args.rank}").absolute()
         overlap = facts.device_type == "cuda" and args.world_size == 1
         with Worker(engine, thread, overlap=overlap) as worker:
-            asyncio.run(_serve(socket, engine, worker, facts))
+            try:
+                code = asyncio.run(_serve(socket, engine, worker, facts))
+            except OSError as error:
+                logger.error("Cannot listen on %s: %s", socket, error)
+                return 1
             socket.unlink(missing_ok=True)
             if args.world_size > 1:
-                _leave_the_others(worker)
-    return 0
+                _leave_the_others(worker, code)
+    return code
 
 
-def _leave_the_others(worker: Worker) -> NoReturn:
+def _leave_the_others(worker: Worker, code: int) -> NoReturn:
     """End this process, a rank of several, without waiting for ranks that may be gone.
 
-    A step may hang in a collective that another rank never called; so may the end of a process
-    group. With code 1 where the others were lost before anybody asked this rank to end.
+    A step may hang in a collective that another rank never called; so may the end of a group.
     """
-    was_lost = worker.loop.done()
     worker.stop()
-    try:
-        worker.loop.result(timeout=_GRACE_S)
-    except TimeoutError:
+    if wait((worker.ended,), timeout=_GRACE_S).not_done:
         logger.warning("A step was not finished: it waits for a rank that is gone")
-    except RankLost as error:
-        (logger.error if was_lost else logger.warning)("%s", error)
     logging.shutdown()
-    os._exit(1 if was_lost else 0)
+    os._exit(code)
 
 
 def _load(args: ServeArgs) -> tuple[Engine, pb.InfoResponse]:
@@ -90,7 +88,7 @@ def _load(args: ServeArgs) -> tuple[Engine, pb.InfoResponse]:
         device=device,
     )
     dtype: torch.dtype = getattr(torch, args.dtype)
-    attention = select_attention(device)
+    attention = select_attention()
     model = load_model(
         args.model_folder,
         dtype=dtype,
@@ -155,7 +153,7 @@ def eos_token_ids(folder: Path) -> list[int]:
     return []
 
 
-async def _serve(socket: Path, engine: Engine, worker: Worker, facts: pb.InfoResponse) -> None:
+async def _serve(socket: Path, engine: Engine, worker: Worker, facts: pb.InfoResponse) -> int:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -165,12 +163,20 @@ async def _serve(socket: Path, engine: Engine, worker: Worker, facts: pb.InfoRes
         with suppress(RuntimeError):  # the event loop ended first: that is the usual order
             loop.call_soon_threadsafe(stop.set)
 
-    worker.loop.add_done_callback(wake_up)
+    worker.ended.add_done_callback(wake_up)
     server = grpc.aio.server(options=_UNLIMITED)
     service = TextGenerationService(engine, worker, facts)
     add_TextGenerationServiceServicer_to_server(service, server)
-    server.add_insecure_port(f"unix://{socket}")
+    try:
+        server.add_insecure_port(f"unix:{socket}")
+    except RuntimeError as error:
+        raise OSError(str(error)) from error
     await server.start()
     logger.info("Server started at unix://%s", socket)
     await stop.wait()
-    await server.stop(0 if worker.loop.done() else _GRACE_S)
+    await server.stop(_GRACE_S)
+    if worker.ended.done() and (reason := worker.ended.exception()):
+        is_explained = isinstance(reason, RankLost)
+        logger.error("The engine stopped: %s", reason, exc_info=None if is_explained else reason)
+        return 1
+    return 0

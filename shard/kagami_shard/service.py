@@ -1,11 +1,10 @@
 """gRPC in, engine call, gRPC out: protobuf stops here."""
 
 import asyncio
-import logging
+import contextlib
 import time
-from collections.abc import AsyncIterable, AsyncIterator
-from contextlib import suppress
-from functools import partial
+from collections.abc import AsyncIterable
+from concurrent.futures import Future
 
 import grpc
 import grpc.aio
@@ -20,8 +19,6 @@ from kagami_shard.sampling.sampler import SamplingParameters
 from kagami_shard.step import NewSequence, Step, StepResult, Work
 from kagami_shard.worker import Worker
 
-logger = logging.getLogger(__name__)
-
 
 class TextGenerationService(generate_pb2_grpc.TextGenerationServiceServicer):
     """The four calls of generate.proto on one engine."""
@@ -30,7 +27,7 @@ class TextGenerationService(generate_pb2_grpc.TextGenerationServiceServicer):
         self._engine = engine
         self._worker = worker
         self._facts = facts
-        self._stream_number = 0
+        self._stream: _Stream | None = None
 
     async def Info(
         self,
@@ -82,53 +79,76 @@ class TextGenerationService(generate_pb2_grpc.TextGenerationServiceServicer):
         )
 
     async def _on_worker(self, limits: Limits) -> KVCache:
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[KVCache] = loop.create_future()
+        future: Future[KVCache] = Future()
 
         def warm_up() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
             try:
-                cache = self._engine.warmup(limits)
+                future.set_result(self._engine.warmup(limits))
             # Handed to the caller, who knows what it means.
             except Exception as error:
-                loop.call_soon_threadsafe(future.set_exception, error)
+                future.set_exception(error)
                 if isinstance(error, RankLost):
                     raise
-            else:
-                loop.call_soon_threadsafe(future.set_result, cache)
 
         self._worker.call(warm_up)
-        return await future
+        return await asyncio.wrap_future(future)
 
-    async def Run(
+    async def Run(  # type: ignore[override]  # a coroutine that writes, not a generator
         self,
         request_iterator: AsyncIterable[pb.Step],
         context: grpc.aio.ServicerContext[pb.Step, pb.StepResult],
-    ) -> AsyncIterator[pb.StepResult]:
+    ) -> None:
         if self._engine.cache is None:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "Warmup comes before Run")
-        self._stream_number += 1
-        logger.debug("Step stream opened", extra={"stream": self._stream_number})
+        stream = _Stream()
+        if self._stream is not None:
+            self._stream.supersede()
+        self._stream = stream
         self._worker.call(self._engine.reset)
-        loop = asyncio.get_running_loop()
-        results: asyncio.Queue[StepResult | None] = asyncio.Queue()
-
-        def publish(result: StepResult | None) -> None:
-            with suppress(RuntimeError):  # the server has stopped, nobody waits for it
-                loop.call_soon_threadsafe(results.put_nowait, result)
-
-        async def read_steps() -> None:
-            async for message in request_iterator:
-                self._worker.run(step_from_pb(message), publish)
-            # Behind the last step's result: the worker is done with this stream.
-            self._worker.call(partial(publish, None))
-
         async with asyncio.TaskGroup() as tasks:
-            reader = tasks.create_task(read_steps())
-            try:
-                while (result := await results.get()) is not None:
-                    yield result_to_pb(result)
-            finally:
-                reader.cancel()
+            reader = tasks.create_task(self._read_steps(request_iterator, stream))
+            while (result := await stream.results.get()) is not None:
+                await context.write(result_to_pb(result))
+            reader.cancel()
+        if stream.is_superseded:
+            await context.abort(grpc.StatusCode.ABORTED, "another step stream was opened")
+
+    async def _read_steps(self, steps: AsyncIterable[pb.Step], stream: "_Stream") -> None:
+        async for message in steps:
+            if stream.is_superseded:
+                return
+            self._worker.run(step_from_pb(message), stream.publish)
+        # Behind the last step's result: the worker is done with this stream.
+        self._worker.call(stream.end)
+
+
+class _Stream:
+    """One router's step stream: what the worker's thread has for it, in order."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self.results: asyncio.Queue[StepResult | None] = asyncio.Queue()
+        self.is_superseded = False
+
+    def supersede(self) -> None:
+        """Another stream took over: steps and results of this one count no more."""
+        self.is_superseded = True
+        self.results.put_nowait(None)
+
+    def publish(self, result: StepResult) -> None:
+        """Called on the worker's thread."""
+        self._put(result)
+
+    def end(self) -> None:
+        """Called on the worker's thread, when the last step is done."""
+        self._put(None)
+
+    def _put(self, result: StepResult | None) -> None:
+        # At shutdown the loop may be gone while a last step still ran.
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self.results.put_nowait, result)
 
 
 def step_from_pb(message: pb.Step) -> Step:

@@ -8,7 +8,7 @@ import logging
 import queue
 import time
 from collections.abc import Callable
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor, Future, wait
 
 import torch
 
@@ -32,8 +32,6 @@ class Worker:
     then; on a CPU, where launching is computing, that would only delay results. Ranks of one model
     may not overlap: what a collected step says about failures must reach the next one on all of
     them, and each would find another moment to collect.
-
-    `RankLost` ends the loop: whoever waits for `loop` learns it.
     """
 
     def __init__(self, engine: Engine, thread: Executor, *, overlap: bool) -> None:
@@ -43,7 +41,8 @@ class Worker:
         self._queue: queue.SimpleQueue[Callable[[], None] | tuple[Step, Publish] | None] = (
             queue.SimpleQueue()
         )
-        self._loop: Future[None] | None = None
+        self.ended: Future[None] = Future()
+        """Done when the loop has ended: at the exit, or by the exception that it then holds"""
         self._launched: tuple[Launched, Publish] | None = None
         self.last_step = 0
         self.last_step_ns = 0
@@ -52,18 +51,12 @@ class Worker:
         """0 when idle"""
 
     def __enter__(self) -> "Worker":
-        self._loop = self._thread.submit(self._run)
+        self.ended = self._thread.submit(self._run)
         return self
 
     def __exit__(self, *_: object) -> None:
         self.stop()
-        self.loop.result()
-
-    @property
-    def loop(self) -> Future[None]:
-        """Done when the loop has ended."""
-        assert self._loop is not None, "enter the worker first"
-        return self._loop
+        wait((self.ended,))
 
     def stop(self) -> None:
         """End the loop behind what is queued."""
@@ -101,12 +94,11 @@ class Worker:
             self._collect()
         try:
             launched = self._engine.launch(step)
-        except RankLost:
-            raise
         # A border: whatever a forward pass raises fails this step, and the shard goes on.
         except Exception as error:
             self._collect()
             publish(self._failed(step.number, error))
+            _raise_if_lost(error)
             return
         self._collect()
         self._launched = (launched, publish)
@@ -119,11 +111,11 @@ class Worker:
         (launched, publish), self._launched = self._launched, None
         try:
             result = self._engine.collect(launched)
-        except RankLost:
-            raise
         # A device reports a failed kernel when its results are read.
         except Exception as error:
-            result = self._failed(launched.number, error)
+            publish(self._failed(launched.number, error))
+            _raise_if_lost(error)
+            return
         self.last_step = result.number
         self.last_step_ns = time.monotonic_ns()
         publish(result)
@@ -135,3 +127,14 @@ class Worker:
             torch.cuda.empty_cache()
         text = " ".join(str(error).split()) or type(error).__name__
         return StepResult(number=number, error=text, out_of_memory=out_of_memory)
+
+
+def _raise_if_lost(error: Exception) -> None:
+    """A CUDA error is sticky: every later call fails too, and only a new process helps.
+
+    Neither do ranks find together again.
+    """
+    if isinstance(error, RankLost):
+        raise error
+    if isinstance(error, torch.AcceleratorError) and not isinstance(error, torch.OutOfMemoryError):
+        raise error

@@ -10,6 +10,7 @@ from aiohttp import ClientSession, web
 from tests.fakes.fake_loop import FakeLoop
 from tokenizers import decoders, models, pre_tokenizers, processors
 
+from kagami_router.api.middleware import connection_logger
 from kagami_router.api.routes import make_app
 from kagami_router.api.schemas import Info
 from kagami_router.api.service import Door, Front
@@ -118,7 +119,11 @@ async def serving(
             door.open(front)
         app = make_app(door, payload_limit=payload_limit, allowed_origins=origins, key=key)
         runner = web.AppRunner(
-            app, handler_cancellation=True, access_log=None, shutdown_timeout=0.1
+            app,
+            handler_cancellation=True,
+            access_log=None,
+            logger=connection_logger,
+            shutdown_timeout=0.1,
         )
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0)

@@ -23,6 +23,7 @@ class Launcher:
         self.process = subprocess.Popen(
             [sys.executable, str(HERE / "launch_fakes.py"), *argv],
             env=env,
+            cwd=folder,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )

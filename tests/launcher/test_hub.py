@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,20 @@ def test_a_folder_with_half_its_weights_is_refused(tmp_path: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ModelNotFound, match="1 of 2 weight files are missing"):
         resolve(str(folder), revision=None, cache=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {}}'),
+        *('{"weight_map": {"x": 1}}', '{"weight_map": {"x": ["a.safetensors"]}}'),
+    ],
+)
+def test_a_broken_index_is_named(tmp_path: Path, text: str) -> None:
+    index = make_model(tmp_path / "m") / "model.safetensors.index.json"
+    index.write_text(text)
+    with pytest.raises(ModelNotFound, match=re.escape(str(index))):
+        resolve(str(index.parent), revision=None, cache=tmp_path)
 
 
 def test_a_hub_model_is_found_in_the_cache(tmp_path: Path) -> None:

@@ -5,14 +5,16 @@ import os
 import re
 import signal
 import socket
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kagami_launcher.main import _clear_socket, _duration
+from kagami_launcher.main import _claim, _clear_socket, _duration
 from kagami_launcher.plan import LaunchFailed
 
 Launch = Callable[..., Any]
@@ -141,6 +143,14 @@ def test_a_shard_that_crashes_takes_the_router_down(launch: Launch) -> None:
     assert "router-end" in launcher.happened()
 
 
+def test_a_router_that_loses_its_shard_is_not_blamed(launch: Launch) -> None:
+    code, stdout, stderr = launch(FAKE_SHARD="fail", FAKE_ROUTER="busy").finish()
+    assert (code, stderr) == (1, "Error: ShardFailed\n")
+    assert "Shard 0 crashed" in stdout
+    assert "Webserver Crashed" not in stdout
+    assert messages(stdout)[-1].endswith("Last error of the shard: the GPU is lost")
+
+
 def test_a_router_that_cannot_bind_shows_its_own_error(launch: Launch) -> None:
     launcher = launch(FAKE_ROUTER="busy")
     code, stdout, stderr = launcher.finish()
@@ -235,6 +245,14 @@ def test_a_flag_without_effect_is_one_warning(launch: Launch) -> None:
     assert stdout.count(" WARN text_generation_launcher: `--rope-factor` has no effect: ") == 1
 
 
+def test_a_broken_index_is_one_clear_line(launch: Launch, model_folder: Path) -> None:
+    index = model_folder / "model.safetensors.index.json"
+    index.write_text("{}")
+    code, _, stderr = launch().finish()
+    why = f"{index} has no weight_map of tensors to files"
+    assert (code, stderr) == (1, f'Error: DownloadError("{why}")\n')
+
+
 def test_the_report_comes_before_the_arguments(launch: Launch) -> None:
     _, stdout, _ = launch("--env", "--model-id", "/none").finish()
     assert "Runtime environment:" in stdout.splitlines()[0]
@@ -327,6 +345,33 @@ def test_a_missing_command_is_named(
     assert f"{command} not found in PATH" in stdout
 
 
+def test_a_relative_socket_path_serves_too(launch: Launch, tmp_path: Path) -> None:
+    launcher = launch("--shard-uds-path", "relative")
+    launcher.wait_until_serving()
+    assert (tmp_path / "relative-0").is_socket()
+
+
+def test_two_launchers_never_share_a_shard(launch: Launch, tmp_path: Path) -> None:
+    first = launch(FAKE_SHARD="hang")
+    first.wait_for("Loading")
+    code, stdout, stderr = launch().finish()
+    assert code == 1
+    assert stderr == (
+        f'Error: ShardCannotStart("another launcher uses {tmp_path}/uds-0: '
+        'choose another --shard-uds-path")\n'
+    )
+    assert "Starting shard" not in stdout
+    assert first.process.poll() is None
+
+
+def test_a_killed_launcher_keeps_nobody_from_its_socket(launch: Launch) -> None:
+    killed = launch()
+    killed.wait_until_serving()
+    killed.process.send_signal(signal.SIGKILL)
+    wait_until_dead(killed.child_pids())
+    launch().wait_until_serving()
+
+
 def test_a_stale_socket_is_no_obstacle(launch: Launch, tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as stale:
         stale.bind(str(tmp_path / "uds-0"))
@@ -344,6 +389,49 @@ def test_a_socket_that_answers_is_left_alone(tmp_path: Path) -> None:
     assert os.path.exists(path)
 
 
+@contextmanager
+def as_somebody_else(folder: Path) -> Iterator[None]:
+    """This process may change nothing in the folder meanwhile, also if the tests run as root."""
+    user = os.geteuid()
+    folder.chmod(0o555)
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+        folder.chmod(0o755)
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o000], ids=["unlink", "connect"])
+def test_a_socket_of_another_user_is_one_clear_line(mode: int) -> None:
+    with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as served:
+        path = Path(folder) / "uds-0"
+        served.bind(str(path))
+        path.chmod(mode)
+        with as_somebody_else(path.parent), pytest.raises(LaunchFailed) as failure:
+            _clear_socket(str(path))
+    why = f"cannot use {path}: Permission denied: choose another --shard-uds-path"
+    assert str(failure.value) == f'ShardCannotStart("{why}")'
+
+
+def test_a_socket_that_cannot_be_asked_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "uds-0"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
+        other.bind(str(path))
+        with pytest.raises(LaunchFailed, match="cannot use"):
+            _clear_socket(str(path))
+    assert path.is_socket()
+
+
+def test_a_lock_that_another_user_left_is_no_obstacle() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/uds-0"
+        os.close(_claim(path))
+        with as_somebody_else(Path(folder)):
+            os.close(_claim(path))
+
+
 def test_a_file_that_is_no_socket_is_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "uds-0"
     path.write_text("precious")
@@ -354,8 +442,8 @@ def test_a_file_that_is_no_socket_is_left_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", ["/tmp/" + "x" * 110, "/no/such/folder/uds-0"])
 def test_an_impossible_socket_is_refused(path: str) -> None:
-    with pytest.raises(LaunchFailed):
-        _clear_socket(path)
+    with pytest.raises(LaunchFailed, match=re.escape(path)):
+        _claim(path)
 
 
 @pytest.mark.parametrize(

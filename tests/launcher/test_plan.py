@@ -197,6 +197,16 @@ def test_the_shards_command_line() -> None:
     assert shard.socket == "/tmp/s-0"
 
 
+def test_a_relative_socket_is_made_absolute_for_everyone() -> None:
+    prefix = str(Path.cwd() / "folder" / "s")
+    shard = plan_shard(invocation("--shard-uds-path", "folder/s"), SOURCE, log_level="INFO")
+    assert after("--uds-path", list(shard.argv)) == prefix
+    assert shard.socket == f"{prefix}-0"
+    assert after("--master-shard-uds-path", router_argv("--shard-uds-path", "folder/s")) == (
+        f"{prefix}-0"
+    )
+
+
 def test_the_shards_environment() -> None:
     given = invocation("--cuda-memory-fraction", "0.5", "--huggingface-hub-cache", "/data")
     assert plan_shard(given, SOURCE, log_level="INFO").environment == {

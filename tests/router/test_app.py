@@ -87,6 +87,7 @@ async def test_it_answers_503_until_the_shard_is_there_and_then_serves(folder: P
                 info = await response.json()
             assert info["max_batch_total_tokens"] == info["max_total_tokens"] == 63 * 4
             assert info["max_input_tokens"] == 63 * 4 - 1
+            assert (info["waiting_served_ratio"], info["max_waiting_tokens"]) == (0.3, 20)
     assert exit_code.result() == 0
 
 
@@ -155,6 +156,18 @@ async def test_a_missing_tokenizer_is_exit_code_1(
 ) -> None:
     assert await serve(args_for(tmp_path), asyncio.Event()) == 1
     assert "tokenizer.json does not exist" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff\xfe", b"[" * 100_000])
+async def test_a_broken_file_is_one_line_that_names_it_and_exit_code_1(
+    folder: Path, caplog: pytest.LogCaptureFixture, name: str, content: bytes
+) -> None:
+    (folder / name).write_bytes(content)
+    assert await serve(args_for(folder), asyncio.Event()) == 1
+    (record,) = [one for one in caplog.records if one.levelname == "ERROR"]
+    assert record.getMessage().startswith(f"{folder}/{name} is no")
+    assert record.exc_info is None
 
 
 async def test_a_second_port_serves_metrics_only(folder: Path) -> None:

@@ -11,8 +11,8 @@ from tests.fakes.byte_tokenizer import byte_tokenizer
 from tests.fakes.fake_shard import EOS, FakeShard, Request, generated
 
 from kagami_proto.errors import GenerationFailed, ShardLost
-from kagami_router.batching_loop import BatchingLoop, GenerationStream
-from kagami_router.metrics import PoolStats, StepStats
+from kagami_router.batching_loop import MAX_FAILED_STEPS, BatchingLoop, GenerationStream
+from kagami_router.metrics import StepStats
 from kagami_router.requests import (
     End,
     FinishReason,
@@ -22,6 +22,7 @@ from kagami_router.requests import (
     ValidRequest,
 )
 from kagami_router.scheduler.scheduler import Scheduler, SchedulerConfig
+from kagami_router.scheduler.step import PoolStats
 from kagami_router.shard_client import ShardGroup
 
 PROMPT = b"The quick brown fox"
@@ -211,6 +212,35 @@ async def test_text_held_back_for_a_stop_string_is_not_lost(tmp_path: Path) -> N
     assert events[-1].tail == text[5:]
 
 
+@pytest.mark.parametrize("keep_stop", [True, False])
+@pytest.mark.parametrize("num_before", [0, 2])
+async def test_a_special_token_can_complete_a_stop_string(
+    tmp_path: Path, keep_stop: bool, num_before: int
+) -> None:
+    *ids, eos = generated(PROMPT, 40, eos_every=5)
+    assert eos == EOS
+    text = bytes(ids).decode()
+    stop = text[len(text) - num_before :] + "<eos>"
+    async with serving(tmp_path, eos_every=5) as served:
+        request = new_request(max_new_tokens=40, ignore_eos=True, stop=(stop,), keep_stop=keep_stop)
+        end = end_of(await collect(served.loop.submit(request)))
+    assert end.finish_reason is FinishReason.STOP_SEQUENCE
+    assert end.generated_text == (text if keep_stop else text[: len(text) - num_before])
+
+
+async def test_text_that_a_special_token_frees_goes_out_with_it(tmp_path: Path) -> None:
+    *ids, _ = generated(PROMPT, 40, eos_every=5)
+    text = bytes(ids).decode()
+    async with serving(tmp_path, eos_every=5) as served:
+        request = new_request(
+            max_new_tokens=40, ignore_eos=True, stop=(text[-1] + "!",), keep_stop=False
+        )
+        events = await collect(served.loop.submit(request))
+    assert events[len(ids)].token.special
+    assert events[len(ids)].tail == text[-1]
+    end_of(events)
+
+
 async def test_prompt_logprobs_and_top_tokens_come_with_their_text(tmp_path: Path) -> None:
     async with serving(tmp_path) as served:
         request = new_request(b"abc", 1, prompt_logprobs=True, top_n_tokens=2)
@@ -323,4 +353,20 @@ async def test_a_step_that_never_ends_is_unhealthy(tmp_path: Path) -> None:
         assert not served.loop.is_healthy
         served.shard.gate.set()
         await collect(stream)
+        assert served.loop.is_healthy
+
+
+async def test_a_device_that_fails_every_step_is_unhealthy_until_one_succeeds(
+    tmp_path: Path,
+) -> None:
+    async with serving(tmp_path) as served:
+        await until(lambda: served.loop.is_healthy)
+        served.shard.engine.faults.pass_error = lambda _: "an illegal memory access"
+        while served.loop.is_healthy:
+            assert len(served.metrics.steps) < MAX_FAILED_STEPS
+            with pytest.raises(GenerationFailed):
+                await collect(served.loop.submit(new_request()))
+        assert len(served.metrics.steps) in (MAX_FAILED_STEPS, MAX_FAILED_STEPS + 1)
+        served.shard.engine.faults.pass_error = lambda _: ""
+        await collect(served.loop.submit(new_request()))
         assert served.loop.is_healthy

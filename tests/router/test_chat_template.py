@@ -10,6 +10,12 @@ from kagami_router.tokenizer import SpecialTokens
 
 TOKENS = SpecialTokens("<s>", "</s>", {"pad_token": "<pad>"})
 USER = [{"role": "user", "content": "Hi"}]
+# As the embedded model's.
+CHATML = (
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\\n' + message['content']"
+    " + '<|im_end|>' + '\\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
 
 
 def render(source: str, messages: list | None = None) -> str:
@@ -75,6 +81,50 @@ def test_the_assistants_last_message_is_continued(content: str, expected: str | 
     source = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}</s>"
     messages = [*USER, {"role": "assistant", "content": content}]
     assert render(source, messages) == (expected or "[user]Hi[assistant]</s>")
+
+
+@pytest.mark.parametrize("content", ["a", "e", "|", "end", "assistant"])
+def test_the_continued_text_is_not_looked_for_in_the_markup(content: str) -> None:
+    messages = [*USER, {"role": "assistant", "content": content}]
+    assert render(CHATML, messages) == (
+        f"<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n{content}"
+    )
+
+
+def test_a_template_that_prints_no_such_text_is_asked_for_a_new_message() -> None:
+    source = "{{ messages[0].content }}{% if add_generation_prompt %}>{% endif %}"
+    assert render(source, [*USER, {"role": "assistant", "content": "Sure"}]) == "Hi>"
+
+
+CALLS = [{"id": "0", "type": "function", "function": {"name": "f", "arguments": "{}"}}]
+ASSISTANT = {"role": "assistant", "tool_calls": CALLS}
+TOOL = {"role": "tool", "content": "7", "tool_call_id": "0"}
+
+
+@pytest.mark.parametrize("turn", [ASSISTANT, {**ASSISTANT, "content": None}])
+def test_a_template_that_knows_no_tool_calls_gets_them_as_text(turn: dict) -> None:
+    assert render(CHATML, [*USER, turn, TOOL]) == (
+        "<|im_start|>user\nHi<|im_end|>\n"
+        '<|im_start|>assistant\n[{"id":"0","type":"function","function":{"name":"f",'
+        '"arguments":"{}"}}]<|im_end|>\n'
+        "<|im_start|>tool\n7<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+@pytest.mark.parametrize("turn", [ASSISTANT, {**ASSISTANT, "content": None}])
+@pytest.mark.parametrize(
+    "condition",
+    ["m.tool_calls is defined", "'tool_calls' in m", "m['content'] is none", "not m.content"],
+)
+def test_a_template_that_reads_tool_calls_finds_them_and_an_empty_content(
+    turn: dict, condition: str
+) -> None:
+    source = (
+        "{% for m in messages %}[{{ m.role + m.content + '' }}{{ m.content }}]"
+        f"{{% if {condition} %}}"
+        "{{ m.tool_calls[0].function.name }}{% endif %}{% endfor %}"
+    )
+    assert render(source, [*USER, turn]) == "[userHiHi][assistant]f"
 
 
 def test_the_jinja_file_wins(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from kagami_router.metrics import GenerationStats, Metrics, PoolStats, StepStats
+from kagami_router.metrics import GenerationStats, Metrics, StepStats
+from kagami_router.scheduler.step import PoolStats
 
 
 def parsed(metrics: Metrics) -> dict[str, dict[str, float]]:

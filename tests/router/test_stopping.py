@@ -1,5 +1,8 @@
 """Stop strings on text, however it was cut into tokens."""
 
+import time
+import tracemalloc
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -49,6 +52,36 @@ def test_of_two_complete_at_once_the_longer_is_cut() -> None:
 
 def test_an_empty_stop_string_means_nothing() -> None:
     assert outcome(["abc"], [""], keep_stop=False) == (["abc", ""], False)
+
+
+def test_a_special_token_can_complete_a_stop_string_and_is_not_shown() -> None:
+    matcher = StopMatcher(["b<end>"], keep_stop=False)
+    assert matcher.push("ab") == ("a", False)
+    assert matcher.push("<end>", is_shown=False) == ("", True)
+
+
+def test_a_special_token_that_completes_nothing_frees_what_is_held_and_is_not_shown() -> None:
+    matcher = StopMatcher(["b<end>!"], keep_stop=False)
+    assert matcher.push("ab") == ("a", False)
+    assert matcher.push("<end>", is_shown=False) == ("", False)
+    assert matcher.push("?") == ("b?", False)
+    assert matcher.push("b") == ("", False)
+    assert matcher.push("<end>", is_shown=False) == ("", False)
+    assert matcher.rest() == "b"
+
+
+def test_a_stop_string_as_long_as_a_body_costs_no_more_than_what_matches() -> None:
+    stop = "b" * 1_990_000
+    tracemalloc.start()
+    begin = time.process_time()
+    matcher = StopMatcher([stop], keep_stop=False)
+    held = [matcher.push("b" * 4)[0] for _ in range(1000)]
+    spent, (_, peak) = time.process_time() - begin, tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert not any(held)
+    assert matcher.push("c") == ("b" * 4000 + "c", False)
+    assert peak < 2_000_000
+    assert spent < 1.0
 
 
 texts = st.text("ab\u3042", max_size=6)

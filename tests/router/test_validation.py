@@ -185,6 +185,21 @@ async def test_floats_are_what_the_shard_will_see(validation: Validation) -> Non
     assert valid.sampling.temperature == 0.10000000149011612
 
 
+@pytest.mark.parametrize(("given", "used"), [(1e-40, 1e-4), (1.5, 1.5), (1e38, 1e4)])
+async def test_a_repetition_penalty_cannot_make_a_logit_infinite(
+    validation: Validation, given: float, used: float
+) -> None:
+    valid = await validation.validate("a", P(repetition_penalty=given), add_special_tokens=True)
+    assert valid.sampling.repetition_penalty == used
+
+
+@pytest.mark.parametrize("neutral", [None, "", False])
+async def test_neutral_values_of_what_is_not_supported_pass(
+    validation: Validation, neutral: object
+) -> None:
+    await validation.validate("a", P(unsupported={"x": neutral}), add_special_tokens=True)
+
+
 async def test_drawn_seeds_use_the_whole_range(validation: Validation) -> None:
     seeds = [
         (await validation.validate("a", P(do_sample=True), add_special_tokens=True)).sampling.seed

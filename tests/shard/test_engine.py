@@ -25,7 +25,7 @@ def new_engine(model: TinyModel | None = None, parallel: TensorParallel | None =
         block_size=BLOCK,
         parallel=parallel,
     )
-    engine.warmup(Limits(64, 8, 100, 400))
+    engine.warmup(Limits(128, 8, 100, 400))
     return engine
 
 
@@ -76,13 +76,12 @@ def test_an_unfinished_chunk_samples_nothing() -> None:
 
 
 def test_a_batch_gives_what_each_gives_alone() -> None:
-    prompts = {1: PROMPT, 2: PROMPT[:4], 3: [7]}
+    prompts = {1: PROMPT, 2: PROMPT[:4], 3: [7], 4: [n % 50 for n in range(60)]}
+    blocks = {1: [1, 2, 3, 4], 2: [5, 6], 3: [7, 8], 4: list(range(10, 27))}
     expected = {
-        i: generate(new_engine(), new_sequence(i, ids), [1, 2, 3, 4], 4)
-        for i, ids in prompts.items()
+        i: generate(new_engine(), new_sequence(i, ids), blocks[i], 4) for i, ids in prompts.items()
     }
     engine = new_engine()
-    blocks = {1: [1, 2, 3, 4], 2: [5, 6], 3: [7, 8]}
 
     step = Step(
         1,
@@ -91,7 +90,7 @@ def test_a_batch_gives_what_each_gives_alone() -> None:
         [Work(i, 0, len(ids)) for i, ids in prompts.items()],
         blocks,
     )
-    seen: dict[int, list[int]] = {1: [], 2: [], 3: []}
+    seen: dict[int, list[int]] = {i: [] for i in prompts}
     for number in range(4):
         result = run(engine, step)
         for sequence_id, token_id in zip(result.ids, result.token_ids, strict=True):

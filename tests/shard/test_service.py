@@ -161,6 +161,20 @@ async def test_a_new_stream_forgets_the_old_ones_sequences(
     assert result.failures[0].message == "the sequence is not in memory"
 
 
+async def test_a_new_stream_ends_the_one_before_it(stub: TextGenerationServiceStub) -> None:
+    await warm_up(stub)
+    first = stub.Run()
+    await first.write(prefill())
+    await first.read()
+
+    second = stub.Run()
+    await second.write(prefill())
+    await second.read()
+
+    with pytest.raises(grpc.aio.AioRpcError, match="another step stream was opened"):
+        await first.read()
+
+
 async def test_what_the_shard_cannot_do_fails_that_sequence(
     stub: TextGenerationServiceStub,
 ) -> None:

@@ -31,6 +31,8 @@ from kagami_router.validation import GenerationParams, samples
 _CHAT = msgspec.json.Decoder(ChatRequest)
 # Rendering costs some 5 us a message: longer chats go to a thread.
 INLINE_MESSAGES = 100
+# OpenAI's sign for "as good as impossible"; its clients read numbers only.
+_IMPOSSIBLE = -9999.0
 _ROLE = b'"role":"assistant",'
 
 
@@ -195,7 +197,7 @@ def _message(index: int, message: Mapping[str, Any]) -> Mapping[str, Any]:
         )
     elif content is not None and not isinstance(content, str):
         raise MalformedBody(f"{place}.content: expected a text or a list of chunks")
-    return kept if "content" in kept else {**kept, "content": None}
+    return kept
 
 
 def _chunk_text(place: str, chunk: object) -> str:
@@ -229,10 +231,15 @@ def _choice(index: int, generation: Generation, has_logprobs: bool) -> ChatChoic
 def _logprob(token: Token, alternatives: Sequence[Token]) -> ChatLogprob:
     return ChatLogprob(
         token.text,
-        shortest(token.logprob),
+        _finite(token.logprob),
         list(token.text.encode()),
         [
-            TopLogprob(one.text, shortest(one.logprob), list(one.text.encode()))
+            TopLogprob(one.text, _finite(one.logprob), list(one.text.encode()))
             for one in alternatives
         ],
     )
+
+
+def _finite(logprob: float) -> float:
+    number = shortest(logprob)
+    return _IMPOSSIBLE if number is None else number

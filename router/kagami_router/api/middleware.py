@@ -14,6 +14,7 @@ from typing import TypeVar
 
 import msgspec
 from aiohttp import hdrs, web
+from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.typedefs import Handler, Middleware
 
 from kagami_proto.errors import (
@@ -50,6 +51,34 @@ _VARY = "origin, access-control-request-method, access-control-request-headers"
 
 class InternalError(KagamiError):
     """A bug of ours, as the client sees it."""
+
+
+class UnreadableBody(NotJson):
+    """The body broke off, or is not coded as its headers say."""
+
+
+def _tell_connection_faults(record: logging.LogRecord) -> bool:
+    """A filter: malformed HTTP is the client's fault, one line without our traceback."""
+    error = record.exc_info[1] if record.exc_info else None
+    if isinstance(error, web.RequestPayloadError):
+        return False  # `read_body` has said so
+    if isinstance(error, HttpProcessingError):
+        record.levelno, record.levelname = logging.WARNING, logging.getLevelName(logging.WARNING)
+        record.msg, record.args = "Malformed HTTP: %s", (_reason(error),)
+        record.exc_info = None
+    return connection_logger.isEnabledFor(record.levelno)
+
+
+# For aiohttp's server, which answers by itself what is no HTTP: no middleware sees it.
+connection_logger = logging.getLogger(f"{__name__}.connection")
+connection_logger.addFilter(_tell_connection_faults)
+
+
+def _reason(error: BaseException) -> str:
+    """What aiohttp says of a broken message, on one line."""
+    return " ".join(
+        (error.message if isinstance(error, HttpProcessingError) else str(error)).split()
+    )
 
 
 def report(request: web.Request, error: Exception) -> KagamiError:
@@ -171,7 +200,11 @@ async def read_body(request: web.Request, decoder: msgspec.json.Decoder[_Body]) 
     """The request's body as the route's type; raises the `InvalidRequest` that fits."""
     if not _JSON_TYPE.fullmatch(request.content_type):
         raise UnsupportedMediaType("Expected request with `Content-Type: application/json`")
-    body = await request.read()
+    try:
+        body = await request.read()
+    except web.RequestPayloadError as error:
+        cause = _reason(error.__cause__ or error)
+        raise UnreadableBody(f"Failed to buffer the request body: {cause}") from error
     try:
         return decoder.decode(body)
     except msgspec.ValidationError as error:
@@ -181,7 +214,7 @@ async def read_body(request: web.Request, decoder: msgspec.json.Decoder[_Body]) 
         raise MalformedBody(
             f"Failed to deserialize the JSON body into the target type: {text}"
         ) from error
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise NotJson(f"Failed to parse the request body as JSON: {error}") from error
 
 

@@ -69,7 +69,7 @@ class TokenOut(Struct, frozen=True):
 
     id: int
     text: str
-    logprob: float
+    logprob: float | None
     special: bool
 
 
@@ -350,17 +350,16 @@ class OpenAIStreamErrorEvent(Struct, frozen=True):
 encode = msgspec.json.Encoder().encode
 
 _FLOAT = struct.Struct("f")
-# OpenAI's sign for "as good as impossible"; JSON has no infinity.
-_IMPOSSIBLE = -9999.0
 
 
-def shortest(logprob: float) -> float:
+def shortest(logprob: float) -> float | None:
     """The 64-bit float that prints with the fewest digits that name this 32-bit value.
 
-    `-0.34` for 0x1.5c28f6p-2, not `-0.3400000035762787`. 0.6 us.
+    `-0.34` for 0x1.5c28f6p-2, not `-0.3400000035762787`. 0.6 us. None for what is no number in
+    JSON: infinities and NaN.
     """
     if not math.isfinite(logprob):
-        return _IMPOSSIBLE
+        return None
     for digits in ("%.7g", "%.8g"):
         rounded = float(digits % logprob)
         if _FLOAT.unpack(_FLOAT.pack(rounded))[0] == logprob:

@@ -20,7 +20,6 @@ from bisect import insort
 from collections import deque
 from dataclasses import dataclass
 
-from kagami_router.metrics import PoolStats
 from kagami_router.requests import ValidRequest
 from kagami_router.scheduler.blocks import BlockAllocator
 from kagami_router.scheduler.isolation import FaultIsolation
@@ -29,6 +28,7 @@ from kagami_router.scheduler.sequence import Sequence, Status, age
 from kagami_router.scheduler.step import (
     Event,
     NewSequence,
+    PoolStats,
     SequenceFailed,
     Step,
     StepResults,
@@ -381,13 +381,12 @@ class Scheduler:
         sequence.blocks = []
         sequence.path = []
 
-    def update(self, results: StepResults, now: float) -> list[Event]:
+    def update(self, results: StepResults) -> list[Event]:
         """Take the results of the oldest step in flight; what they mean for each sequence.
 
         Tokens of a sequence that ended meanwhile are discarded; those of a preempted one count:
         they were computed before anybody else could write into its blocks.
         """
-        del now
         step = self._in_flight.popleft()
         assert step.number == results.number, f"step {results.number} came for {step.number}"
         for work in step.work:

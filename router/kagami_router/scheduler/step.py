@@ -110,3 +110,17 @@ class SequenceFailed(NamedTuple):
 
 
 Event = TokenSampled | SequenceFailed
+
+
+@dataclass(frozen=True, slots=True)
+class PoolStats:
+    """The scheduler's state after a step."""
+
+    running: int
+    waiting: int
+    blocks_total: int
+    blocks_used: int
+    """Held by sequences, each shared block once."""
+    blocks_cached: int
+    """Kept by the prefix cache and held by no sequence."""
+    running_tokens: int

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from kagami_shard.device import to_device
+
 # The nucleus of real text lies within this many candidates; a row that needs more is sorted whole.
 _CANDIDATES = 1024
 
@@ -43,17 +45,19 @@ def penalize(
     `logit -= frequency * count + presence * (count > 0)`.
     """
     device = logits.device
-    sizes = torch.tensor([len(history.counts) for history in histories], device=device)
-    row = torch.tensor(rows, device=device).repeat_interleave(sizes)
-    ids = torch.tensor([key for h in histories for key in h.counts], device=device)
-    counts = torch.tensor(
-        [value for h in histories for value in h.counts.values()],
-        device=device,
-        dtype=logits.dtype,
-    )
+    lengths = [len(history.counts) for history in histories]
+    total = sum(lengths)
+    sizes = to_device(lengths, dtype=torch.int64, device=device)
 
-    def spread(values: Sequence[float]) -> Tensor:
-        return torch.tensor(values, device=device, dtype=logits.dtype).repeat_interleave(sizes)
+    def spread(values: Sequence[float], dtype: torch.dtype = logits.dtype) -> Tensor:
+        per_row = to_device(values, dtype=dtype, device=device)
+        return per_row.repeat_interleave(sizes, output_size=total)
+
+    row = spread(rows, torch.int64)
+    used = [key for history in histories for key in history.counts]
+    times = [value for history in histories for value in history.counts.values()]
+    ids = to_device(used, dtype=torch.int64, device=device)
+    counts = to_device(times, dtype=logits.dtype, device=device)
 
     repeated = spread(repetition)
     chosen = logits[row, ids]
@@ -69,6 +73,8 @@ def keep_top(logits: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
     switch them off. Top-p (nucleus sampling, arXiv:1904.09751) keeps the most likely tokens up to
     and including the one at which their sum passes `top_p`.
     """
+    if logits.is_cuda:  # a full sort is cheap there, looking at a result on the host is not
+        return _keep_among(logits, top_k, top_p, logits.shape[-1])[0]
     width = min(logits.shape[-1], _CANDIDATES)
     keep, covered = _keep_among(logits, top_k, top_p, width)
     if not covered.all():

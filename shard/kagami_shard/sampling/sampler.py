@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kagami_shard.device import to_device
 from kagami_shard.sampling.philox import uniform
 from kagami_shard.sampling.processors import History, keep_top, keep_typical, penalize
 
@@ -58,7 +59,7 @@ class Drawn(NamedTuple):
     token_ids: Tensor
     """`[num_rows]` int64"""
     logprobs: Tensor
-    """`[num_rows]` float32; not finite where the row's logits were not"""
+    """`[num_rows]` float32; not finite where there was no distribution to draw from"""
     top_ids: Tensor
     """`[num_rows, max top_n]` int64, most likely first"""
     top_logprobs: Tensor
@@ -72,8 +73,9 @@ def draw(logits: Tensor, rows: Sequence[Row]) -> Drawn:
     sampled = [index for index, row in enumerate(rows) if row.parameters.do_sample]
     if sampled:
         chosen = rows if len(sampled) == len(rows) else [rows[index] for index in sampled]
-        index = torch.tensor(sampled, device=logits.device)
-        token_ids[index] = _draw_sampled(processed[index], chosen)
+        index = to_device(sampled, dtype=torch.int64, device=logits.device)
+        token_ids[index], is_drawn = _draw_sampled(processed[index], chosen)
+        normalizer[index] += torch.where(is_drawn, 0.0, float("nan"))[:, None]
     logprobs = logits.gather(-1, token_ids[:, None]) - normalizer
     width = max((row.top_n for row in rows), default=0)
     if width:
@@ -110,31 +112,30 @@ def _penalized(logits: Tensor, rows: Sequence[Row]) -> Tensor:
     return processed
 
 
-def _draw_sampled(logits: Tensor, rows: Sequence[Row]) -> Tensor:
+def _draw_sampled(logits: Tensor, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+    """The drawn ids, and for which rows there was a distribution to draw from."""
     vocab_size, device = logits.shape[-1], logits.device
     parameters = [row.parameters for row in rows]
-    temperature = torch.tensor([each.temperature for each in parameters], device=device)
-    logits = logits / temperature[:, None]
+
+    def column(values: Sequence[float], dtype: torch.dtype = torch.float32) -> Tensor:
+        return to_device(values, dtype=dtype, device=device)
+
+    logits = logits / column([each.temperature for each in parameters])[:, None]
     filtered = [i for i, each in enumerate(parameters) if each.top_k or each.top_p < 1]
     if filtered:
-        index = torch.tensor(filtered, device=device)
-        top_k = [parameters[i].top_k or vocab_size for i in filtered]
+        index = column(filtered, torch.int64)
+        top_k = [min(parameters[i].top_k or vocab_size, vocab_size) for i in filtered]
         top_p = [parameters[i].top_p for i in filtered]
-        keep = keep_top(
-            logits[index],
-            torch.tensor(top_k, device=device).clamp_(max=vocab_size),
-            torch.tensor(top_p, device=device),
-        )
+        keep = keep_top(logits[index], column(top_k, torch.int64), column(top_p))
         logits[index] = logits[index].masked_fill_(~keep, float("-inf"))
     typical = [i for i, each in enumerate(parameters) if each.typical_p < 1]
     if typical:
-        index = torch.tensor(typical, device=device)
-        mass = torch.tensor([parameters[i].typical_p for i in typical], device=device)
-        keep = keep_typical(logits[index], mass)
+        index = column(typical, torch.int64)
+        keep = keep_typical(logits[index], column([parameters[i].typical_p for i in typical]))
         logits[index] = logits[index].masked_fill_(~keep, float("-inf"))
     numbers = [uniform(row.parameters.seed, row.position) for row in rows]
     cumulative = logits.double().softmax(-1).cumsum(-1)
-    targets = torch.tensor(numbers, device=device, dtype=torch.float64) * cumulative[:, -1]
-    # A non-finite row finds no place; its sequence fails by its logprob.
+    total = cumulative[:, -1]
+    targets = column(numbers, torch.float64) * total
     found = torch.searchsorted(cumulative, targets[:, None], right=True)
-    return found[:, 0].clamp_(max=vocab_size - 1)
+    return found[:, 0].clamp_(max=vocab_size - 1), total.isfinite()

@@ -114,6 +114,15 @@ async def test_logprobs_have_alternatives_and_bytes() -> None:
         assert loop.requests[0].top_n_tokens == 2
 
 
+async def test_a_logprob_that_is_no_number_is_openais_impossible() -> None:
+    never = Token(40, "Hi", float("-inf"), False)
+    loop = FakeLoop(lambda _: [*turns_of([never], top_tokens=(never,))])
+    body = CHAT | {"logprobs": True, "top_logprobs": 1}
+    async with serving(loop) as server, server.post(PATH, body) as response:
+        (one,) = (await response.json())["choices"][0]["logprobs"]["content"]
+    assert one["logprob"] == one["top_logprobs"][0]["logprob"] == -9999.0
+
+
 async def test_n_makes_choices_with_seeds_of_their_own() -> None:
     async with serving(hi_loop()) as server:
         async with server.post(PATH, CHAT | {"n": 2, "seed": 2**64 - 1}) as response:
@@ -254,6 +263,18 @@ async def test_bad_messages_are_refused(message: dict[str, Any], text: str) -> N
     async with serving() as server, server.post(PATH, {"messages": [message]}) as response:
         assert response.status == 422
         assert text in (await response.json())["error"]
+
+
+@pytest.mark.parametrize("content", [{}, {"content": None}])
+async def test_a_turn_of_tool_calls_alone_is_served(content: dict[str, Any]) -> None:
+    call = {"id": "0", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    turn = {"role": "assistant", "tool_calls": [call]} | content
+    body = {"messages": [*MESSAGES, turn, {"role": "tool", "content": "7"}]}
+    async with serving() as server, server.post("/chat_tokenize", body) as response:
+        assert response.status == 200
+        text = (await response.json())["templated_text"]
+    assert '<|assistant|>[{"id":"0"' in text
+    assert text.endswith("<|tool|>7\n<|assistant|>")
 
 
 async def test_text_chunks_are_joined() -> None:

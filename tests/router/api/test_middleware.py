@@ -1,3 +1,6 @@
+import asyncio
+import logging
+
 import pytest
 from tests.fakes.fake_server import serving
 
@@ -39,6 +42,60 @@ async def test_a_bad_body_is_refused_with_the_path(body: bytes, status: int, tex
             answer = await response.json()
             assert answer["error_type"] == "validation"
             assert text in answer["error"]
+
+
+@pytest.mark.parametrize("path", ["/generate", "/v1/chat/completions"])
+async def test_json_that_is_nested_too_deeply_is_refused(path: str) -> None:
+    body = b'{"x":' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+    async with serving() as server:
+        async with server.http.post(path, data=body, headers=JSON) as response:
+            assert response.status == 400
+            text = (await response.json())["error"]
+    assert text.startswith("Failed to parse the request body as JSON: ")
+
+
+async def sent_raw(url: str, message: bytes) -> str:
+    """The answer to a request that no client library would send."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]))
+    writer.write(message)
+    async with asyncio.timeout(5):
+        answer = await reader.readuntil(b"\r\n\r\n")
+        answer += await reader.read(4096)
+    writer.close()
+    await writer.wait_closed()
+    return answer.decode()
+
+
+HEAD = b"POST /generate HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n"
+CHUNKED = HEAD + b"transfer-encoding: chunked\r\n\r\n"
+
+
+async def test_a_body_that_cannot_be_read_is_refused_in_one_line(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    coded = b'content-encoding: gzip\r\ncontent-length: 14\r\n\r\n{"inputs":"a"}'
+    async with serving() as server:
+        answer = await sent_raw(server.url, HEAD + coded)
+    assert answer.startswith("HTTP/1.1 400 ")
+    assert "Failed to buffer the request body: Can not decode content-encoding: gzip" in answer
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+    assert caplog.records[0].exc_info is None
+
+
+@pytest.mark.parametrize(
+    "message", [CHUNKED + b"zz\r\n", b"GET / HTTP/1.1\r\nhost: a\r\nno header\r\n\r\n"]
+)
+async def test_what_is_no_http_is_a_warning_of_one_line(
+    message: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with serving() as server:
+        answer = await sent_raw(server.url, message)
+    assert " 400 " in answer
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert record.exc_info is None
+    assert record.getMessage().startswith("Malformed HTTP: Invalid")
+    assert "\n" not in record.getMessage()
 
 
 async def test_unknown_fields_are_ignored() -> None:
@@ -120,6 +177,12 @@ async def test_the_api_key_is_compared_exactly(header: str | None, status: int) 
 async def test_the_api_key_guards_all_but_health_and_metrics(path: str, status: int) -> None:
     async with serving(key="Secret") as server, server.http.get(path) as response:
         assert response.status == status
+
+
+@pytest.mark.parametrize("path", ["/tokenize", "/chat_tokenize", "/v1/completions", "/"])
+async def test_the_api_key_guards_every_post(path: str) -> None:
+    async with serving(key="Secret") as server, server.post(path, {}) as response:
+        assert response.status == 401
 
 
 async def test_preflight_allows_authorization_without_a_key() -> None:

@@ -45,7 +45,7 @@ def answer(scheduler: Scheduler, step: Step, **changes: object) -> list[Event]:
     """Confirm a step: whoever samples gets the token 100."""
     samples = [Sample(work.sequence.id, 100, -0.5) for work in step.work if work.samples]
     results = StepResults(step.number, **({"samples": samples} | changes))
-    events = scheduler.update(results, 0.0)
+    events = scheduler.update(results)
     scheduler.check_integrity()
     return events
 

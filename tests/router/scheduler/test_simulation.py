@@ -173,7 +173,7 @@ class Simulation:
         step = self.queue.popleft()
         result = self.engine.run(to_request(step))
         stands_alone = len(step.work) == 1
-        for event in self.scheduler.update(to_results(result, step), self.now):
+        for event in self.scheduler.update(to_results(result, step)):
             sequence = event.sequence
             assert sequence.id in self.open, "an event after the last one"
             if isinstance(event, TokenSampled):

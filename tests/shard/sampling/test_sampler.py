@@ -92,3 +92,12 @@ def test_a_row_that_is_not_finite_spoils_no_other() -> None:
 
     assert drawn.token_ids[0] == expected[0]
     assert drawn.logprobs.isfinite().tolist() == [True, False]
+
+
+def test_a_row_without_a_distribution_is_not_finite() -> None:
+    logits = torch.tensor([[1.0, 2.0, 3.0]])
+    parameters = sampled(1, repetition_penalty=1e-40)
+
+    drawn = draw(logits, [Row(parameters, 1, History([0], 0), 0)])
+
+    assert not drawn.logprobs.isfinite().any()

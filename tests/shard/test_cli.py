@@ -1,0 +1,42 @@
+from pathlib import Path
+
+import pytest
+
+from kagami_shard import cli
+
+
+def test_defaults(tmp_path: Path) -> None:
+    args = cli.parse(["serve", str(tmp_path)], {})
+
+    assert args.model_folder == tmp_path
+    assert (args.dtype, args.uds_path) == ("bfloat16", "/tmp/text-generation-server")
+    assert (args.rank, args.world_size, args.max_total_tokens) == (0, 1, 0)
+
+
+def test_rank_and_limits_come_from_the_environment(tmp_path: Path) -> None:
+    environ = {"RANK": "1", "WORLD_SIZE": "2", "MAX_TOTAL_TOKENS": "77"}
+
+    args = cli.parse(["serve", str(tmp_path)], environ)
+
+    assert (args.rank, args.world_size, args.max_total_tokens) == (1, 2, 77)
+
+
+@pytest.mark.parametrize(
+    ("argv", "environ", "word"),
+    [
+        (["serve", "/no/such/folder"], {}, "/no/such/folder"),
+        (["serve", "/tmp", "--dtype", "int3"], {}, "int3"),
+        (["serve", "/tmp", "--unknown"], {}, "--unknown"),
+        (["serve", "/tmp"], {"RANK": "first"}, "first"),
+    ],
+)
+def test_a_usage_error_is_one_line_and_exit_code_2(
+    argv: list[str], environ: dict[str, str], word: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as raised:
+        cli.parse(argv, environ)
+
+    error = capsys.readouterr().err
+    assert raised.value.code == 2
+    assert error.count("\n") == 1
+    assert word in error

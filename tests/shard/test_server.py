@@ -1,0 +1,33 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from kagami_shard.server import eos_token_ids
+
+
+def write(folder: Path, name: str, content: object) -> None:
+    (folder / name).write_text(json.dumps(content), encoding="utf-8")
+
+
+@pytest.mark.parametrize(("value", "expected"), [(2, [2]), ([2, 5], [2, 5]), (0, [0])])
+def test_eos_comes_from_the_generation_config(
+    tmp_path: Path, value: object, expected: list[int]
+) -> None:
+    write(tmp_path, "generation_config.json", {"eos_token_id": value})
+    write(tmp_path, "config.json", {"eos_token_id": 9})
+
+    assert eos_token_ids(tmp_path) == expected
+
+
+def test_eos_falls_back_to_the_config_and_its_text_part(tmp_path: Path) -> None:
+    write(tmp_path, "generation_config.json", {"temperature": 1})
+    write(tmp_path, "config.json", {"text_config": {"eos_token_id": 4}})
+
+    assert eos_token_ids(tmp_path) == [4]
+
+
+def test_a_model_without_eos_has_none(tmp_path: Path) -> None:
+    write(tmp_path, "config.json", {})
+
+    assert eos_token_ids(tmp_path) == []

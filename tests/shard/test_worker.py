@@ -1,0 +1,101 @@
+"""The worker's order: what is published when, with and without overlap."""
+
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import pytest
+import torch
+from tests.fakes.tiny_model import TinyModel
+
+from kagami_shard.attention.sdpa import SdpaAttention
+from kagami_shard.engine import Engine, Limits
+from kagami_shard.sampling.sampler import SamplingParameters
+from kagami_shard.step import NewSequence, Step, StepResult, Work
+from kagami_shard.worker import Worker
+
+PROMPT = [3, 1, 4, 1, 5]
+
+
+def new_engine(model: TinyModel) -> Engine:
+    engine = Engine(
+        model, SdpaAttention(), dtype=torch.float32, device=torch.device("cpu"), block_size=4
+    )
+    engine.warmup(Limits(16, 4, 40, 100))
+    return engine
+
+
+def steps(sampling: SamplingParameters) -> list[Step]:
+    new = NewSequence(1, PROMPT, len(PROMPT), sampling)
+    first = Step(1, [new], (), [Work(1, 0, 5)], {1: [1, 2, 3]})
+    return [first, *(Step(n, work=[Work(1, n + 3, 1)]) for n in range(2, 7))]
+
+
+def run_all(model: TinyModel, to_run: list[Step], *, overlap: bool) -> list[StepResult]:
+    results: list[StepResult] = []
+    with ThreadPoolExecutor(1) as thread:
+        with Worker(new_engine(model), thread, overlap=overlap) as worker:
+            for step in to_run:
+                worker.run(step, results.append)
+        assert worker.last_step == results[-1].number
+    return results
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [SamplingParameters(), SamplingParameters(do_sample=True, seed=3, repetition_penalty=1.3)],
+)
+def test_overlap_gives_the_same_results_in_order(sampling: SamplingParameters) -> None:
+    plain = run_all(TinyModel(), steps(sampling), overlap=False)
+    overlapped = run_all(TinyModel(), steps(sampling), overlap=True)
+
+    assert [result.number for result in overlapped] == [1, 2, 3, 4, 5, 6]
+    assert [r.token_ids for r in overlapped] == [r.token_ids for r in plain]
+    assert not any(result.failures or result.error for result in overlapped)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_failed_step_keeps_its_place(overlap: bool) -> None:
+    model = TinyModel()
+    model.fail_at = 9
+    bad = NewSequence(2, [9, 9], 2, SamplingParameters())
+    to_run = steps(SamplingParameters())[:1]
+    to_run += [Step(2, [bad], (), [Work(2, 0, 2)], {2: [5]}), Step(3, work=[Work(1, 5, 1)])]
+
+    results = run_all(model, to_run, overlap=overlap)
+
+    assert [result.number for result in results] == [1, 2, 3]
+    assert [result.error for result in results] == ["", "the kernel broke", ""]
+
+
+def test_calls_run_between_steps_in_their_order() -> None:
+    order: list[object] = []
+    done: Future[None] = Future()
+    first, second, *_ = steps(SamplingParameters())
+
+    with (
+        ThreadPoolExecutor(1) as thread,
+        Worker(new_engine(TinyModel()), thread, overlap=True) as worker,
+    ):
+        worker.run(first, lambda result: order.append(result.number))
+        worker.call(lambda: order.append("call"))
+        worker.run(second, lambda result: order.append(result.number))
+        worker.call(lambda: done.set_result(None))
+        done.result(timeout=10)
+
+    assert order == [1, "call", 2]
+
+
+def test_a_lost_device_ends_the_loop() -> None:
+    results: list[StepResult] = []
+    engine = new_engine(TinyModel())
+    lost = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    def launch(step: Step) -> None:
+        raise lost
+
+    engine.launch = launch  # type: ignore[assignment,method-assign]  # a device cannot be broken
+    with ThreadPoolExecutor(1) as thread, Worker(engine, thread, overlap=True) as worker:
+        worker.run(Step(1), results.append)
+        reason = worker.ended.exception(timeout=10)
+
+    assert reason is lost
+    assert "illegal memory access" in results[0].error
