@@ -49,6 +49,8 @@ _DOWNLOAD: Mapping[str, object] = {"span": "download"}
 _POLL_S, _PROBE_TIMEOUT_S, _WAITING_EVERY_S = 0.1, 1.0, 10.0
 # Nobody is being served yet, so there is nothing to finish: router and shard together end in 5 s.
 _STARTUP_GRACE_S = 2.0
+# Without one of its shards a model finishes nothing: what is left may say so, and hang no longer.
+_BROKEN_GRACE_S = 5.0
 # A router that lost its shard may be gone before it: the shard's own end follows within this time.
 _SHARD_ENDS_WITHIN_S = 1.0
 _MAX_SOCKET_PATH = 107  # sun_path of unix(7), less its terminator
@@ -237,7 +239,9 @@ class Launch:
         """End whatever runs: the router first, with time to finish its streams, then all shards."""
         is_serving = self._router is not None and self._router.has_connected
         full_s = float(self._invocation.args.graceful_termination_timeout)
-        grace_s = full_s if is_serving else min(full_s, _STARTUP_GRACE_S)
+        is_broken = any(not (shard.is_running or shard.was_asked_to_end) for shard in self._shards)
+        most_s = _BROKEN_GRACE_S if is_broken else full_s
+        grace_s = min(full_s, most_s if is_serving else _STARTUP_GRACE_S)
         if self._converter:
             self._supervisor.stop([self._converter], grace_s)
         if self._router:

@@ -97,7 +97,9 @@ class Worker:
         # A border: whatever a forward pass raises fails this step, and the shard goes on.
         except Exception as error:
             self._collect()
-            publish(self._failed(step.number, error))
+            failed = self._failed(step.number, error)
+            _raise_if_parted(error)
+            publish(failed)
             _raise_if_lost(error)
             return
         self._collect()
@@ -113,7 +115,9 @@ class Worker:
             result = self._engine.collect(launched)
         # A device reports a failed kernel when its results are read.
         except Exception as error:
-            publish(self._failed(launched.number, error))
+            failed = self._failed(launched.number, error)
+            _raise_if_parted(error)
+            publish(failed)
             _raise_if_lost(error)
             return
         self.last_step = result.number
@@ -130,11 +134,16 @@ class Worker:
 
 
 def _raise_if_lost(error: Exception) -> None:
-    """A CUDA error is sticky: every later call fails too, and only a new process helps.
+    """A CUDA error is sticky: every later call fails too, and only a new process helps."""
+    if isinstance(error, torch.AcceleratorError) and not isinstance(error, torch.OutOfMemoryError):
+        raise error
 
-    Neither do ranks find together again.
+
+def _raise_if_parted(error: Exception) -> None:
+    """Ranks do not find together again.
+
+    No result says so: the router would wait for that of a rank that hangs, while the end of this
+    one's stream is heard at once.
     """
     if isinstance(error, RankLost):
-        raise error
-    if isinstance(error, torch.AcceleratorError) and not isinstance(error, torch.OutOfMemoryError):
         raise error

@@ -299,6 +299,16 @@ def test_one_dead_shard_of_several_is_named_and_ends_the_tree(
     wait_until_dead(launcher.child_pids())
 
 
+def test_a_stuck_shard_does_not_keep_a_broken_tree_alive(launch: Launch) -> None:
+    modes = {"FAKE_SHARD_0": "stuck", "FAKE_SHARD_1": "crash", "FAKE_ROUTER": "deaf"}
+    launcher = launch("--num-shard", "2", "--master-port", free_port(), **modes)
+    code, stdout, stderr = launcher.finish(timeout_s=30)  # not two times 90 s
+    assert (code, stderr) == (1, "Error: ShardFailed\n")
+    assert "webserver killed" in stdout
+    assert "shard killed" in stdout
+    wait_until_dead(launcher.child_pids())
+
+
 def test_a_shard_that_is_not_ready_is_the_one_named(launch: Launch) -> None:
     options = {"FAKE_SHARD_1": "hang", "KAGAMI_STARTUP_TIMEOUT": "2"}
     code, stdout, _ = launch("--num-shard", "2", "--master-port", free_port(), **options).finish()
