@@ -98,7 +98,6 @@ _GROUPS = _MODEL, _LIMITS, _BATCH, _SERVER, _SHARD, _LOGS = (
 )
 _NO_GRAPHS = "CUDA graphs are not captured yet"
 _NO_TRACES = "traces are not exported yet"
-_ONE_SHARD = "there is only one shard"
 _NO_WATERMARK = "watermarking is not supported yet"
 _NO_ROPE = "the model's own rope scaling is used"
 _NO_NGROK = "ngrok tunnels are not supported"
@@ -117,9 +116,9 @@ class LauncherArgs:
     revision: str | None = _flag(None, str, _MODEL, "commit, branch or tag of a hub model")
     validation_workers: int = _flag(2, _count, _LIMITS, "tokenizer threads of the router")
     sharded: bool | None = _flag(
-        None, _boolean, _SHARD, "whether to shard the model: true or false"
+        None, _boolean, _SHARD, "true: a shard for each visible device; false: one shard"
     )
-    num_shard: int | None = _flag(None, _count, _SHARD, "number of shards (only 1 so far)")
+    num_shard: int | None = _flag(None, _count, _SHARD, "number of shards, a GPU for each")
     quantize: str | None = _choice(
         None,
         "awq eetq exl2 gptq marlin bitsandbytes bitsandbytes-nf4 bitsandbytes-fp4 fp8 "
@@ -168,10 +167,8 @@ class LauncherArgs:
     shard_uds_path: str = _flag(
         "/tmp/text-generation-server", str, _SHARD, "prefix of the shards' sockets"
     )
-    master_addr: str = _flag(
-        "localhost", str, _SHARD, "where shards meet: address", unused=_ONE_SHARD
-    )
-    master_port: int = _flag(29500, _port, _SHARD, "where shards meet: port", unused=_ONE_SHARD)
+    master_addr: str = _flag("localhost", str, _SHARD, "where shards meet: address")
+    master_port: int = _flag(29500, _port, _SHARD, "where shards meet: port")
     huggingface_hub_cache: str | None = _flag(None, str, _MODEL, "folder of the hub cache")
     weights_cache_override: str | None = _flag(
         None, str, _MODEL, "folder that stands for the hub: the weights of --model-id"

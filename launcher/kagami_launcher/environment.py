@@ -20,6 +20,8 @@ from kagami_launcher.plan import Devices
 # Children get the flags by argv, or by what the plan adds: a variable that the launcher's command
 # line overrode must not reach them behind its back.
 _FLAG_VARIABLES = frozenset(item.name.upper() for item, _ in flags())
+# In TGI's order: the first that is set counts.
+DEVICE_VARIABLES = ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "ZE_AFFINITY_MASK")
 _ALWAYS: Mapping[str, str] = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONUNBUFFERED": "1"}
 
 
@@ -69,11 +71,24 @@ def find_devices(base: Mapping[str, str]) -> Devices:
     present = len(cards) or sum(
         path.name.removeprefix("nvidia").isdecimal() for path in Path("/dev").glob("nvidia*")
     )
+    num_listed = _num_listed(base, present)
     visible = base.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         present = min(present, _num_visible(visible))
     card = cards[0].strip().lower().replace(" ", "-") if cards and present else ""
-    return Devices(present, card)
+    return Devices(present, card, num_listed)
+
+
+def _num_listed(base: Mapping[str, str], present: int) -> int | None:
+    """How many devices the first of these variables lists, by TGI's rule: its commas count.
+
+    `all`, which the container toolkit sets, and `void` mean the cards that nvidia-smi finds.
+    """
+    for name in DEVICE_VARIABLES:
+        if (value := base.get(name)) is not None:
+            is_all = name == "NVIDIA_VISIBLE_DEVICES" and value.strip() in ("all", "void")
+            return present if is_all else len(value.split(","))
+    return None
 
 
 def _num_visible(value: str) -> int:

@@ -1,11 +1,11 @@
-"""The launcher's life, top to bottom: check, prepare the weights, shard, router, wait, stop.
+"""The launcher's life, top to bottom: check, prepare the weights, shards, router, wait, stop.
 
 ```
-PARSE ─usage─► 2    CHECK ─refused─► 1    PREPARE ─no model─► 1    SHARD ─dies, too slow─► 1
+PARSE ─usage─► 2    CHECK ─refused─► 1    PREPARE ─no model─► 1    SHARDS ─one dies, too slow─► 1
 ROUTER ─not found─► 1    RUN ─a child ends─► 1    a stop signal, anywhere ─► 0
 ```
 
-Every way out stops the router before the shard: the router needs it to finish running streams.
+Every way out stops the router before the shards: it needs all of them to finish running streams.
 """
 
 import errno
@@ -16,7 +16,7 @@ import socket
 import stat
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -49,6 +49,8 @@ _DOWNLOAD: Mapping[str, object] = {"span": "download"}
 _POLL_S, _PROBE_TIMEOUT_S, _WAITING_EVERY_S = 0.1, 1.0, 10.0
 # Nobody is being served yet, so there is nothing to finish: router and shard together end in 5 s.
 _STARTUP_GRACE_S = 2.0
+# Without one of its shards a model finishes nothing: what is left may say so, and hang no longer.
+_BROKEN_GRACE_S = 5.0
 # A router that lost its shard may be gone before it: the shard's own end follows within this time.
 _SHARD_ENDS_WITHIN_S = 1.0
 _MAX_SOCKET_PATH = 107  # sun_path of unix(7), less its terminator
@@ -69,8 +71,8 @@ def run(invocation: Invocation) -> int:
             launch.check()
             held.callback(os.close, _claim(f"{plan.socket_prefix(invocation.args)}-0"))
             source = launch.prepare()
-            shard_plan, router_plan = launch.plan(source)
-            launch.start_shard(shard_plan)
+            shard_plans, router_plan = launch.plan(source)
+            launch.start_shards(shard_plans)
             launch.start_router(router_plan)
             launch.watch()
         except LaunchFailed as failure:
@@ -90,9 +92,10 @@ class Launch:
         self._supervisor = supervisor
         self._downloader: Child | None = None
         self._converter: Child | None = None
-        self._shard: Child | None = None
+        self._shards: list[Child] = []  # by rank
         self._router: Child | None = None
         self._devices = Devices(0)
+        self._num_shard = 1
 
     def check(self) -> None:
         """Say what was asked for, and refuse what cannot be done, before any work."""
@@ -100,13 +103,21 @@ class Launch:
         if args.env:
             log.info("%s", environment.report(environ))
         log.info("%s", cli.dump(args))
-        plan.check(args)
         self._devices = environment.find_devices(environ)
-        for line in plan.warnings(self._invocation, self._devices):
+        if args.sharded and args.num_shard is None:
+            log.info("Parsing num_shard from %s", "/".join(environment.DEVICE_VARIABLES))
+        self._num_shard = plan.check(args, self._devices)
+        for line in plan.warnings(self._invocation, self._devices, self._num_shard):
             log.warning("%s", line)
         address = cli.listen_address(args.hostname)
         if problem := environment.port_problem(address, args.port):
             raise LaunchFailed("WebserverCannotStart", problem)
+        if self._num_shard > 1:
+            log.info("Sharding model on %s processes", self._num_shard)
+            if problem := environment.port_problem(args.master_addr, args.master_port):
+                raise LaunchFailed(
+                    "ShardCannotStart", f"{problem}: choose another --master-port for the shards"
+                )
 
     def prepare(self) -> ModelSource:
         """Find the model's folder, and make it if it has to be converted."""
@@ -170,7 +181,7 @@ class Launch:
                 log.error("Download process %s", describe_end(child))
             raise LaunchFailed("DownloadError", child.last_error)
 
-    def plan(self, source: ModelSource) -> tuple[ShardPlan, RouterPlan]:
+    def plan(self, source: ModelSource) -> tuple[list[ShardPlan], RouterPlan]:
         """Decide every child's command line."""
         try:
             config = hub.read_config(source.folder)
@@ -183,34 +194,57 @@ class Launch:
             log.info("Default `max_batch_prefill_tokens` to %s", prefill_tokens)
         level = logs.level_of(self._invocation.log_level, TARGET)
         return (
-            plan.plan_shard(self._invocation, source, log_level=_SHARD_LEVELS.get(level, "ERROR")),
+            [
+                plan.plan_shard(
+                    self._invocation,
+                    source,
+                    log_level=_SHARD_LEVELS.get(level, "ERROR"),
+                    rank=rank,
+                    num_shard=self._num_shard,
+                )
+                for rank in range(self._num_shard)
+            ],
             plan.plan_router(
-                self._invocation, source, self._devices, prefill_tokens=prefill_tokens
+                self._invocation,
+                source,
+                self._devices,
+                prefill_tokens=prefill_tokens,
+                num_shard=self._num_shard,
             ),
         )
 
-    def start_shard(self, shard: ShardPlan) -> None:
-        """Start the shard and wait until its `Health` answers."""
-        about = {"span": "shard-manager", "rank": shard.rank}
+    def start_shards(self, shards: Sequence[ShardPlan]) -> None:
+        """Start all shards at once and wait until every one's `Health` answers."""
         started = time.monotonic_ns()
-        command = self._command(shard.argv, "ShardCannotStart")
-        _clear_socket(shard.socket)
-        log.info("Starting shard", extra=about)
-        env = environment.for_shard(self._invocation.environ, shard.environment)
-        voice = self._voice(TARGET, rank=shard.rank, renames=True)
-        self._shard = self._start("shard", command, env, voice, "ShardCannotStart")
+        for shard in shards:
+            self._start_shard(shard)
+        waiting = list(shards)
         limit_s = self._invocation.startup_timeout_s
         next_word_s = _WAITING_EVERY_S
-        while not self._is_ready(shard):
+        while True:
+            for shard in [shard for shard in waiting if self._is_ready(shard)]:
+                duration = _duration(time.monotonic_ns() - started)
+                log.info("Shard ready in %s", duration, extra=_about(shard))
+                waiting.remove(shard)
+            if not waiting:
+                return
             self._raise_if_over(self._supervisor.next_event(_POLL_S))
             waited_s = (time.monotonic_ns() - started) / 1e9
             if waited_s >= next_word_s:
-                log.info("Waiting for shard to be ready...", extra=about)
+                for shard in waiting:
+                    log.info("Waiting for shard to be ready...", extra=_about(shard))
                 next_word_s += _WAITING_EVERY_S
             if waited_s >= limit_s:
-                log.error("Shard %s is not ready after %s s", shard.rank, limit_s)
+                log.error("Shard %s is not ready after %s s", waiting[0].rank, limit_s)
                 raise LaunchFailed("ShardCannotStart")
-        log.info("Shard ready in %s", _duration(time.monotonic_ns() - started), extra=about)
+
+    def _start_shard(self, shard: ShardPlan) -> None:
+        command = self._command(shard.argv, "ShardCannotStart")
+        _clear_socket(shard.socket)
+        log.info("Starting shard", extra=_about(shard))
+        env = environment.for_shard(self._invocation.environ, shard.environment)
+        voice = self._voice(TARGET, rank=shard.rank, renames=True)
+        self._shards.append(self._start("shard", command, env, voice, "ShardCannotStart"))
 
     @staticmethod
     def _is_ready(shard: ShardPlan) -> bool:
@@ -232,19 +266,21 @@ class Launch:
             self._raise_if_over(self._supervisor.next_event(None))
 
     def stop(self) -> None:
-        """End whatever runs: the router first, with time to finish its streams, then the shard."""
+        """End whatever runs: the router first, with time to finish its streams, then all shards."""
         is_serving = self._router is not None and self._router.has_connected
         full_s = float(self._invocation.args.graceful_termination_timeout)
-        grace_s = full_s if is_serving else min(full_s, _STARTUP_GRACE_S)
+        is_broken = any(not (shard.is_running or shard.was_asked_to_end) for shard in self._shards)
+        most_s = _BROKEN_GRACE_S if is_broken else full_s
+        grace_s = min(full_s, most_s if is_serving else _STARTUP_GRACE_S)
         for child in (self._downloader, self._converter):
             if child:
                 self._supervisor.stop([child], grace_s)
         if self._router:
             self._supervisor.stop([self._router], grace_s)
-        if self._shard:
+        if self._shards:
             log.info("Shutting down shards")
-            self._supervisor.stop([self._shard], grace_s)
-        for child in (self._router, self._shard):
+            self._supervisor.stop(self._shards, grace_s)
+        for child in (self._router, *self._shards):
             if child and child.exit_code and child.last_error and not child.was_asked_to_end:
                 log.error("Last error of the %s: %s", child.name, child.last_error)
 
@@ -261,11 +297,12 @@ class Launch:
                 self._raise_if_over(self._supervisor.next_event(_SHARD_ENDS_WITHIN_S))
                 log.error("Webserver Crashed")
                 raise LaunchFailed("WebserverFailed")
-            case ChildEnded(child) if child is self._shard:
+            case ChildEnded(child) if child in self._shards:
+                rank = self._shards.index(child)
                 if child.exit_code is not None and child.exit_code < 0:
-                    log.error("Shard process %s", describe_end(child), extra={"rank": 0})
+                    log.error("Shard process %s", describe_end(child), extra={"rank": rank})
                 is_loading = self._router is None
-                log.error("Shard 0 %s", "failed to start" if is_loading else "crashed")
+                log.error("Shard %s %s", rank, "failed to start" if is_loading else "crashed")
                 raise LaunchFailed("ShardCannotStart" if is_loading else "ShardFailed")
             case _:
                 pass
@@ -289,6 +326,10 @@ class Launch:
     def _voice(self, target: str, rank: int | None = None, renames: bool = False) -> Voice:
         level = logs.level_of(self._invocation.log_level, target)
         return Voice(target, level, self._invocation.args.json_output, rank, renames)
+
+
+def _about(shard: ShardPlan) -> dict[str, object]:
+    return {"span": "shard-manager", "rank": shard.rank}
 
 
 def _claim(path: str) -> int:

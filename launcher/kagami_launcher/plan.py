@@ -57,15 +57,18 @@ class Devices:
 
     num_cuda: int
     card: str = ""  # nvidia-smi's name in lower case with dashes; empty = unknown
+    num_listed: int | None = None  # by the variables that choose devices; None = none is set
 
-    @property
-    def compute_type(self) -> str:
+    def compute_type(self, num_shard: int) -> str:
         """What goes out in the `x-compute-type` header."""
-        return f"1-{self.card or 'cuda'}" if self.num_cuda else "1-cpu"
+        return f"{num_shard}-{self.card or 'cuda'}" if self.num_cuda else f"{num_shard}-cpu"
 
 
-def check(args: LauncherArgs) -> None:
-    """Refuse what contradicts itself, in TGI's order and words; then what is not supported."""
+def check(args: LauncherArgs, devices: Devices) -> int:
+    """Refuse what contradicts itself, in TGI's order and words, then what is not supported.
+
+    Returns the number of shards.
+    """
     input_tokens = _max_input_tokens(args)
     total = args.max_total_tokens
     if input_tokens is not None and total is not None and input_tokens >= total:
@@ -82,10 +85,11 @@ def check(args: LauncherArgs) -> None:
             _refuse("`ngrok-authtoken` must be set when using ngrok tunneling")
         if args.ngrok_edge is None:
             _refuse("`ngrok-edge` must be set when using ngrok tunneling")
-    _check_sharding(args)
+    num_shard = _num_shard(args, devices)
     if not 0 < args.cuda_memory_fraction <= 1:
         _refuse(f"`cuda_memory_fraction` must be in (0, 1]. Given: {args.cuda_memory_fraction}")
     _check_supported(args)
+    return num_shard
 
 
 def _refuse(text: str) -> None:
@@ -103,13 +107,44 @@ def _max_input_tokens(args: LauncherArgs) -> int | None:
     return old if new is None else new
 
 
-def _check_sharding(args: LauncherArgs) -> None:
-    if args.num_shard == 0:
-        _refuse("`num_shard` cannot be < 1")
-    if args.sharded and args.num_shard == 1:
+def _num_shard(args: LauncherArgs, devices: Devices) -> int:
+    """TGI's table: what was given, else a shard for each listed device, else one.
+
+    | sharded | num_shard | shards            |
+    |---------|-----------|-------------------|
+    | true    | -         | devices, at least 2 |
+    | true    | n         | n, at least 2     |
+    | false   | -         | 1                 |
+    | -       | -         | devices, else 1   |
+    | -, false | n        | n                 |
+    """
+    num_shard = args.num_shard
+    if args.sharded and num_shard is None:
+        num_shard = _one_for_each_device(devices)
+    elif args.sharded and num_shard is not None and num_shard <= 1:
         _refuse("`sharded` is true but `num_shard` <= 1")
-    if args.quantize == "exl2" and (args.sharded or (args.num_shard or 1) > 1):
+    elif num_shard is None:
+        num_shard = 1 if args.sharded is False else max(1, devices.num_listed or 1)
+    if num_shard < 1:
+        _refuse("`num_shard` cannot be < 1")
+    if num_shard > 1 and args.quantize == "exl2":
         _refuse("Sharding is currently not supported with `exl2` quantization")
+    return num_shard
+
+
+def _one_for_each_device(devices: Devices) -> int:
+    if devices.num_listed is None:
+        raise LaunchFailed(
+            "NotEnoughCUDADevices",
+            "--num-shard and CUDA_VISIBLE_DEVICES/NVIDIA_VISIBLE_DEVICES/ZE_AFFINITY_MASK are not "
+            "set",
+        )
+    if devices.num_listed <= 1:
+        raise LaunchFailed(
+            "NotEnoughCUDADevices",
+            f"`sharded` is true but only found {devices.num_listed} CUDA devices",
+        )
+    return devices.num_listed
 
 
 def _check_supported(args: LauncherArgs) -> None:
@@ -118,15 +153,13 @@ def _check_supported(args: LauncherArgs) -> None:
         (bool(args.speculate), f"--speculate {args.speculate}"),
         (bool(args.lora_adapters), "--lora-adapters"),
         (args.ngrok, "--ngrok"),
-        ((args.num_shard or 1) > 1, f"--num-shard {args.num_shard}"),
-        (args.sharded is True, "--sharded true"),
     )
     for is_given, what in refused:
         if is_given:
             raise NotSupported(what)
 
 
-def warnings(invocation: Invocation, devices: Devices) -> list[str]:
+def warnings(invocation: Invocation, devices: Devices, num_shard: int) -> list[str]:
     """One line for each given flag that changes nothing, and for each one to be careful with."""
     args = invocation.args
     lines = [
@@ -136,10 +169,12 @@ def warnings(invocation: Invocation, devices: Devices) -> list[str]:
     ]
     if "cuda_memory_fraction" in invocation.given and not devices.num_cuda:
         lines.append("`--cuda-memory-fraction` has no effect: there is no CUDA device")
-    if devices.num_cuda > 1:
-        lines.append(
-            f"Sharding is not supported yet: one of {devices.num_cuda} CUDA devices is used"
-        )
+    if num_shard == 1:
+        lines += [
+            f"`{option(name)}` has no effect: there is only one shard"
+            for name in ("master_addr", "master_port")
+            if name in invocation.given
+        ]
     if args.trust_remote_code:
         lines.append(
             f"`trust_remote_code` is set. Trusting that model `{args.model_id}` do not contain "
@@ -185,27 +220,43 @@ def conversion(invocation: Invocation, source: ModelSource) -> list[str]:
 
 
 def plan_shard(
-    invocation: Invocation, source: ModelSource, *, log_level: str, rank: int = 0
+    invocation: Invocation,
+    source: ModelSource,
+    *,
+    log_level: str,
+    rank: int = 0,
+    num_shard: int = 1,
 ) -> ShardPlan:
-    """The command that serves the model's weights on one device."""
+    """The command that serves the model's weights, or one of `num_shard` parts, on one device."""
     args = invocation.args
     argv = [SHARD_COMMAND, "serve", str(source.folder), "--uds-path", socket_prefix(args)]
     argv += ["--logger-level", log_level, "--json-output"]
     argv += _optional("--dtype", args.dtype)
     argv += ["--trust-remote-code"] if args.trust_remote_code else []
+    argv += ["--sharded"] if num_shard > 1 else []
     environment = {
         "RANK": str(rank),
-        "WORLD_SIZE": "1",
+        "WORLD_SIZE": str(num_shard),
+        "MASTER_ADDR": args.master_addr,
+        "MASTER_PORT": str(args.master_port),
         "CUDA_MEMORY_FRACTION": f"{args.cuda_memory_fraction:g}",
         **hub_environment(args),
     }
+    if num_shard > 1:
+        # A rank that loses the others says so itself; torch would add a C++ stack trace.
+        environment["TORCH_CPP_LOG_LEVEL"] = invocation.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR")
     if args.max_total_tokens is not None:
         environment["MAX_TOTAL_TOKENS"] = str(args.max_total_tokens)
     return ShardPlan(rank, f"{socket_prefix(args)}-{rank}", tuple(argv), environment)
 
 
 def plan_router(
-    invocation: Invocation, source: ModelSource, devices: Devices, *, prefill_tokens: int
+    invocation: Invocation,
+    source: ModelSource,
+    devices: Devices,
+    *,
+    prefill_tokens: int,
+    num_shard: int = 1,
 ) -> RouterPlan:
     """The command that serves HTTP. What the operator did not give, the router decides itself."""
     args, given = invocation.args, invocation.given
@@ -238,7 +289,8 @@ def plan_router(
     argv += ["--disable-grammar-support"] if args.disable_grammar_support else []
     for origin in args.cors_allow_origin:
         argv += ["--cors-allow-origin", origin]
-    environment = {"COMPUTE_TYPE": invocation.environ.get("COMPUTE_TYPE") or devices.compute_type}
+    compute_type = invocation.environ.get("COMPUTE_TYPE") or devices.compute_type(num_shard)
+    environment = {"COMPUTE_TYPE": compute_type}
     if args.api_key is not None:
         environment["API_KEY"] = (
             args.api_key

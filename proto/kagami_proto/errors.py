@@ -19,7 +19,8 @@ KagamiError
 │  └─ ShardLost              the shard went away while the request ran
 ├─ IncompleteGeneration      the stream ended without its last token
 ├─ UnsupportedModel          the model folder is sound, but we cannot run such a model
-└─ InvalidCheckpoint         the model folder's files are missing or contradict each other
+├─ InvalidCheckpoint         the model folder's files are missing or contradict each other
+└─ RankLost                  the shards of one model do not find, or do not follow, each other
 ```
 
 The class says whose fault it is. Anything outside the tree is a bug: logged with its traceback,
@@ -108,6 +109,10 @@ class InvalidCheckpoint(KagamiError):
     """A file or a tensor of the model folder is missing or wrong; raised at start."""
 
 
+class RankLost(KagamiError):
+    """The ranks of a model cannot meet, or no longer do the same; the shard that raises it ends."""
+
+
 class Row(NamedTuple):
     """What an error becomes: TGI's `error_type`, an HTTP status, the text's prefix."""
 
@@ -141,6 +146,7 @@ TABLE: Mapping[type[KagamiError], Row] = MappingProxyType(
         ),
         UnsupportedModel: Row("unsupported_model", HTTPStatus.INTERNAL_SERVER_ERROR, ""),
         InvalidCheckpoint: Row("invalid_checkpoint", HTTPStatus.INTERNAL_SERVER_ERROR, ""),
+        RankLost: Row("rank_lost", HTTPStatus.INTERNAL_SERVER_ERROR, ""),
     }
 )
 

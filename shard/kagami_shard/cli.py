@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 DTYPES = ("float16", "bfloat16", "float32")
+_SHARDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +29,14 @@ class ServeArgs:
     json_output: bool
     rank: int
     world_size: int
+    master_addr: str
+    """Where ranks meet, if there are several: the host of rank 0"""
+    master_port: int
     memory_fraction: float
     max_total_tokens: int
     """The longest sequence to be served; 0: the model's longest"""
     num_threads: int
-    """0: torch's own choice"""
+    """0: torch's own choice, or this rank's share of it"""
     block_size: int
     version: str
 
@@ -50,8 +54,10 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> ServeArgs:
     folder = Path(args.model_id)
     if not folder.is_dir():
         parser.error(f"MODEL_ID: {args.model_id} is not a folder; the launcher resolves names")
+    if args.sharded and (missing := [name for name in _SHARDED if not environ.get(name)]):
+        parser.error(f"--sharded: the variable {missing[0]} is not set")
     try:
-        return ServeArgs(
+        parsed = ServeArgs(
             model_folder=folder,
             uds_path=args.uds_path,
             dtype=args.dtype,
@@ -60,6 +66,8 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> ServeArgs:
             json_output=args.json_output,
             rank=int(environ.get("RANK", "0")),
             world_size=int(environ.get("WORLD_SIZE", "1")),
+            master_addr=environ.get("MASTER_ADDR", "localhost"),
+            master_port=int(environ.get("MASTER_PORT", "29500")),
             memory_fraction=float(environ.get("CUDA_MEMORY_FRACTION", "1")),
             max_total_tokens=int(environ.get("MAX_TOTAL_TOKENS", "0")),
             num_threads=int(environ.get("OMP_NUM_THREADS", "0")),
@@ -68,9 +76,12 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> ServeArgs:
         )
     except ValueError as error:
         parser.error(
-            "one of the variables RANK, WORLD_SIZE, CUDA_MEMORY_FRACTION, MAX_TOTAL_TOKENS, "
-            f"OMP_NUM_THREADS is no number: {error}"
+            "one of the variables RANK, WORLD_SIZE, MASTER_PORT, CUDA_MEMORY_FRACTION, "
+            f"MAX_TOTAL_TOKENS, OMP_NUM_THREADS is no number: {error}"
         )
+    if not 0 <= parsed.rank < parsed.world_size:
+        parser.error(f"RANK {parsed.rank} is not below WORLD_SIZE {parsed.world_size}")
+    return parsed
 
 
 def process_arguments() -> ServeArgs:
@@ -95,6 +106,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     serve.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default: %(default)s")
     serve.add_argument("--trust-remote-code", action="store_true")
+    serve.add_argument(
+        "--sharded",
+        action="store_true",
+        help=f"one of several ranks: insist on the variables {', '.join(_SHARDED)}",
+    )
     serve.add_argument("--logger-level", default="INFO", help="default: %(default)s")
     serve.add_argument("--json-output", action="store_true", help="log JSON lines")
     serve.add_argument(

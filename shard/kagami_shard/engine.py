@@ -16,6 +16,7 @@ import torch
 from kagami_shard.attention.base import Attention
 from kagami_shard.batch import ForwardBatch
 from kagami_shard.device import to_device
+from kagami_shard.distributed import Alone, TensorParallel
 from kagami_shard.generation import GenerationState, Pending
 from kagami_shard.kv_cache import KVCache, block_bytes, blocks_for
 from kagami_shard.memory import pool_bytes
@@ -91,12 +92,14 @@ class Engine:
         device: torch.device,
         block_size: int,
         memory_fraction: float = 1.0,
+        parallel: TensorParallel | None = None,
     ) -> None:
         self._model = model
         self._attention = attention
         self._dtype = dtype
         self._device = device
         self._memory_fraction = memory_fraction
+        self._parallel = parallel or Alone()
         self._states: dict[int, GenerationState] = {}
         self.block_size = block_size
         self.cache: KVCache | None = None
@@ -107,18 +110,22 @@ class Engine:
         """Run a step, measure memory, allocate the cache; a second call returns the same cache.
 
         On CUDA the step has all the prompt tokens and sampled rows that the limits allow; on the
-        CPU, where it would only cost time, a few. Raises torch.OutOfMemoryError.
+        CPU, where it would only cost time, a few. Ranks may find room for different numbers of
+        blocks; the router uses the smallest. Raises torch.OutOfMemoryError, `RankLost`.
         """
-        if self.cache is not None:
-            return self.cache
+        if self.cache is None:
+            with self._parallel.together():
+                self.cache = self._measured_cache(limits)
+        return self.cache
+
+    def _measured_cache(self, limits: Limits) -> KVCache:
         num_tokens, num_rows = limits.max_step_tokens, limits.max_batch_size
         if self._device.type == "cpu":
             num_tokens, num_rows = min(num_tokens, _CPU_WARMUP_TOKENS), min(num_rows, 2)
         longest = limits.max_total_tokens or self._model.max_positions or num_tokens
         self._run_warmup_steps(num_tokens, min(longest, num_tokens), num_rows)
         num_blocks = self._size_pool(limits, longest)
-        self.cache = self._new_cache(num_blocks)
-        return self.cache
+        return self._new_cache(num_blocks)
 
     @torch.inference_mode()
     def _run_warmup_steps(self, num_tokens: int, max_length: int, num_rows: int) -> None:
@@ -144,7 +151,7 @@ class Engine:
     def _forward_and_draw(self, items: list[Item], cache: KVCache) -> Drawn:
         batch = self._build(items, items, [])
         logits = self._model.forward(batch, self._attention.prepare(batch, cache))
-        return draw(logits, [item.state.row() for item in items])
+        return self._draw(logits, items)
 
     def _size_pool(self, limits: Limits, longest: int) -> int:
         """Blocks that fit, scratch block included."""
@@ -192,12 +199,16 @@ class Engine:
             for work in step.work
         )
 
-    @torch.inference_mode()
     def launch(self, step: Step) -> Launched:
         """Apply the changes of `step` and give its forward pass to the device.
 
-        Whatever the forward pass raises passes through; nothing was sampled then.
+        Whatever the forward pass raises passes through; nothing was sampled then. `RankLost` if
+        another rank did not raise as well.
         """
+        with torch.inference_mode(), self._parallel.together():
+            return self._launch(step)
+
+    def _launch(self, step: Step) -> Launched:
         started_ns = time.perf_counter_ns()
         assert self.cache is not None, "warm up before the first step"
         failures = self._apply(step)
@@ -209,7 +220,7 @@ class Engine:
         events = self._mark_start()
         batch = self._build(items, samples, prompts)
         logits = self._model.forward(batch, self._attention.prepare(batch, self.cache))
-        drawn = draw(logits[: len(samples)], [item.state.row() for item in samples])
+        drawn = self._draw(logits[: len(samples)], samples)
         prompt_logprobs = self._prompt_logprobs(logits[len(samples) :], prompts)
         for row, item in enumerate(samples):
             item.state.expect(Pending(drawn.token_ids, row))
@@ -227,8 +238,23 @@ class Engine:
             time.perf_counter_ns(),
         )
 
+    def _draw(self, logits: torch.Tensor, items: list[Item]) -> Drawn:
+        """A token for each item, the same on every rank.
+
+        The gathered logits have the same bits everywhere, so greedy choices agree by themselves.
+        A draw reads a running sum, which a GPU may round differently each time: rank 0's counts.
+        """
+        drawn = draw(logits, [item.state.row() for item in items])
+        if any(item.state.sampling.do_sample for item in items):
+            return drawn._replace(token_ids=self._parallel.broadcast(drawn.token_ids))
+        return drawn
+
     def collect(self, launched: Launched) -> StepResult:
-        """Read the results of `launched`; waits for the device."""
+        """Read the results of `launched`; waits for the device. Raises as `launch` does."""
+        with self._parallel.together():
+            return self._collect(launched)
+
+    def _collect(self, launched: Launched) -> StepResult:
         token_ids = launched.drawn.token_ids.tolist()
         logprobs = launched.drawn.logprobs.tolist()
         finite = launched.drawn.logprobs.isfinite().tolist()
@@ -357,11 +383,15 @@ class Engine:
         """Stop a sequence whose values are not finite, and whoever shares such a block with it.
 
         The blocks are cleaned for their next owner: a masked read of NaN is still NaN. Those of
-        a shared prefix that are finite stay as they are.
+        a shared prefix that are finite stay as they are. A block is bad on all ranks or on none,
+        or they would not stop the same sequences.
         """
         assert self.cache is not None
         state.has_failed = True
-        if bad := self.cache.clear_non_finite(state.blocks):
+        counts = self._parallel.all_reduce(self.cache.num_non_finite(state.blocks)).tolist()
+        bad = {block for block, count in zip(state.blocks, counts, strict=True) if count}
+        if bad:
+            self.cache.clear(sorted(bad))
             for other in self._states.values():
                 other.has_failed = other.has_failed or not bad.isdisjoint(other.blocks)
 

@@ -71,16 +71,21 @@ class KVCache:
         self.keys[layer].flatten(0, 1).index_copy_(0, slots, key)
         self.values[layer].flatten(0, 1).index_copy_(0, slots, value)
 
-    def clear_non_finite(self, blocks: Sequence[int]) -> set[int]:
-        """Zero those of `blocks` that hold a value which is not finite; returns them."""
-        index = torch.tensor(blocks, dtype=torch.int64, device=self.keys[0].device)
-        tensors = (*self.keys, *self.values)
-        is_bad = torch.stack(
-            [~tensor[index].isfinite().flatten(1).all(-1) for tensor in tensors]
-        ).any(0)
-        for tensor in tensors:
-            tensor[index[is_bad]] = 0
-        return set(index[is_bad].tolist())
+    def num_non_finite(self, blocks: Sequence[int]) -> Tensor:
+        """`[len(blocks)]` int64: in how many of its tensors a block has a value that is not."""
+        index = self._index(blocks)
+        return torch.stack(
+            [~tensor[index].isfinite().flatten(1).all(-1) for tensor in (*self.keys, *self.values)]
+        ).sum(0)
+
+    def clear(self, blocks: Sequence[int]) -> None:
+        """Zero `blocks`."""
+        index = self._index(blocks)
+        for tensor in (*self.keys, *self.values):
+            tensor[index] = 0
+
+    def _index(self, blocks: Sequence[int]) -> Tensor:
+        return torch.tensor(blocks, dtype=torch.int64, device=self.keys[0].device)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -3,19 +3,23 @@
 import asyncio
 import json
 import logging
+import os
 import signal
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
 import grpc.aio
 import torch
 
 from kagami_proto import generate_pb2 as pb
-from kagami_proto.errors import KagamiError
+from kagami_proto.errors import KagamiError, RankLost
 from kagami_proto.generate_pb2_grpc import add_TextGenerationServiceServicer_to_server
 from kagami_shard.attention.select import select_attention
 from kagami_shard.cli import ServeArgs
+from kagami_shard.distributed import connect
 from kagami_shard.engine import Engine
 from kagami_shard.models.registry import load_model
 from kagami_shard.service import TextGenerationService
@@ -44,21 +48,45 @@ def serve(args: ServeArgs) -> int:
             logger.exception("Error when initializing model: %s", error)
             return 1
         socket = Path(f"{args.uds_path}-{args.rank}").absolute()
-        with Worker(engine, thread, overlap=facts.device_type == "cuda") as worker:
+        overlap = facts.device_type == "cuda" and args.world_size == 1
+        with Worker(engine, thread, overlap=overlap) as worker:
             try:
                 code = asyncio.run(_serve(socket, engine, worker, facts))
             except OSError as error:
                 logger.error("Cannot listen on %s: %s", socket, error)
                 return 1
-    socket.unlink(missing_ok=True)
+            socket.unlink(missing_ok=True)
+            if args.world_size > 1:
+                _leave_the_others(worker, code)
     return code
+
+
+def _leave_the_others(worker: Worker, code: int) -> NoReturn:
+    """End this process, a rank of several, without waiting for ranks that may be gone.
+
+    A step may hang in a collective that another rank never called; so may the end of a group.
+    """
+    worker.stop()
+    if wait((worker.ended,), timeout=_GRACE_S).not_done:
+        logger.warning("A step was not finished: it waits for a rank that is gone")
+    logging.shutdown()
+    os._exit(code)
 
 
 def _load(args: ServeArgs) -> tuple[Engine, pb.InfoResponse]:
     started = time.monotonic()
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
-    device = torch.device("cuda", args.rank) if torch.cuda.is_available() else torch.device("cpu")
+    elif args.world_size > 1:  # they share the cores of one machine
+        torch.set_num_threads(max(1, torch.get_num_threads() // args.world_size))
+    device = _device(args.rank)
+    parallel = connect(
+        args.rank,
+        args.world_size,
+        address=args.master_addr,
+        port=args.master_port,
+        device=device,
+    )
     dtype: torch.dtype = getattr(torch, args.dtype)
     attention = select_attention()
     reading = time.monotonic()
@@ -68,6 +96,7 @@ def _load(args: ServeArgs) -> tuple[Engine, pb.InfoResponse]:
         device=device,
         trust_remote_code=args.trust_remote_code,
         max_length=args.max_total_tokens,
+        parallel=parallel,
     )
     reading_s = time.monotonic() - reading
     engine = Engine(
@@ -76,7 +105,9 @@ def _load(args: ServeArgs) -> tuple[Engine, pb.InfoResponse]:
         dtype=dtype,
         device=device,
         block_size=args.block_size,
-        memory_fraction=args.memory_fraction,
+        # Each rank has a card of its own, but a share of the host.
+        memory_fraction=args.memory_fraction / (args.world_size if device.type == "cpu" else 1),
+        parallel=parallel,
     )
     facts = pb.InfoResponse(
         model_type=model.model_type,
@@ -106,6 +137,14 @@ def _load(args: ServeArgs) -> tuple[Engine, pb.InfoResponse]:
     return engine, facts
 
 
+def _device(rank: int) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
 def eos_token_ids(folder: Path) -> list[int]:
     """The ids that end a text: from generation_config.json, else config.json; empty if unknown."""
     for name in ("generation_config.json", "config.json"):
@@ -123,6 +162,12 @@ async def _serve(socket: Path, engine: Engine, worker: Worker, facts: pb.InfoRes
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+
+    def wake_up(_: object) -> None:
+        with suppress(RuntimeError):  # the event loop ended first: that is the usual order
+            loop.call_soon_threadsafe(stop.set)
+
+    worker.ended.add_done_callback(wake_up)
     server = grpc.aio.server(options=_UNLIMITED)
     service = TextGenerationService(engine, worker, facts)
     add_TextGenerationServiceServicer_to_server(service, server)
@@ -132,10 +177,10 @@ async def _serve(socket: Path, engine: Engine, worker: Worker, facts: pb.InfoRes
         raise OSError(str(error)) from error
     await server.start()
     logger.info("Server started at unix://%s", socket)
-    worker.ended.add_done_callback(lambda _: loop.call_soon_threadsafe(stop.set))
     await stop.wait()
     await server.stop(_GRACE_S)
     if worker.ended.done() and (reason := worker.ended.exception()):
-        logger.error("The engine stopped: %s", reason, exc_info=reason)
+        is_explained = isinstance(reason, RankLost)
+        logger.error("The engine stopped: %s", reason, exc_info=None if is_explained else reason)
         return 1
     return 0

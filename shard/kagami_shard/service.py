@@ -12,6 +12,7 @@ import torch
 
 from kagami_proto import generate_pb2 as pb
 from kagami_proto import generate_pb2_grpc
+from kagami_proto.errors import RankLost
 from kagami_shard.engine import Engine, Limits
 from kagami_shard.kv_cache import KVCache
 from kagami_shard.sampling.sampler import SamplingParameters
@@ -88,6 +89,8 @@ class TextGenerationService(generate_pb2_grpc.TextGenerationServiceServicer):
             # Handed to the caller, who knows what it means.
             except Exception as error:
                 future.set_exception(error)
+                if isinstance(error, RankLost):
+                    raise
 
         self._worker.call(warm_up)
         return await asyncio.wrap_future(future)

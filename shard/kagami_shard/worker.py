@@ -12,6 +12,7 @@ from concurrent.futures import Executor, Future, wait
 
 import torch
 
+from kagami_proto.errors import RankLost
 from kagami_shard.engine import Engine, Launched
 from kagami_shard.step import Step, StepResult
 
@@ -28,7 +29,9 @@ class Worker:
     spinning between two operations (m: 27 ms a step against 16, SmolLM2-135M on two cores).
 
     With `overlap` a step is launched before the one before it is collected, if it is there by
-    then; on a CPU, where launching is computing, that would only delay results.
+    then; on a CPU, where launching is computing, that would only delay results. Ranks of one model
+    may not overlap: what a collected step says about failures must reach the next one on all of
+    them, and each would find another moment to collect.
     """
 
     def __init__(self, engine: Engine, thread: Executor, *, overlap: bool) -> None:
@@ -52,8 +55,12 @@ class Worker:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._queue.put(None)
+        self.stop()
         wait((self.ended,))
+
+    def stop(self) -> None:
+        """End the loop behind what is queued."""
+        self._queue.put(None)
 
     def run(self, step: Step, publish: Publish) -> None:
         """Queue a step; `publish` is called with its result on the worker's thread."""
@@ -90,7 +97,9 @@ class Worker:
         # A border: whatever a forward pass raises fails this step, and the shard goes on.
         except Exception as error:
             self._collect()
-            publish(self._failed(step.number, error))
+            failed = self._failed(step.number, error)
+            _raise_if_parted(error)
+            publish(failed)
             _raise_if_lost(error)
             return
         self._collect()
@@ -106,7 +115,9 @@ class Worker:
             result = self._engine.collect(launched)
         # A device reports a failed kernel when its results are read.
         except Exception as error:
-            publish(self._failed(launched.number, error))
+            failed = self._failed(launched.number, error)
+            _raise_if_parted(error)
+            publish(failed)
             _raise_if_lost(error)
             return
         self.last_step = result.number
@@ -125,4 +136,14 @@ class Worker:
 def _raise_if_lost(error: Exception) -> None:
     """A CUDA error is sticky: every later call fails too, and only a new process helps."""
     if isinstance(error, torch.AcceleratorError) and not isinstance(error, torch.OutOfMemoryError):
+        raise error
+
+
+def _raise_if_parted(error: Exception) -> None:
+    """Ranks do not find together again.
+
+    No result says so: the router would wait for that of a rank that hangs, while the end of this
+    one's stream is heard at once.
+    """
+    if isinstance(error, RankLost):
         raise error

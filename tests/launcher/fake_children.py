@@ -1,9 +1,10 @@
 """A shard and a router to start instead of the real ones; the environment says how they behave.
 
 FAKE_SHARD: serve (default), die, hang (never ready), deaf (never ready, ignores SIGTERM), crash
-(ready, then SIGKILLs itself), fail (ready, ends with an error 0.3 s after a router started).
-FAKE_ROUTER: serve (default), busy, leave (exit 0 after Connected), deaf, talk. FAKE_EVENTS: a file
-that gets a line for each start and end, in order.
+(ready, then SIGKILLs itself), fail (ready, ends with an error 0.3 s after a router started),
+stuck (ready, ignores SIGTERM); FAKE_SHARD_1 for rank 1 alone. FAKE_ROUTER: serve (default), busy,
+leave (exit 0 after Connected), deaf, talk. FAKE_EVENTS: a file that gets a line for each start and
+end, in order.
 """
 
 import os
@@ -44,7 +45,8 @@ def stop_at_sigterm() -> threading.Event:
 
 
 def shard(argv: list[str]) -> int:
-    mode = os.environ.get("FAKE_SHARD", "serve")
+    rank = os.environ["RANK"]
+    mode = os.environ.get(f"FAKE_SHARD_{rank}") or os.environ.get("FAKE_SHARD", "serve")
     stop = stop_at_sigterm()
     note("shard-start")
     if mode == "die":
@@ -58,7 +60,7 @@ def shard(argv: list[str]) -> int:
         say("INFO", "Loading")
         stop.wait()
         return 0
-    address = f"unix://{argv[argv.index('--uds-path') + 1]}-{os.environ['RANK']}"
+    address = f"unix://{argv[argv.index('--uds-path') + 1]}-{rank}"
     server = grpc.server(futures.ThreadPoolExecutor(2))
     generate_pb2_grpc.add_TextGenerationServiceServicer_to_server(Service(), server)
     server.add_insecure_port(address)
@@ -66,6 +68,8 @@ def shard(argv: list[str]) -> int:
     say("INFO", f"Server started at {address}")
     if mode == "crash":
         threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    if mode == "stuck":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if mode == "fail":
         events = Path(os.environ["FAKE_EVENTS"])
         while "router-start" not in events.read_text():

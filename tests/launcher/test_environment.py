@@ -65,6 +65,26 @@ def test_devices_are_those_cuda_would_show(
     assert devices.card == ("nvidia-a10" if num_cuda else "")
 
 
+@pytest.mark.parametrize(
+    ("variables", "num_listed"),
+    [
+        ({}, None),
+        ({"CUDA_VISIBLE_DEVICES": "4,5,6"}, 3),
+        ({"CUDA_VISIBLE_DEVICES": ""}, 1),
+        ({"CUDA_VISIBLE_DEVICES": "0", "NVIDIA_VISIBLE_DEVICES": "0,1"}, 1),
+        ({"NVIDIA_VISIBLE_DEVICES": "0,1,2"}, 3),
+        ({"NVIDIA_VISIBLE_DEVICES": "all"}, 2),
+        ({"NVIDIA_VISIBLE_DEVICES": "void"}, 2),
+        ({"ZE_AFFINITY_MASK": "0,1,2,3"}, 4),
+    ],
+)
+def test_devices_are_listed_by_the_first_variable_that_is_set(
+    tmp_path: Path, variables: dict[str, str], num_listed: int | None
+) -> None:
+    base = {"PATH": fake_nvidia_smi(tmp_path, "NVIDIA A10", "NVIDIA A10"), **variables}
+    assert find_devices(base).num_listed == num_listed
+
+
 def test_a_failing_nvidia_smi_is_no_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = fake_nvidia_smi(tmp_path)
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho NVIDIA-SMI has failed; exit 9\n")

@@ -259,6 +259,87 @@ def test_the_report_comes_before_the_arguments(launch: Launch) -> None:
     assert stdout.index("nvidia-smi:") < stdout.index("Args {")
 
 
+def free_port() -> str:
+    with socket.create_server(("localhost", 0)) as listener:
+        return str(listener.getsockname()[1])
+
+
+def test_shards_start_together_and_stop_after_the_router(launch: Launch) -> None:
+    launcher = launch("--num-shard", "3", "--master-port", free_port())
+    launcher.wait_until_serving()
+    launcher.process.send_signal(signal.SIGTERM)
+    code, stdout, stderr = launcher.finish()
+    assert (code, stderr) == (0, "")
+    assert "Sharding model on 3 processes\n" in stdout
+    ready = [stdout.index(f"s rank={rank}\n", stdout.index("Shard ready in")) for rank in range(3)]
+    started = [stdout.index(f"Starting shard rank={rank}\n") for rank in range(3)]
+    assert max(started) < min(ready) < max(ready) < stdout.index("Starting Webserver")
+    assert launcher.happened() == [
+        *["shard-start"] * 3,
+        "router-start",
+        "router-end",
+        *["shard-end"] * 3,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("mode", "error", "line"),
+    [
+        ("die", "ShardCannotStart", "Shard 1 failed to start"),
+        ("crash", "ShardFailed", "Shard 1 crashed"),
+    ],
+)
+def test_one_dead_shard_of_several_is_named_and_ends_the_tree(
+    launch: Launch, mode: str, error: str, line: str
+) -> None:
+    launcher = launch("--num-shard", "2", "--master-port", free_port(), FAKE_SHARD_1=mode)
+    code, stdout, stderr = launcher.finish()
+    assert (code, stderr) == (1, f"Error: {error}\n")
+    assert line in stdout
+    wait_until_dead(launcher.child_pids())
+
+
+def test_a_stuck_shard_does_not_keep_a_broken_tree_alive(launch: Launch) -> None:
+    modes = {"FAKE_SHARD_0": "stuck", "FAKE_SHARD_1": "crash", "FAKE_ROUTER": "deaf"}
+    launcher = launch("--num-shard", "2", "--master-port", free_port(), **modes)
+    code, stdout, stderr = launcher.finish(timeout_s=30)  # not two times 90 s
+    assert (code, stderr) == (1, "Error: ShardFailed\n")
+    assert "webserver killed" in stdout
+    assert "shard killed" in stdout
+    wait_until_dead(launcher.child_pids())
+
+
+def test_a_shard_that_is_not_ready_is_the_one_named(launch: Launch) -> None:
+    options = {"FAKE_SHARD_1": "hang", "KAGAMI_STARTUP_TIMEOUT": "2"}
+    code, stdout, _ = launch("--num-shard", "2", "--master-port", free_port(), **options).finish()
+    assert code == 1
+    assert "Shard 1 is not ready after 2 s" in stdout
+
+
+def test_a_busy_master_port_is_said_before_any_work(launch: Launch) -> None:
+    with socket.create_server(("localhost", 0)) as listener:
+        port = str(listener.getsockname()[1])
+        code, stdout, stderr = launch("--num-shard", "2", "--master-port", port).finish()
+    assert code == 1
+    assert stderr == (
+        f'Error: ShardCannotStart("port {port} of localhost is already in use: choose another '
+        '--master-port for the shards")\n'
+    )
+    assert "Starting shard" not in stdout
+
+
+def test_the_devices_are_counted_when_sharding_is_asked_for(launch: Launch) -> None:
+    code, stdout, stderr = launch("--sharded", "true", CUDA_VISIBLE_DEVICES="0").finish()
+    assert code == 1
+    assert stderr == (
+        'Error: NotEnoughCUDADevices("`sharded` is true but only found 1 CUDA devices")\n'
+    )
+    assert (
+        "Parsing num_shard from CUDA_VISIBLE_DEVICES/NVIDIA_VISIBLE_DEVICES/ZE_AFFINITY_MASK"
+        in stdout
+    )
+
+
 @pytest.mark.parametrize(
     ("variable", "command", "error"),
     [

@@ -63,26 +63,64 @@ REFUSED = [
     ("--quantize awq", "--quantize awq is not supported yet"),
     ("--speculate 2", "--speculate 2 is not supported yet"),
     ("--lora-adapters a/b", "--lora-adapters is not supported yet"),
-    ("--num-shard 2", "--num-shard 2 is not supported yet"),
-    ("--sharded true", "--sharded true is not supported yet"),
+    ("--sharded true --num-shard 0", "`sharded` is true but `num_shard` <= 1"),
+    ("--sharded false --num-shard 0", "`num_shard` cannot be < 1"),
 ]
 
 
 @pytest.mark.parametrize(("argv", "text"), REFUSED)
 def test_what_cannot_be_is_refused_with_tgis_text(argv: str, text: str) -> None:
     with pytest.raises(LaunchFailed) as failure:
-        check(invocation(*argv.split()).args)
+        check(invocation(*argv.split()).args, CPU)
     assert str(failure.value) == f'ArgumentValidation("{text}")'
 
 
 def test_refusals_also_come_from_the_environment() -> None:
     with pytest.raises(LaunchFailed):
-        check(invocation(QUANTIZE="awq").args)
+        check(invocation(QUANTIZE="awq").args, CPU)
 
 
 @pytest.mark.parametrize("argv", ["", "--num-shard 1", "--sharded false", "--speculate 0"])
 def test_what_can_be_is_let_through(argv: str) -> None:
-    check(invocation(*argv.split()).args)
+    assert check(invocation(*argv.split()).args, CPU) == 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "num_listed", "num_shard"),
+    [
+        ("", None, 1),
+        ("", 0, 1),
+        ("", 4, 4),
+        ("--num-shard 3", None, 3),
+        ("--num-shard 3", 8, 3),
+        ("--sharded true", 2, 2),
+        ("--sharded true --num-shard 3", 2, 3),
+        ("--sharded false", 8, 1),
+        ("--sharded false --num-shard 2", 8, 2),
+    ],
+)
+def test_the_number_of_shards_follows_tgis_table(
+    argv: str, num_listed: int | None, num_shard: int
+) -> None:
+    assert check(invocation(*argv.split()).args, Devices(0, "", num_listed)) == num_shard
+
+
+@pytest.mark.parametrize(
+    ("num_listed", "text"),
+    [
+        (1, "`sharded` is true but only found 1 CUDA devices"),
+        (0, "`sharded` is true but only found 0 CUDA devices"),
+        (
+            None,
+            "--num-shard and CUDA_VISIBLE_DEVICES/NVIDIA_VISIBLE_DEVICES/ZE_AFFINITY_MASK are "
+            "not set",
+        ),
+    ],
+)
+def test_too_few_devices_for_sharding_are_refused(num_listed: int | None, text: str) -> None:
+    with pytest.raises(LaunchFailed) as failure:
+        check(invocation("--sharded", "true").args, Devices(0, "", num_listed))
+    assert str(failure.value) == f'NotEnoughCUDADevices("{text}")'
 
 
 UNUSED = {
@@ -106,22 +144,26 @@ UNUSED = {
 
 @pytest.mark.parametrize(("flag", "value"), UNUSED.items())
 def test_a_flag_without_effect_says_so(flag: str, value: str | None) -> None:
-    (line,) = warnings(invocation(flag, *([value] if value else [])), CPU)
+    (line,) = warnings(invocation(flag, *([value] if value else [])), CPU, 1)
     assert line.startswith(f"`{flag}` has no effect: ")
 
 
 def test_nothing_is_said_when_nothing_is_given() -> None:
-    assert warnings(invocation(), CPU) == []
+    assert warnings(invocation(), CPU, 1) == []
+
+
+def test_shards_need_to_know_where_they_meet() -> None:
+    assert warnings(invocation("--master-addr", "x", "--master-port", "1"), CPU, 2) == []
 
 
 def test_the_memory_fraction_has_no_effect_without_a_gpu() -> None:
     given = invocation("--cuda-memory-fraction", "0.5")
-    assert len(warnings(given, CPU)) == 1
-    assert warnings(given, GPU) == []
+    assert len(warnings(given, CPU, 1)) == 1
+    assert warnings(given, GPU, 1) == []
 
 
 def test_remote_code_is_pointed_out() -> None:
-    (line,) = warnings(invocation("--trust-remote-code", "--model-id", "a/b"), CPU)
+    (line,) = warnings(invocation("--trust-remote-code", "--model-id", "a/b"), CPU, 1)
     assert line.startswith("`trust_remote_code` is set. Trusting that model `a/b` do not contain")
 
 
@@ -169,9 +211,24 @@ def test_the_shards_environment() -> None:
     assert plan_shard(given, SOURCE, log_level="INFO").environment == {
         "RANK": "0",
         "WORLD_SIZE": "1",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": "29500",
         "CUDA_MEMORY_FRACTION": "0.5",
         "HUGGINGFACE_HUB_CACHE": "/data",
     }
+
+
+def test_one_shard_of_several_knows_its_place() -> None:
+    given = invocation("--master-addr", "10.0.0.1", "--master-port", "5")
+    shard = plan_shard(given, SOURCE, log_level="INFO", rank=1, num_shard=3)
+    assert shard.socket == "/tmp/text-generation-server-1"
+    assert shard.argv[-1] == "--sharded"
+    assert {
+        "RANK": "1",
+        "WORLD_SIZE": "3",
+        "MASTER_ADDR": "10.0.0.1",
+        "MASTER_PORT": "5",
+    }.items() <= shard.environment.items()
 
 
 def test_the_router_learns_folder_name_and_socket() -> None:
@@ -228,4 +285,4 @@ def test_the_compute_type_is_the_operators_or_the_devices() -> None:
     found = plan_router(invocation(), SOURCE, GPU, prefill_tokens=1)
     assert named.environment["COMPUTE_TYPE"] == "x"
     assert found.environment["COMPUTE_TYPE"] == "1-nvidia-h200"
-    assert CPU.compute_type == "1-cpu"
+    assert CPU.compute_type(2) == "2-cpu"

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from tests.fakes.ranks import run_ranks
 from tests.fakes.tiny_model import VOCAB, TinyModel
 
 from kagami_shard.attention.sdpa import SdpaAttention
-from kagami_shard.engine import Engine, Limits
+from kagami_shard.distributed import Group, TensorParallel
+from kagami_shard.engine import NOT_FINITE, Engine, Limits
 from kagami_shard.sampling.sampler import SamplingParameters
 from kagami_shard.step import NewSequence, Step, StepResult, Work
 
@@ -14,13 +16,14 @@ PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]
 GREEDY = SamplingParameters()
 
 
-def new_engine(model: TinyModel | None = None) -> Engine:
+def new_engine(model: TinyModel | None = None, parallel: TensorParallel | None = None) -> Engine:
     engine = Engine(
         model or TinyModel(),
         SdpaAttention(),
         dtype=torch.float32,
         device=torch.device("cpu"),
         block_size=BLOCK,
+        parallel=parallel,
     )
     engine.warmup(Limits(128, 8, 100, 400))
     return engine
@@ -264,3 +267,35 @@ def test_warmup_sizes_the_pool_once() -> None:
 
     assert again is engine.cache
     assert again.num_blocks == 1 + 400 // BLOCK
+
+
+def test_ranks_draw_what_rank_0_draws() -> None:
+    def draws(group: Group) -> list[int]:
+        model = TinyModel()
+        if group.rank:
+            model.head = model.head.flip(0)  # far more than a GPU's rounding
+        new = new_sequence(sampling=SamplingParameters(do_sample=True, seed=7))
+        return generate(new_engine(model, group), new, [1, 2, 3, 4, 5], 6)
+
+    new = new_sequence(sampling=SamplingParameters(do_sample=True, seed=7))
+    alone = generate(new_engine(), new, [1, 2, 3, 4, 5], 6)
+    assert run_ranks(2, draws) == [alone, alone]
+
+
+def test_a_block_that_is_not_finite_on_one_rank_is_bad_on_all() -> None:
+    def failures(group: Group) -> list[dict[int, str]]:
+        model = TinyModel()
+        model.nan_at = 7
+        engine = new_engine(model, group)
+        new = [new_sequence(1, [3, 1, 7]), new_sequence(2, [3, 1, 4])]
+        launched = engine.launch(
+            Step(1, new, (), [Work(1, 0, 3), Work(2, 0, 3)], {1: [1], 2: [1, 2]})
+        )
+        assert engine.cache is not None
+        if group.rank == 1:
+            engine.cache.keys[0][1, 0] = float("nan")
+        first = engine.collect(launched)
+        second = run(engine, Step(2, work=[Work(2, 3, 1)]))
+        return [dict(first.failures), dict(second.failures)]
+
+    assert run_ranks(2, failures) == [[{1: NOT_FINITE}, {2: NOT_FINITE}]] * 2

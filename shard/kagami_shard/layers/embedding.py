@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding, linear
 
+from kagami_shard.distributed import TensorParallel
+
 
 class Embedding:
     """Rows of a table, times a factor."""
@@ -19,8 +21,34 @@ class Embedding:
 
     def __call__(self, input_ids: Tensor) -> Tensor:
         """`[num_tokens]` to `[num_tokens, hidden]`."""
-        hidden = embedding(input_ids, self.weight)
+        hidden = self._rows(input_ids)
         return hidden if self._multiplier is None else hidden * self._multiplier
+
+    def _rows(self, input_ids: Tensor) -> Tensor:
+        return embedding(input_ids, self.weight)
+
+
+class ShardedEmbedding(Embedding):
+    """A table cut by its rows: a rank gives those it has, zero for the others, and all are summed.
+
+    One summand of each sum is not zero, so the sum is exact.
+    """
+
+    __slots__ = ("_first", "_parallel")
+
+    def __init__(
+        self, weight: Tensor, multiplier: float, *, first: int, parallel: TensorParallel
+    ) -> None:
+        """`first` is the id of the first row of `weight`."""
+        super().__init__(weight, multiplier)
+        self._first = first
+        self._parallel = parallel
+
+    def _rows(self, input_ids: Tensor) -> Tensor:
+        local = input_ids - self._first
+        is_here = (local >= 0) & (local < self.weight.shape[0])
+        rows = embedding(local.where(is_here, 0), self.weight)
+        return self._parallel.all_reduce(rows.masked_fill_(~is_here[:, None], 0))
 
 
 class Head:
@@ -41,10 +69,48 @@ class Head:
         self._divisor = divisor
         self._softcap = softcap
 
+    @property
+    def vocab_size(self) -> int:
+        return self.weight.shape[0]
+
     def __call__(self, hidden: Tensor) -> Tensor:
-        logits = linear(hidden, self.weight, self._bias).float()
+        return self._finish(linear(hidden, self.weight, self._bias))
+
+    def _finish(self, output: Tensor) -> Tensor:
+        logits = output.float()
         if self._divisor != 1.0:
             logits = logits / self._divisor
         if self._softcap is not None:
             logits = self._softcap * torch.tanh(logits / self._softcap)
         return logits
+
+
+class ShardedHead(Head):
+    """A head cut by its rows, every rank's the same number: the logits are gathered.
+
+    All ranks then hold the same bits, and choose the same token.
+    """
+
+    __slots__ = ("_parallel", "_vocab_size")
+
+    def __init__(
+        self,
+        weight: Tensor,
+        vocab_size: int,
+        *,
+        divisor: float,
+        softcap: float | None,
+        parallel: TensorParallel,
+    ) -> None:
+        """Of the ranks' rows together the first `vocab_size` count; the rest is padding."""
+        super().__init__(weight, divisor=divisor, softcap=softcap)
+        self._vocab_size = vocab_size
+        self._parallel = parallel
+
+    @property
+    def vocab_size(self) -> int:
+        return self._vocab_size
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        output = self._parallel.all_gather(linear(hidden, self.weight))
+        return self._finish(output[:, : self._vocab_size])

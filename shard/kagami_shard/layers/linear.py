@@ -5,6 +5,8 @@ from typing import Protocol
 from torch import Tensor
 from torch.nn.functional import linear
 
+from kagami_shard.distributed import TensorParallel
+
 
 class Projection(Protocol):
     """`[num_tokens, in]` to `[num_tokens, out]`; packed and quantized weights are others."""
@@ -23,3 +25,22 @@ class Linear:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         return linear(hidden, self.weight, self.bias)
+
+
+class RowLinear:
+    """A linear cut by its input: the ranks' partial products are summed, the bias added once.
+
+    The sum is float32, as the stream is that it goes into: in bfloat16 each addend of the stream
+    would be rounded once more than on one rank (notes/0005).
+    """
+
+    __slots__ = ("_parallel", "bias", "weight")
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, parallel: TensorParallel) -> None:
+        self.weight = weight
+        self.bias = bias
+        self._parallel = parallel
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        output = self._parallel.all_reduce(linear(hidden, self.weight).float())
+        return output if self.bias is None else output + self.bias

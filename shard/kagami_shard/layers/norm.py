@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm
 
+from kagami_shard.distributed import TensorParallel
+
 
 class Norm(Protocol):
     """Normalises the last dimension."""
@@ -27,6 +29,27 @@ class RMSNorm:
         exact = hidden.float()
         scale = torch.rsqrt(exact.square().mean(-1, keepdim=True) + self._eps)
         return (exact * scale * self.weight).to(self._dtype)
+
+
+class ShardedRMSNorm:
+    """An RMS norm over a row that lies on several ranks: they sum their squares."""
+
+    __slots__ = ("_dtype", "_eps", "_parallel", "_width", "weight")
+
+    def __init__(self, weight: Tensor, eps: float, *, width: int, parallel: TensorParallel) -> None:
+        """`width` counts the whole row, as often as its parts are held by several ranks."""
+        self.weight = weight.float()
+        self._eps = eps
+        self._dtype = weight.dtype
+        self._width = width
+        self._parallel = parallel
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        exact = hidden.float()
+        squares = self._parallel.all_reduce(exact.square().sum(-1, keepdim=True))
+        return (exact * torch.rsqrt(squares / self._width + self._eps) * self.weight).to(
+            self._dtype
+        )
 
 
 class LayerNorm:

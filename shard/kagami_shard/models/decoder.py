@@ -4,34 +4,54 @@ It works on flat tensors, `[num_tokens, hidden]`: prompt chunks and decode token
 together. What a token sees of its own sequence is the business of `attend` alone. The stream that
 layers add to is float32 whatever the weights are: on SmolLM2 in bfloat16 that halves the error of
 the log probabilities (notes/0003) and costs nothing beside the matmuls.
+
+On several ranks each holds its part of every matmul (`weights/sharding.py`) and of the cache, and
+all hold the stream: two sums a layer, one for the embedding, one gathering of the logits.
 """
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from kagami_proto.errors import UnsupportedModel
+from kagami_proto.errors import InvalidCheckpoint, UnsupportedModel
 from kagami_shard.attention.base import AttentionSpec, AttentionStep
 from kagami_shard.batch import ForwardBatch
+from kagami_shard.distributed import TensorParallel
 from kagami_shard.kv_cache import LayerShape
-from kagami_shard.layers.embedding import Embedding, Head
-from kagami_shard.layers.linear import Linear, Projection
+from kagami_shard.layers.embedding import Embedding, Head, ShardedEmbedding, ShardedHead
+from kagami_shard.layers.linear import Linear, Projection, RowLinear
 from kagami_shard.layers.mlp import ACTIVATIONS, MLP, GatedMLP
-from kagami_shard.layers.norm import LayerNorm, Norm, RMSNorm, Rounding, no_norm
+from kagami_shard.layers.norm import LayerNorm, Norm, RMSNorm, Rounding, ShardedRMSNorm, no_norm
 from kagami_shard.layers.rotary import RotaryEmbedding, Rotation, rotate
 from kagami_shard.models.spec import ModelSpec, NormKind, QKNorm
 from kagami_shard.weights.checkpoint import Checkpoint
+from kagami_shard.weights.sharding import (
+    Span,
+    heads_of,
+    padded_span_of,
+    span_of,
+    spans_in_sections,
+)
 
 
 class Decoder:
-    """A model of `spec`, its weights on `device`; a `Model`."""
+    """A model of `spec`, this rank's part of its weights on `device`; a `Model`."""
 
     def __init__(
-        self, spec: ModelSpec, checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device
+        self,
+        spec: ModelSpec,
+        checkpoint: Checkpoint,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        parallel: TensorParallel,
     ) -> None:
         self._spec = spec
-        load = _Loader(spec, checkpoint, dtype, device)
+        load = _Loader(spec, checkpoint, dtype, device, parallel)
+        self._num_kv_heads = load.heads.num_kv_heads
         self._embedding = load.embedding()
         self._layers = [_Layer(spec, index, load) for index in range(len(spec.layers))]
         self._norm = load.norm(load.prefix + spec.names.final_norm)
@@ -46,11 +66,11 @@ class Decoder:
     @property
     def layers(self) -> tuple[LayerShape, ...]:
         spec = self._spec
-        return (LayerShape(spec.num_kv_heads, spec.head_dim, spec.head_dim),) * len(spec.layers)
+        return (LayerShape(self._num_kv_heads, spec.head_dim, spec.head_dim),) * len(spec.layers)
 
     @property
     def vocab_size(self) -> int:
-        return self._head.weight.shape[0]
+        return self._head.vocab_size
 
     @property
     def max_positions(self) -> int:
@@ -77,36 +97,105 @@ class _Block(Protocol):
 
 
 class _Loader:
-    """Reads the parts of a model by their names."""
+    """Reads this rank's part of a model by its names."""
 
     def __init__(
-        self, spec: ModelSpec, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
+        self,
+        spec: ModelSpec,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        device: torch.device,
+        parallel: TensorParallel,
     ) -> None:
         self._spec = spec
         self._checkpoint = checkpoint
         self._dtype = dtype
         self._device = device
+        self._parallel = parallel
+        self.heads = heads_of(
+            spec.model_type, spec.num_heads, spec.num_kv_heads, parallel.rank, parallel.size
+        )
         embedding = f"{spec.names.embedding}.weight"
         prefixes = spec.names.prefixes
         self.prefix = next((p for p in prefixes if p + embedding in checkpoint), prefixes[0])
 
-    def tensor(self, *names: str) -> Tensor:
-        return self._checkpoint.load_rows(names, dtype=self._dtype, device=self._device)
+    def tensor(self, *names: str, rows: Sequence[Span] | None = None) -> Tensor:
+        return self._checkpoint.load_rows(names, dtype=self._dtype, device=self._device, rows=rows)
 
     def embedding(self) -> Embedding:
-        weight = self.tensor(f"{self.prefix}{self._spec.names.embedding}.weight")
-        return Embedding(weight, self._spec.embedding_multiplier)
+        name = f"{self.prefix}{self._spec.names.embedding}.weight"
+        multiplier = self._spec.embedding_multiplier
+        if self._parallel.size == 1:
+            return Embedding(self.tensor(name), multiplier)
+        weight, first = self._vocabulary_part(name)
+        return ShardedEmbedding(weight, multiplier, first=first, parallel=self._parallel)
 
     def head(self, embedding: Embedding) -> Head:
         spec = self._spec
-        weight = embedding.weight if spec.tied_head else self.tensor(f"{spec.names.head}.weight")
-        return Head(weight, divisor=spec.logits_divisor, softcap=spec.logits_softcap)
-
-    def linear(self, *names: str, bias: bool) -> Projection:
-        return Linear(
-            self.tensor(*(f"{name}.weight" for name in names)),
-            self.tensor(*(f"{name}.bias" for name in names)) if bias else None,
+        embedding_name = f"{self.prefix}{spec.names.embedding}.weight"
+        name = embedding_name if spec.tied_head else f"{spec.names.head}.weight"
+        if self._parallel.size == 1:
+            weight = embedding.weight if spec.tied_head else self.tensor(name)
+            return Head(weight, divisor=spec.logits_divisor, softcap=spec.logits_softcap)
+        weight = embedding.weight if spec.tied_head else self._vocabulary_part(name)[0]
+        return ShardedHead(
+            weight,
+            self._checkpoint.shape(name)[0],
+            divisor=spec.logits_divisor,
+            softcap=spec.logits_softcap,
+            parallel=self._parallel,
         )
+
+    def _vocabulary_part(self, name: str) -> tuple[Tensor, int]:
+        """This rank's rows, padded by zeros to as many as every other's; the first's id."""
+        vocab_size = self._checkpoint.shape(name)[0]
+        span = padded_span_of(vocab_size, self._parallel.rank, self._parallel.size)
+        weight = self.tensor(name, rows=[span])
+        num_missing = -(-vocab_size // self._parallel.size) - weight.shape[0]
+        return pad(weight, (0, 0, 0, num_missing)) if num_missing else weight, span[0]
+
+    def _column_linear(
+        self, names: Sequence[str], sections: Sequence[Span], lengths: Sequence[int], *, bias: bool
+    ) -> Projection:
+        """Cut by its output, of which this rank has the span `sections[i]` of section i."""
+        num_rows = sum(self._checkpoint.shape(f"{name}.weight")[0] for name in names)
+        if num_rows != sum(lengths):
+            raise InvalidCheckpoint(
+                f"weights {', '.join(names)} have {num_rows} rows, config.json says {sum(lengths)}"
+            )
+        rows = spans_in_sections(sections, lengths)
+        return Linear(
+            self.tensor(*(f"{name}.weight" for name in names), rows=rows),
+            self.tensor(*(f"{name}.bias" for name in names), rows=rows) if bias else None,
+        )
+
+    def _row_linear(self, name: str, columns: Span, *, bias: bool) -> Projection:
+        """Cut by its input."""
+        full_bias = self.tensor(f"{name}.bias") if bias else None
+        if self._parallel.size == 1:
+            return Linear(self.tensor(f"{name}.weight"), full_bias)
+        weight = self._checkpoint.load_columns(
+            f"{name}.weight", columns, dtype=self._dtype, device=self._device
+        )
+        return RowLinear(weight, full_bias, self._parallel)
+
+    def qkv(self, layer: str) -> Projection:
+        spec, heads = self._spec, self.heads
+        return self._column_linear(
+            [layer + name for name in spec.names.qkv],
+            [self._of_heads(span) for span in (heads.queries, heads.keys, heads.keys)],
+            [n * spec.head_dim for n in (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads)],
+            bias=spec.qkv_bias,
+        )
+
+    def output(self, layer: str) -> Projection:
+        columns = self._of_heads(self.heads.queries)
+        return self._row_linear(
+            layer + self._spec.names.output, columns, bias=self._spec.output_bias
+        )
+
+    def _of_heads(self, heads: Span) -> Span:
+        return heads[0] * self._spec.head_dim, heads[1] * self._spec.head_dim
 
     def norm(self, name: str) -> Norm:
         weight = self.tensor(f"{name}.weight")
@@ -131,11 +220,28 @@ class _Loader:
             case QKNorm.NONE:
                 return no_norm
             case QKNorm.PER_HEAD:
-                weight_of_query = self.tensor(f"{of_query}.weight").expand(spec.num_heads, -1)
-                weight_of_key = self.tensor(f"{of_key}.weight").expand(spec.num_kv_heads, -1)
+                num_heads, num_kv_heads = self.heads.num_heads, self.heads.num_kv_heads
+                weight_of_query = self.tensor(f"{of_query}.weight").expand(num_heads, -1)
+                weight_of_key = self.tensor(f"{of_key}.weight").expand(num_kv_heads, -1)
                 return self._rms_norm(torch.cat((weight_of_query, weight_of_key)))
             case QKNorm.FULL:
-                return _FullNorm(spec.num_heads, self.norm(of_query), self.norm(of_key))
+                heads = self.heads
+                return _FullNorm(
+                    heads.num_heads,
+                    self._full_norm(of_query, heads.queries, spec.num_heads),
+                    self._full_norm(of_key, heads.keys, spec.num_kv_heads * heads.copies),
+                )
+
+    def _full_norm(self, name: str, heads: Span, num_heads: int) -> Norm:
+        """Over all heads together, `num_heads` counting each copy of one."""
+        if self._parallel.size == 1:
+            return self.norm(name)
+        return ShardedRMSNorm(
+            self.tensor(f"{name}.weight", rows=[self._of_heads(heads)]),
+            self._spec.norm_eps,
+            width=num_heads * self._spec.head_dim,
+            parallel=self._parallel,
+        )
 
     def mlp(self, layer: str) -> _Block:
         spec = self._spec
@@ -144,8 +250,16 @@ class _Loader:
                 f"model type {spec.model_type}: activation {spec.activation!r} is none of "
                 f"{', '.join(ACTIVATIONS)}"
             )
-        up = self.linear(*(layer + name for name in spec.names.up), bias=spec.mlp_bias)
-        down = self.linear(layer + spec.names.down, bias=spec.mlp_bias)
+        down_name = layer + spec.names.down
+        width = self._checkpoint.shape(f"{down_name}.weight")[1]
+        span = span_of(width, self._parallel.rank, self._parallel.size)
+        up = self._column_linear(
+            [layer + name for name in spec.names.up],
+            [span] * (1 + spec.gated),
+            [width] * (1 + spec.gated),
+            bias=spec.mlp_bias,
+        )
+        down = self._row_linear(down_name, span, bias=spec.mlp_bias)
         return GatedMLP(up, down, activation) if spec.gated else MLP(up, down, activation)
 
 
@@ -175,12 +289,11 @@ class _SelfAttention:
     """One matmul for query, key and value; norms and turns of query and key in one go."""
 
     def __init__(self, spec: ModelSpec, index: int, layer: str, load: _Loader) -> None:
-        names = spec.names
-        self._num_heads = spec.num_heads
-        self._num_kv_heads = spec.num_kv_heads
+        self._num_heads = load.heads.num_heads
+        self._num_kv_heads = load.heads.num_kv_heads
         self._head_dim = spec.head_dim
-        self._qkv = load.linear(*(layer + name for name in names.qkv), bias=spec.qkv_bias)
-        self._output = load.linear(layer + names.output, bias=spec.output_bias)
+        self._qkv = load.qkv(layer)
+        self._output = load.output(layer)
         self._qk_norm = load.qk_norm(layer)
         self._spec = AttentionSpec(
             layer=index,

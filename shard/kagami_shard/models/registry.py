@@ -9,6 +9,7 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from kagami_proto.errors import InvalidCheckpoint, UnsupportedModel
+from kagami_shard.distributed import Alone, TensorParallel
 from kagami_shard.models.base import Model
 from kagami_shard.models.decoder import Decoder
 from kagami_shard.weights.checkpoint import Checkpoint
@@ -38,12 +39,15 @@ def load_model(
     device: torch.device,
     trust_remote_code: bool = False,
     max_length: int = 0,
+    parallel: TensorParallel | None = None,
 ) -> Model:
     """The model of `folder`, its weights read and cast to `dtype` on `device`.
 
     `max_length` is the longest sequence to be served, 0 for all the model can; LongRoPE and
-    dynamic NTK choose their frequencies by it. Raises `UnsupportedModel` or `InvalidCheckpoint`.
+    dynamic NTK choose their frequencies by it. Of several ranks (`parallel`) each reads its part.
+    Raises `UnsupportedModel` or `InvalidCheckpoint`.
     """
+    parallel = parallel or Alone()
     config = read_config(folder, trust_remote_code=trust_remote_code)
     if config.is_encoder_decoder:
         raise UnsupportedModel(
@@ -51,6 +55,11 @@ def load_model(
             f" ({folder})"
         )
     if (family := FAMILIES.get(config.model_type)) is None:
+        if parallel.size > 1:
+            raise UnsupportedModel(
+                f"model type {config.model_type} runs with transformers' own code and cannot be "
+                f"cut into {parallel.size} shards: start it with --num-shard 1"
+            )
         transformers_path = import_module("kagami_shard.models.transformers")
         model: Model = transformers_path.load_transformers(
             folder, config, dtype=dtype, device=device, trust_remote_code=trust_remote_code
@@ -62,7 +71,7 @@ def load_model(
         )
     spec = import_module(f"kagami_shard.models.{family}").spec(config, max_length)
     with Checkpoint(folder) as checkpoint:
-        return Decoder(spec, checkpoint, dtype=dtype, device=device)
+        return Decoder(spec, checkpoint, dtype=dtype, device=device, parallel=parallel)
 
 
 def read_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:

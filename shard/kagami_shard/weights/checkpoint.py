@@ -2,7 +2,8 @@
 
 Files are memory-mapped and opened lazily: a tensor's pages are touched once, when it is copied,
 cast to the model's dtype, into the tensor the model keeps. Several tensors may land in one, one
-below the other: that is how query, key and value become a single matmul.
+below the other: that is how query, key and value become a single matmul. A rank of several reads
+its own rows or columns only.
 """
 
 import json
@@ -17,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kagami_proto.errors import InvalidCheckpoint
+from kagami_shard.weights.sharding import Span
 
 INDEX = "model.safetensors.index.json"
 
@@ -93,12 +95,17 @@ class Checkpoint:
         return self.load_rows([name], dtype=dtype, device=device)
 
     def load_rows(
-        self, names: Sequence[str], *, dtype: torch.dtype, device: torch.device
+        self,
+        names: Sequence[str],
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        rows: Sequence[Span] | None = None,
     ) -> Tensor:
         """The tensors `names` below one another in one new tensor; they agree but in rows.
 
-        Sharding by columns or rows will take its slices here: every part is read through
-        `get_slice`, which touches only the pages asked for.
+        Of all their rows together only the spans `rows`, one below the other: every part is read
+        through `get_slice`, which touches only the pages asked for.
         """
         shapes = [self.shape(name) for name in names]
         if any(shape[1:] != shapes[0][1:] for shape in shapes):
@@ -106,15 +113,31 @@ class Checkpoint:
                 f"weights {', '.join(names)} do not fit together: their shapes are "
                 f"{', '.join(map(str, shapes))}"
             )
-        num_rows = sum(shape[0] for shape in shapes)
+        rows = ((0, sum(shape[0] for shape in shapes)),) if rows is None else rows
+        num_rows = sum(stop - start for start, stop in rows)
         result = torch.empty((num_rows, *shapes[0][1:]), dtype=dtype, device=device)
         row = 0
-        for name, shape in zip(names, shapes, strict=True):
-            part = self._handle(name).get_slice(name)[:]
-            self.bytes_loaded += part.nbytes
-            result[row : row + shape[0]] = part
-            row += shape[0]
+        for span in rows:
+            first = 0
+            for name, shape in zip(names, shapes, strict=True):
+                start, stop = max(span[0], first), min(span[1], first + shape[0])
+                if start < stop:
+                    part = self._handle(name).get_slice(name)[start - first : stop - first]
+                    self.bytes_loaded += part.nbytes
+                    result[row : row + stop - start] = part
+                    row += stop - start
+                first += shape[0]
+        if row != num_rows:
+            raise InvalidCheckpoint(f"weights {', '.join(names)} have no rows {rows}")
         return result
+
+    def load_columns(
+        self, name: str, columns: Span, *, dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        """A copy of the columns `columns` of the matrix `name`, cast."""
+        part = self._handle(name).get_slice(name)[:, slice(*columns)]
+        self.bytes_loaded += part.nbytes
+        return torch.empty(part.shape, dtype=dtype, device=device).copy_(part)
 
     def _open(self, file: Path, stack: ExitStack) -> None:
         try:

@@ -7,6 +7,7 @@ from tests.fakes.batches import Runner
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kagami_shard.distributed import TensorParallel
 from kagami_shard.models.registry import load_model
 
 NUM_TOKENS = (23, 9, 17)
@@ -24,10 +25,13 @@ def expected_logits(model: PreTrainedModel, tokens: list[int]) -> Tensor:
 
 
 def our_logits(
-    folder: Path, tokens: list[list[int]], dtype: torch.dtype = torch.float32
+    folder: Path,
+    tokens: list[list[int]],
+    dtype: torch.dtype = torch.float32,
+    parallel: TensorParallel | None = None,
 ) -> list[Tensor]:
     """Three sequences, run in chunks, in decodes and in both at once."""
-    model = load_model(folder, dtype=dtype, device=torch.device("cpu"))
+    model = load_model(folder, dtype=dtype, device=torch.device("cpu"), parallel=parallel)
     runner = Runner(model, dtype=dtype)
     a, b, c = (runner.add(each) for each in tokens)
     seen: dict[int, list[Tensor]] = {id(a): [], id(b): [], id(c): []}

@@ -106,3 +106,33 @@ def test_a_broken_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"\x00" * 16)
     with pytest.raises(InvalidCheckpoint, match=r"model\.safetensors is not a safetensors file"):
         Checkpoint(tmp_path)
+
+
+def test_spans_of_rows_are_read_across_tensors(tmp_path: Path) -> None:
+    save_file(
+        {"a": torch.arange(8.0).view(4, 2), "b": torch.arange(8.0, 14).view(3, 2)},
+        tmp_path / "model.safetensors",
+    )
+    with Checkpoint(tmp_path) as checkpoint:
+        part = checkpoint.load_rows(
+            ["a", "b"], dtype=torch.float32, device=CPU, rows=[(1, 2), (3, 6)]
+        )
+        assert part.tolist() == [[2, 3], [6, 7], [8, 9], [10, 11]]
+        assert checkpoint.bytes_loaded == part.nbytes
+
+
+def test_a_span_of_columns_is_read_alone(tmp_path: Path) -> None:
+    save_file({"a": torch.arange(8.0).view(2, 4)}, tmp_path / "model.safetensors")
+    with Checkpoint(tmp_path) as checkpoint:
+        part = checkpoint.load_columns("a", (1, 3), dtype=torch.float32, device=CPU)
+        assert part.tolist() == [[1, 2], [5, 6]]
+        assert checkpoint.bytes_loaded == part.nbytes
+
+
+def test_rows_that_are_not_there_are_refused(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(2, 2)}, tmp_path / "model.safetensors")
+    with (
+        Checkpoint(tmp_path) as checkpoint,
+        pytest.raises(InvalidCheckpoint, match="weights a have no rows"),
+    ):
+        checkpoint.load_rows(["a"], dtype=torch.float32, device=CPU, rows=[(1, 3)])
