@@ -51,12 +51,13 @@ def write_safetensors(
             file.write(item.data())
 
 
-def read_header(path: Path) -> dict[str, Any]:
-    """Name -> dtype, shape and place of every tensor in a safetensors file."""
+def read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """Name -> dtype, shape and place of a file's tensors; and where its data begins."""
     with path.open("rb") as file:
-        header: dict[str, Any] = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        size = int.from_bytes(file.read(8), "little")
+        header: dict[str, Any] = json.loads(file.read(size))
     header.pop("__metadata__", None)
-    return header
+    return header, 8 + size
 
 
 def write_index(folder: Path, names: Sequence[str]) -> None:
@@ -64,7 +65,7 @@ def write_index(folder: Path, names: Sequence[str]) -> None:
     weight_map: dict[str, str] = {}
     total = 0
     for name in names:
-        header = read_header(folder / name)
+        header, _ = read_header(folder / name)
         total += sum(end - start for start, end in (t["data_offsets"] for t in header.values()))
         weight_map |= dict.fromkeys(header, name)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}

@@ -96,9 +96,10 @@ def test_a_prompts_tokens_are_sentencepieces(swallow: Server, checkpoint: Path, 
 
 
 def test_the_second_start_converts_nothing(swallow: Server, checkpoint: Path) -> None:
-    before = (checkpoint / "model-00001-of-00002.safetensors").stat()
+    weights = checkpoint / "model-00001-of-00002.safetensors"
+    before = (weights.stat().st_ino, weights.stat().st_mtime_ns)
     with running(checkpoint.parent, "--model-id", str(checkpoint)) as again:
         log = again.log.read_text()
     assert "Files are already present on the host. Skipping download." in log
     assert "Convert" not in log
-    assert (checkpoint / "model-00001-of-00002.safetensors").stat() == before
+    assert (weights.stat().st_ino, weights.stat().st_mtime_ns) == before
