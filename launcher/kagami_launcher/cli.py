@@ -171,7 +171,7 @@ class LauncherArgs:
     master_port: int = _flag(29500, _port, _SHARD, "where shards meet: port")
     huggingface_hub_cache: str | None = _flag(None, str, _MODEL, "folder of the hub cache")
     weights_cache_override: str | None = _flag(
-        None, str, _MODEL, "folder instead of the hub cache", unused="give the folder as --model-id"
+        None, str, _MODEL, "folder that stands for the hub: the weights of --model-id"
     )
     disable_custom_kernels: bool = _switch(
         _SHARD, "no custom kernels of BLOOM and GPT-NeoX", unused="there are none"

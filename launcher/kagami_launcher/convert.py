@@ -1,293 +1,120 @@
-"""GGUF file -> Hugging Face folder: `python -m kagami_launcher.convert SOURCE DESTINATION`.
+"""The conversion child: `python -m kagami_launcher.convert SOURCE DESTINATION`.
 
-Knows llama.cpp's names and layouts and turns them back into a checkpoint's: config.json,
-generation_config.json, tokenizer.json, tokenizer_config.json, chat_template.jinja and one
-model.safetensors in bfloat16. Tensor by tensor and with numpy alone: neither torch nor a whole
-model is ever in memory. The folder appears by one rename, so it is complete or absent.
+Makes DESTINATION a folder that the shard and the router can read:
+
+    a .gguf file                 -> a new folder
+    a folder with an adapter     -> a new folder, merged into --base
+    a folder with .bin, .pt or tokenizer.model
+                                 -> the missing files in it, or in a new folder with the rest of it
+
+A new folder appears by one rename, files in an existing one by one each, so a kill leaves nothing
+that could be taken for finished. torch is imported only where pickles or adapters are read.
 """
 
-import fcntl
-import json
+import argparse
 import logging
-import os
 import shutil
 import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import timedelta
+from importlib import import_module
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
 
-import gguf
-import numpy as np
-from gguf import quants
-
-from kagami_launcher.convert_tokenizer import (
-    ConversionRefused,
-    Metadata,
-    build_tokenizer,
-    generation_config,
-    tokenizer_config,
-)
+from kagami_launcher import convert_gguf, model_folder
+from kagami_launcher.convert_files import ConversionRefused, new_folder, only_one
+from kagami_launcher.convert_sentencepiece import write_tokenizer
 from kagami_proto import logs
 
 log = logging.getLogger("kagami_launcher.convert")  # __name__ is "__main__" in the child
 
-
-def _plain_float(value: float) -> float:
-    """GGUF stores 32-bit floats: 9.999999747e-06 was written as 1e-05."""
-    return float(str(np.float32(value)))
-
-
-def model_config(metadata: Metadata, tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json of a Llama model, with the names a checkpoint uses."""
-    heads, hidden = metadata.need("attention.head_count"), metadata.need("embedding_length")
-    head_dim = metadata.of_model("attention.key_length") or hidden // heads
-    rotated = metadata.of_model("rope.dimension_count", head_dim)
-    if rotated != head_dim:
-        raise ConversionRefused(f"only {rotated} of {head_dim} dimensions of a head are rotated")
-    theta = _plain_float(metadata.of_model("rope.freq_base", 10000.0))
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_act": "silu",
-        "hidden_size": hidden,
-        "intermediate_size": metadata.need("feed_forward_length"),
-        "num_hidden_layers": metadata.need("block_count"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": metadata.of_model("attention.head_count_kv", heads),
-        "head_dim": head_dim,
-        "max_position_embeddings": metadata.need("context_length"),
-        "rms_norm_eps": _plain_float(metadata.of_model("attention.layer_norm_rms_epsilon", 1e-5)),
-        "rope_theta": theta,
-        "rope_scaling": rope_scaling(metadata, tensors.get("rope_freqs.weight"), theta, head_dim),
-        "vocab_size": int(tensors["token_embd.weight"].shape[1]),
-        "tie_word_embeddings": "output.weight" not in tensors,
-        "attention_bias": "blk.0.attn_q.bias" in tensors,
-        "mlp_bias": False,
-        "bos_token_id": metadata.token_id("bos"),
-        "eos_token_id": metadata.token_id("eos"),
-        "pad_token_id": metadata.token_id("padding"),
-        "dtype": "bfloat16",
-        "torch_dtype": "bfloat16",
-    }
-
-
-# Llama 3.1's and 3.2's own values; the factor is read from the file.
-_LLAMA3_SCALING: Mapping[str, Any] = MappingProxyType(
-    {
-        "rope_type": "llama3",
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    }
+# TGI 2.0's, word for word: operators grep for it.
+_UNSAFE = (
+    "🚨🚨BREAKING CHANGE in 2.0🚨🚨: Safetensors conversion is disabled without "
+    "`--trust-remote-code` because Pickle files are unsafe and can essentially contain remote code "
+    "execution!Please check for more information here: "
+    "https://huggingface.co/docs/text-generation-inference/basic_tutorials/safety"
 )
-
-
-def rope_scaling(
-    metadata: Metadata, factors: Any, theta: float, head_dim: int
-) -> dict[str, Any] | None:
-    """`rope_scaling` of config.json; `factors` is the tensor that Llama 3's scaling becomes."""
-    kind = metadata.of_model("rope.scaling.type", "none")
-    if factors is not None:
-        found = dict(_LLAMA3_SCALING)
-        stored = quants.dequantize(factors.data, factors.tensor_type).reshape(-1)
-        found["factor"] = _plain_float(float(stored.max()))
-        expected = llama3_factors(found, theta, head_dim)
-        if stored.shape != expected.shape or not np.allclose(stored, expected, rtol=1e-3):
-            raise ConversionRefused("`rope_freqs.weight` is not the scaling of Llama 3")
-        return found
-    if kind == "linear":
-        return {
-            "rope_type": "linear",
-            "factor": _plain_float(metadata.of_model("rope.scaling.factor", 1.0)),
-        }
-    if kind != "none":
-        raise ConversionRefused(f"rope scaling `{kind}` is not supported yet")
-    return None
-
-
-def llama3_factors(scaling: Mapping[str, Any], theta: float, head_dim: int) -> Any:
-    """What llama.cpp stores for this scaling: a divisor for each frequency, `[head_dim / 2]`."""
-    frequencies = theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    wavelengths = 2 * np.pi / frequencies
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    turns = scaling["original_max_position_embeddings"] / wavelengths
-    smooth = np.clip((turns - low) / (high - low), 0, 1)
-    return 1 / ((1 - smooth) / scaling["factor"] + smooth)
-
-
-# --- tokenizer ------------------------------------------------------------------------------------
-
-_BLOCK_NAMES = MappingProxyType(
-    {
-        "attn_norm": "input_layernorm",
-        "attn_q": "self_attn.q_proj",
-        "attn_k": "self_attn.k_proj",
-        "attn_v": "self_attn.v_proj",
-        "attn_output": "self_attn.o_proj",
-        "ffn_norm": "post_attention_layernorm",
-        "ffn_gate": "mlp.gate_proj",
-        "ffn_up": "mlp.up_proj",
-        "ffn_down": "mlp.down_proj",
-    }
-)
-_TOP_NAMES = MappingProxyType(
-    {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-)
-
-
-def checkpoint_name(name: str) -> str:
-    """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`."""
-    match name.split("."):
-        case ["blk", layer, part, suffix] if part in _BLOCK_NAMES:
-            return f"model.layers.{layer}.{_BLOCK_NAMES[part]}.{suffix}"
-        case [part, suffix] if part in _TOP_NAMES:
-            return f"{_TOP_NAMES[part]}.{suffix}"
-    raise ConversionRefused(f"tensor `{name}` has no place in a Llama model")
-
-
-def unpermute(weight: Any, num_heads: int) -> Any:
-    """Undo llama.cpp's order of q and k rows: it rotates neighbours, a checkpoint halves."""
-    half = weight.shape[0] // num_heads // 2
-    pairs = weight.reshape(num_heads, half, 2, *weight.shape[1:])
-    return pairs.swapaxes(1, 2).reshape(weight.shape)
 
 
 @dataclass(frozen=True, slots=True)
-class _Placed:
-    """A source tensor with its name in the checkpoint."""
+class Task:
+    """What is to be made of what, and what the operator called it."""
 
-    name: str
-    source: Any
-
-    @property
-    def shape(self) -> list[int]:
-        return [int(size) for size in reversed(self.source.shape)]  # GGUF lists the fastest first
-
-    @property
-    def num_bytes(self) -> int:
-        return 2 * int(np.prod(self.shape))
-
-    def to_bfloat16(self, config: Mapping[str, Any]) -> Any:
-        weight = quants.dequantize(self.source.data, self.source.tensor_type).reshape(self.shape)
-        if ".q_proj." in self.name:
-            weight = unpermute(weight, config["num_attention_heads"])
-        elif ".k_proj." in self.name:
-            weight = unpermute(weight, config["num_key_value_heads"])
-        bits = np.ascontiguousarray(weight, dtype=np.float32).view(np.uint32)
-        return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(
-            "<u2"
-        )  # to nearest, ties to even
+    source: Path
+    destination: Path
+    base: Path | None = None  # the model that the adapter in `source` belongs to
+    model_id: str = ""
+    revision: str | None = None
+    trust_remote_code: bool = False
 
 
-def write_weights(path: Path, tensors: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-    """Write all tensors as one safetensors file; only one is in memory at a time."""
-    placed = [
-        _Placed(checkpoint_name(name), tensor)
-        for name, tensor in tensors.items()
-        if name != "rope_freqs.weight"
-    ]
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for item in placed:
-        end = offset + item.num_bytes
-        header[item.name] = {"dtype": "BF16", "shape": item.shape, "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the data starts on a multiple of eight
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little"))
-        file.write(text)
-        for item in placed:
-            file.write(item.to_bfloat16(config).tobytes())
-
-
-def convert(source: Path, destination: Path) -> None:
-    """Make `destination` from the GGUF file `source`, unless it is there already."""
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    with _only_one(destination.parent.parent / ".convert.lock"):
-        if (destination / "config.json").is_file():
+def convert(task: Task) -> None:
+    """Make the destination, unless it is there already; raises `ConversionRefused`, `OSError`."""
+    if task.source == task.destination:
+        with only_one(task.destination):
+            _complete(task, task.destination)
+        return
+    with new_folder(task.destination) as folder:
+        if folder is None:
             return
-        work = destination.parent.parent / f".incomplete-{destination.name}"
-        shutil.rmtree(work, ignore_errors=True)  # left by a conversion that was killed
-        work.mkdir()
-        try:
-            _write_folder(source, work)
-            _flush(work)
-            work.rename(destination)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
-        _flush_directory(destination.parent)
+        if task.source.is_file():
+            convert_gguf.write_folder(task.source, folder)
+        elif task.base is not None:
+            import_module("kagami_launcher.convert_adapter").merge(
+                task.source, task.base, folder, destination=task.destination
+            )
+            _complete(task, folder)
+        else:
+            for file in model_folder.side_files(task.source):
+                shutil.copyfile(file, folder / file.name)
+            _complete(task, folder)
 
 
-def _write_folder(source: Path, folder: Path) -> None:
-    started = time.monotonic()
-    reader = gguf.GGUFReader(source)
-    metadata = Metadata(reader)
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
-    if metadata.architecture != "llama" or metadata.of_model("expert_count", 0):
-        kind = "with experts " if metadata.of_model("expert_count", 0) else ""
-        raise ConversionRefused(
-            f"GGUF architecture `{metadata.architecture}` {kind}is not supported yet, only `llama`"
-        )
-    if "token_embd.weight" not in tensors or not metadata.get("tokenizer.ggml.tokens"):
-        raise ConversionRefused("the file holds no embeddings or no vocabulary")
-    config = model_config(metadata, tensors)
-    build_tokenizer(metadata).save(str(folder / "tokenizer.json"))
-    _write_json(folder / "config.json", config)
-    _write_json(folder / "generation_config.json", generation_config(metadata))
-    _write_json(folder / "tokenizer_config.json", tokenizer_config(metadata))
-    if template := metadata.get("tokenizer.chat_template"):
-        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
-    write_weights(folder / "model.safetensors", tensors, config)
-    log.info("Convert: [1/1] -- Took: %s", timedelta(seconds=time.monotonic() - started))
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def _only_one(lock: Path) -> Iterator[None]:
-    """Hold an advisory lock; the kernel lets go of it however this process ends."""
-    with lock.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _flush(folder: Path) -> None:
-    for path in folder.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    _flush_directory(folder)
-
-
-def _flush_directory(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _complete(task: Task, folder: Path) -> None:
+    """Make what is missing of weights and tokenizer in `folder`."""
+    if not (folder / "tokenizer.json").is_file():
+        write_tokenizer(folder, folder)  # takes a second; what it refuses is better known early
+    if not model_folder.missing_weights(folder):
+        return
+    if not model_folder.missing_weights(task.source):
+        for file in model_folder.weight_files(task.source):
+            (folder / file.name).symlink_to(file)
+        index = task.source / model_folder.INDEX
+        if index.is_file():
+            shutil.copyfile(index, folder / index.name)
+        return
+    if not task.trust_remote_code:
+        log.warning(_UNSAFE)
+    log.warning(
+        "No safetensors weights found for model %s at revision %s. "
+        "Converting PyTorch weights to safetensors.",
+        task.model_id,
+        task.revision,
+    )
+    import_module("kagami_launcher.convert_torch").convert_weights(task.source, folder)
 
 
 def main(arguments: Sequence[str]) -> int:
     """Convert; a refusal is one ERROR line and exit code 1."""
     logs.configure("text_generation_launcher", level="info", json_output=True)
-    source, destination = Path(arguments[0]), Path(arguments[1])
+    task = _parse(arguments)
     try:
-        convert(source, destination)
-    except ConversionRefused as refusal:
-        log.error("Cannot convert %s: %s", source, refusal)
-    except (OSError, ValueError) as error:
-        log.error("Cannot convert %s: %s", source, error)
-    else:
-        return 0
-    return 1
+        convert(task)
+    except (ConversionRefused, OSError, ValueError, RuntimeError) as error:
+        log.error("Cannot convert %s: %s", task.source, error)
+        return 1
+    return 0
+
+
+def _parse(arguments: Sequence[str]) -> Task:
+    parser = argparse.ArgumentParser(prog="python -m kagami_launcher.convert")
+    parser.add_argument("source", type=Path)
+    parser.add_argument("destination", type=Path)
+    parser.add_argument("--base", type=Path)
+    parser.add_argument("--model-id", default="")
+    parser.add_argument("--revision")
+    parser.add_argument("--trust-remote-code", action="store_true")
+    return Task(**vars(parser.parse_args(arguments)))
 
 
 if __name__ == "__main__":

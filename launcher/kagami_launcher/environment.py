@@ -42,6 +42,17 @@ def for_conversion(base: Mapping[str, str]) -> dict[str, str]:
     return {**_without_flags(base), **_ALWAYS}
 
 
+def for_download(base: Mapping[str, str], additions: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a download: the hub's own variables reach huggingface_hub as they are."""
+    kept = _without_flags(base)
+    # Set in TGI's images; the library only warns that it is obsolete.
+    kept.pop("HF_HUB_ENABLE_HF_TRANSFER", None)
+    if token := kept.get("HF_API_TOKEN"):
+        kept["HF_TOKEN"] = token
+    # No statistics, and no request for them at each start.
+    return {**kept, **_ALWAYS, "HF_HUB_DISABLE_TELEMETRY": "1", **additions}
+
+
 def _without_flags(base: Mapping[str, str]) -> dict[str, str]:
     return {key: value for key, value in base.items() if key not in _FLAG_VARIABLES}
 

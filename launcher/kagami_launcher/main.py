@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
-from kagami_launcher import cli, environment, hub, plan
+from kagami_launcher import cli, environment, hub, hub_cache, plan
 from kagami_launcher.cli import Invocation
 from kagami_launcher.hub import ModelSource
 from kagami_launcher.plan import Devices, LaunchFailed, RouterPlan, ShardPlan
@@ -90,6 +90,7 @@ class Launch:
     def __init__(self, invocation: Invocation, supervisor: Supervisor) -> None:
         self._invocation = invocation
         self._supervisor = supervisor
+        self._downloader: Child | None = None
         self._converter: Child | None = None
         self._shards: list[Child] = []  # by rank
         self._router: Child | None = None
@@ -122,40 +123,69 @@ class Launch:
         """Find the model's folder, and make it if it has to be converted."""
         args, environ = self._invocation.args, self._invocation.environ
         log.info("Starting check and download process for %s", args.model_id, extra=_DOWNLOAD)
-        cache = hub.cache_folder(args.huggingface_hub_cache, environ)
+        cache = hub_cache.cache_folder(args.huggingface_hub_cache, environ)
+        override, was_looked_up = args.weights_cache_override, False
         try:
-            source = hub.resolve(args.model_id, revision=args.revision, cache=cache)
-        except hub.ModelNotFound as missing:
+            if not hub.is_hub_id(args.model_id) or not override:
+                was_looked_up = self._download(cache)
+                source = hub.resolve(args.model_id, revision=args.revision, cache=cache)
+            else:
+                source = hub.overridden(args.model_id, Path(override), cache)
+        except hub_cache.ModelNotFound as missing:
             raise LaunchFailed("DownloadError", str(missing)) from missing
         if args.revision is not None and not source.is_from_hub:
             log.warning("`--revision` has no effect: %s is not from the hub", args.model_id)
-        if source.is_ready:
+        if source.is_ready and not was_looked_up:
             log.info("Files are already present on the host. Skipping download.")
-        else:
+        elif not source.is_ready:
             self._convert(source)
         log.info("Successfully downloaded weights for %s", args.model_id, extra=_DOWNLOAD)
         return source
 
+    def _download(self, cache: Path) -> bool:
+        """Have the hub's model brought into the cache; False if nobody has to be asked for it."""
+        args, environ = self._invocation.args, self._invocation.environ
+        if not hub.is_hub_id(args.model_id):
+            return False
+        if hub_cache.will_do(
+            args.model_id,
+            args.revision,
+            cache,
+            is_offline=hub_cache.is_offline(environ),
+            trust_remote_code=args.trust_remote_code,
+        ):
+            return False
+        self._downloader = self._supervisor.start(
+            "download",
+            plan.download_command(args, on_terminal=sys.stdout.isatty()),
+            environment.for_download(environ, plan.hub_environment(args)),
+            self._voice(TARGET, renames=True),
+        )
+        self._await_success(self._downloader)
+        return True
+
     def _convert(self, source: ModelSource) -> None:
-        log.info("Converting %s to safetensors in %s", source.gguf, source.folder)
-        argv = [sys.executable, "-P", "-m", "kagami_launcher.convert"]
+        log.info("Converting %s to safetensors in %s", source.origin, source.folder)
         self._converter = self._supervisor.start(
             "download",
-            [*argv, str(source.gguf), str(source.folder)],
+            [sys.executable, "-P", "-m", *plan.conversion(self._invocation, source)],
             environment.for_conversion(self._invocation.environ),
             self._voice(TARGET, renames=True),
         )
-        self._await_end(self._converter)
-        if self._converter.exit_code:
-            if self._converter.exit_code < 0:
-                log.error("Download process %s", describe_end(self._converter))
-            raise LaunchFailed("DownloadError", self._converter.last_error)
+        self._await_success(self._converter)
+
+    def _await_success(self, child: Child) -> None:
+        self._await_end(child)
+        if child.exit_code:
+            if child.exit_code < 0:
+                log.error("Download process %s", describe_end(child))
+            raise LaunchFailed("DownloadError", child.last_error)
 
     def plan(self, source: ModelSource) -> tuple[list[ShardPlan], RouterPlan]:
         """Decide every child's command line."""
         try:
             config = hub.read_config(source.folder)
-        except hub.ModelNotFound as missing:
+        except hub_cache.ModelNotFound as missing:
             raise LaunchFailed("DownloadError", str(missing)) from missing
         args = self._invocation.args
         positions = hub.max_positions(config)
@@ -242,8 +272,9 @@ class Launch:
         is_broken = any(not (shard.is_running or shard.was_asked_to_end) for shard in self._shards)
         most_s = _BROKEN_GRACE_S if is_broken else full_s
         grace_s = min(full_s, most_s if is_serving else _STARTUP_GRACE_S)
-        if self._converter:
-            self._supervisor.stop([self._converter], grace_s)
+        for child in (self._downloader, self._converter):
+            if child:
+                self._supervisor.stop([child], grace_s)
         if self._router:
             self._supervisor.stop([self._router], grace_s)
         if self._shards:

@@ -4,6 +4,7 @@ Pure: reads no file, no variable (only the working directory, for a relative pat
 Also the arguments' checks, with TGI's texts, and what of the flags is refused or has no effect.
 """
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -193,9 +194,29 @@ def max_batch_prefill_tokens(
     return min(limit for limit in limits if limit is not None)
 
 
+def download_command(args: LauncherArgs, *, on_terminal: bool) -> list[str]:
+    """The command that brings a hub's model into the hub cache."""
+    argv = [sys.executable, "-P", "-m", "kagami_launcher.download", args.model_id, "--json-output"]
+    argv += _optional("--revision", args.revision)
+    argv += ["--trust-remote-code"] if args.trust_remote_code else []
+    # Where people watch, a bar instead of lines; never into a log.
+    argv += ["--progress"] if on_terminal and not args.json_output else []
+    return argv
+
+
 def socket_prefix(args: LauncherArgs) -> str:
     """The sockets' path without `-{rank}`, absolute: gRPC reads `unix://x-0` as a host's name."""
     return str(Path(f"{args.shard_uds_path}-").absolute())[:-1]
+
+
+def conversion(invocation: Invocation, source: ModelSource) -> list[str]:
+    """The module and arguments that make the model's folder."""
+    args = invocation.args
+    argv = ["kagami_launcher.convert", str(source.origin), str(source.folder)]
+    argv += ["--model-id", args.model_id, *_optional("--revision", args.revision)]
+    argv += _optional("--base", source.base)
+    argv += ["--trust-remote-code"] if args.trust_remote_code else []
+    return argv
 
 
 def plan_shard(
@@ -219,7 +240,7 @@ def plan_shard(
         "MASTER_ADDR": args.master_addr,
         "MASTER_PORT": str(args.master_port),
         "CUDA_MEMORY_FRACTION": f"{args.cuda_memory_fraction:g}",
-        **_hub_environment(args),
+        **hub_environment(args),
     }
     if num_shard > 1:
         # A rank that loses the others says so itself; torch would add a C++ stack trace.
@@ -274,7 +295,7 @@ def plan_router(
         environment["API_KEY"] = (
             args.api_key
         )  # not in argv: every user of the machine can read that
-    return RouterPlan(tuple(argv), {**environment, **_hub_environment(args)})
+    return RouterPlan(tuple(argv), {**environment, **hub_environment(args)})
 
 
 def _drain_s(grace_s: int) -> str:
@@ -286,6 +307,7 @@ def _optional(name: str, value: object | None) -> list[str]:
     return [] if value is None else [name, str(value)]
 
 
-def _hub_environment(args: LauncherArgs) -> dict[str, str]:
+def hub_environment(args: LauncherArgs) -> dict[str, str]:
+    """What tells a child where the hub cache is, when a flag does."""
     cache = args.huggingface_hub_cache
     return {"HUGGINGFACE_HUB_CACHE": cache} if cache is not None else {}

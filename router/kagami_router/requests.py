@@ -104,9 +104,10 @@ class End:
 class StreamEvent:
     """One sampled token; `end` is set on the last one of the stream and only there.
 
-    `tail` is text that belongs behind `token.text` but was held back until the end was known
-    (an unfinished stop string, say). The concatenation of all `text` of tokens that are not
-    special, each with its event's `tail`, is `end.generated_text`.
+    `tail` is text beside `token.text` that was held back for a stop string until this token: it
+    ended the stream, or is special and showed that the string does not go on. The
+    concatenation of all `text` of tokens that are not special, each with its event's `tail`, is
+    `end.generated_text`.
     """
 
     token: Token

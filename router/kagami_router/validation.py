@@ -107,6 +107,11 @@ class Validation:
         if params.num_samples > limit:
             raise InvalidRequest(f"`best_of` must be > 0 and <= {limit}. Given: {params.best_of}")
 
+    def check_params(self, params: GenerationParams) -> None:
+        """What can be refused without the prompt; for a route that has to work to make one."""
+        self._sampling(params)
+        self._check_counts(params)
+
     async def validate(
         self,
         prompt: str,

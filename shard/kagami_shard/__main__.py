@@ -8,7 +8,10 @@ from kagami_shard import cli
 
 
 def main() -> None:
-    """Parse, then import what is heavy."""
+    """Parse, then import what is heavy. Downloads are the launcher's, reached by its command."""
+    if sys.argv[1:2] == ["download-weights"]:
+        command = [sys.executable, "-P", "-m", "kagami_launcher.download", *sys.argv[2:]]
+        os.execv(sys.executable, command)
     args = cli.process_arguments()
     logs.configure("text_generation_server", level=args.log_level, json_output=args.json_output)
     # libgomp reads it when torch is loaded; the number is from notes/0004.

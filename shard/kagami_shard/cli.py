@@ -95,6 +95,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=version("kagami-tgi"))
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    # Never parsed here: __main__ hands it on before.
+    commands.add_parser("download-weights", help="fetch a model from the hub into the hub cache")
     serve = commands.add_parser("serve", help="load a model and answer on a Unix socket")
     serve.add_argument("model_id", metavar="MODEL_ID", help="folder with config and safetensors")
     serve.add_argument(

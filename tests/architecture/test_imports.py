@@ -17,6 +17,7 @@ FILES = [(package, path) for package, folder in PACKAGES.items() for path in fol
 HOMES = {
     "torch": ("shard/", "launcher/kagami_launcher/convert"),
     "transformers": ("shard/", "launcher/kagami_launcher/convert"),
+    "huggingface_hub": ("launcher/kagami_launcher/download/",),
     "gguf": ("launcher/kagami_launcher/convert",),
     "aiohttp": ("router/kagami_router/api/", "router/kagami_router/app.py"),
     "grpc": (

@@ -18,6 +18,7 @@ class TinyModel:
     layers = (LayerShape(KV_HEADS, HEAD_DIM, HEAD_DIM),)
     vocab_size = VOCAB
     max_positions = 256
+    bytes_loaded = 0
 
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(0)

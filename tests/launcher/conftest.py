@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from tests.fakes.fake_hub import FakeHub
 
 HERE = Path(__file__).parent
 
@@ -53,6 +54,14 @@ class Launcher:
 
     def child_pids(self) -> list[int]:
         return [int(line.split()[1]) for line in self.events.read_text().splitlines()]
+
+
+@pytest.fixture
+def hub() -> Iterator[FakeHub]:
+    """A hub on loopback."""
+    fake = FakeHub()
+    with fake.serve():
+        yield fake
 
 
 @pytest.fixture

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from kagami_launcher import hub
-from kagami_launcher.hub import ModelNotFound, cache_folder, content_key, max_positions, resolve
+from kagami_launcher.hub import content_key, max_positions, resolve
+from kagami_launcher.hub_cache import ModelNotFound
 
 
 def make_model(folder: Path, *weights: str) -> Path:
@@ -13,23 +14,6 @@ def make_model(folder: Path, *weights: str) -> Path:
     for name in ("config.json", "tokenizer.json", *(weights or ("model.safetensors",))):
         (folder / name).write_text("{}")
     return folder
-
-
-@pytest.mark.parametrize(
-    ("flag", "environ", "folder"),
-    [
-        ("/flag", {"HUGGINGFACE_HUB_CACHE": "/a"}, "/flag"),
-        (None, {"HUGGINGFACE_HUB_CACHE": "/a", "HF_HUB_CACHE": "/b"}, "/a"),
-        (None, {"HF_HUB_CACHE": "/b", "HF_HOME": "/c"}, "/b"),
-        (None, {"HF_HOME": "/c", "HOME": "/root"}, "/c/hub"),
-        (None, {"XDG_CACHE_HOME": "/d", "HOME": "/root"}, "/d/huggingface/hub"),
-        (None, {"HOME": "/root"}, "/root/.cache/huggingface/hub"),
-    ],
-)
-def test_the_cache_lies_where_hugging_faces_tools_look(
-    flag: str | None, environ: dict[str, str], folder: str
-) -> None:
-    assert cache_folder(flag, environ) == Path(folder)
 
 
 def test_a_folder_is_served_as_it_is(tmp_path: Path) -> None:
@@ -79,12 +63,46 @@ def test_a_hub_model_is_found_in_the_cache(tmp_path: Path) -> None:
         assert (source.model_id, source.folder) == ("org/name", snapshot)
 
 
+def test_a_gguf_file_from_the_hub_is_to_be_converted(tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--org--name" / "snapshots" / "main"
+    snapshot.mkdir(parents=True)
+    (snapshot / "Tiny.gguf").write_bytes(b"x" * 100)
+    source = resolve("org/name", revision=None, cache=tmp_path)
+    assert source.origin == snapshot / "Tiny.gguf"
+    assert source.folder.parts[-3] == "models--kagami--Tiny"
+
+
+def test_a_folder_can_stand_for_the_hub(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "repository")
+    source = hub.overridden("org/name", folder, tmp_path)
+    assert (source.model_id, source.folder) == ("org/name", folder)
+    index = {"weight_map": {"x": "b.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelNotFound) as missing:
+        hub.overridden("org/name", folder, tmp_path)
+    assert str(missing.value) == f"File {folder}/b.safetensors not found in {folder}."
+
+
+@pytest.mark.parametrize(
+    ("model_id", "is_hubs"),
+    [("org/name", True), ("gpt2", True), ("a/b/c", False), ("./a", False), ("x.gguf", False)],
+)
+def test_a_name_is_the_hubs_if_nothing_local_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_id: str, is_hubs: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert hub.is_hub_id(model_id) is is_hubs
+    Path("gpt2").mkdir()
+    assert not hub.is_hub_id("gpt2")
+    assert not hub.is_hub_id(hub.EMBEDDED_MODEL_ID)
+
+
 def test_a_hub_model_that_is_not_cached_is_one_clear_line(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFound) as missing:
         resolve("org/name", revision="v1", cache=tmp_path)
     assert str(missing.value) == (
-        f"model org/name at revision v1 is not in the hub cache {tmp_path}, "
-        "and downloads are not supported yet"
+        f"model org/name at revision v1 is not in the hub cache {tmp_path}: "
+        "run `text-generation-server download-weights org/name` with a network"
     )
 
 
@@ -104,7 +122,7 @@ def test_a_gguf_file_is_to_be_converted_once(tmp_path: Path) -> None:
     file = tmp_path / "Tiny.gguf"
     file.write_bytes(b"x" * 100)
     source = resolve(str(file), revision=None, cache=tmp_path / "hub")
-    assert source.gguf == file
+    assert source.origin == file
     assert source.folder.parent == tmp_path / "hub" / "models--kagami--Tiny" / "snapshots"
     assert not source.is_ready
     make_model(source.folder)
@@ -114,8 +132,8 @@ def test_a_gguf_file_is_to_be_converted_once(tmp_path: Path) -> None:
 def test_the_embedded_model_is_found_without_importing_it(tmp_path: Path) -> None:
     pytest.importorskip("gguf")
     source = resolve(hub.EMBEDDED_MODEL_ID, revision=None, cache=tmp_path)
-    assert source.gguf is not None
-    assert source.gguf.name == "SmolLM2-135M-Instruct.Q4_1.gguf"
+    assert source.origin is not None
+    assert source.origin.name == "SmolLM2-135M-Instruct.Q4_1.gguf"
     assert source.model_id == "kagami/SmolLM2-135M-Instruct"
 
 

@@ -128,7 +128,6 @@ UNUSED = {
     "--cuda-graphs": "0",
     "--master-addr": "x",
     "--master-port": "1",
-    "--weights-cache-override": "/x",
     "--disable-custom-kernels": None,
     "--rope-scaling": "linear",
     "--rope-factor": "2",

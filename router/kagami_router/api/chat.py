@@ -8,12 +8,11 @@ import msgspec
 from aiohttp import web
 
 from kagami_proto.errors import InvalidRequest, MalformedBody
-from kagami_router.api import openai, sse
-from kagami_router.api.answers import Call, Finished, log_success, stream_headers, whole_headers
+from kagami_router.api import openai
+from kagami_router.api.answers import Call
 from kagami_router.api.middleware import read_body
 from kagami_router.api.schemas import (
     ChatChoice,
-    ChatCompletion,
     ChatLogprob,
     ChatLogprobs,
     ChatMessage,
@@ -25,8 +24,7 @@ from kagami_router.api.schemas import (
 )
 from kagami_router.api.service import Front, front_of, json_response, simple_tokens
 from kagami_router.infer import Generation
-from kagami_router.requests import StreamEvent, Token, ValidRequest
-from kagami_router.validation import GenerationParams, samples
+from kagami_router.requests import StreamEvent, Token
 
 _CHAT = msgspec.json.Decoder(ChatRequest)
 # Rendering costs some 5 us a message: longer chats go to a thread.
@@ -49,103 +47,43 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     """One answer, or one chunk for each token."""
     body = await read_body(request, _CHAT)
     front, call = front_of(request), Call.of(request)
-    params = _params(front, body)
+    plan = _plan(front, body)  # before the prompt, which costs more to make
     prompt = await _prompt(front, body)
-    num_samples = openai.num_samples(front, body)
-    with front.infer.permits(num_samples):
-        # The template has written the special tokens already.
-        valid = await front.validation.validate(
-            prompt, params, add_special_tokens=False, trace=call.trace
-        )
-        requests = samples(valid, num_samples)
-        if body.stream:
-            return await _stream(request, front, call, body, requests)
-        generations = await front.infer.collect_all(requests, call.received)
-    finished = [Finished(one.request, one.end) for one in generations]
-    log_success(call, finished)
-    return json_response(
-        ChatCompletion(
-            object="chat.completion",
-            id=f"chatcmpl-{call.id}",
-            created=call.created,
-            model=front.served_model(body.model),
-            system_fingerprint=front.system_fingerprint,
-            choices=[
-                _choice(index, generation, bool(body.logprobs))
-                for index, generation in enumerate(generations)
-            ],
-            usage=openai.usage_of([valid], finished),
-        ),
-        **whole_headers(front.compute_type, [prompt], call, finished),
+    writer = _ChoiceWriter(bool(body.logprobs))
+    form = openai.Form(
+        kind="chat.completion",
+        chunk_kind="chat.completion.chunk",
+        id_prefix="chatcmpl",
+        adds_special_tokens=False,  # the template has written them
+        has_own_usage=False,
+        choices=writer.choices,
+        chunk_choice=writer.chunk_choice,
     )
+    return await openai.respond(request, call, body, plan=plan, prompts=[prompt], form=form)
 
 
-async def _stream(
-    request: web.Request,
-    front: Front,
-    call: Call,
-    body: ChatRequest,
-    requests: Sequence[ValidRequest],
-) -> web.StreamResponse:
-    chunks = _ChunkWriter(front, call, body, requests)
-    return await sse.respond(
-        request,
-        front.infer.stream_all(requests, call.received),
-        render=chunks.render,
-        render_error=openai.error_event,
-        last=chunks.last,
-        headers=stream_headers(front.compute_type, [requests[0].prompt_text]),
-    )
+class _ChoiceWriter:
+    """Writes the choices of one chat; in a stream the first chunk of each has the role."""
 
-
-class _ChunkWriter:
-    """Writes the chunks of one chat stream; what all chunks share is encoded once."""
-
-    def __init__(
-        self, front: Front, call: Call, body: ChatRequest, requests: Sequence[ValidRequest]
-    ) -> None:
-        self._call = call
-        self._requests = requests
-        self._has_logprobs = bool(body.logprobs)
-        self._has_usage = openai.wants_usage(body)
-        self._head = b"data: " + openai.chunk_head(
-            "chat.completion.chunk",
-            f"chatcmpl-{call.id}",
-            call.created,
-            front.served_model(body.model),
-            front.system_fingerprint,
-        )
+    def __init__(self, has_logprobs: bool) -> None:
+        self._has_logprobs = has_logprobs
         self._started: set[int] = set()
-        self._finished: list[Finished] = []
 
-    def render(self, turn: Sequence[tuple[int, StreamEvent]]) -> bytes:
-        """The chunks of one turn."""
-        return b"".join([self._chunk(index, event) for index, event in turn])
+    def choices(self, generations: Sequence[Generation]) -> list[ChatChoice]:
+        """Those of a whole answer."""
+        return [
+            _choice(index, generation, self._has_logprobs)
+            for index, generation in enumerate(generations)
+        ]
 
-    def last(self) -> bytes:
-        """Usage where asked for, and the end marker."""
-        log_success(self._call, self._finished)
-        if not self._has_usage:
-            return sse.DONE
-        usage = encode(openai.usage_of(self._requests[:1], self._finished))
-        return self._head + b'"choices":[],"usage":%b}\n\n' % usage + sse.DONE
-
-    def _chunk(self, index: int, event: StreamEvent) -> bytes:
-        role, finish_reason = b"", b"null"
-        if index not in self._started:
-            self._started.add(index)
-            role = _ROLE
-        if event.end is not None:
-            self._finished.append(Finished(self._requests[index], event.end))
-            finish_reason = openai.FINISH_REASON_JSON[event.end.finish_reason]
+    def chunk_choice(self, index: int, event: StreamEvent, finish_reason: bytes) -> bytes:
+        """That of one chunk."""
+        role = b"" if index in self._started else _ROLE
+        self._started.add(index)
         logprobs = b"null"
         if self._has_logprobs:
             logprobs = encode(ChatLogprobs([_logprob(event.token, event.top_tokens)]))
-        return (
-            b'%b"choices":[{"index":%d,"delta":{%b"content":%b},"logprobs":%b,'
-            b'"finish_reason":%b}],"usage":null}\n\n'
-        ) % (
-            self._head,
+        return b'{"index":%d,"delta":{%b"content":%b},"logprobs":%b,"finish_reason":%b}' % (
             index,
             role,
             encode(openai.text_of(event)),
@@ -154,7 +92,7 @@ class _ChunkWriter:
         )
 
 
-def _params(front: Front, body: ChatRequest) -> GenerationParams:
+def _plan(front: Front, body: ChatRequest) -> openai.Plan:
     if body.tools and body.tool_choice != "none":
         raise InvalidRequest("`tools` is not supported yet")
     if body.response_format is not None and body.response_format.get("type") != "text":
@@ -166,7 +104,7 @@ def _params(front: Front, body: ChatRequest) -> GenerationParams:
     max_tokens = (
         body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     )
-    return openai.params(body, max_tokens, top_n_tokens)
+    return openai.plan(front, body, max_tokens, top_n_tokens)
 
 
 async def _prompt(front: Front, body: ChatRequest) -> str:

@@ -11,120 +11,54 @@ from kagami_proto.errors import (
     MalformedBody,
     SuffixNotSupported,
 )
-from kagami_router.api import openai, sse
-from kagami_router.api.answers import Call, Finished, log_success, stream_headers, whole_headers
+from kagami_router.api import openai
+from kagami_router.api.answers import Call
 from kagami_router.api.middleware import read_body
-from kagami_router.api.schemas import Completion, CompletionChoice, CompletionRequest, encode
-from kagami_router.api.service import Front, front_of, json_response
-from kagami_router.requests import StreamEvent, ValidRequest
-from kagami_router.validation import samples
+from kagami_router.api.schemas import CompletionChoice, CompletionRequest, encode
+from kagami_router.api.service import Front, front_of
+from kagami_router.infer import Generation
+from kagami_router.requests import StreamEvent
 
 _COMPLETION = msgspec.json.Decoder(CompletionRequest)
 
 
 async def completions(request: web.Request) -> web.StreamResponse:
-    """One answer, or one chunk for each token; choices stand in the order of the prompts."""
+    """One answer, or one chunk for each token."""
     body = await read_body(request, _COMPLETION)
     front, call = front_of(request), Call.of(request)
     prompts = _prompts(front, body)
     _check_supported(body)
-    params = openai.params(body, body.max_tokens)
-    num_samples = openai.num_samples(front, body)
-    with front.infer.permits(len(prompts) * num_samples):
-        valid = [
-            await front.validation.validate(
-                prompt, params, add_special_tokens=True, trace=call.trace
-            )
-            for prompt in prompts
-        ]
-        requests = [sample for one in valid for sample in samples(one, num_samples)]
-        if body.stream:
-            chunks = _ChunkWriter(front, call, body, valid, requests)
-            return await sse.respond(
-                request,
-                front.infer.stream_all(requests, call.received),
-                render=chunks.render,
-                render_error=openai.error_event,
-                last=chunks.last,
-                headers=stream_headers(front.compute_type, prompts),
-            )
-        generations = await front.infer.collect_all(requests, call.received)
-    finished = [Finished(one.request, one.end) for one in generations]
-    log_success(call, finished)
-    return json_response(
-        Completion(
-            object="text_completion",
-            id=f"cmpl-{call.id}",
-            created=call.created,
-            model=front.served_model(body.model),
-            system_fingerprint=front.system_fingerprint,
-            choices=[
-                CompletionChoice(
-                    index,
-                    one.end.generated_text,
-                    None,
-                    openai.FINISH_REASON[one.end.finish_reason],
-                )
-                for index, one in enumerate(generations)
-            ],
-            usage=openai.usage_of(valid, finished),
-        ),
-        **whole_headers(front.compute_type, prompts, call, finished),
+    plan = openai.plan(front, body, body.max_tokens)
+    return await openai.respond(request, call, body, plan=plan, prompts=prompts, form=_FORM)
+
+
+def _choices(generations: Sequence[Generation]) -> list[CompletionChoice]:
+    return [
+        CompletionChoice(
+            index, one.end.generated_text, None, openai.FINISH_REASON[one.end.finish_reason]
+        )
+        for index, one in enumerate(generations)
+    ]
+
+
+def _chunk_choice(index: int, event: StreamEvent, finish_reason: bytes) -> bytes:
+    text = encode(openai.text_of(event))
+    return b'{"index":%d,"text":%b,"logprobs":null,"finish_reason":%b}' % (
+        index,
+        text,
+        finish_reason,
     )
 
 
-class _ChunkWriter:
-    """Writes the chunks of one completions stream; what all chunks share is encoded once.
-
-    Usage comes as OpenAI sends it where `stream_options` asks for it, else as TGI does: each
-    prompt's own in its last chunk.
-    """
-
-    def __init__(
-        self,
-        front: Front,
-        call: Call,
-        body: CompletionRequest,
-        prompts: Sequence[ValidRequest],
-        requests: Sequence[ValidRequest],
-    ) -> None:
-        self._call = call
-        self._prompts = prompts
-        self._requests = requests
-        self._has_usage = openai.wants_usage(body)
-        self._head = b"data: " + openai.chunk_head(
-            "text_completion",
-            f"cmpl-{call.id}",
-            call.created,
-            front.served_model(body.model),
-            front.system_fingerprint,
-        )
-        self._finished: list[Finished] = []
-
-    def render(self, turn: Sequence[tuple[int, StreamEvent]]) -> bytes:
-        """The chunks of one turn."""
-        return b"".join([self._chunk(index, event) for index, event in turn])
-
-    def last(self) -> bytes:
-        """Usage where asked for, and the end marker."""
-        log_success(self._call, self._finished)
-        if not self._has_usage:
-            return sse.DONE
-        usage = encode(openai.usage_of(self._prompts, self._finished))
-        return self._head + b'"choices":[],"usage":%b}\n\n' % usage + sse.DONE
-
-    def _chunk(self, index: int, event: StreamEvent) -> bytes:
-        finish_reason, usage = b"null", b"null"
-        if event.end is not None:
-            finished = Finished(self._requests[index], event.end)
-            self._finished.append(finished)
-            finish_reason = openai.FINISH_REASON_JSON[event.end.finish_reason]
-            if not self._has_usage:
-                usage = encode(openai.usage_of([finished.request], [finished]))
-        return (
-            b'%b"choices":[{"index":%d,"text":%b,"logprobs":null,"finish_reason":%b}],"usage":%b}'
-            b"\n\n"
-        ) % (self._head, index, encode(openai.text_of(event)), finish_reason, usage)
+_FORM = openai.Form(
+    kind="text_completion",
+    chunk_kind="text_completion",
+    id_prefix="cmpl",
+    adds_special_tokens=True,
+    has_own_usage=True,
+    choices=_choices,
+    chunk_choice=_chunk_choice,
+)
 
 
 def _prompts(front: Front, body: CompletionRequest) -> list[str]:

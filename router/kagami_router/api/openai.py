@@ -1,41 +1,77 @@
-"""What chat and completions share: OpenAI's parameters, finish reasons, usage, chunks, errors."""
+"""What chat and completions share: from parameters and prompts to the answer or the stream.
 
-from collections.abc import Mapping, Sequence
+Each route says by its `Form` how it writes a choice; all else is here: OpenAI's parameters, finish
+reasons, usage, chunks, errors.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from aiohttp import web
 
 from kagami_proto.errors import InvalidRequest, KagamiError
 from kagami_router.api import sse
-from kagami_router.api.answers import Finished
+from kagami_router.api.answers import Call, Finished, log_success, stream_headers, whole_headers
 from kagami_router.api.middleware import error_status, error_text
 from kagami_router.api.schemas import (
+    ChatChoice,
+    CompletionChoice,
+    OpenAIAnswer,
     OpenAIRequest,
     OpenAIStreamError,
     OpenAIStreamErrorEvent,
     Usage,
     encode,
 )
-from kagami_router.api.service import Front
+from kagami_router.api.service import Front, front_of, json_response
+from kagami_router.infer import Generation
 from kagami_router.requests import FinishReason, StreamEvent, ValidRequest
-from kagami_router.validation import GenerationParams
+from kagami_router.validation import GenerationParams, samples
 
 FINISH_REASON: Mapping[FinishReason, str] = {
     FinishReason.LENGTH: "length",
     FinishReason.EOS_TOKEN: "stop",
     FinishReason.STOP_SEQUENCE: "stop",
 }
-FINISH_REASON_JSON = {reason: encode(text) for reason, text in FINISH_REASON.items()}
+_FINISH_REASON_JSON = {reason: encode(text) for reason, text in FINISH_REASON.items()}
+_NULL = b"null"
 
 
-def params(body: OpenAIRequest, max_tokens: int | None, top_n_tokens: int = 0) -> GenerationParams:
-    """OpenAI's parameters in the native terms.
+class Plan(NamedTuple):
+    """What to do with each prompt of a call, and how many times."""
+
+    params: GenerationParams
+    num_samples: int
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How a route writes its answers."""
+
+    kind: str
+    chunk_kind: str
+    id_prefix: str
+    adds_special_tokens: bool
+    has_own_usage: bool
+    """A stream without `stream_options` tells each choice's usage in its last chunk, as TGI."""
+    choices: Callable[[Sequence[Generation]], list[ChatChoice] | list[CompletionChoice]]
+    chunk_choice: Callable[[int, StreamEvent, bytes], bytes]
+    """The JSON of one choice of a chunk: its index, the event, its finish reason's JSON."""
+
+
+def plan(front: Front, body: OpenAIRequest, max_tokens: int | None, top_n_tokens: int = 0) -> Plan:
+    """OpenAI's parameters in the native terms; refuses all that needs no prompt to be seen.
 
     Sampling is on unless temperature or top_p is 0; top_p 1 and top_k below 1 are off.
     """
     if body.logit_bias:
         raise InvalidRequest("`logit_bias` is not supported yet")
+    num_samples = _num_samples(front, body)
     is_greedy = body.temperature == 0 or body.top_p == 0
     top_p = None if body.top_p == 1 else body.top_p
     stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
-    return GenerationParams(
+    params = GenerationParams(
         do_sample=not is_greedy,
         temperature=None if is_greedy else body.temperature,
         top_p=None if is_greedy else top_p,
@@ -50,9 +86,100 @@ def params(body: OpenAIRequest, max_tokens: int | None, top_n_tokens: int = 0) -
         seed=body.seed,
         top_n_tokens=top_n_tokens,
     )
+    front.validation.check_params(params)
+    return Plan(params, num_samples)
 
 
-def num_samples(front: Front, body: OpenAIRequest) -> int:
+async def respond(
+    request: web.Request,
+    call: Call,
+    body: OpenAIRequest,
+    *,
+    plan: Plan,
+    prompts: Sequence[str],
+    form: Form,
+) -> web.StreamResponse:
+    """One answer, or one chunk for each token; choices stand in the order of the prompts."""
+    front = front_of(request)
+    identity = (
+        f"{form.id_prefix}-{call.id}",
+        call.created,
+        front.served_model(body.model),
+        front.system_fingerprint,
+    )
+    with front.infer.permits(len(prompts) * plan.num_samples):
+        valid = [
+            await front.validation.validate(
+                prompt, plan.params, add_special_tokens=form.adds_special_tokens, trace=call.trace
+            )
+            for prompt in prompts
+        ]
+        requests = [sample for one in valid for sample in samples(one, plan.num_samples)]
+        if body.stream:
+            head = _chunk_head(form.chunk_kind, *identity)
+            chunks = _ChunkWriter(call, form, head, valid, requests, _wants_usage(body))
+            return await sse.respond(
+                request,
+                front.infer.stream_all(requests, call.received),
+                render=chunks.render,
+                render_error=_error_event,
+                last=chunks.last,
+                headers=stream_headers(front.compute_type, prompts),
+            )
+        generations = await front.infer.collect_all(requests, call.received)
+    finished = [Finished(one.request, one.end) for one in generations]
+    log_success(call, finished)
+    return json_response(
+        OpenAIAnswer(form.kind, *identity, form.choices(generations), _usage_of(valid, finished)),
+        **whole_headers(front.compute_type, prompts, call, finished),
+    )
+
+
+class _ChunkWriter:
+    """Writes the chunks of one stream; what all of them share is encoded once."""
+
+    def __init__(
+        self,
+        call: Call,
+        form: Form,
+        head: bytes,
+        prompts: Sequence[ValidRequest],
+        requests: Sequence[ValidRequest],
+        wants_usage: bool,
+    ) -> None:
+        self._call = call
+        self._form = form
+        self._head = b"data: " + head
+        self._prompts = prompts
+        self._requests = requests
+        self._wants_usage = wants_usage
+        self._finished: list[Finished] = []
+
+    def render(self, turn: Sequence[tuple[int, StreamEvent]]) -> bytes:
+        """The chunks of one turn."""
+        return b"".join([self._chunk(index, event) for index, event in turn])
+
+    def last(self) -> bytes:
+        """Usage where asked for, and the end marker."""
+        log_success(self._call, self._finished)
+        if not self._wants_usage:
+            return sse.DONE
+        usage = encode(_usage_of(self._prompts, self._finished))
+        return self._head + b'"choices":[],"usage":%b}\n\n' % usage + sse.DONE
+
+    def _chunk(self, index: int, event: StreamEvent) -> bytes:
+        finish_reason, usage = _NULL, _NULL
+        if event.end is not None:
+            finished = Finished(self._requests[index], event.end)
+            self._finished.append(finished)
+            finish_reason = _FINISH_REASON_JSON[event.end.finish_reason]
+            if self._form.has_own_usage and not self._wants_usage:
+                usage = encode(_usage_of([finished.request], [finished]))
+        choice = self._form.chunk_choice(index, event, finish_reason)
+        return b'%b"choices":[%b],"usage":%b}\n\n' % (self._head, choice, usage)
+
+
+def _num_samples(front: Front, body: OpenAIRequest) -> int:
     """`n`, which --max-best-of limits as it limits `best_of`."""
     count = 1 if body.n is None else body.n
     limit = front.validation.limits.max_best_of
@@ -66,19 +193,19 @@ def text_of(event: StreamEvent) -> str:
     return event.tail if event.token.special else event.token.text + event.tail
 
 
-def wants_usage(body: OpenAIRequest) -> bool:
+def _wants_usage(body: OpenAIRequest) -> bool:
     """Whether the stream ends with a chunk of usage."""
     return body.stream_options is not None and bool(body.stream_options.include_usage)
 
 
-def usage_of(prompts: Sequence[ValidRequest], finished: Sequence[Finished]) -> Usage:
+def _usage_of(prompts: Sequence[ValidRequest], finished: Sequence[Finished]) -> Usage:
     """Tokens of a call: each prompt once, whatever number of samples it has."""
     prompt_tokens = sum(len(one.prompt_ids) for one in prompts)
     completion_tokens = sum(one.end.num_generated for one in finished)
     return Usage(prompt_tokens, completion_tokens, prompt_tokens + completion_tokens)
 
 
-def chunk_head(kind: str, chunk_id: str, created: int, model: str, fingerprint: str) -> bytes:
+def _chunk_head(kind: str, chunk_id: str, created: int, model: str, fingerprint: str) -> bytes:
     """What the chunks of a stream have in common: an object left open, up to `choices`."""
     return b'{"object":%b,"id":%b,"created":%d,"model":%b,"system_fingerprint":%b,' % (
         encode(kind),
@@ -89,7 +216,7 @@ def chunk_head(kind: str, chunk_id: str, created: int, model: str, fingerprint: 
     )
 
 
-def error_event(error: KagamiError) -> bytes:
+def _error_event(error: KagamiError) -> bytes:
     """A failure after the status line, as OpenAI's clients read it, and the end marker."""
     inner = OpenAIStreamError(error_text(error), error_status(error).value)
     return sse.event(encode(OpenAIStreamErrorEvent(inner))) + sse.DONE

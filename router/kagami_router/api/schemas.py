@@ -275,18 +275,6 @@ class ChatChoice(Struct, frozen=True):
     finish_reason: str
 
 
-class ChatCompletion(Struct, frozen=True):
-    """Answer of /v1/chat/completions."""
-
-    object: str
-    id: str
-    created: int
-    model: str
-    system_fingerprint: str
-    choices: list[ChatChoice]
-    usage: Usage
-
-
 class CompletionChoice(Struct, frozen=True):
     """One sample of one prompt."""
 
@@ -296,15 +284,15 @@ class CompletionChoice(Struct, frozen=True):
     finish_reason: str
 
 
-class Completion(Struct, frozen=True):
-    """Answer of /v1/completions."""
+class OpenAIAnswer(Struct, frozen=True):
+    """Answer of /v1/chat/completions and of /v1/completions."""
 
     object: str
     id: str
     created: int
     model: str
     system_fingerprint: str
-    choices: list[CompletionChoice]
+    choices: list[ChatChoice] | list[CompletionChoice]
     usage: Usage
 
 

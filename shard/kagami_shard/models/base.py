@@ -28,5 +28,9 @@ class Model(Protocol):
     def max_positions(self) -> int:
         """Longest sequence; 0 if the model knows no end."""
 
+    @property
+    def bytes_loaded(self) -> int:
+        """What was read to load it, in the files' own dtype."""
+
     def forward(self, batch: ForwardBatch, attend: AttentionStep) -> Tensor:
         """Logits after `batch.logits_rows`: `[num_rows, vocab_size]` float32."""

@@ -57,6 +57,7 @@ class Decoder:
         self._norm = load.norm(load.prefix + spec.names.final_norm)
         self._head = load.head(self._embedding)
         self._ropes = [RotaryEmbedding(rope, device) for rope in spec.ropes]
+        self._bytes_loaded = checkpoint.bytes_loaded
 
     @property
     def model_type(self) -> str:
@@ -74,6 +75,10 @@ class Decoder:
     @property
     def max_positions(self) -> int:
         return self._spec.max_positions
+
+    @property
+    def bytes_loaded(self) -> int:
+        return self._bytes_loaded
 
     def forward(self, batch: ForwardBatch, attend: AttentionStep) -> Tensor:
         """Logits after `batch.logits_rows`: `[num_rows, vocab_size]` float32."""

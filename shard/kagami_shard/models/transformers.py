@@ -118,6 +118,11 @@ class TransformersModel:
             return min(limit, int(rope["original_max_position_embeddings"]))
         return limit
 
+    @property
+    def bytes_loaded(self) -> int:
+        """As if the files had the model's dtype: transformers does not tell."""
+        return sum(weight.nbytes for weight in self._model.parameters())
+
     def forward(self, batch: ForwardBatch, attend: AttentionStep) -> Tensor:
         """Logits after `batch.logits_rows`: `[num_rows, vocab_size]` float32."""
         rows: dict[str, Any] = {"logits_to_keep": batch.logits_rows} if self._takes_rows else {}

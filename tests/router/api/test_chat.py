@@ -298,6 +298,19 @@ async def test_an_assistant_message_at_the_end_is_continued() -> None:
         assert server.loop.requests[0].prompt_text.endswith("<|assistant|>Hello, I")
 
 
+@pytest.mark.parametrize(
+    "fields", [{"n": 3}, {"temperature": -1}, {"stop": ["a"] * 5}, {"max_tokens": 0}]
+)
+async def test_what_needs_no_prompt_is_refused_before_it_is_rendered(
+    fields: dict[str, Any],
+) -> None:
+    missing = MissingTemplate("nobody should have asked")
+    async with serving(template=missing) as server:
+        async with server.post(PATH, CHAT | fields) as response:
+            assert response.status == 422
+            assert (await response.json())["error_type"] == "validation"
+
+
 async def test_no_template_is_an_error_of_its_own() -> None:
     missing = MissingTemplate("template not found (looked for one in x)")
     async with serving(template=missing) as server, server.post(PATH, CHAT) as response:

@@ -12,9 +12,8 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, processors
 from tokenizers import pre_tokenizers as pre
 
-
-class ConversionRefused(Exception):
-    """The file cannot be converted faithfully; the text says why, for the operator."""
+from kagami_launcher.convert_files import ConversionRefused
+from kagami_launcher.convert_sentencepiece import merges_from_scores
 
 
 class Metadata:
@@ -135,7 +134,7 @@ def _sentencepiece(metadata: Metadata, tokens: Sequence[str]) -> Tokenizer:
     unknown = metadata.token_id("unknown") or 0
     model = models.BPE(
         vocab=vocab,
-        merges=_merges_from_scores(vocab, scores),
+        merges=merges_from_scores(vocab, scores),
         unk_token=tokens[unknown],
         fuse_unk=True,
         byte_fallback=True,
@@ -149,17 +148,6 @@ def _sentencepiece(metadata: Metadata, tokens: Sequence[str]) -> Tokenizer:
     tokenizer.normalizer = normalizers.Sequence(steps)
     tokenizer.decoder = decoders.Sequence(undo)
     return tokenizer
-
-
-def _merges_from_scores(vocab: Mapping[str, int], scores: Sequence[float]) -> list[tuple[str, str]]:
-    """SentencePiece merges the pair whose result scores highest: every pair, best result first."""
-    pairs = [
-        (-scores[index], index, token[:cut], token[cut:])
-        for token, index in vocab.items()
-        for cut in range(1, len(token))
-        if token[:cut] in vocab and token[cut:] in vocab
-    ]
-    return [(left, right) for _, _, left, right in sorted(pairs)]
 
 
 def tokenizer_config(metadata: Metadata) -> dict[str, Any]:

@@ -1,0 +1,96 @@
+"""Which files of a repository are wanted. Pure: a listing in, a selection out.
+
+Weights of one kind only (safetensors before .bin before .pt before .gguf), at the top level only,
+beside what a server reads of a model: configuration, tokenizer, templates, and its Python code only
+where that is trusted.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kagami_launcher.hub_cache import WEIGHT_EXTENSIONS
+
+PREFERRED = ".safetensors"
+# TGI's: these are what a trainer left behind.
+_NO_WEIGHTS = ("arguments", "args", "training")
+# What `save_pretrained` calls weights. Where there are such, any others are a second copy
+# (Mistral's consolidated.safetensors, model.fp16.safetensors), except the extras.
+_STANDARD = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.\w+")
+_EXTRAS = ("adapter", "medusa")
+_TEXT_ENDINGS = (".json", ".jinja", ".model", ".tiktoken")
+_TEXT_NAMES = ("merges.txt", "vocab.txt")
+_NO_TEXTS = ("trainer", "training", "results", "optimizer", "scheduler")
+
+
+class NoWeights(Exception):
+    """The repository holds nothing to serve, or not clearly one thing."""
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteFile:
+    """One file of a repository at a commit."""
+
+    name: str
+    size: int
+    sha256: str | None = None  # of files in Git LFS: all that are large
+
+    @property
+    def extension(self) -> str:
+        return "." + self.name.rpartition(".")[2]
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """What is to be fetched: the small files first, so that weights are never without an index."""
+
+    texts: tuple[RemoteFile, ...]
+    weights: tuple[RemoteFile, ...]
+    extension: str
+
+
+def select(
+    files: Sequence[RemoteFile],
+    *,
+    extension: str = PREFERRED,
+    allow_others: bool = True,
+    trust_remote_code: bool = False,
+) -> Selection:
+    """Choose; raises `NoWeights`. Another kind than safetensors is taken only if asked for."""
+    top = sorted((file for file in files if "/" not in file.name), key=lambda file: file.name)
+    wanted = WEIGHT_EXTENSIONS if extension == PREFERRED and allow_others else (extension,)
+    for kind in wanted:
+        if weights := _weights(top, kind):
+            break
+    else:
+        raise NoWeights(f"No {extension} weights found")
+    if kind == ".gguf" and len(weights) > 1:
+        names = ", ".join(file.name for file in weights)
+        raise NoWeights(f"There is a choice of weights ({names}): download one and give its path")
+    texts = tuple(file for file in top if _is_text(file.name, kind, trust_remote_code))
+    return Selection(texts, tuple(weights), kind)
+
+
+def _weights(files: Sequence[RemoteFile], extension: str) -> list[RemoteFile]:
+    found = [
+        file
+        for file in files
+        if file.name.endswith(extension) and not any(word in file.name for word in _NO_WEIGHTS)
+    ]
+    if any(_STANDARD.fullmatch(file.name) for file in found):
+        return [
+            file
+            for file in found
+            if _STANDARD.fullmatch(file.name) or file.name.startswith(_EXTRAS)
+        ]
+    return found
+
+
+def _is_text(name: str, extension: str, trust_remote_code: bool) -> bool:
+    if name.endswith(".index.json"):
+        return name.endswith(f"{extension}.index.json")
+    if name.endswith(".py"):
+        return trust_remote_code
+    if any(word in name for word in _NO_TEXTS):
+        return False
+    return name.endswith(_TEXT_ENDINGS) or name in _TEXT_NAMES
