@@ -55,20 +55,22 @@ def serve(args: ServeArgs) -> int:
             except OSError as error:
                 logger.error("Cannot listen on %s: %s", socket, error)
                 return 1
-            socket.unlink(missing_ok=True)
             if args.world_size > 1:
-                _leave_the_others(worker, code)
+                worker.stop()
+                if wait((worker.ended,), timeout=_GRACE_S).not_done:
+                    logger.warning("A step was not finished: it waits for a rank that is gone")
+                _end_now(socket, code)
+    socket.unlink(missing_ok=True)
     return code
 
 
-def _leave_the_others(worker: Worker, code: int) -> NoReturn:
+def _end_now(socket: Path, code: int) -> NoReturn:
     """End this process, a rank of several, without waiting for ranks that may be gone.
 
-    A step may hang in a collective that another rank never called; so may the end of a group.
+    A step may hang in a collective that another rank never called; so may the end of a group. The
+    router hears of its stream's end by the socket.
     """
-    worker.stop()
-    if wait((worker.ended,), timeout=_GRACE_S).not_done:
-        logger.warning("A step was not finished: it waits for a rank that is gone")
+    socket.unlink(missing_ok=True)
     logging.shutdown()
     os._exit(code)
 
@@ -178,9 +180,11 @@ async def _serve(socket: Path, engine: Engine, worker: Worker, facts: pb.InfoRes
     await server.start()
     logger.info("Server started at unix://%s", socket)
     await stop.wait()
+    if worker.ended.done() and isinstance(reason := worker.ended.exception(), RankLost):
+        logger.error("The engine stopped: %s", reason)
+        _end_now(socket, 1)
     await server.stop(_GRACE_S)
     if worker.ended.done() and (reason := worker.ended.exception()):
-        is_explained = isinstance(reason, RankLost)
-        logger.error("The engine stopped: %s", reason, exc_info=None if is_explained else reason)
+        logger.error("The engine stopped: %s", reason, exc_info=reason)
         return 1
     return 0
