@@ -9,12 +9,14 @@ import pytest
 import sentencepiece
 from huggingface_hub import InferenceClient
 from tests.fakes import tiny_swallow
+from tests.fakes.fake_hub import FakeHub
 from tests.fakes.pieces import SAMPLES
 from tests.fakes.tiny_swallow import ANSWER, QUESTION
 from tests.integration.conftest import Server, running
 
 pytestmark = pytest.mark.slow
 REPLACEMENT = "\ufffd"
+MODEL_ID = "tokyotech-llm/Swallow-7b-hf"
 
 
 @pytest.fixture(scope="module")
@@ -23,8 +25,23 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def swallow(checkpoint: Path) -> Iterator[Server]:
-    with running(checkpoint.parent, "--model-id", str(checkpoint)) as server:
+def hub(checkpoint: Path) -> Iterator[FakeHub]:
+    files = {file.name: file.read_bytes() for file in checkpoint.iterdir() if file.is_file()}
+    fake = FakeHub()
+    fake.add(MODEL_ID, files)
+    with fake.serve():
+        yield fake
+
+
+@pytest.fixture(scope="module")
+def environ(hub: FakeHub, checkpoint: Path) -> dict[str, str]:
+    """A machine that has never seen the model, and its hub."""
+    return {"HF_ENDPOINT": hub.url, "HF_HOME": str(checkpoint.parent / "data")}
+
+
+@pytest.fixture(scope="module")
+def swallow(checkpoint: Path, environ: dict[str, str]) -> Iterator[Server]:
+    with running(checkpoint.parent, "--model-id", MODEL_ID, environ=environ) as server:
         yield server
 
 
@@ -37,6 +54,8 @@ def test_the_log_tells_the_articles_story(swallow: Server) -> None:
     log = swallow.log.read_text()
     story = [
         "INFO download: text_generation_launcher: Starting check and download process",
+        "Download file: pytorch_model-0000",
+        "Download: [2/2] -- ETA: 0",
         "🚨🚨BREAKING CHANGE in 2.0🚨🚨: Safetensors conversion is disabled without `--trust-",
         "Converting PyTorch weights to safetensors.",
         "Convert: [1/2] -- Took: 0:00:0",
@@ -95,11 +114,18 @@ def test_a_prompts_tokens_are_sentencepieces(swallow: Server, checkpoint: Path, 
     assert [token["id"] for token in found] == [1, *judge.encode(text)]
 
 
-def test_the_second_start_converts_nothing(swallow: Server, checkpoint: Path) -> None:
-    weights = checkpoint / "model-00001-of-00002.safetensors"
-    before = (weights.stat().st_ino, weights.stat().st_mtime_ns)
-    with running(checkpoint.parent, "--model-id", str(checkpoint)) as again:
+def test_the_second_start_downloads_and_converts_nothing(
+    swallow: Server, hub: FakeHub, checkpoint: Path, environ: dict[str, str]
+) -> None:
+    def weights() -> list[tuple[str, int, int]]:
+        files = sorted((checkpoint.parent / "data").rglob("*.safetensors"))
+        return [(file.name, file.stat().st_ino, file.stat().st_mtime_ns) for file in files]
+
+    before, asked = weights(), len(hub.requests())
+    with running(checkpoint.parent, "--model-id", MODEL_ID, environ=environ) as again:
         log = again.log.read_text()
+    assert len(before) == 2
+    assert weights() == before
+    assert len(hub.requests()) - asked <= 1
     assert "Files are already present on the host. Skipping download." in log
     assert "Convert" not in log
-    assert (weights.stat().st_ino, weights.stat().st_mtime_ns) == before
