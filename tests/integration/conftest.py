@@ -109,9 +109,9 @@ def bf16_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 @pytest.fixture(scope="session")
 def model_folder(server: Server) -> Path:
     """Where the launcher has put the embedded model."""
-    from kagami_launcher import hub
+    from kagami_launcher import hub, hub_cache
 
-    cache = hub.cache_folder(None, os.environ)
+    cache = hub_cache.cache_folder(None, os.environ)
     return hub.resolve(hub.EMBEDDED_MODEL_ID, revision=None, cache=cache).folder
 
 
