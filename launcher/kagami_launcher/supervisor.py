@@ -257,5 +257,7 @@ def describe_end(child: Child) -> str:
     """How a child ended, in one phrase."""
     code = child.exit_code
     if code is not None and code < 0:
-        return f"was signaled to shutdown with signal {-code}"
+        phrase = f"was signaled to shutdown with signal {-code}"
+        # The kernel says nothing to the process that it ends; an operator would know.
+        return f"{phrase} (out of memory?)" if -code == signal.SIGKILL else phrase
     return f"ended with exit code {code}"

@@ -26,6 +26,13 @@ def pool_bytes(device: torch.device, fraction: float) -> int:
     return int(available_host_bytes() * _CPU_SHARE * fraction)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed: Python's, CUDA's, or torch's on the CPU (a RuntimeError)."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
 def available_host_bytes() -> int:
     """MemAvailable of /proc/meminfo, or what the cgroup leaves if that is less."""
     available = _meminfo("MemAvailable")

@@ -21,6 +21,7 @@ from kagami_shard.attention.select import select_attention
 from kagami_shard.cli import ServeArgs
 from kagami_shard.distributed import connect
 from kagami_shard.engine import Engine
+from kagami_shard.memory import is_out_of_memory
 from kagami_shard.models.registry import load_model
 from kagami_shard.service import TextGenerationService
 from kagami_shard.worker import Worker
@@ -45,7 +46,10 @@ def serve(args: ServeArgs) -> int:
             return 1
         # The process's border: whatever stops the load is the last thing that this process says.
         except Exception as error:
-            logger.exception("Error when initializing model: %s", error)
+            if is_out_of_memory(error):
+                logger.error("Error when initializing model: not enough memory: %s", error)
+            else:
+                logger.exception("Error when initializing model: %s", error)
             return 1
         socket = Path(f"{args.uds_path}-{args.rank}").absolute()
         overlap = facts.device_type == "cuda" and args.world_size == 1

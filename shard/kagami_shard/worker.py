@@ -14,6 +14,7 @@ import torch
 
 from kagami_proto.errors import RankLost
 from kagami_shard.engine import Engine, Launched
+from kagami_shard.memory import is_out_of_memory
 from kagami_shard.step import Step, StepResult
 
 logger = logging.getLogger(__name__)
@@ -126,7 +127,7 @@ class Worker:
 
     def _failed(self, number: int, error: Exception) -> StepResult:
         logger.error("Step failed", exc_info=error, extra={"step": number})
-        out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        out_of_memory = is_out_of_memory(error)
         if out_of_memory and torch.cuda.is_available():
             torch.cuda.empty_cache()
         text = " ".join(str(error).split()) or type(error).__name__
