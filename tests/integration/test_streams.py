@@ -52,11 +52,16 @@ async def test_a_client_that_goes_away_frees_its_blocks_within_a_second(
     server: Server, route: str
 ) -> None:
     body = {"inputs": "Count for ever: 1 2 3", "parameters": {"max_new_tokens": 4000}}
+
+    async def ask() -> None:
+        async with session.post(f"{server.url}/{route}", json=body) as answer:
+            await answer.read()
+
     async with aiohttp.ClientSession() as session:
-        request = asyncio.ensure_future(session.post(f"{server.url}/{route}", json=body))
+        request = asyncio.ensure_future(ask())
         await until(lambda: server.metric("tgi_kv_blocks_used") > 0)
         request.cancel()
-    await asyncio.gather(request, return_exceptions=True)
+        await asyncio.gather(request, return_exceptions=True)
 
     await until(lambda: server.metric("tgi_kv_blocks_used") == 0, within_s=1)
 
