@@ -281,7 +281,6 @@ class BatchingLoop:
                 num_decodes=step.num_decodes,
                 num_new=len(step.new_sequences),
                 wall_s=now - sent_at,
-                host_s=results.host_ns / 1e9,
                 device_s=results.device_ns / 1e9,
                 failed=bool(results.error),
             )

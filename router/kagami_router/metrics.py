@@ -39,7 +39,6 @@ class StepStats:
     """Sequences admitted by this step."""
     wall_s: float
     """Sent to result."""
-    host_s: float
     device_s: float
     failed: bool
 

@@ -22,6 +22,7 @@ from kagami_shard.cli import ServeArgs
 from kagami_shard.distributed import connect
 from kagami_shard.engine import Engine
 from kagami_shard.memory import is_out_of_memory
+from kagami_shard.models.base import Model
 from kagami_shard.models.registry import load_model
 from kagami_shard.service import TextGenerationService
 from kagami_shard.worker import Worker
@@ -115,19 +116,6 @@ def _load(args: ServeArgs) -> tuple[Engine, pb.InfoResponse]:
         memory_fraction=args.memory_fraction / (args.world_size if device.type == "cpu" else 1),
         parallel=parallel,
     )
-    facts = pb.InfoResponse(
-        model_type=model.model_type,
-        dtype=str(dtype),
-        device_type=device.type,
-        attention=attention.name,
-        vocab_size=model.vocab_size,
-        max_positions=model.max_positions,
-        block_size=args.block_size,
-        eos_token_ids=eos_token_ids(args.model_folder),
-        rank=args.rank,
-        world_size=args.world_size,
-        version=args.version,
-    )
     logger.info(
         "Model loaded",
         extra={
@@ -140,7 +128,26 @@ def _load(args: ServeArgs) -> tuple[Engine, pb.InfoResponse]:
             "gigabytes_per_second": round(model.bytes_loaded / 1e9 / reading_s, 2),
         },
     )
-    return engine, facts
+    return engine, _facts(args, model, attention=attention.name, device=device)
+
+
+def _facts(
+    args: ServeArgs, model: Model, *, attention: str, device: torch.device
+) -> pb.InfoResponse:
+    """What `Info` answers."""
+    return pb.InfoResponse(
+        model_type=model.model_type,
+        dtype=f"torch.{args.dtype}",
+        device_type=device.type,
+        attention=attention,
+        vocab_size=model.vocab_size,
+        max_positions=model.max_positions,
+        block_size=args.block_size,
+        eos_token_ids=eos_token_ids(args.model_folder),
+        rank=args.rank,
+        world_size=args.world_size,
+        version=args.version,
+    )
 
 
 def _device(rank: int) -> torch.device:

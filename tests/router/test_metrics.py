@@ -74,7 +74,7 @@ def test_tokens_of_one_step_share_its_time() -> None:
 @pytest.mark.parametrize(("prefill", "method"), [(5, "prefill"), (0, "decode")])
 def test_steps_count_by_method(prefill: int, method: str) -> None:
     metrics = Metrics()
-    metrics.step_finished(StepStats(prefill, 1, 1, 0.2, 0.1, 0.05, failed=False))
+    metrics.step_finished(StepStats(prefill, 1, 1, 0.2, 0.05, failed=False))
     found = parsed(metrics)
     assert found["tgi_batch_inference_count"][f"method={method}"] == 1
     assert found["tgi_batch_inference_success"][f"method={method}"] == 1
@@ -85,7 +85,7 @@ def test_steps_count_by_method(prefill: int, method: str) -> None:
 
 def test_a_failed_step_has_no_duration() -> None:
     metrics = Metrics()
-    metrics.step_finished(StepStats(0, 1, 0, 0.2, 0.1, 0.05, failed=True))
+    metrics.step_finished(StepStats(0, 1, 0, 0.2, 0.05, failed=True))
     found = parsed(metrics)
     assert found["tgi_batch_inference_failure"]["method=decode"] == 1
     assert found["tgi_batch_inference_duration_count"]["method=decode"] == 0
