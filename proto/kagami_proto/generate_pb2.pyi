@@ -362,6 +362,9 @@ class SamplingParameters(_message.Message):
     REPETITION_PENALTY_FIELD_NUMBER: _builtins.int
     FREQUENCY_PENALTY_FIELD_NUMBER: _builtins.int
     PRESENCE_PENALTY_FIELD_NUMBER: _builtins.int
+    BIAS_IDS_FIELD_NUMBER: _builtins.int
+    BIASES_FIELD_NUMBER: _builtins.int
+    WATERMARK_FIELD_NUMBER: _builtins.int
     do_sample: _builtins.bool
     """false: the most likely token"""
     seed: _builtins.int
@@ -380,6 +383,14 @@ class SamplingParameters(_message.Message):
     """subtracted per occurrence in the output; 0 = off"""
     presence_penalty: _builtins.float
     """subtracted once if in the output; 0 = off"""
+    watermark: _builtins.bool
+    """mark the output, as arXiv:2301.10226 does"""
+    @_builtins.property
+    def bias_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Added to the logits of `bias_ids`; columns of equal length."""
+
+    @_builtins.property
+    def biases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
     def __init__(
         self,
         *,
@@ -392,10 +403,13 @@ class SamplingParameters(_message.Message):
         repetition_penalty: _builtins.float = ...,
         frequency_penalty: _builtins.float = ...,
         presence_penalty: _builtins.float = ...,
+        bias_ids: _abc.Iterable[_builtins.int] | None = ...,
+        biases: _abc.Iterable[_builtins.float] | None = ...,
+        watermark: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["do_sample", b"do_sample", "frequency_penalty", b"frequency_penalty", "presence_penalty", b"presence_penalty", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p", "typical_p", b"typical_p"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bias_ids", b"bias_ids", "biases", b"biases", "do_sample", b"do_sample", "frequency_penalty", b"frequency_penalty", "presence_penalty", b"presence_penalty", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p", "typical_p", b"typical_p", "watermark", b"watermark"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -412,11 +426,19 @@ class Grammar(_message.Message):
     class _KindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[Grammar._Kind.ValueType], _builtins.type):
         DESCRIPTOR: _descriptor.EnumDescriptor
         JSON_SCHEMA: Grammar._Kind.ValueType  # 0
+        """source: the schema's JSON"""
         REGEX: Grammar._Kind.ValueType  # 1
+        """the whole output matches it"""
+        LARK: Grammar._Kind.ValueType  # 2
+        """llguidance's dialect of Lark"""
 
     class Kind(_Kind, metaclass=_KindEnumTypeWrapper): ...
     JSON_SCHEMA: Grammar.Kind.ValueType  # 0
+    """source: the schema's JSON"""
     REGEX: Grammar.Kind.ValueType  # 1
+    """the whole output matches it"""
+    LARK: Grammar.Kind.ValueType  # 2
+    """llguidance's dialect of Lark"""
 
     KIND_FIELD_NUMBER: _builtins.int
     SOURCE_FIELD_NUMBER: _builtins.int
@@ -435,6 +457,30 @@ class Grammar(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Grammar: _TypeAlias = Grammar  # noqa: Y015
+
+@_typing.final
+class CompileGrammarResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ERROR_FIELD_NUMBER: _builtins.int
+    ELAPSED_NS_FIELD_NUMBER: _builtins.int
+    error: _builtins.str
+    """why it cannot be compiled; empty = it is ready"""
+    elapsed_ns: _builtins.int
+    """0 = it was known already"""
+    def __init__(
+        self,
+        *,
+        error: _builtins.str = ...,
+        elapsed_ns: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["elapsed_ns", b"elapsed_ns", "error", b"error"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CompileGrammarResponse: _TypeAlias = CompileGrammarResponse  # noqa: Y015
 
 @_typing.final
 class StepResult(_message.Message):
@@ -539,21 +585,33 @@ class PromptLogprobs(_message.Message):
     ID_FIELD_NUMBER: _builtins.int
     FIRST_POSITION_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
+    TOP_N_FIELD_NUMBER: _builtins.int
+    TOP_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     first_position: _builtins.int
     """position of the first token that has an entry; at least 1"""
+    top_n: _builtins.int
+    """The most likely tokens at each of these positions, most likely first; `top_n` per position."""
     @_builtins.property
     def logprobs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    @_builtins.property
+    def top_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def top_logprobs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
     def __init__(
         self,
         *,
         id: _builtins.int = ...,
         first_position: _builtins.int = ...,
         logprobs: _abc.Iterable[_builtins.float] | None = ...,
+        top_n: _builtins.int = ...,
+        top_token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        top_logprobs: _abc.Iterable[_builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_position", b"first_position", "id", b"id", "logprobs", b"logprobs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_position", b"first_position", "id", b"id", "logprobs", b"logprobs", "top_logprobs", b"top_logprobs", "top_n", b"top_n", "top_token_ids", b"top_token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

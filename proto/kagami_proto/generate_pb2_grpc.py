@@ -49,6 +49,11 @@ class TextGenerationServiceStub:
                 request_serializer=kagami__proto_dot_generate__pb2.WarmupRequest.SerializeToString,
                 response_deserializer=kagami__proto_dot_generate__pb2.WarmupResponse.FromString,
                 _registered_method=True)
+        self.CompileGrammar = channel.unary_unary(
+                '/kagami.v1.TextGenerationService/CompileGrammar',
+                request_serializer=kagami__proto_dot_generate__pb2.Grammar.SerializeToString,
+                response_deserializer=kagami__proto_dot_generate__pb2.CompileGrammarResponse.FromString,
+                _registered_method=True)
         self.Run = channel.stream_stream(
                 '/kagami.v1.TextGenerationService/Run',
                 request_serializer=kagami__proto_dot_generate__pb2.Step.SerializeToString,
@@ -81,6 +86,14 @@ class TextGenerationServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CompileGrammar(self, request, context):
+        """Compiles a grammar beside the steps and keeps it, so that a sequence that names it later can
+        join at once. Answered at any time.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Run(self, request_iterator, context):
         """The step stream. A new stream ends the one before it (ABORTED) and drops its sequences.
         """
@@ -105,6 +118,11 @@ def add_TextGenerationServiceServicer_to_server(servicer, server):
                     servicer.Warmup,
                     request_deserializer=kagami__proto_dot_generate__pb2.WarmupRequest.FromString,
                     response_serializer=kagami__proto_dot_generate__pb2.WarmupResponse.SerializeToString,
+            ),
+            'CompileGrammar': grpc.unary_unary_rpc_method_handler(
+                    servicer.CompileGrammar,
+                    request_deserializer=kagami__proto_dot_generate__pb2.Grammar.FromString,
+                    response_serializer=kagami__proto_dot_generate__pb2.CompileGrammarResponse.SerializeToString,
             ),
             'Run': grpc.stream_stream_rpc_method_handler(
                     servicer.Run,
@@ -193,6 +211,33 @@ class TextGenerationService:
             '/kagami.v1.TextGenerationService/Warmup',
             kagami__proto_dot_generate__pb2.WarmupRequest.SerializeToString,
             kagami__proto_dot_generate__pb2.WarmupResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CompileGrammar(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kagami.v1.TextGenerationService/CompileGrammar',
+            kagami__proto_dot_generate__pb2.Grammar.SerializeToString,
+            kagami__proto_dot_generate__pb2.CompileGrammarResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -46,6 +46,10 @@ class TextGenerationServiceStub:
     """Runs a step, measures memory, allocates the KV cache. Once, before Run; a second call answers
     the same. On CUDA the step is as large as the limits allow, on the CPU a small one.
     """
+    CompileGrammar: _grpc.UnaryUnaryMultiCallable[_generate_pb2.Grammar, _generate_pb2.CompileGrammarResponse]
+    """Compiles a grammar beside the steps and keeps it, so that a sequence that names it later can
+    join at once. Answered at any time.
+    """
     Run: _grpc.StreamStreamMultiCallable[_generate_pb2.Step, _generate_pb2.StepResult]
     """The step stream. A new stream ends the one before it (ABORTED) and drops its sequences."""
 
@@ -59,6 +63,10 @@ class TextGenerationServiceAsyncStub(TextGenerationServiceStub):
     Warmup: _aio.UnaryUnaryMultiCallable[_generate_pb2.WarmupRequest, _generate_pb2.WarmupResponse]  # type: ignore[assignment]
     """Runs a step, measures memory, allocates the KV cache. Once, before Run; a second call answers
     the same. On CUDA the step is as large as the limits allow, on the CPU a small one.
+    """
+    CompileGrammar: _aio.UnaryUnaryMultiCallable[_generate_pb2.Grammar, _generate_pb2.CompileGrammarResponse]  # type: ignore[assignment]
+    """Compiles a grammar beside the steps and keeps it, so that a sequence that names it later can
+    join at once. Answered at any time.
     """
     Run: _aio.StreamStreamMultiCallable[_generate_pb2.Step, _generate_pb2.StepResult]  # type: ignore[assignment]
     """The step stream. A new stream ends the one before it (ABORTED) and drops its sequences."""
@@ -88,6 +96,16 @@ class TextGenerationServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_generate_pb2.WarmupResponse, _abc.Awaitable[_generate_pb2.WarmupResponse]]:
         """Runs a step, measures memory, allocates the KV cache. Once, before Run; a second call answers
         the same. On CUDA the step is as large as the limits allow, on the CPU a small one.
+        """
+
+    @_abc_1.abstractmethod
+    def CompileGrammar(
+        self,
+        request: _generate_pb2.Grammar,
+        context: _ServicerContext,
+    ) -> _typing.Union[_generate_pb2.CompileGrammarResponse, _abc.Awaitable[_generate_pb2.CompileGrammarResponse]]:
+        """Compiles a grammar beside the steps and keeps it, so that a sequence that names it later can
+        join at once. Answered at any time.
         """
 
     @_abc_1.abstractmethod

@@ -173,7 +173,11 @@ async def _run_engine(args: RouterArgs, door: Door) -> None:
         door.open(
             Front(
                 infer=Infer(loop, metrics, max_concurrent_requests=args.max_concurrent_requests),
-                validation=Validation(encoder, limits),
+                validation=Validation(
+                    encoder,
+                    limits,
+                    None if args.disable_grammar_support else shards.compile_grammar,
+                ),
                 tokenizer=encoder,
                 template=template,
                 metrics=metrics,

@@ -23,6 +23,26 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """What is added to the logits of single ids."""
+    watermark: bool = False
+
+
+class GrammarKind(enum.Enum):
+    """How a grammar's source is written."""
+
+    JSON_SCHEMA = enum.auto()
+    REGEX = enum.auto()
+    LARK = enum.auto()
+    """llguidance's dialect of Lark."""
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """What the whole output has to be; the source of a JSON schema is its JSON text."""
+
+    kind: GrammarKind
+    source: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +66,8 @@ class ValidRequest:
     stopping: StoppingParams
     top_n_tokens: int = 0
     prompt_logprobs: bool = False
+    grammar: Grammar | None = None
+    """Compiled already, on every shard."""
     traceparent: str = ""
     tracestate: str = ""
 

@@ -18,7 +18,8 @@ import grpc.aio
 
 from kagami_proto import generate_pb2 as pb
 from kagami_proto import generate_pb2_grpc
-from kagami_proto.errors import GenerationFailed, ShardLost
+from kagami_proto.errors import GenerationFailed, InvalidRequest, ShardLost
+from kagami_router.requests import Grammar, GrammarKind
 from kagami_router.scheduler.step import (
     Failure,
     NewSequence,
@@ -202,6 +203,20 @@ class ShardGroup:
             elapsed_s=max(pool.elapsed_ns for pool in pools) / 1e9,
         )
 
+    async def compile_grammar(self, grammar: Grammar) -> None:
+        """Have every shard compile a grammar, or find that it has; raises `InvalidRequest`.
+
+        `ShardLost` where a shard is gone.
+        """
+        message = _grammar_to_pb(grammar)
+        try:
+            answers = await asyncio.gather(*(stub.CompileGrammar(message) for stub in self._stubs))
+        except grpc.aio.AioRpcError as error:
+            raise ShardLost(_reason(error)) from error
+        for answer in answers:
+            if answer.error:
+                raise InvalidRequest(f"grammar is not valid: {answer.error}")
+
     def open_steps(self) -> StepStream:
         """A new step stream; the shards forget every sequence of the one before it."""
         return StepStream([stub.Run() for stub in self._stubs])
@@ -267,12 +282,27 @@ def _new_to_pb(new: NewSequence) -> pb.NewSequence:
             repetition_penalty=sampling.repetition_penalty,
             frequency_penalty=sampling.frequency_penalty,
             presence_penalty=sampling.presence_penalty,
+            bias_ids=[token_id for token_id, _ in sampling.logit_bias],
+            biases=[bias for _, bias in sampling.logit_bias],
+            watermark=sampling.watermark,
         ),
+        grammar=_grammar_to_pb(new.request.grammar) if new.request.grammar else None,
         top_n_tokens=new.request.top_n_tokens,
         prompt_logprobs=new.prompt_logprobs,
         traceparent=new.request.traceparent,
         tracestate=new.request.tracestate,
     )
+
+
+_GRAMMAR_KINDS = {
+    GrammarKind.JSON_SCHEMA: pb.Grammar.JSON_SCHEMA,
+    GrammarKind.REGEX: pb.Grammar.REGEX,
+    GrammarKind.LARK: pb.Grammar.LARK,
+}
+
+
+def _grammar_to_pb(grammar: Grammar) -> pb.Grammar:
+    return pb.Grammar(kind=_GRAMMAR_KINDS[grammar.kind], source=grammar.source)
 
 
 def results_from_pb(messages: Sequence[pb.StepResult]) -> StepResults:

@@ -6,11 +6,11 @@ again. Knows limits and text; knows no HTTP and no route.
 
 import random
 import struct
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from kagami_proto.errors import InvalidRequest
-from kagami_router.requests import SamplingParams, StoppingParams, ValidRequest
+from kagami_router.requests import Grammar, SamplingParams, StoppingParams, ValidRequest
 from kagami_router.tokenizer import Tokenizer
 
 MAX_SEED = 2**64 - 1
@@ -54,7 +54,9 @@ class GenerationParams:
     prompt_logprobs: bool = False
     seed: int | None = None
     top_n_tokens: int | None = None
-    grammar: object = None
+    grammar: Grammar | None = None
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    watermark: bool = False
     unsupported: Mapping[str, object] = field(default_factory=dict)
     """Fields that this server knows but cannot serve, by name; None, false, empty = neutral."""
 
@@ -83,11 +85,21 @@ class TraceContext:
 NO_TRACE = TraceContext()
 
 
-class Validation:
-    """Holds the limits and the tokenizer that prompts are measured with."""
+CompileGrammar = Callable[[Grammar], Awaitable[None]]
 
-    def __init__(self, tokenizer: Tokenizer, limits: Limits) -> None:
+
+class Validation:
+    """Holds the limits, the tokenizer that prompts are measured with, and the way to a grammar.
+
+    `compile_grammar` returns when every shard has it ready, and raises `InvalidRequest` where it
+    cannot be compiled; None = grammars are switched off.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, limits: Limits, compile_grammar: CompileGrammar | None = None
+    ) -> None:
         self._tokenizer = tokenizer
+        self._compile_grammar = compile_grammar
         self.limits = limits
 
     def check_stream(self, params: GenerationParams) -> None:
@@ -127,6 +139,7 @@ class Validation:
             raise InvalidRequest("`inputs` cannot be empty")
         prompt_ids = await self._prompt_ids(prompt, params.truncate, add_special_tokens)
         max_new_tokens = self._max_new_tokens(len(prompt_ids), params.max_new_tokens)
+        await self._ready_grammar(params.grammar)
         _check_supported(params)
         return ValidRequest(
             prompt_ids=tuple(prompt_ids),
@@ -140,9 +153,18 @@ class Validation:
             ),
             top_n_tokens=params.top_n_tokens or 0,
             prompt_logprobs=params.prompt_logprobs,
+            grammar=params.grammar,
             traceparent=trace.traceparent,
             tracestate=trace.tracestate,
         )
+
+    async def _ready_grammar(self, grammar: Grammar | None) -> None:
+        """Rules 17 to 20."""
+        if grammar is None:
+            return
+        if self._compile_grammar is None:
+            raise InvalidRequest("grammar is not supported")
+        await self._compile_grammar(grammar)
 
     def _sampling(self, params: GenerationParams) -> SamplingParams:
         """Rules 1 to 7, and whether the sequence samples at all."""
@@ -177,6 +199,8 @@ class Validation:
             ),
             frequency_penalty=frequency_penalty,
             presence_penalty=presence_penalty,
+            logit_bias=params.logit_bias,
+            watermark=params.watermark,
         )
 
     def _check_counts(self, params: GenerationParams) -> None:
@@ -242,9 +266,7 @@ def samples(request: ValidRequest, count: int) -> list[ValidRequest]:
 
 
 def _check_supported(params: GenerationParams) -> None:
-    """Rule 17, and what else is known but not served yet."""
-    if params.grammar is not None:
-        raise InvalidRequest("grammar is not supported")
+    """What is known but not served yet."""
     for name, value in params.unsupported.items():
         if value:
             raise InvalidRequest(f"`{name}` is not supported yet")

@@ -78,6 +78,13 @@ class TextGenerationService(generate_pb2_grpc.TextGenerationServiceServicer):
             elapsed_ns=time.monotonic_ns() - started,
         )
 
+    async def CompileGrammar(
+        self,
+        request: pb.Grammar,
+        context: grpc.aio.ServicerContext[pb.Grammar, pb.CompileGrammarResponse],
+    ) -> pb.CompileGrammarResponse:
+        return pb.CompileGrammarResponse(error="this shard does not constrain output by a grammar")
+
     async def _on_worker(self, limits: Limits) -> KVCache:
         future: Future[KVCache] = Future()
 

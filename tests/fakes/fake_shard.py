@@ -251,6 +251,11 @@ class FakeShard(generate_pb2_grpc.TextGenerationServiceServicer):
             num_blocks=self._num_blocks, block_size=self._block_size, kv_bytes=1, elapsed_ns=10**9
         )
 
+    async def CompileGrammar(
+        self, request: pb.Grammar, context: object
+    ) -> pb.CompileGrammarResponse:
+        return pb.CompileGrammarResponse(error="no" if request.source == "bad" else "")
+
     async def Run(
         self, request_iterator: AsyncIterator[pb.Step], context: object
     ) -> AsyncIterator[pb.StepResult]:

@@ -83,8 +83,11 @@ def _params(wire: GenerateParameters) -> GenerationParams:
         prompt_logprobs=wire.decoder_input_details,
         seed=wire.seed,
         top_n_tokens=wire.top_n_tokens,
-        grammar=wire.grammar,
-        unsupported={"adapter_id": wire.adapter_id, "watermark": wire.watermark},
+        unsupported={
+            "adapter_id": wire.adapter_id,
+            "watermark": wire.watermark,
+            "grammar": wire.grammar,
+        },
     )
 
 
