@@ -32,6 +32,7 @@ from kagami_launcher.supervisor import (
     Supervisor,
     Voice,
     describe_end,
+    last_words,
 )
 from kagami_proto import logs
 from kagami_proto.health import is_healthy
@@ -281,8 +282,8 @@ class Launch:
             log.info("Shutting down shards")
             self._supervisor.stop(self._shards, grace_s)
         for child in (self._router, *self._shards):
-            if child and child.exit_code and child.last_error and not child.was_asked_to_end:
-                log.error("Last error of the %s: %s", child.name, child.last_error)
+            if child and child.exit_code and not child.was_asked_to_end and last_words(child):
+                log.error("Last error of the %s: %s", child.name, last_words(child))
 
     def _await_end(self, child: Child) -> None:
         while child.is_running:

@@ -261,3 +261,10 @@ def describe_end(child: Child) -> str:
         # The kernel says nothing to the process that it ends; an operator would know.
         return f"{phrase} (out of memory?)" if -code == signal.SIGKILL else phrase
     return f"ended with exit code {code}"
+
+
+def last_words(child: Child) -> str:
+    """Why a child failed, in its own words; SIGKILL leaves no time for any, so it has none."""
+    if child.exit_code == -signal.SIGKILL:
+        return f"it {describe_end(child)}"
+    return child.last_error

@@ -1,5 +1,7 @@
-"""How much memory there is for the KV cache."""
+"""How much memory there is for the KV cache, and the errors of there being too little."""
 
+import errno
+import os
 from pathlib import Path
 
 import torch
@@ -8,6 +10,7 @@ import torch
 _CUDA_RESERVE = 0.03
 # The rest is for the activations of larger steps, the page cache and everything else on the host.
 _CPU_SHARE = 0.5
+_NO_MEMORY = ("can't allocate memory", os.strerror(errno.ENOMEM))
 
 
 def pool_bytes(device: torch.device, fraction: float) -> int:
@@ -27,10 +30,13 @@ def pool_bytes(device: torch.device, fraction: float) -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed: Python's, CUDA's, or torch's on the CPU (a RuntimeError)."""
+    """Whether an allocation failed: Python's, CUDA's, the kernel's, or torch's on the CPU."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    # torch's allocator and its mapping of a file have no class of their own.
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
 
 
 def available_host_bytes() -> int:

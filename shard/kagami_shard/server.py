@@ -42,13 +42,12 @@ def serve(args: ServeArgs) -> int:
     with ThreadPoolExecutor(1, "engine") as thread:
         try:
             engine, facts = thread.submit(_load, args).result()
-        except (KagamiError, OSError) as error:
-            logger.error("Error when initializing model: %s", error)
-            return 1
         # The process's border: whatever stops the load is the last thing that this process says.
         except Exception as error:
             if is_out_of_memory(error):
                 logger.error("Error when initializing model: not enough memory: %s", error)
+            elif isinstance(error, KagamiError | OSError):
+                logger.error("Error when initializing model: %s", error)
             else:
                 logger.exception("Error when initializing model: %s", error)
             return 1

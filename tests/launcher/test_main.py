@@ -141,6 +141,9 @@ def test_a_shard_that_crashes_takes_the_router_down(launch: Launch) -> None:
     assert "Shard process was signaled to shutdown with signal 9" in stdout
     assert "Shard 0 crashed" in stdout
     assert "router-end" in launcher.happened()
+    assert messages(stdout)[-1].endswith(
+        "Last error of the shard: it was signaled to shutdown with signal 9 (out of memory?)"
+    )
 
 
 def test_a_router_that_loses_its_shard_is_not_blamed(launch: Launch) -> None:
