@@ -147,11 +147,9 @@ async def _run_engine(args: RouterArgs, door: Door) -> None:
         folder = Path(args.tokenizer_name)
         try:
             encoder = await asyncio.to_thread(tokenizer.load, folder, threads)
-            template = chat_template.load(
-                folder,
-                tokenizer.special_tokens(tokenizer.read_json(folder / "tokenizer_config.json")),
-                Path(args.tokenizer_config_path) if args.tokenizer_config_path else None,
-            )
+            given = Path(args.tokenizer_config_path) if args.tokenizer_config_path else None
+            tokens = tokenizer.special_tokens(folder, given)
+            template = chat_template.load(folder, tokens, given)
         except (OSError, ValueError) as error:
             raise StartError(str(error)) from error
         shards, facts = await _connect(stack, args.master_shard_uds_path)

@@ -1,109 +1,249 @@
 """Messages to prompt: the model's chat template, rendered as `transformers` renders it.
 
-Knows the files a template can come from and the Jinja settings templates are written for; knows no
-tokens and no HTTP.
+Knows which of a model's templates a request gets, the form its messages have to have and how a
+prompt ends; knows no tokens and no HTTP. Jinja and its limits: templates/engine.py.
 """
 
-import json
+import asyncio
 from collections.abc import Mapping, Sequence
-from datetime import datetime
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-from kagami_proto.errors import TemplateError
-from kagami_router.tokenizer import SpecialTokens, read_json
+from kagami_proto.errors import InvalidRequest, TemplateError
+from kagami_router.templates.content import ContentForm, content_form
+from kagami_router.templates.engine import Meter, NoContent, Program, TooLong, to_json
+from kagami_router.templates.files import DEFAULT, TOOL_USE, sources
+from kagami_router.tokenizer import SpecialTokens
 
 Message = Mapping[str, Any]
 
+# What the event loop renders itself (some 500 messages; each costs 3 us) before a thread begins
+# again: a hop costs 0.1 ms.
+INLINE_SECONDS = 0.002
+# An honest template needs 0.03 s for ten thousand messages.
+MAX_SECONDS = 5.0
+
 # Stands behind the text that is to be continued while the template runs; all from here on is cut.
+# The space tells whether the template keeps white space there.
 _CUT = "\ufdd0kagami-goes-on-here\ufdd0"
+# The names under which a message's reasoning is sent; templates read the first or the second.
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+_NO_CONTENT = NoContent()
+# What a template is given in any case: no variables of a request.
+_OWN = ("messages", "tools", "documents", "add_generation_prompt")
 
 
-class _NoContent(str):
-    """The content of a message without one, for all that templates do with it.
+@dataclass(frozen=True, slots=True)
+class PromptOptions:
+    """What else a request says about its prompt.
 
-    Most put it between other texts, where None raises or prints "None"; some (DeepSeek's) ask
-    whether it `is none` to find the turns of tool calls. It is an empty text, and it `is none`.
+    Neither `add_generation_prompt` nor `continue_final_message` given: an assistant message at the
+    end is continued, any other is answered (TGI 3 does so, without a switch). `template` names one
+    of the model's own templates. `continue_final_message` may name the member to go on with.
     """
 
-    __slots__ = ()
+    tools: Sequence[Mapping[str, Any]] | None = None
+    documents: Sequence[Mapping[str, Any]] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | str | None = None
+    template: str | None = None
+    variables: Mapping[str, Any] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Raises `InvalidRequest` for what contradicts itself, whatever the template."""
+        if self.add_generation_prompt and self.continue_final_message:
+            raise InvalidRequest(
+                "`add_generation_prompt` and `continue_final_message` exclude each other"
+            )
+        for name in (*_OWN, "continue_final_message"):
+            if name in self.variables:
+                raise InvalidRequest(
+                    f"`chat_template_kwargs.{name}` is no variable: `{name}` is a field of its own"
+                )
 
 
-_NO_CONTENT = _NoContent()
+_DEFAULTS = PromptOptions()
 
 
 class ChatTemplate:
-    """One compiled template; raises `TemplateError` for messages it refuses."""
+    """A model's compiled templates; raises `TemplateError` for messages they refuse."""
 
-    def __init__(self, source: str, tokens: SpecialTokens) -> None:
-        """Raises `TemplateError` if `source` does not compile."""
-        self._variables = {
-            **tokens.others,
-            "bos_token": tokens.bos or "",
-            "eos_token": tokens.eos or "",
-        }
-        self._reads_tool_calls = "tool_calls" in source
+    def __init__(self, source: str | Mapping[str, str], tokens: SpecialTokens) -> None:
+        """`source` is one template or several by name; raises `TemplateError`."""
+        named = {DEFAULT: source} if isinstance(source, str) else source
+        self._programs = {name: _Named(Program(one)) for name, one in named.items()}
+        self._tokens = tokens.named()
+        self._long_one = asyncio.Semaphore(1)
+
+    @property
+    def reads_tools(self) -> bool:
+        """Whether a request with tools gets a template that shows them to the model."""
+        program = self._programs.get(TOOL_USE) or self._programs.get(DEFAULT)
+        return program is not None and "tools" in program.variables
+
+    async def prompt(self, messages: Sequence[Message], options: PromptOptions = _DEFAULTS) -> str:
+        """As `render`; what takes long runs on a thread, one at a time."""
         try:
-            self._template = _environment().from_string(source)
-        except jinja2.TemplateError as error:
-            raise TemplateError(_describe(error)) from error
+            return self.render(messages, options, Meter(INLINE_SECONDS))
+        except TooLong:
+            pass
+        async with self._long_one:
+            meter = Meter(MAX_SECONDS)
+            try:
+                return await asyncio.to_thread(self.render, messages, options, meter)
+            except TooLong as error:
+                raise TemplateError(f"rendering took more than {MAX_SECONDS:g} s") from error
+            finally:
+                meter.stop()  # the client may have gone away
 
-    def render(self, messages: Sequence[Message], **variables: Any) -> str:
-        """The prompt that asks for the next assistant message.
-
-        If the last message is the assistant's own, the prompt ends inside it and the model goes
-        on with it (TGI 3 does so, without a switch).
-        """
+    def render(
+        self,
+        messages: Sequence[Message],
+        options: PromptOptions = _DEFAULTS,
+        meter: Meter | None = None,
+    ) -> str:
+        """The prompt that these messages become; raises `TooLong` as `meter` says."""
         if not messages:
-            raise TemplateError("`messages` cannot be empty")
-        messages = [self._with_content(message) for message in messages]
-        last = messages[-1]
-        if last.get("role") == "assistant" and str(last["content"]).strip():
-            open_end = {**last, "content": f"{last['content']}{_CUT}"}
-            prompt = self._run([*messages[:-1], open_end], add_generation_prompt=False, **variables)
-            begin, cut, _ = prompt.rpartition(_CUT)
-            if cut:
-                return begin.rstrip()
-            # The template prints no such text: ask for a message of its own.
-        return self._run(messages, add_generation_prompt=True, **variables)
+            raise InvalidRequest("`messages` cannot be empty")
+        options.check()
+        program = self._program_for(options)
+        variables = {
+            **self._tokens,
+            **options.variables,
+            "tools": options.tools,
+            "documents": options.documents,
+        }
+        run = _Run(program, variables, meter or Meter(MAX_SECONDS))
+        return run.prompt([program.formed(message) for message in messages], options)
 
-    def _with_content(self, message: Message) -> Message:
-        """`message` with a text as its content, which a message of tool calls alone lacks.
+    def _program_for(self, options: PromptOptions) -> "_Named":
+        name = options.template
+        if name is None:
+            has_one = options.tools is not None and TOOL_USE in self._programs
+            name = TOOL_USE if has_one else DEFAULT
+        elif name not in self._programs:
+            known = ", ".join(self._programs)
+            raise InvalidRequest(
+                "`chat_template` may name one of the model's templates"
+                f" ({known}); templates in requests are not supported"
+            )
+        if name not in self._programs:
+            raise TemplateError(
+                f"the model has no template called {DEFAULT}: name one of"
+                f" {', '.join(self._programs)} in `chat_template`"
+            )
+        return self._programs[name]
 
-        A template that does not read `tool_calls` gets them as the text, as in TGI: a model that
-        never sees its own calls repeats them.
+
+class _Named:
+    """One of the templates, and what it expects of a message."""
+
+    def __init__(self, program: Program) -> None:
+        self.run = program.run
+        self.source = program.source
+        self.variables = program.variables
+        self._form = content_form(program.tree)
+        self._reads_tool_calls = "tool_calls" in program.source
+
+    def formed(self, message: Message) -> dict[str, Any]:
+        """`message` without its nulls, its content in the form that the template reads.
+
+        A message of tool calls alone has no content. A template that does not read `tool_calls`
+        gets them as the text, as in TGI: a model that never sees its own calls repeats them.
         """
-        if message.get("content") is not None:
-            return message
-        calls = message.get("tool_calls")
-        if calls and not self._reads_tool_calls:
-            return {**message, "content": _to_json(calls, separators=(",", ":"))}
-        return {**message, "content": _NO_CONTENT}
+        formed = {name: value for name, value in message.items() if value is not None}
+        reasoning = next((formed[name] for name in _REASONING if name in formed), None)
+        if reasoning is not None:
+            formed = {"thinking": reasoning, **formed, "reasoning_content": reasoning}
+        content = formed.get("content")
+        if content is None:
+            calls = None if self._reads_tool_calls else formed.get("tool_calls")
+            text = to_json(calls, separators=(",", ":")) if calls else _NO_CONTENT
+            return {**formed, "content": text}
+        if isinstance(content, list) and self._form is ContentForm.TEXT:
+            return {**formed, "content": "".join(chunk.get("text", "") for chunk in content)}
+        if isinstance(content, str) and self._form is ContentForm.CHUNKS:
+            return {**formed, "content": [{"type": "text", "text": content}]}
+        return formed
 
-    def _run(self, messages: Sequence[Message], **variables: Any) -> str:
-        arguments = {"tools": None, "documents": None, **self._variables, **variables}
-        try:
-            return self._template.render(messages=messages, **arguments)
-        except jinja2.TemplateError as error:
-            raise TemplateError(_describe(error)) from error
-        except (TypeError, ValueError, KeyError, ArithmeticError, RecursionError) as error:
-            # A template is a program of the model's author: what it does wrong is no bug of ours.
-            raise TemplateError(f"{type(error).__name__}: {error}") from error
+
+class _Run:
+    """One request's way through a template."""
+
+    def __init__(self, program: _Named, variables: Mapping[str, Any], meter: Meter) -> None:
+        self._program = program
+        self._variables = variables
+        self._meter = meter
+
+    def prompt(self, messages: Sequence[dict[str, Any]], options: PromptOptions) -> str:
+        """The whole text, open at the end."""
+        if asked := options.continue_final_message:
+            return self._continue(messages, asked if isinstance(asked, str) else "content")
+        is_free = asked is None and options.add_generation_prompt is None
+        if is_free and messages[-1].get("role") == "assistant":
+            try:
+                return self._continue(messages, "content").rstrip()
+            except _NothingToContinue:
+                pass  # the template prints no such text: ask for a message of its own
+        return self._text(messages, options.add_generation_prompt is not False)
+
+    def _continue(self, messages: Sequence[dict[str, Any]], member: str) -> str:
+        """The text up to the end of the last message's `member`, as `transformers` cuts it."""
+        last = messages[-1]
+        value = last.get(member)
+        names = [name for name in _REASONING if last.get(name) == value]
+        names = names if member in _REASONING else [member]
+        if not any(name in self._program.source for name in names):
+            raise _NothingToContinue(member, "the template does not read it")
+        text, opened = _opened(member, value)
+        marked = {**last, **dict.fromkeys(names, opened)}
+        printed = self._text([*messages[:-1], marked], False)
+        begin, cut, rest = printed.rpartition(_CUT)
+        if not cut or text.strip() not in printed:
+            raise _NothingToContinue(member, "the template does not print it")
+        return begin if rest.startswith(" ") else begin.rstrip()
+
+    def _text(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        own = {"messages": messages, "add_generation_prompt": add_generation_prompt}
+        return self._program.run({**self._variables, **own}, self._meter)
+
+
+class _NothingToContinue(TemplateError):
+    """The last message has no text to go on with, or the template does not show it."""
+
+    def __init__(self, member: str, reason: str) -> None:
+        super().__init__(f"cannot continue `{member}` of the final message: {reason}")
+
+
+def _opened(member: str, value: object) -> tuple[str, object]:
+    """The text to be continued, and `value` with the mark behind it."""
+    if isinstance(value, str) and value.strip():
+        return value, f"{value}{_CUT} "
+    if isinstance(value, list):
+        for index in reversed(range(len(value))):
+            chunk = value[index]
+            if isinstance(chunk, dict) and isinstance(chunk.get("text"), str):
+                opened = {**chunk, "text": f"{chunk['text']}{_CUT} "}
+                return chunk["text"], [*value[:index], opened, *value[index + 1 :]]
+    raise _NothingToContinue(member, "it has no text")
 
 
 class MissingTemplate:
     """Stands where a model has no template that can be used: every chat call is refused."""
 
+    reads_tools = False
+
     def __init__(self, reason: str) -> None:
         self._reason = reason
 
-    def render(self, messages: Sequence[Message], **variables: Any) -> NoReturn:
+    async def prompt(
+        self, messages: Sequence[Message], options: PromptOptions = _DEFAULTS
+    ) -> NoReturn:
+        """Raises `TemplateError`."""
+        self.render(messages, options)
+
+    def render(self, messages: Sequence[Message], options: PromptOptions = _DEFAULTS) -> NoReturn:
         """Raises `TemplateError`."""
         raise TemplateError(self._reason)
 
@@ -111,106 +251,18 @@ class MissingTemplate:
 def load(
     folder: Path, tokens: SpecialTokens, config_path: Path | None = None
 ) -> ChatTemplate | MissingTemplate:
-    """The template of a model folder, `config_path` (--tokenizer-config-path) before its files.
+    """The templates of a model folder, `config_path` (--tokenizer-config-path) before its files.
 
-    Raises `ValueError` for a file that is not what its name says.
+    Raises `ValueError` for a file that is not what its name says, `FileNotFoundError` if there is
+    no `config_path`.
     """
-    looked_for = [
-        *([config_path] if config_path else []),
-        folder / "chat_template.jinja",
-        folder / "chat_template.json",
-        folder / "tokenizer_config.json",
-        folder / "processor_config.json",
-    ]
-    for path in looked_for:
-        source = _source_in(path)
-        if source is None:
-            continue
+    named, looked_for = sources(folder, config_path)
+    if not named:
+        names = ", ".join(str(path) for path in looked_for)
+        return MissingTemplate(f"template not found (looked for one in {names})")
+    for source in named.values():
         try:
-            return ChatTemplate(source, tokens)
+            Program(source.text)
         except TemplateError as error:
-            return MissingTemplate(f"{path} does not compile: {error}")
-    names = ", ".join(str(path) for path in looked_for)
-    return MissingTemplate(f"template not found (looked for one in {names})")
-
-
-def _source_in(path: Path) -> str | None:
-    if path.suffix == ".jinja":
-        return _text_in(path) if path.is_file() else None
-    template = read_json(path).get("chat_template")
-    if isinstance(template, list):  # named templates: [{"name": …, "template": …}]
-        template = next(
-            (
-                one.get("template")
-                for one in template
-                if isinstance(one, dict) and one.get("name") == "default"
-            ),
-            None,
-        )
-    return template if isinstance(template, str) else None
-
-
-def _text_in(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: {error}") from error
-
-
-def _describe(error: jinja2.TemplateError) -> str:
-    kind = {
-        jinja2.TemplateSyntaxError: "syntax error",
-        jinja2.UndefinedError: "undefined value",
-    }.get(type(error))
-    return f"{kind}: {error.message}" if kind else str(error.message or error)
-
-
-class _GenerationTag(jinja2.ext.Extension):
-    """`{% generation %}` marks what a training script learns from; here its body is just text."""
-
-    tags = {"generation"}  # noqa: RUF012 - declared by jinja2
-
-    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.Scope(body).set_lineno(line)
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    """`transformers`' environment, from its `_compile_jinja_template`: prompts match training."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.tests["none"] = _is_none
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
-    return environment
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
-    )
-
-
-def _is_none(value: object) -> bool:
-    return value is None or isinstance(value, _NoContent)
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
-def _strftime_now(form: str) -> str:
-    return datetime.now().strftime(form)
+            return MissingTemplate(f"{source.path} does not compile: {error}")
+    return ChatTemplate({name: source.text for name, source in named.items()}, tokens)

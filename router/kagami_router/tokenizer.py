@@ -39,6 +39,11 @@ class SpecialTokens:
     eos: str | None
     others: Mapping[str, str]
 
+    def named(self) -> dict[str, str]:
+        """Those there are; a template finds the others undefined, as in `transformers`."""
+        known = {"bos_token": self.bos, "eos_token": self.eos, **self.others}
+        return {name: text for name, text in known.items() if text is not None}
+
 
 class Tokenizer:
     """Encodes prompts. Long ones on `threads`, so the event loop never computes.
@@ -127,11 +132,22 @@ def read_json(path: Path) -> Mapping[str, Any]:
     return content
 
 
-def special_tokens(config: Mapping[str, Any]) -> SpecialTokens:
-    """The special tokens that a tokenizer_config.json names."""
+def special_tokens(folder: Path, given: Path | None = None) -> SpecialTokens:
+    """The special tokens that a model's files name, as `transformers` reads them.
+
+    `given` is --tokenizer-config-path. special_tokens_map.json is of older checkpoints: it is
+    before tokenizer_config.json where that does not describe its tokens itself.
+    """
+    config = read_json(folder / "tokenizer_config.json")
+    if given is not None and given.suffix != ".jinja":
+        config = {**config, **read_json(given)}
+    if "added_tokens_decoder" not in config:
+        older = read_json(folder / "special_tokens_map.json")
+        config = {**config, **{name: value for name, value in older.items() if value is not None}}
+    extra = config.get("extra_special_tokens")
     named = {
         key: text
-        for key, value in config.items()
+        for key, value in {**(extra if isinstance(extra, dict) else {}), **config}.items()
         if key.endswith("_token") and (text := _text_of(value)) is not None
     }
     return SpecialTokens(named.pop("bos_token", None), named.pop("eos_token", None), named)

@@ -1,3 +1,4 @@
+import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -47,14 +48,14 @@ async def test_spans_are_byte_slices(text: str) -> None:
     assert len(spans) == len(encoded)
 
 
-def test_special_tokens_come_as_text_or_object() -> None:
-    tokens = tokenizer.special_tokens(
-        {
-            "bos_token": {"content": "<s>"},
-            "eos_token": "</s>",
-            "unk_token": None,
-            "pad_token": "<pad>",
-        }
-    )
+def test_special_tokens_come_as_text_or_object(tmp_path: Path) -> None:
+    config = {
+        "bos_token": {"content": "<s>"},
+        "eos_token": "</s>",
+        "unk_token": None,
+        "pad_token": "<pad>",
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokens = tokenizer.special_tokens(tmp_path)
     assert (tokens.bos, tokens.eos) == ("<s>", "</s>")
     assert tokens.others == {"pad_token": "<pad>"}

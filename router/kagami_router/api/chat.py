@@ -1,6 +1,5 @@
 """/v1/chat/completions, and /chat_tokenize, which shows the prompt a chat becomes."""
 
-import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,12 +22,11 @@ from kagami_router.api.schemas import (
     shortest,
 )
 from kagami_router.api.service import Front, front_of, json_response, simple_tokens
+from kagami_router.chat_template import PromptOptions
 from kagami_router.infer import Generation
 from kagami_router.requests import StreamEvent, Token
 
 _CHAT = msgspec.json.Decoder(ChatRequest)
-# Rendering costs some 5 us a message: longer chats go to a thread.
-INLINE_MESSAGES = 100
 # OpenAI's sign for "as good as impossible"; its clients read numbers only.
 _IMPOSSIBLE = -9999.0
 _ROLE = b'"role":"assistant",'
@@ -111,38 +109,39 @@ async def _prompt(front: Front, body: ChatRequest) -> str:
     if not body.messages:
         raise InvalidRequest("`messages` cannot be empty")
     messages = [_message(index, message) for index, message in enumerate(body.messages)]
-    if len(messages) <= INLINE_MESSAGES:
-        return front.template.render(messages)
-    return await asyncio.to_thread(front.template.render, messages)
+    return await front.template.prompt(messages, _prompt_options(body))
+
+
+def _prompt_options(body: ChatRequest) -> PromptOptions:
+    return PromptOptions(
+        documents=body.documents,
+        add_generation_prompt=body.add_generation_prompt,
+        continue_final_message=body.continue_final_message,
+        template=body.chat_template,
+        variables=body.chat_template_kwargs or {},
+    )
 
 
 def _message(index: int, message: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A message as the template gets it: as sent, its content as one text.
-
-    Clients write what is absent as null (`name`, `tool_calls`), where templates ask whether it is
-    there: such members are left out.
-    """
+    """A message as sent, once it is known to be one."""
     place = f"messages[{index}]"
     if not isinstance(message.get("role"), str):
         raise MalformedBody(f"{place}: missing field `role`")
     content = message.get("content")
     if content is None and not message.get("tool_calls"):
         raise MalformedBody(f"{place}: needs `content` or `tool_calls`")
-    kept = {name: value for name, value in message.items() if value is not None}
     if isinstance(content, list):
-        kept["content"] = "".join(
-            _chunk_text(f"{place}.content[{number}]", chunk) for number, chunk in enumerate(content)
-        )
+        for number, chunk in enumerate(content):
+            _check_chunk(f"{place}.content[{number}]", chunk)
     elif content is not None and not isinstance(content, str):
         raise MalformedBody(f"{place}.content: expected a text or a list of chunks")
-    return kept
+    return message
 
 
-def _chunk_text(place: str, chunk: object) -> str:
+def _check_chunk(place: str, chunk: object) -> None:
     if isinstance(chunk, dict):
         if chunk.get("type") == "text" and isinstance(chunk.get("text"), str):
-            text: str = chunk["text"]
-            return text
+            return
         if chunk.get("type") == "image_url":
             raise InvalidRequest(f"`{place}` is an image, and this model reads text only")
     raise MalformedBody(f'{place}: expected {{"type":"text","text":…}}')

@@ -213,6 +213,11 @@ class ChatRequest(OpenAIRequest, frozen=True, kw_only=True):
     tools: list[Any] | None = None
     tool_choice: Any = None
     response_format: dict[str, Any] | None = None
+    documents: list[dict[str, Any]] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | str | None = None
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
 
 class CompletionRequest(OpenAIRequest, frozen=True, kw_only=True):
