@@ -204,7 +204,7 @@ class LauncherArgs:
     ngrok_authtoken: str | None = _flag(None, str, _SERVER, "ngrok's token", unused=_NO_NGROK)
     ngrok_edge: str | None = _flag(None, str, _SERVER, "ngrok's edge", unused=_NO_NGROK)
     tokenizer_config_path: str | None = _flag(
-        None, str, _MODEL, "tokenizer_config.json to use instead of the model's"
+        None, str, _MODEL, "tokenizer_config.json or .jinja template to use before the model's"
     )
     disable_grammar_support: bool = _switch(_LIMITS, "refuse requests with a grammar")
     env: bool = _switch(

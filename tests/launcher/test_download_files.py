@@ -63,6 +63,11 @@ def test_what_a_server_reads_is_wanted() -> None:
     assert texts(*names, *unwanted) == names
 
 
+def test_named_chat_templates_are_wanted() -> None:
+    named = "additional_chat_templates/tool_use.jinja"
+    assert texts("chat_template.jinja", named, "old/a.jinja") == ["chat_template.jinja", named]
+
+
 def test_only_the_index_of_these_weights_is_wanted() -> None:
     index = "model.safetensors.index.json"
     assert texts(index, "pytorch_model.bin.index.json") == [index]

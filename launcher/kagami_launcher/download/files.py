@@ -20,6 +20,8 @@ _STANDARD = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.\w+")
 _EXTRAS = ("adapter", "medusa")
 _TEXT_ENDINGS = (".json", ".jinja", ".model", ".tiktoken")
 _TEXT_NAMES = ("merges.txt", "vocab.txt")
+# The only folder that is read: where `save_pretrained` puts the named chat templates.
+_TEMPLATE = re.compile(r"additional_chat_templates/[^/]+\.jinja")
 _NO_TEXTS = ("trainer", "training", "results", "optimizer", "scheduler")
 
 
@@ -67,7 +69,11 @@ def select(
     if kind == ".gguf" and len(weights) > 1:
         names = ", ".join(file.name for file in weights)
         raise NoWeights(f"There is a choice of weights ({names}): download one and give its path")
-    texts = tuple(file for file in top if _is_text(file.name, kind, trust_remote_code))
+    templates = (file for file in files if _TEMPLATE.fullmatch(file.name))
+    texts = (
+        *(file for file in top if _is_text(file.name, kind, trust_remote_code)),
+        *sorted(templates, key=lambda file: file.name),
+    )
     return Selection(texts, tuple(weights), kind)
 
 

@@ -1,12 +1,14 @@
+import asyncio
 import json
 from typing import Any
 
 import pytest
 from tests.fakes.fake_loop import EOS, FAILED, FakeLoop, turns_of
-from tests.fakes.fake_server import serving
+from tests.fakes.fake_server import TOKENS, serving
 
 from kagami_proto.errors import GenerationFailed
-from kagami_router.chat_template import MissingTemplate
+from kagami_router import chat_template
+from kagami_router.chat_template import ChatTemplate, MissingTemplate
 from kagami_router.requests import FinishReason, StreamEvent, Token
 
 PATH = "/v1/chat/completions"
@@ -285,10 +287,79 @@ async def test_text_chunks_are_joined() -> None:
         assert server.loop.requests[0].prompt_text.startswith("<|user|>Say hi\n")
 
 
+@pytest.mark.parametrize(
+    ("fields", "end"),
+    [
+        ({}, "<|assistant|>Sure"),
+        ({"continue_final_message": True, "add_generation_prompt": False}, "<|assistant|>Sure "),
+        ({"continue_final_message": False}, "<|assistant|>Sure \n<|assistant|>"),
+        ({"add_generation_prompt": True}, "<|assistant|>Sure \n<|assistant|>"),
+        ({"add_generation_prompt": False}, "<|assistant|>Sure \n"),
+    ],
+)
+@pytest.mark.parametrize("path", ["/chat_tokenize", PATH])
+async def test_how_the_prompt_ends(fields: dict[str, Any], end: str, path: str) -> None:
+    messages = [*MESSAGES, {"role": "assistant", "content": "Sure "}]
+    async with serving(hi_loop()) as server:
+        async with server.post(path, CHAT | fields | {"messages": messages}) as response:
+            answer = await response.json()
+        prompt = answer.get("templated_text") or server.loop.requests[0].prompt_text
+    assert prompt == "<|user|>Say hi\n" + end
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        (
+            {"continue_final_message": True, "add_generation_prompt": True},
+            "`add_generation_prompt` and `continue_final_message` exclude each other",
+        ),
+        ({"chat_template": "{{ 1 }}"}, "`chat_template` may name one of the model's templates"),
+        (
+            {"chat_template_kwargs": {"messages": []}},
+            "`chat_template_kwargs.messages` is no variable",
+        ),
+    ],
+)
+async def test_what_a_prompt_cannot_be_made_of_is_named(fields: dict[str, Any], text: str) -> None:
+    async with serving() as server, server.post("/chat_tokenize", CHAT | fields) as response:
+        assert response.status == 422
+        assert text in (await response.json())["error"]
+
+
+async def test_variables_and_documents_reach_the_template() -> None:
+    template = ChatTemplate("{{ enable_thinking }}{{ documents[0].text }}", TOKENS)
+    fields = {"chat_template_kwargs": {"enable_thinking": False}, "documents": [{"text": "α"}]}
+    async with serving(template=template) as server:
+        async with server.post("/chat_tokenize", CHAT | fields) as response:
+            assert (await response.json())["templated_text"] == "Falseα"
+
+
+async def test_names_and_ids_reach_the_template() -> None:
+    source = "{% for m in messages %}{{ m.name }}{{ m.tool_call_id }}{{ m.tool_calls }}{% endfor %}"
+    messages = [{"role": "tool", "content": "7", "name": "f", "tool_call_id": "a"}]
+    async with serving(template=ChatTemplate(source, TOKENS)) as server:
+        async with server.post("/chat_tokenize", {"messages": messages}) as response:
+            assert (await response.json())["templated_text"] == "fa"
+
+
+async def test_a_template_that_never_ends_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_template, "MAX_SECONDS", 0.3)
+    loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    async with serving(template=ChatTemplate(loop, TOKENS)) as server:
+        hung = asyncio.ensure_future(server.http.post("/chat_tokenize", json=CHAT))
+        async with server.http.get("/info") as response:
+            assert response.status == 200
+            assert not hung.done()
+        async with await hung as response:
+            assert response.status == 422
+            assert (await response.json())["error"].endswith("rendering took more than 0.3 s")
+
+
 async def test_a_long_chat_is_rendered_all_the_same() -> None:
     async with serving() as server:
-        async with server.post("/chat_tokenize", {"messages": MESSAGES * 101}) as response:
-            assert (await response.json())["templated_text"].count("Say hi") == 101
+        async with server.post("/chat_tokenize", {"messages": MESSAGES * 5000}) as response:
+            assert (await response.json())["templated_text"].count("Say hi") == 5000
 
 
 async def test_an_assistant_message_at_the_end_is_continued() -> None:
