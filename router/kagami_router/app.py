@@ -157,7 +157,12 @@ async def _run_engine(args: RouterArgs, door: Door) -> None:
         pool = await _warm_up(shards, args)
         pool_tokens = (pool.num_blocks - 1) * pool.block_size  # block 0 is scratch
         logger.info("Setting max batch total tokens to %d", pool_tokens)
-        limits = plan_limits(args, max_positions=facts.max_positions, pool_tokens=pool_tokens)
+        limits = plan_limits(
+            args,
+            max_positions=facts.max_positions,
+            pool_tokens=pool_tokens,
+            vocab_size=facts.vocab_size,
+        )
         metrics = Metrics(
             max_input_tokens=limits.max_input_tokens, max_total_tokens=limits.max_total_tokens
         )
@@ -180,6 +185,7 @@ async def _run_engine(args: RouterArgs, door: Door) -> None:
                 template=template,
                 metrics=metrics,
                 info=_info(args, limits, facts, pool_tokens),
+                decoder=loop.decoder,
                 compute_type=args.compute_type,
                 is_healthy=lambda: loop.is_healthy,
             )
@@ -248,7 +254,9 @@ def _check_arguments(args: RouterArgs) -> None:
             raise StartError(f"`{name}` must be > 0")
 
 
-def plan_limits(args: RouterArgs, *, max_positions: int, pool_tokens: int) -> Limits:
+def plan_limits(
+    args: RouterArgs, *, max_positions: int, pool_tokens: int, vocab_size: int
+) -> Limits:
     """The lengths that are accepted: as given, else what model (0 = unknown) and pool can hold."""
     most = min(max_positions or pool_tokens, pool_tokens)
     max_total = most if args.max_total_tokens is None else args.max_total_tokens
@@ -273,6 +281,7 @@ def plan_limits(args: RouterArgs, *, max_positions: int, pool_tokens: int) -> Li
         max_input_tokens=max_input,
         max_total_tokens=max_total,
         max_client_batch_size=args.max_client_batch_size,
+        vocab_size=vocab_size,
     )
 
 

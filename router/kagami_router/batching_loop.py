@@ -164,6 +164,11 @@ class BatchingLoop:
         return self._clock() - since <= STEP_OVERDUE_S
 
     @property
+    def decoder(self) -> TextDecoder:
+        """What makes its text."""
+        return self._decoder
+
+    @property
     def idle(self) -> bool:
         return self._scheduler.is_idle
 
@@ -301,8 +306,10 @@ class BatchingLoop:
 
     def _new_event(self, generation: _Generation, event: TokenSampled, now: float) -> StreamEvent:
         token_id = event.token_id
+        prefill: tuple[PrefillToken, ...] = ()
         if generation.first_token is None:
             generation.first_token = now
+            prefill = self._prefill(event.sequence)
         is_end = token_id in self._eos_token_ids and not event.sequence.request.stopping.ignore_eos
         reason = FinishReason.EOS_TOKEN if is_end else None
         special = self._decoder.special.get(token_id)
@@ -330,7 +337,7 @@ class BatchingLoop:
         else:  # what it freed goes out beside it
             token, tail = Token(token_id, special, event.logprob, True), shown + tail
         end = None if reason is None else self._end(generation, reason, now)
-        return StreamEvent(token, top_tokens, tail, end)
+        return StreamEvent(token, top_tokens, tail, end, prefill)
 
     def _top_token(self, token_id: int, logprob: float) -> Token:
         is_special = token_id in self._decoder.special
@@ -346,7 +353,6 @@ class BatchingLoop:
             finish_reason=reason,
             generated_text="".join(generation.texts),
             num_generated=sequence.log.num_generated,
-            prefill=self._prefill(sequence),
             timings=Timings(
                 submitted=sequence.added_at,
                 scheduled=sequence.scheduled_at,

@@ -57,6 +57,12 @@ class TextDecoder:
             return TableDetokenizer(self._pieces)
         return WindowDetokenizer(self._tokenizer, prompt_ids[-CONTEXT_TOKENS:])
 
+    def piece(self, token_id: int) -> str | bytes:
+        """What one token stands for: a text, or the bytes of an unfinished character."""
+        if (literal := self.special.get(token_id)) is not None:
+            return literal
+        return self.text_of(token_id) if self._pieces is None else self._pieces[token_id]
+
     def text_of(self, token_id: int) -> str:
         """One token on its own, special or not."""
         return self._tokenizer.decode([token_id], skip_special_tokens=False)

@@ -10,11 +10,12 @@ import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Protocol
 
 from kagami_proto.errors import IncompleteGeneration, KagamiError, Overloaded, Unavailable
 from kagami_router.metrics import GenerationStats, Metrics
-from kagami_router.requests import End, StreamEvent, Token, ValidRequest
+from kagami_router.requests import End, PrefillToken, StreamEvent, Token, ValidRequest
 
 Events = tuple[StreamEvent, ...]
 
@@ -36,11 +37,17 @@ class Generation:
     top_tokens: tuple[tuple[Token, ...], ...]
     """One entry for each token where top tokens were asked for, else empty."""
     end: End
+    prefill: tuple[PrefillToken, ...]
+    """The prompt's tokens where their logprobs were asked for, else empty."""
 
     @property
     def seed(self) -> int | None:
         """The seed that was used; None when greedy."""
         return self.request.sampling.seed if self.request.sampling.do_sample else None
+
+    def tokens_with_alternatives(self) -> Iterator[tuple[Token, tuple[Token, ...]]]:
+        """Each token and the top tokens at its place, if there are any."""
+        return zip(self.tokens, self.top_tokens or repeat(()), strict=False)
 
     @property
     def mean_logprob(self) -> float:
@@ -113,6 +120,7 @@ class Infer:
             if request.top_n_tokens
             else (),
             end=end,
+            prefill=collected[0].prefill,
         )
 
     async def collect_all(

@@ -5,7 +5,7 @@ here knows HTTP, protobuf or the scheduler. Times are seconds of `time.monotonic
 """
 
 import enum
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 
@@ -90,11 +90,16 @@ class Token(NamedTuple):
 
 
 class PrefillToken(NamedTuple):
-    """One prompt token; the first has no logprob."""
+    """One prompt token; the first has no logprob.
+
+    `top_tokens`: what the model found most likely here, most likely first, where the request has
+    `top_n_tokens`; the first prompt token has none.
+    """
 
     id: int
     text: str
     logprob: float | None
+    top_tokens: tuple[Token, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +121,6 @@ class End:
     generated_text: str
     """Special tokens left out; cut at a whole character."""
     num_generated: int
-    prefill: tuple[PrefillToken, ...]
     timings: Timings
     cached_tokens: int
     """Prompt tokens found in the prefix cache."""
@@ -129,10 +133,12 @@ class StreamEvent:
     `tail` is text beside `token.text` that was held back for a stop string until this token: it
     ended the stream, or is special and showed that the string does not go on. The
     concatenation of all `text` of tokens that are not special, each with its event's `tail`, is
-    `end.generated_text`.
+    `end.generated_text`. The first event has the prompt's tokens in `prefill`, if its logprobs were
+    asked for.
     """
 
     token: Token
     top_tokens: tuple[Token, ...] = ()
     tail: str = ""
-    end: End | None = field(default=None)
+    end: End | None = None
+    prefill: tuple[PrefillToken, ...] = ()

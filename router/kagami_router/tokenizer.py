@@ -6,7 +6,7 @@ library; knows no limits and no HTTP. Ids to text: see detokenize.py.
 
 import asyncio
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,8 @@ from kagami_proto.errors import InvalidRequest
 # Encoding costs 0.2 us a character, a hop to a thread about 0.1 ms: below this length (0.4 ms)
 # the event loop does it itself.
 INLINE_CHARACTERS = 2048
+# As many tokens decoded take as long.
+INLINE_TOKENS = 1024
 
 
 class TextToken(NamedTuple):
@@ -72,6 +74,16 @@ class Tokenizer:
             return self._spans(text, add_special_tokens)
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, self._spans, text, add_special_tokens)
+
+    async def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, special ones with theirs."""
+        if len(ids) <= INLINE_TOKENS:
+            return self._decode(ids)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, self._decode, ids)
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        text: str = self.backend.decode(ids, skip_special_tokens=False)
+        return text
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         try:

@@ -6,10 +6,11 @@ again. Knows limits and text; knows no HTTP and no route.
 
 import random
 import struct
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
-from kagami_proto.errors import InvalidRequest
+from kagami_proto.errors import InvalidRequest, MalformedBody
 from kagami_router.requests import Grammar, SamplingParams, StoppingParams, ValidRequest
 from kagami_router.tokenizer import Tokenizer
 
@@ -31,6 +32,8 @@ class Limits:
     max_input_tokens: int
     max_total_tokens: int
     max_client_batch_size: int
+    vocab_size: int
+    """Ids a request may name are below it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +73,7 @@ class GenerationParams:
 
     @property
     def num_samples(self) -> int:
-        """Sequences to generate; TGI takes `best_of: 0` for 1."""
+        """Sequences to generate; `best_of: 0` is 1, in streams too."""
         return max(1, self.best_of or 1)
 
 
@@ -83,6 +86,13 @@ class TraceContext:
 
 
 NO_TRACE = TraceContext()
+
+
+class TokenPrompt(NamedTuple):
+    """A prompt that came as ids, all of them known, and the text they stand for."""
+
+    ids: tuple[int, ...]
+    text: str
 
 
 CompileGrammar = Callable[[Grammar], Awaitable[None]]
@@ -104,7 +114,7 @@ class Validation:
 
     def check_stream(self, params: GenerationParams) -> None:
         """What only one whole answer can carry; comes before the permit."""
-        if params.best_of is not None and params.best_of != 1:
+        if params.num_samples > 1:
             raise InvalidRequest("`best_of` != 1 is not supported when streaming tokens")
         if params.prompt_logprobs:
             raise InvalidRequest(
@@ -124,9 +134,27 @@ class Validation:
         self._sampling(params)
         self._check_counts(params)
 
+    async def token_prompt(self, ids: Sequence[object], place: str) -> TokenPrompt:
+        """The ids that a client gave at `place` of its body; raises `InvalidRequest`."""
+        limits = self.limits
+        if len(ids) > limits.max_input_tokens:  # before any work that grows with them
+            raise _too_many_tokens(limits, len(ids))
+        known = tuple(self._token_id(token_id, place, index) for index, token_id in enumerate(ids))
+        return TokenPrompt(known, await self._tokenizer.decode(known))
+
+    def _token_id(self, given: object, place: str, index: int) -> int:
+        if not isinstance(given, int) or isinstance(given, bool):
+            raise MalformedBody(f"{place}[{index}]: expected a token id")
+        size = self.limits.vocab_size
+        if not 0 <= given < size:
+            raise InvalidRequest(
+                f"`{place}[{index}]` must be a token id, >= 0 and < {size}. Given: {given}"
+            )
+        return given
+
     async def validate(
         self,
-        prompt: str,
+        prompt: str | TokenPrompt,
         params: GenerationParams,
         *,
         add_special_tokens: bool,
@@ -135,15 +163,17 @@ class Validation:
         """The one way to a `ValidRequest`; raises `InvalidRequest`."""
         sampling = self._sampling(params)
         self._check_counts(params)
-        if not prompt:
+        text, given_ids = (prompt, None) if isinstance(prompt, str) else (prompt.text, prompt.ids)
+        if not (text if given_ids is None else given_ids):
             raise InvalidRequest("`inputs` cannot be empty")
-        prompt_ids = await self._prompt_ids(prompt, params.truncate, add_special_tokens)
+        self._check_truncate(params.truncate)
+        prompt_ids = given_ids or await self._encode(text, params.truncate, add_special_tokens)
         max_new_tokens = self._max_new_tokens(len(prompt_ids), params.max_new_tokens)
         await self._ready_grammar(params.grammar)
         _check_supported(params)
         return ValidRequest(
             prompt_ids=tuple(prompt_ids),
-            prompt_text=prompt,
+            prompt_text=text,
             sampling=sampling,
             stopping=StoppingParams(
                 max_new_tokens=max_new_tokens,
@@ -221,15 +251,18 @@ class Validation:
                 f" Given: {params.top_n_tokens}"
             )
 
-    async def _prompt_ids(
-        self, prompt: str, truncate: int | None, add_special_tokens: bool
-    ) -> list[int]:
-        """Rules 13 and 14: the last `truncate` tokens of the prompt, all of them without it."""
+    def _check_truncate(self, truncate: int | None) -> None:
+        """Rule 13."""
         limit = self.limits.max_input_tokens
         if truncate is not None and not 0 < truncate <= limit:
             raise InvalidRequest(
                 f"`truncate` must be strictly positive and less than {limit}. Given: {truncate}"
             )
+
+    async def _encode(
+        self, prompt: str, truncate: int | None, add_special_tokens: bool
+    ) -> list[int]:
+        """Rule 14: the last `truncate` tokens of the prompt, all of them without it."""
         prompt_ids = await self._tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
         if not prompt_ids:
             raise InvalidRequest("`inputs` has no tokens")
@@ -245,9 +278,7 @@ class Validation:
                 f" Given: {num_input} `inputs` tokens and {max_new} `max_new_tokens`"
             )
         if num_input > limits.max_input_tokens:
-            raise InvalidRequest(
-                f"`inputs` must have less than {limits.max_input_tokens} tokens. Given: {num_input}"
-            )
+            raise _too_many_tokens(limits, num_input)
         return max_new
 
 
@@ -263,6 +294,12 @@ def samples(request: ValidRequest, count: int) -> list[ValidRequest]:
         )
         for offset in range(1, count)
     ]
+
+
+def _too_many_tokens(limits: Limits, count: int) -> InvalidRequest:
+    return InvalidRequest(
+        f"`inputs` must have less than {limits.max_input_tokens} tokens. Given: {count}"
+    )
 
 
 def _check_supported(params: GenerationParams) -> None:

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from kagami_router.infer import Events
 from kagami_router.requests import (
@@ -25,10 +25,10 @@ def end(
     text: str,
     num_generated: int,
     reason: FinishReason = FinishReason.LENGTH,
-    prefill: tuple[PrefillToken, ...] = (),
+    cached_tokens: int = 0,
 ) -> End:
     now = time.monotonic()
-    return End(reason, text, num_generated, prefill, Timings(now, now, now, now), 0)
+    return End(reason, text, num_generated, Timings(now, now, now, now), cached_tokens)
 
 
 def turns_of(
@@ -38,13 +38,17 @@ def turns_of(
     tail: str = "",
     prefill: tuple[PrefillToken, ...] = (),
     top_tokens: tuple[Token, ...] = (),
+    cached_tokens: int = 0,
 ) -> list[Events]:
     """One event a turn; the last one carries the end."""
     said = list(tokens)
     text = "".join(token.text for token in said if not token.special) + tail
-    turns: list[Events] = [(StreamEvent(token, top_tokens),) for token in said[:-1]]
-    last = StreamEvent(said[-1], top_tokens, tail, end(text, len(said), reason, prefill))
-    return [*turns, (last,)]
+    events = [StreamEvent(token, top_tokens) for token in said[:-1]]
+    events.append(
+        StreamEvent(said[-1], top_tokens, tail, end(text, len(said), reason, cached_tokens))
+    )
+    events[0] = replace(events[0], prefill=prefill)
+    return [(event,) for event in events]
 
 
 def failed_colon(request: ValidRequest) -> list[Events | Exception]:

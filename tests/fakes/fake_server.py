@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import tokenizers
 from aiohttp import ClientSession, web
-from tests.fakes.fake_loop import FakeLoop
+from tests.fakes.fake_loop import COLON, EOS, FAILED, FakeLoop
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 from kagami_router.api.middleware import connection_logger
@@ -15,6 +15,7 @@ from kagami_router.api.routes import make_app
 from kagami_router.api.schemas import Info
 from kagami_router.api.service import Door, Front
 from kagami_router.chat_template import ChatTemplate, MissingTemplate
+from kagami_router.detokenize import TextDecoder
 from kagami_router.infer import Infer
 from kagami_router.metrics import Metrics
 from kagami_router.tokenizer import SpecialTokens, Tokenizer
@@ -27,6 +28,7 @@ LIMITS = Limits(
     max_input_tokens=63,
     max_total_tokens=64,
     max_client_batch_size=4,
+    vocab_size=300,
 )
 TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}\n{% endfor %}"
@@ -76,6 +78,14 @@ def info(limits: Limits) -> Info:
     )
 
 
+class ScriptedDecoder(TextDecoder):
+    """Tokens of scripts stand for what they say, those of prompts for their byte."""
+
+    def piece(self, token_id: int) -> str | bytes:
+        scripted = {one.id: one.text for one in (EOS, FAILED, COLON)} | {40: "Hi", 41: "!"}
+        return scripted.get(token_id) or super().piece(token_id)
+
+
 @dataclass(eq=False)
 class FakeServer:
     url: str
@@ -108,6 +118,7 @@ async def serving(
             infer=Infer(loop, metrics, max_concurrent_requests=max_concurrent_requests),
             validation=Validation(tokenizer, limits),
             tokenizer=tokenizer,
+            decoder=ScriptedDecoder(tokenizer.backend, frozenset({1})),
             template=template or ChatTemplate(TEMPLATE, TOKENS),
             metrics=metrics,
             info=info(limits),

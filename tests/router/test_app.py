@@ -203,7 +203,7 @@ async def test_a_hostname_that_is_no_address_is_replaced(
     ],
 )
 def test_limits(flags: list[str], positions: int, pool: int, expected: tuple[int, int]) -> None:
-    limits = plan_limits(parse(flags, {}), max_positions=positions, pool_tokens=pool)
+    limits = plan_limits(parse(flags, {}), max_positions=positions, pool_tokens=pool, vocab_size=9)
     assert (limits.max_input_tokens, limits.max_total_tokens) == expected
 
 
@@ -216,7 +216,7 @@ def test_limits(flags: list[str], positions: int, pool: int, expected: tuple[int
 )
 def test_limits_that_cannot_be(flags: list[str], text: str) -> None:
     with pytest.raises(StartError, match=text):
-        plan_limits(parse(flags, {}), max_positions=2048, pool_tokens=1000)
+        plan_limits(parse(flags, {}), max_positions=2048, pool_tokens=1000, vocab_size=9)
 
 
 async def test_contradicting_flags_end_at_once(

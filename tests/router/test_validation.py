@@ -120,7 +120,6 @@ async def test_the_first_broken_rule_wins(
     ("params", "text"),
     [
         (P(best_of=2), "`best_of` != 1 is not supported when streaming tokens"),
-        (P(best_of=0), "`best_of` != 1 is not supported when streaming tokens"),
         (
             P(prompt_logprobs=True),
             "`decoder_input_details` == true is not supported when streaming tokens",
@@ -133,6 +132,12 @@ def test_streams_refuse_what_needs_a_whole_answer(
     with pytest.raises(InvalidRequest) as refused:
         validation.check_stream(params)
     assert str(refused.value) == text
+
+
+def test_best_of_0_is_1_in_streams_as_elsewhere(validation: Validation) -> None:
+    validation.check_stream(P(best_of=0))
+    validation.check_best_of(P(best_of=0))
+    assert P(best_of=0).num_samples == 1
 
 
 def test_best_of_is_limited(validation: Validation) -> None:

@@ -9,26 +9,22 @@ from aiohttp import web
 from kagami_proto.errors import InvalidRequest, MalformedBody
 from kagami_router.api import openai
 from kagami_router.api.answers import Call
+from kagami_router.api.logprobs import chat_logprobs
 from kagami_router.api.middleware import read_body
 from kagami_router.api.schemas import (
     ChatChoice,
-    ChatLogprob,
-    ChatLogprobs,
     ChatMessage,
     ChatRequest,
     ChatTokenizeResponse,
-    TopLogprob,
     encode,
-    shortest,
 )
 from kagami_router.api.service import Front, front_of, json_response, simple_tokens
 from kagami_router.chat_template import PromptOptions
+from kagami_router.detokenize import TextDecoder
 from kagami_router.infer import Generation
-from kagami_router.requests import StreamEvent, Token
+from kagami_router.requests import StreamEvent
 
 _CHAT = msgspec.json.Decoder(ChatRequest)
-# OpenAI's sign for "as good as impossible"; its clients read numbers only.
-_IMPOSSIBLE = -9999.0
 _ROLE = b'"role":"assistant",'
 
 
@@ -47,7 +43,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     front, call = front_of(request), Call.of(request)
     plan = _plan(front, body)  # before the prompt, which costs more to make
     prompt = await _prompt(front, body)
-    writer = _ChoiceWriter(bool(body.logprobs))
+    writer = _ChoiceWriter(front.decoder if body.logprobs else None)
     form = openai.Form(
         kind="chat.completion",
         chunk_kind="chat.completion.chunk",
@@ -63,14 +59,14 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
 class _ChoiceWriter:
     """Writes the choices of one chat; in a stream the first chunk of each has the role."""
 
-    def __init__(self, has_logprobs: bool) -> None:
-        self._has_logprobs = has_logprobs
+    def __init__(self, decoder: TextDecoder | None) -> None:
+        self._decoder = decoder  # None: no logprobs
         self._started: set[int] = set()
 
     def choices(self, generations: Sequence[Generation]) -> list[ChatChoice]:
         """Those of a whole answer."""
         return [
-            _choice(index, generation, self._has_logprobs)
+            _choice(index, generation, self._decoder)
             for index, generation in enumerate(generations)
         ]
 
@@ -79,8 +75,8 @@ class _ChoiceWriter:
         role = b"" if index in self._started else _ROLE
         self._started.add(index)
         logprobs = b"null"
-        if self._has_logprobs:
-            logprobs = encode(ChatLogprobs([_logprob(event.token, event.top_tokens)]))
+        if self._decoder is not None:
+            logprobs = encode(chat_logprobs(self._decoder, [(event.token, event.top_tokens)]))
         return b'{"index":%d,"delta":{%b"content":%b},"logprobs":%b,"finish_reason":%b}' % (
             index,
             role,
@@ -96,13 +92,12 @@ def _plan(front: Front, body: ChatRequest) -> openai.Plan:
     if body.response_format is not None and body.response_format.get("type") != "text":
         raise InvalidRequest("grammar is not supported")
     max_top = front.validation.limits.max_top_n_tokens
-    top_n_tokens = (body.top_logprobs or 0) if body.logprobs else 0
+    top_n_tokens = body.top_logprobs or 0
+    if top_n_tokens and not body.logprobs:
+        raise InvalidRequest(f"`top_logprobs` needs `logprobs`: true. Given: {top_n_tokens}")
     if top_n_tokens > max_top:
         raise InvalidRequest(f"`top_logprobs` must be >= 0 and <= {max_top}. Given: {top_n_tokens}")
-    max_tokens = (
-        body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    )
-    return openai.plan(front, body, max_tokens, top_n_tokens)
+    return openai.plan(front, body, openai.max_tokens_of(body), top_n_tokens)
 
 
 async def _prompt(front: Front, body: ChatRequest) -> str:
@@ -147,36 +142,13 @@ def _check_chunk(place: str, chunk: object) -> None:
     raise MalformedBody(f'{place}: expected {{"type":"text","text":…}}')
 
 
-def _choice(index: int, generation: Generation, has_logprobs: bool) -> ChatChoice:
+def _choice(index: int, generation: Generation, decoder: TextDecoder | None) -> ChatChoice:
     logprobs = None
-    if has_logprobs:
-        alternatives = generation.top_tokens or ((),) * len(generation.tokens)
-        logprobs = ChatLogprobs(
-            [
-                _logprob(token, top)
-                for token, top in zip(generation.tokens, alternatives, strict=True)
-            ]
-        )
+    if decoder is not None:
+        logprobs = chat_logprobs(decoder, generation.tokens_with_alternatives())
     return ChatChoice(
         index,
         ChatMessage("assistant", generation.end.generated_text),
         logprobs,
         openai.FINISH_REASON[generation.end.finish_reason],
     )
-
-
-def _logprob(token: Token, alternatives: Sequence[Token]) -> ChatLogprob:
-    return ChatLogprob(
-        token.text,
-        _finite(token.logprob),
-        list(token.text.encode()),
-        [
-            TopLogprob(one.text, _finite(one.logprob), list(one.text.encode()))
-            for one in alternatives
-        ],
-    )
-
-
-def _finite(logprob: float) -> float:
-    number = shortest(logprob)
-    return _IMPOSSIBLE if number is None else number

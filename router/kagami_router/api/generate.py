@@ -220,7 +220,7 @@ def _prefill(generation: Generation) -> list[PrefillTokenOut]:
         PrefillTokenOut(
             token.id, token.text, None if token.logprob is None else shortest(token.logprob)
         )
-        for token in generation.end.prefill
+        for token in generation.prefill
     ]
 
 

@@ -4,8 +4,9 @@ Each route says by its `Form` how it writes a choice; all else is here: OpenAI's
 reasons, usage, chunks, errors.
 """
 
+import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from aiohttp import web
@@ -21,13 +22,14 @@ from kagami_router.api.schemas import (
     OpenAIRequest,
     OpenAIStreamError,
     OpenAIStreamErrorEvent,
+    PromptTokensDetails,
     Usage,
     encode,
 )
 from kagami_router.api.service import Front, front_of, json_response
 from kagami_router.infer import Generation
-from kagami_router.requests import FinishReason, StreamEvent, ValidRequest
-from kagami_router.validation import GenerationParams, samples
+from kagami_router.requests import End, FinishReason, StreamEvent, ValidRequest
+from kagami_router.validation import GenerationParams, TokenPrompt, samples
 
 FINISH_REASON: Mapping[FinishReason, str] = {
     FinishReason.LENGTH: "length",
@@ -36,6 +38,8 @@ FINISH_REASON: Mapping[FinishReason, str] = {
 }
 _FINISH_REASON_JSON = {reason: encode(text) for reason, text in FINISH_REASON.items()}
 _NULL = b"null"
+# Writing a token with five alternatives takes some 10 us: longer answers are made in a thread.
+INLINE_TOKENS = 1000
 
 
 class Plan(NamedTuple):
@@ -58,6 +62,13 @@ class Form:
     choices: Callable[[Sequence[Generation]], list[ChatChoice] | list[CompletionChoice]]
     chunk_choice: Callable[[int, StreamEvent, bytes], bytes]
     """The JSON of one choice of a chunk: its index, the event, its finish reason's JSON."""
+    shows_output: bool = True
+    """False: what was generated to come to the prompt's logprobs is neither shown nor counted."""
+
+
+def max_tokens_of(body: OpenAIRequest) -> int | None:
+    """The newer name wins."""
+    return body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
 
 
 def plan(front: Front, body: OpenAIRequest, max_tokens: int | None, top_n_tokens: int = 0) -> Plan:
@@ -70,7 +81,7 @@ def plan(front: Front, body: OpenAIRequest, max_tokens: int | None, top_n_tokens
     num_samples = _num_samples(front, body)
     is_greedy = body.temperature == 0 or body.top_p == 0
     top_p = None if body.top_p == 1 else body.top_p
-    stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
+    stop = (body.stop,) if isinstance(body.stop, str) else filter(None, body.stop or ())
     params = GenerationParams(
         do_sample=not is_greedy,
         temperature=None if is_greedy else body.temperature,
@@ -96,7 +107,7 @@ async def respond(
     body: OpenAIRequest,
     *,
     plan: Plan,
-    prompts: Sequence[str],
+    prompts: Sequence[str | TokenPrompt],
     form: Form,
 ) -> web.StreamResponse:
     """One answer, or one chunk for each token; choices stand in the order of the prompts."""
@@ -114,25 +125,48 @@ async def respond(
             )
             for prompt in prompts
         ]
+        texts = [one.prompt_text for one in valid]
         requests = [sample for one in valid for sample in samples(one, plan.num_samples)]
         if body.stream:
             head = _chunk_head(form.chunk_kind, *identity)
-            chunks = _ChunkWriter(call, form, head, valid, requests, _wants_usage(body))
+            chunks = _ChunkWriter(
+                call, form, head, requests, plan.num_samples, wants_usage=_wants_usage(body)
+            )
             return await sse.respond(
                 request,
                 front.infer.stream_all(requests, call.received),
                 render=chunks.render,
                 render_error=_error_event,
                 last=chunks.last,
-                headers=stream_headers(front.compute_type, prompts),
+                headers=stream_headers(front.compute_type, texts),
             )
         generations = await front.infer.collect_all(requests, call.received)
+        if not form.shows_output:
+            generations = [_without_output(one) for one in generations]
+        choices = await _choices(form, generations)
     finished = [Finished(one.request, one.end) for one in generations]
     log_success(call, finished)
     return json_response(
-        OpenAIAnswer(form.kind, *identity, form.choices(generations), _usage_of(valid, finished)),
-        **whole_headers(front.compute_type, prompts, call, finished),
+        OpenAIAnswer(form.kind, *identity, choices, _usage_of(finished, plan.num_samples)),
+        **whole_headers(front.compute_type, texts, call, finished),
     )
+
+
+async def _choices(
+    form: Form, generations: Sequence[Generation]
+) -> list[ChatChoice] | list[CompletionChoice]:
+    num_tokens = sum(len(one.prefill) + len(one.tokens) for one in generations)
+    if num_tokens <= INLINE_TOKENS:
+        return form.choices(generations)
+    return await asyncio.to_thread(form.choices, generations)
+
+
+def _without_output(generation: Generation) -> Generation:
+    return replace(generation, tokens=(), top_tokens=(), end=_end_without_output(generation.end))
+
+
+def _end_without_output(end: End) -> End:
+    return replace(end, finish_reason=FinishReason.LENGTH, generated_text="", num_generated=0)
 
 
 class _ChunkWriter:
@@ -143,17 +177,18 @@ class _ChunkWriter:
         call: Call,
         form: Form,
         head: bytes,
-        prompts: Sequence[ValidRequest],
         requests: Sequence[ValidRequest],
+        num_samples: int,
+        *,
         wants_usage: bool,
     ) -> None:
         self._call = call
         self._form = form
         self._head = b"data: " + head
-        self._prompts = prompts
         self._requests = requests
+        self._num_samples = num_samples
         self._wants_usage = wants_usage
-        self._finished: list[Finished] = []
+        self._finished: dict[int, Finished] = {}
 
     def render(self, turn: Sequence[tuple[int, StreamEvent]]) -> bytes:
         """The chunks of one turn."""
@@ -161,20 +196,21 @@ class _ChunkWriter:
 
     def last(self) -> bytes:
         """Usage where asked for, and the end marker."""
-        log_success(self._call, self._finished)
+        finished = [self._finished[index] for index in range(len(self._requests))]
+        log_success(self._call, finished)
         if not self._wants_usage:
             return sse.DONE
-        usage = encode(_usage_of(self._prompts, self._finished))
+        usage = encode(_usage_of(finished, self._num_samples))
         return self._head + b'"choices":[],"usage":%b}\n\n' % usage + sse.DONE
 
     def _chunk(self, index: int, event: StreamEvent) -> bytes:
         finish_reason, usage = _NULL, _NULL
         if event.end is not None:
-            finished = Finished(self._requests[index], event.end)
-            self._finished.append(finished)
-            finish_reason = _FINISH_REASON_JSON[event.end.finish_reason]
+            end = event.end if self._form.shows_output else _end_without_output(event.end)
+            finished = self._finished[index] = Finished(self._requests[index], end)
+            finish_reason = _FINISH_REASON_JSON[end.finish_reason]
             if self._form.has_own_usage and not self._wants_usage:
-                usage = encode(_usage_of([finished.request], [finished]))
+                usage = encode(_usage_of([finished], 1))
         choice = self._form.chunk_choice(index, event, finish_reason)
         return b'%b"choices":[%b],"usage":%b}\n\n' % (self._head, choice, usage)
 
@@ -198,11 +234,21 @@ def _wants_usage(body: OpenAIRequest) -> bool:
     return body.stream_options is not None and bool(body.stream_options.include_usage)
 
 
-def _usage_of(prompts: Sequence[ValidRequest], finished: Sequence[Finished]) -> Usage:
-    """Tokens of a call: each prompt once, whatever number of samples it has."""
-    prompt_tokens = sum(len(one.prompt_ids) for one in prompts)
+def _usage_of(finished: Sequence[Finished], num_samples: int) -> Usage:
+    """Tokens of a call: each prompt once, whatever number of samples it has.
+
+    A prompt's samples may find each other's blocks: cached is what the least lucky one found.
+    """
+    by_prompt = [finished[at : at + num_samples] for at in range(0, len(finished), num_samples)]
+    prompt_tokens = sum(len(group[0].request.prompt_ids) for group in by_prompt)
+    cached_tokens = sum(min(one.end.cached_tokens for one in group) for group in by_prompt)
     completion_tokens = sum(one.end.num_generated for one in finished)
-    return Usage(prompt_tokens, completion_tokens, prompt_tokens + completion_tokens)
+    return Usage(
+        prompt_tokens,
+        completion_tokens,
+        prompt_tokens + completion_tokens,
+        PromptTokensDetails(cached_tokens),
+    )
 
 
 def _chunk_head(kind: str, chunk_id: str, created: int, model: str, fingerprint: str) -> bytes:

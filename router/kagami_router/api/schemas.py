@@ -188,13 +188,14 @@ class OpenAIRequest(Struct, frozen=True, kw_only=True):
 
     model: str | None = None
     max_tokens: UInt32 | None = None
+    max_completion_tokens: UInt32 | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: Int32 | None = None
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
     repetition_penalty: float | None = None
-    stop: str | list[str] | None = None
+    stop: str | list[str | None] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     seed: UInt64 | None = None
@@ -207,7 +208,6 @@ class ChatRequest(OpenAIRequest, frozen=True, kw_only=True):
     """Body of /v1/chat/completions and /chat_tokenize; messages go to the template as they are."""
 
     messages: list[dict[str, Any]]
-    max_completion_tokens: UInt32 | None = None
     logprobs: bool | None = None
     top_logprobs: UInt32 | None = None
     tools: list[Any] | None = None
@@ -221,16 +221,23 @@ class ChatRequest(OpenAIRequest, frozen=True, kw_only=True):
 
 
 class CompletionRequest(OpenAIRequest, frozen=True, kw_only=True):
-    """Body of /v1/completions."""
+    """Body of /v1/completions; a prompt is a text or token ids, and there may be several."""
 
-    prompt: str | list[Any]
+    prompt: str | list[str | int | list[Any]]
     suffix: str | None = None
     echo: bool | None = None
     best_of: UInt32 | None = None
-    logprobs: bool | int | None = None
+    logprobs: bool | UInt32 | None = None
+    """How many alternatives; true, which is a chat's way to ask, is 1."""
 
 
 # --- OpenAI routes: answers ---
+
+
+class PromptTokensDetails(Struct, frozen=True):
+    """What is known of the prompt's tokens."""
+
+    cached_tokens: int
 
 
 class Usage(Struct, frozen=True):
@@ -239,6 +246,7 @@ class Usage(Struct, frozen=True):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
 
 
 class TopLogprob(Struct, frozen=True):
@@ -262,6 +270,7 @@ class ChatLogprobs(Struct, frozen=True):
     """`logprobs` of a chat choice."""
 
     content: list[ChatLogprob]
+    refusal: None = None
 
 
 class ChatMessage(Struct, frozen=True):
@@ -280,12 +289,23 @@ class ChatChoice(Struct, frozen=True):
     finish_reason: str
 
 
+class CompletionLogprobs(Struct, frozen=True):
+    """`logprobs` of a completion: columns of equal length, one entry for each token."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    """The alternatives and the token itself."""
+    text_offset: list[int]
+    """In characters, from the start of the prompt."""
+
+
 class CompletionChoice(Struct, frozen=True):
     """One sample of one prompt."""
 
     index: int
     text: str
-    logprobs: None
+    logprobs: CompletionLogprobs | None
     finish_reason: str
 
 

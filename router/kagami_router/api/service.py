@@ -20,6 +20,7 @@ from kagami_router.api.schemas import (
     encode,
 )
 from kagami_router.chat_template import ChatTemplate, MissingTemplate
+from kagami_router.detokenize import TextDecoder
 from kagami_router.infer import Infer
 from kagami_router.metrics import Metrics
 from kagami_router.tokenizer import TextToken, Tokenizer
@@ -36,6 +37,7 @@ class Front:
     infer: Infer
     validation: Validation
     tokenizer: Tokenizer
+    decoder: TextDecoder
     template: ChatTemplate | MissingTemplate
     metrics: Metrics
     info: Info

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 from tests.fakes.fake_loop import EOS, FAILED, FakeLoop, turns_of
-from tests.fakes.fake_server import TOKENS, serving
+from tests.fakes.fake_server import TOKENS, byte_tokenizer, serving
 
 from kagami_proto.errors import GenerationFailed
 from kagami_router import chat_template
@@ -55,6 +55,7 @@ async def test_answer_has_the_shape_of_the_golden_transcript() -> None:
             "prompt_tokens": 28,
             "completion_tokens": 3,
             "total_tokens": 31,
+            "prompt_tokens_details": {"cached_tokens": 0},
         }
         assert response.headers["x-compute-characters"] == "28"
 
@@ -80,7 +81,12 @@ async def test_stream_with_usage() -> None:
         None,
         None,
         None,
-        {"prompt_tokens": 28, "completion_tokens": 3, "total_tokens": 31},
+        {
+            "prompt_tokens": 28,
+            "completion_tokens": 3,
+            "total_tokens": 31,
+            "prompt_tokens_details": {"cached_tokens": 0},
+        },
     ]
     assert {chunk["id"] for chunk in chunks} == {chunks[0]["id"]}
     assert list(chunks[0]) == list(chunks[-1])
@@ -111,9 +117,29 @@ async def test_logprobs_have_alternatives_and_bytes() -> None:
                         {"token": "!", "logprob": -0.5, "bytes": [33]},
                     ],
                 }
-            ]
+            ],
+            "refusal": None,
         }
         assert loop.requests[0].top_n_tokens == 2
+
+
+async def test_half_a_character_shows_as_its_bytes() -> None:
+    half = Token(byte_tokenizer().token_to_id("ð"), "", -0.25, False)  # b"\xf0"
+    loop = FakeLoop(lambda _: [*turns_of([half])])
+    async with serving(loop) as server:
+        async with server.post(PATH, CHAT | {"logprobs": True}) as response:
+            (one,) = (await response.json())["choices"][0]["logprobs"]["content"]
+    assert one["token"] == "\\xf0"
+    assert one["bytes"] == [0xF0]
+
+
+async def test_a_token_held_back_for_a_stop_string_has_its_own_text_in_logprobs() -> None:
+    held = HI._replace(text="")
+    loop = FakeLoop(lambda _: [*turns_of([held])])
+    async with serving(loop) as server:
+        async with server.post(PATH, CHAT | {"logprobs": True, "stop": "Hi there"}) as response:
+            (one,) = (await response.json())["choices"][0]["logprobs"]["content"]
+    assert one["token"] == "Hi"
 
 
 async def test_a_logprob_that_is_no_number_is_openais_impossible() -> None:
@@ -190,9 +216,24 @@ async def test_stop_may_be_a_text_and_is_trimmed() -> None:
         assert stopping.ignore_eos
 
 
+async def test_nulls_and_empty_texts_in_a_list_of_stop_strings_mean_nothing() -> None:
+    async with serving(hi_loop()) as server:
+        await server.post(PATH, CHAT | {"stop": [None, "", "a", None, "b", ""]})
+        assert server.loop.requests[0].stopping.stop == ("a", "b")
+
+
+async def test_cached_prompt_tokens_are_told_once_for_all_samples() -> None:
+    cached = iter((3, 20))
+    loop = FakeLoop(lambda _: [*turns_of([HI], cached_tokens=next(cached))])
+    async with serving(loop) as server, server.post(PATH, CHAT | {"n": 2}) as response:
+        usage = (await response.json())["usage"]
+    assert usage["prompt_tokens"] == 28
+    assert usage["prompt_tokens_details"] == {"cached_tokens": 3}
+
+
 async def test_max_completion_tokens_wins() -> None:
     async with serving(hi_loop()) as server:
-        await server.post(PATH, CHAT | {"max_completion_tokens": 5})
+        await server.post(PATH, CHAT | {"max_completion_tokens": 5, "max_tokens": 9})
         assert server.loop.requests[0].stopping.max_new_tokens == 5
 
 
@@ -215,6 +256,10 @@ async def test_an_unknown_model_is_served_and_echoed() -> None:
         (
             {"logprobs": True, "top_logprobs": 6},
             "Input validation error: `top_logprobs` must be >= 0 and <= 5. Given: 6",
+        ),
+        (
+            {"top_logprobs": 2},
+            "Input validation error: `top_logprobs` needs `logprobs`: true. Given: 2",
         ),
         ({"messages": []}, "Input validation error: `messages` cannot be empty"),
         (

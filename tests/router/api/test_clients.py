@@ -86,6 +86,20 @@ async def test_openai_completions_both_ways() -> None:
     assert text == "Hi!"
 
 
+async def test_openai_reads_logprobs_and_the_prompt_in_front() -> None:
+    async with openai_client() as client:
+        answer = await client.completions.create(
+            model="tgi", prompt=[5, 6], max_tokens=5, logprobs=2, echo=True, best_of=2, stop=["x"]
+        )
+    (choice,) = answer.choices
+    assert choice.text.endswith("Hi!")
+    assert choice.logprobs.tokens == ["Hi", "!", "</s>"]
+    assert choice.logprobs.token_logprobs == [-0.25, -0.5, -0.0625]
+    assert choice.logprobs.top_logprobs[0] == {"Hi": -0.25, "!": -0.5}
+    assert choice.logprobs.text_offset == [2, 4, 5]
+    assert answer.usage.prompt_tokens_details.cached_tokens == 0
+
+
 async def test_openai_errors_are_raised_before_a_stream_begins() -> None:
     async with openai_client() as client:
         with pytest.raises(openai.UnprocessableEntityError) as refused:
