@@ -367,8 +367,15 @@ class BatchingLoop:
             return ()
         log = sequence.log
         return tuple(
-            PrefillToken(token_id, self._decoder.text_of(token_id), logprob)
-            for token_id, logprob in zip(log.prompt_ids, log.prompt_logprobs(), strict=True)
+            PrefillToken(
+                token_id,
+                self._decoder.text_of(token_id),
+                logprob,
+                tuple(self._top_token(*one) for one in top),
+            )
+            for token_id, logprob, top in zip(
+                log.prompt_ids, log.prompt_logprobs(), log.prompt_top_tokens(), strict=True
+            )
         )
 
     def _fail_everybody(self, error: KagamiError) -> None:

@@ -27,8 +27,8 @@ from kagami_router.scheduler.step import (
     Sample,
     Step,
     StepResults,
-    TopToken,
 )
+from kagami_router.token_log import TopToken
 
 logger = logging.getLogger(__name__)
 
@@ -317,10 +317,7 @@ def results_from_pb(messages: Sequence[pb.StepResult]) -> StepResults:
     return StepResults(
         number=first.number,
         samples=samples,
-        prompt_logprobs=[
-            PromptLogprobs(scored.id, scored.first_position, list(scored.logprobs))
-            for scored in first.prompt_logprobs
-        ],
+        prompt_logprobs=[_prompt_logprobs_from_pb(scored) for scored in first.prompt_logprobs],
         failures=[
             Failure(failure.id, failure.message)
             for message in messages
@@ -330,4 +327,15 @@ def results_from_pb(messages: Sequence[pb.StepResult]) -> StepResults:
         out_of_memory=any(message.out_of_memory for message in messages),
         host_ns=max(message.host_ns for message in messages),
         device_ns=max(message.device_ns for message in messages),
+    )
+
+
+def _prompt_logprobs_from_pb(scored: pb.PromptLogprobs) -> PromptLogprobs:
+    width = scored.top_n
+    flat = list(map(TopToken, scored.top_token_ids, scored.top_logprobs))
+    return PromptLogprobs(
+        scored.id,
+        scored.first_position,
+        list(scored.logprobs),
+        [tuple(flat[start : start + width]) for start in range(0, len(flat), width or 1)],
     )

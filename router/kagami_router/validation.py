@@ -15,6 +15,7 @@ from kagami_router.requests import Grammar, SamplingParams, StoppingParams, Vali
 from kagami_router.tokenizer import Tokenizer
 
 MAX_SEED = 2**64 - 1
+MAX_LOGIT_BIAS = 100  # OpenAI's: never, or always
 _FLOAT = struct.Struct("<f")  # the native form has no overflow, it packs infinity
 # Colder is the same as greedy in float32, and a logit divided by less can overflow.
 MIN_TEMPERATURE = 1e-4
@@ -133,6 +134,7 @@ class Validation:
         """What can be refused without the prompt; for a route that has to work to make one."""
         self._sampling(params)
         self._check_counts(params)
+        self._check_logit_bias(params)
 
     async def token_prompt(self, ids: Sequence[object], place: str) -> TokenPrompt:
         """The ids that a client gave at `place` of its body; raises `InvalidRequest`."""
@@ -163,6 +165,7 @@ class Validation:
         """The one way to a `ValidRequest`; raises `InvalidRequest`."""
         sampling = self._sampling(params)
         self._check_counts(params)
+        self._check_logit_bias(params)
         text, given_ids = (prompt, None) if isinstance(prompt, str) else (prompt.text, prompt.ids)
         if not (text if given_ids is None else given_ids):
             raise InvalidRequest("`inputs` cannot be empty")
@@ -250,6 +253,19 @@ class Validation:
                 f"`top_n_tokens` must be >= 0 and <= {limits.max_top_n_tokens}."
                 f" Given: {params.top_n_tokens}"
             )
+
+    def _check_logit_bias(self, params: GenerationParams) -> None:
+        size = self.limits.vocab_size
+        for token_id, bias in params.logit_bias:
+            if not 0 <= token_id < size:
+                raise InvalidRequest(
+                    f"`logit_bias` has ids of the vocabulary, >= 0 and < {size}. Given: {token_id}"
+                )
+            if not -MAX_LOGIT_BIAS <= bias <= MAX_LOGIT_BIAS:
+                raise InvalidRequest(
+                    f"`logit_bias` must be >= -{MAX_LOGIT_BIAS} and <= {MAX_LOGIT_BIAS}."
+                    f" Given: {bias} for the id {token_id}"
+                )
 
     def _check_truncate(self, truncate: int | None) -> None:
         """Rule 13."""

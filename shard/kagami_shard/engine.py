@@ -21,7 +21,8 @@ from kagami_shard.generation import GenerationState, Pending
 from kagami_shard.kv_cache import KVCache, block_bytes, blocks_for
 from kagami_shard.memory import pool_bytes
 from kagami_shard.models.base import Model
-from kagami_shard.sampling.sampler import Drawn, SamplingParameters, draw, token_logprobs
+from kagami_shard.sampling.logprobs import Scores, score
+from kagami_shard.sampling.sampler import Drawn, SamplingParameters, draw
 from kagami_shard.step import (
     NewSequence,
     PromptLogprobs,
@@ -73,7 +74,7 @@ class Launched(NamedTuple):
     """Those that sample a token, in the order of `drawn`'s rows"""
     drawn: Drawn
     prompt_items: list[Item]
-    prompt_logprobs: torch.Tensor
+    prompt_scores: Scores | None
     failures: dict[int, str]
     started_ns: int
     device_events: tuple[torch.cuda.Event, torch.cuda.Event] | None
@@ -221,7 +222,7 @@ class Engine:
         batch = self._build(items, samples, prompts)
         logits = self._model.forward(batch, self._attention.prepare(batch, self.cache))
         drawn = self._draw(logits[: len(samples)], samples)
-        prompt_logprobs = self._prompt_logprobs(logits[len(samples) :], prompts)
+        prompt_scores = self._prompt_scores(logits[len(samples) :], prompts) if prompts else None
         for row, item in enumerate(samples):
             item.state.expect(Pending(drawn.token_ids, row))
         if events:
@@ -231,7 +232,7 @@ class Engine:
             samples,
             drawn,
             prompts,
-            prompt_logprobs,
+            prompt_scores,
             failures,
             started_ns,
             events,
@@ -286,7 +287,7 @@ class Engine:
         for dropped in step.drop_ids:
             self._states.pop(dropped, None)
         for new in step.new_sequences:
-            if reason := new.refused or self._refusal(new.token_ids):
+            if reason := new.refused or self._refusal(new):
                 failures[new.id] = reason
             else:
                 self._states[new.id] = GenerationState(new)
@@ -295,11 +296,15 @@ class Engine:
                 state.blocks.extend(blocks)
         return failures
 
-    def _refusal(self, token_ids: Sequence[int]) -> str:
-        if not token_ids:
+    def _refusal(self, new: NewSequence) -> str:
+        if not new.token_ids:
             return "the sequence has no tokens"
-        if (largest := max(token_ids)) >= self._model.vocab_size:
-            return f"token id {largest} is not below the vocabulary's {self._model.vocab_size}"
+        size = self._model.vocab_size
+        if (largest := max(new.token_ids)) >= size:
+            return f"token id {largest} is not below the vocabulary's {size}"
+        largest = max((token_id for token_id, _ in new.sampling.logit_bias), default=0)
+        if largest >= size:
+            return f"the biased token id {largest} is not below the vocabulary's {size}"
         return ""
 
     def _items(self, work: Sequence[Work], failures: dict[int, str]) -> list[Item]:
@@ -371,13 +376,14 @@ class Engine:
     def _tensor(self, values: Sequence[object]) -> torch.Tensor:
         return to_device(values, dtype=torch.int64, device=self._device)
 
-    def _prompt_logprobs(self, logits: torch.Tensor, prompts: list[Item]) -> torch.Tensor:
-        """The logprobs of the next prompt token after each row, all items in one column."""
+    def _prompt_scores(self, logits: torch.Tensor, prompts: list[Item]) -> Scores:
+        """Those of the next prompt token after each row, all items in one column."""
         targets: list[int] = []
         for item in prompts:
             first = item.position + 1
             targets += item.state.ids[first : first + _prompt_rows(item)]
-        return token_logprobs(logits, self._tensor(targets)) if targets else logits[:0, 0]
+        width = max(item.state.top_n_tokens for item in prompts)
+        return score(logits, self._tensor(targets), width)
 
     def _quarantine(self, state: GenerationState) -> None:
         """Stop a sequence whose values are not finite, and whoever shares such a block with it.
@@ -430,9 +436,7 @@ def _nothing(number: int, failures: dict[int, str], started_ns: int) -> Launched
     """A step in which nothing is left to compute."""
     empty = torch.empty(0)
     drawn = Drawn(empty.long(), empty, empty.long()[:, None], empty[:, None])
-    return Launched(
-        number, [], drawn, [], empty, failures, started_ns, None, time.perf_counter_ns()
-    )
+    return Launched(number, [], drawn, [], None, failures, started_ns, None, time.perf_counter_ns())
 
 
 def _top_tokens(launched: Launched, kept: Sequence[int]) -> list[TopTokens]:
@@ -448,11 +452,22 @@ def _top_tokens(launched: Launched, kept: Sequence[int]) -> list[TopTokens]:
 
 
 def _split_prompt_logprobs(launched: Launched) -> list[PromptLogprobs]:
-    values = launched.prompt_logprobs.tolist()
+    if launched.prompt_scores is None:
+        return []
+    logprobs, top_ids, top_logprobs = (column.tolist() for column in launched.prompt_scores)
     result = []
     start = 0
     for item in launched.prompt_items:
         end = start + _prompt_rows(item)
-        result.append(PromptLogprobs(item.state.id, item.position + 1, values[start:end]))
+        width = item.state.top_n_tokens
+        result.append(
+            PromptLogprobs(
+                item.state.id,
+                item.position + 1,
+                logprobs[start:end],
+                [row[:width] for row in top_ids[start:end]] if width else (),
+                [row[:width] for row in top_logprobs[start:end]] if width else (),
+            )
+        )
         start = end
     return result

@@ -16,7 +16,7 @@ from kagami_proto.errors import RankLost
 from kagami_shard.engine import Engine, Limits
 from kagami_shard.kv_cache import KVCache
 from kagami_shard.sampling.sampler import SamplingParameters
-from kagami_shard.step import NewSequence, Step, StepResult, Work
+from kagami_shard.step import NewSequence, PromptLogprobs, Step, StepResult, Work
 from kagami_shard.worker import Worker
 
 
@@ -188,6 +188,7 @@ def _new_sequence(new: pb.NewSequence) -> NewSequence:
             repetition_penalty=sampling.repetition_penalty,
             frequency_penalty=sampling.frequency_penalty,
             presence_penalty=sampling.presence_penalty,
+            logit_bias=tuple(zip(sampling.bias_ids, sampling.biases, strict=True)),
         ),
         top_n_tokens=new.top_n_tokens,
         prompt_logprobs=new.prompt_logprobs,
@@ -215,12 +216,7 @@ def result_to_pb(result: StepResult) -> pb.StepResult:
             pb.TopTokens(index=top.row, token_ids=top.token_ids, logprobs=top.logprobs)
             for top in result.top_tokens
         ],
-        prompt_logprobs=[
-            pb.PromptLogprobs(
-                id=entry.id, first_position=entry.first_position, logprobs=entry.logprobs
-            )
-            for entry in result.prompt_logprobs
-        ],
+        prompt_logprobs=[_prompt_logprobs_to_pb(entry) for entry in result.prompt_logprobs],
         failures=[
             pb.SequenceFailure(id=sequence_id, message=message)
             for sequence_id, message in result.failures.items()
@@ -229,4 +225,15 @@ def result_to_pb(result: StepResult) -> pb.StepResult:
         out_of_memory=result.out_of_memory,
         host_ns=result.host_ns,
         device_ns=result.device_ns,
+    )
+
+
+def _prompt_logprobs_to_pb(entry: PromptLogprobs) -> pb.PromptLogprobs:
+    return pb.PromptLogprobs(
+        id=entry.id,
+        first_position=entry.first_position,
+        logprobs=entry.logprobs,
+        top_n=len(entry.top_ids[0]) if entry.top_ids else 0,
+        top_token_ids=[token_id for row in entry.top_ids for token_id in row],
+        top_logprobs=[logprob for row in entry.top_logprobs for logprob in row],
     )

@@ -56,6 +56,9 @@ class PromptLogprobs(NamedTuple):
     id: int
     first_position: int
     logprobs: Sequence[float]
+    top_ids: Sequence[Sequence[int]] = ()
+    """The most likely tokens at each of these positions, most likely first; empty = not asked"""
+    top_logprobs: Sequence[Sequence[float]] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ of that hash: any order, batching, preemption or replay must give the same token
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import grpc.aio
 
@@ -302,6 +302,7 @@ class FakeShard(generate_pb2_grpc.TextGenerationServiceServicer):
                         id=new.id,
                         first_position=entry.position + 1,
                         logprobs=[-1.0] * (entry.num_tokens - 1),
+                        **_prompt_tops(new, entry),
                     )
                 )
         for index, sequence_id in enumerate(result.tokens):
@@ -312,3 +313,14 @@ class FakeShard(generate_pb2_grpc.TextGenerationServiceServicer):
                     pb.TopTokens(index=index, token_ids=ids, logprobs=[-0.5] * len(ids))
                 )
         return answer
+
+
+def _prompt_tops(new: pb.NewSequence, entry: Entry) -> dict[str, Any]:
+    """At each position the prompt token itself, then the letters from A on."""
+    width = new.top_n_tokens
+    targets = new.token_ids[entry.position + 1 : entry.position + entry.num_tokens]
+    return {
+        "top_n": width,
+        "top_token_ids": [i for target in targets for i in (target, *range(65, 90))[:width]],
+        "top_logprobs": [-1.0] * width * len(targets),
+    }

@@ -251,6 +251,11 @@ async def test_prompt_logprobs_and_top_tokens_come_with_their_text(tmp_path: Pat
         (98, "b", -1.0),
         (99, "c", -1.0),
     ]
+    assert [[top.text for top in token.top_tokens] for token in event.prefill] == [
+        [],
+        ["b", "A"],
+        ["c", "A"],
+    ]
     assert [token.id for token in event.top_tokens] == [event.token.id, 0]
 
 

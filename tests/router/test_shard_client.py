@@ -21,7 +21,13 @@ def new_step() -> Step:
     request = ValidRequest(
         (5, 6, 7, 8, 9),
         "",
-        SamplingParams(do_sample=True, seed=2**64 - 1, temperature=0.5, top_k=3),
+        SamplingParams(
+            do_sample=True,
+            seed=2**64 - 1,
+            temperature=0.5,
+            top_k=3,
+            logit_bias=((7, -2.0), (9, 1.5)),
+        ),
         StoppingParams(4),
         top_n_tokens=2,
         prompt_logprobs=True,
@@ -43,6 +49,7 @@ def test_a_new_sequence_carries_all_the_shard_needs() -> None:
     (new,) = step_to_pb(new_step()).new_sequences
     assert (list(new.token_ids), new.num_prompt_tokens) == ([5, 6, 7, 8, 9], 5)
     assert (new.sampling.seed, new.sampling.temperature, new.sampling.top_k) == (2**64 - 1, 0.5, 3)
+    assert (list(new.sampling.bias_ids), list(new.sampling.biases)) == ([7, 9], [-2.0, 1.5])
     assert (new.top_n_tokens, new.prompt_logprobs, new.traceparent) == (2, True, "00-a-b-01")
 
 
@@ -53,14 +60,27 @@ def test_results_become_records() -> None:
         token_ids=[7, 8],
         logprobs=[-1.0, -2.0],
         top_tokens=[pb.TopTokens(index=1, token_ids=[8, 9], logprobs=[-2.0, -3.0])],
-        prompt_logprobs=[pb.PromptLogprobs(id=1, first_position=1, logprobs=[-0.5])],
+        prompt_logprobs=[
+            pb.PromptLogprobs(id=1, first_position=1, logprobs=[-0.5]),
+            pb.PromptLogprobs(
+                id=2,
+                first_position=3,
+                logprobs=[-0.5, -0.25],
+                top_n=2,
+                top_token_ids=[4, 5, 6, 7],
+                top_logprobs=[-0.5, -1.0, -0.25, -1.5],
+            ),
+        ],
         failures=[pb.SequenceFailure(id=4, message="bad")],
         host_ns=5,
     )
     results = results_from_pb([message])
     assert [sample[:3] for sample in results.samples] == [(1, 7, -1.0), (2, 8, -2.0)]
     assert [len(sample.top_tokens) for sample in results.samples] == [0, 2]
-    assert results.prompt_logprobs == [PromptLogprobs(1, 1, [-0.5])]
+    assert results.prompt_logprobs == [
+        PromptLogprobs(1, 1, [-0.5], []),
+        PromptLogprobs(2, 3, [-0.5, -0.25], [((4, -0.5), (5, -1.0)), ((6, -0.25), (7, -1.5))]),
+    ]
     assert results.failures == [Failure(4, "bad")]
     assert (results.number, results.host_ns) == (3, 5)
 

@@ -1,6 +1,6 @@
 """What a sequence has said so far."""
 
-from kagami_router.token_log import TokenLog
+from kagami_router.token_log import TokenLog, TopToken
 
 
 def test_the_prompt_comes_first() -> None:
@@ -16,6 +16,13 @@ def test_prompt_logprobs_come_in_chunks_and_again_on_a_replay() -> None:
     log.take_prompt_logprobs(2, [-2.0, -3.0])
     assert log.has_prompt_logprobs
     assert log.prompt_logprobs() == [None, -1.0, -2.0, -3.0]
+
+
+def test_prompt_top_tokens_lie_beside_their_logprobs() -> None:
+    log = TokenLog((1, 2, 3))
+    top = (TopToken(5, -0.5), TopToken(3, -1.0))
+    log.take_prompt_logprobs(2, [-1.0], [top])
+    assert log.prompt_top_tokens() == [(), (), top]
 
 
 def test_a_prompt_of_one_token_has_no_logprob_to_wait_for() -> None:

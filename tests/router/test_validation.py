@@ -48,6 +48,14 @@ RULES = [
         "`seed` must not be set when `best_of` > 1",
     ),
     (P(top_n_tokens=6), "`top_n_tokens` must be >= 0 and <= 5. Given: 6"),
+    (
+        P(logit_bias=((5, 1.0), (300, 1.0))),
+        "`logit_bias` has ids of the vocabulary, >= 0 and < 300. Given: 300",
+    ),
+    (
+        P(logit_bias=((5, -100.5),)),
+        "`logit_bias` must be >= -100 and <= 100. Given: -100.5 for the id 5",
+    ),
     (P(seed=MAX_SEED + 1), f"`seed` must be <= {MAX_SEED}. Given: {MAX_SEED + 1}"),
 ]
 

@@ -160,6 +160,43 @@ def test_prompt_logprobs_are_the_models_and_come_with_their_chunk() -> None:
     assert [*first.logprobs, *second.logprobs] == pytest.approx(list(whole.logprobs), abs=1e-5)
 
 
+def test_prompt_top_tokens_come_where_top_tokens_are_asked_for() -> None:
+    engine = new_engine()
+    news = [
+        new_sequence(1, prompt_logprobs=True),
+        new_sequence(2, prompt_logprobs=True, top_n_tokens=3),
+    ]
+    work = [Work(1, 0, 11), Work(2, 0, 11)]
+
+    plain, rich = run(engine, Step(1, news, (), work, {1: [1, 2, 3], 2: [4, 5, 6]})).prompt_logprobs
+
+    assert plain.top_ids == ()
+    assert [len(row) for row in rich.top_ids] == [3] * 10
+    for position, (ids, logprobs) in enumerate(
+        zip(rich.top_ids, rich.top_logprobs, strict=True), rich.first_position
+    ):
+        assert list(logprobs) == sorted(logprobs, reverse=True)
+        if PROMPT[position] in ids:
+            own = logprobs[list(ids).index(PROMPT[position])]
+            assert own == rich.logprobs[position - rich.first_position]
+
+
+def test_a_biased_id_beyond_the_vocabulary_fails_its_sequence_only() -> None:
+    engine = new_engine()
+    biased = SamplingParameters(logit_bias=((VOCAB, 1.0),))
+    news = [new_sequence(1, sampling=biased), new_sequence(2)]
+
+    result = run(
+        engine,
+        Step(1, news, (), [Work(1, 0, 11), Work(2, 0, 11)], {1: [1, 2, 3], 2: [4, 5, 6]}),
+    )
+
+    assert result.failures == {
+        1: f"the biased token id {VOCAB} is not below the vocabulary's {VOCAB}"
+    }
+    assert list(result.ids) == [2]
+
+
 def test_top_tokens_belong_to_their_row() -> None:
     engine = new_engine()
     news = [new_sequence(1), new_sequence(2, top_n_tokens=3)]

@@ -40,6 +40,7 @@ _FINISH_REASON_JSON = {reason: encode(text) for reason, text in FINISH_REASON.it
 _NULL = b"null"
 # Writing a token with five alternatives takes some 10 us: longer answers are made in a thread.
 INLINE_TOKENS = 1000
+_MAX_ID_DIGITS = 10  # of 2**32
 
 
 class Plan(NamedTuple):
@@ -76,8 +77,6 @@ def plan(front: Front, body: OpenAIRequest, max_tokens: int | None, top_n_tokens
 
     Sampling is on unless temperature or top_p is 0; top_p 1 and top_k below 1 are off.
     """
-    if body.logit_bias:
-        raise InvalidRequest("`logit_bias` is not supported yet")
     num_samples = _num_samples(front, body)
     is_greedy = body.temperature == 0 or body.top_p == 0
     top_p = None if body.top_p == 1 else body.top_p
@@ -96,6 +95,7 @@ def plan(front: Front, body: OpenAIRequest, max_tokens: int | None, top_n_tokens
         ignore_eos=bool(body.ignore_eos),
         seed=body.seed,
         top_n_tokens=top_n_tokens,
+        logit_bias=_logit_bias(body.logit_bias),
     )
     front.validation.check_params(params)
     return Plan(params, num_samples)
@@ -213,6 +213,16 @@ class _ChunkWriter:
                 usage = encode(_usage_of([finished], 1))
         choice = self._form.chunk_choice(index, event, finish_reason)
         return b'%b"choices":[%b],"usage":%b}\n\n' % (self._head, choice, usage)
+
+
+def _logit_bias(wire: Mapping[str, float] | list[float] | None) -> tuple[tuple[int, float], ...]:
+    """JSON's keys are texts; here they are token ids."""
+    if not isinstance(wire, Mapping):
+        return ()
+    for key in wire:
+        if not (key.isascii() and key.isdecimal() and len(key) <= _MAX_ID_DIGITS):
+            raise InvalidRequest(f"`logit_bias` has token ids as its keys. Given: {key[:40]!r}")
+    return tuple((int(key), bias) for key, bias in wire.items())
 
 
 def _num_samples(front: Front, body: OpenAIRequest) -> int:

@@ -200,7 +200,8 @@ class OpenAIRequest(Struct, frozen=True, kw_only=True):
     stream_options: StreamOptions | None = None
     seed: UInt64 | None = None
     n: UInt32 | None = None
-    logit_bias: Any = None
+    logit_bias: dict[str, float] | list[float] | None = None
+    """OpenAI's object; TGI's list of floats has no meaning there either and is ignored."""
     ignore_eos: bool | None = None
 
 

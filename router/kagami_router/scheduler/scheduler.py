@@ -401,7 +401,9 @@ class Scheduler:
             self._fail(failure.sequence_id, failure.message, events)
         for scored in results.prompt_logprobs:
             if sequence := self._sequences.get(scored.sequence_id):
-                sequence.log.take_prompt_logprobs(scored.first_position, scored.logprobs)
+                sequence.log.take_prompt_logprobs(
+                    scored.first_position, scored.logprobs, scored.top_tokens
+                )
         self._confirm(step)
         self._isolation.step_succeeded()
         for sample in results.samples:

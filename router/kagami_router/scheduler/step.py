@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from kagami_router.requests import ValidRequest
 from kagami_router.scheduler.sequence import Sequence
+from kagami_router.token_log import TopToken
 
 
 class NewSequence(NamedTuple):
@@ -47,13 +48,6 @@ class Step:
     num_preempted: int
 
 
-class TopToken(NamedTuple):
-    """A likely token where one was sampled."""
-
-    id: int
-    logprob: float
-
-
 class Sample(NamedTuple):
     """One sampled token; `top_tokens` most likely first."""
 
@@ -69,6 +63,8 @@ class PromptLogprobs(NamedTuple):
     sequence_id: int
     first_position: int
     logprobs: Seq[float]
+    top_tokens: Seq[tuple[TopToken, ...]] = ()
+    """One entry for each of them, most likely first; empty where none were asked for."""
 
 
 class Failure(NamedTuple):

@@ -1,9 +1,10 @@
 """What is done to logits before a token is drawn, vectorised over rows with their own parameters.
 
-The order is TGI's: penalties, temperature, top-k, top-p, typical-p. Every function works row by
-row, so a row's result does not depend on its neighbours.
+The order is TGI's: penalties, bias, temperature, top-k, top-p, typical-p. Every function works row
+by row, so a row's result does not depend on its neighbours.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -13,6 +14,9 @@ from kagami_shard.device import to_device
 
 # The nucleus of real text lies within this many candidates; a row that needs more is sorted whole.
 _CANDIDATES = 1024
+# A bias of this size or more means "never" or "always". The value it gets is beyond what any
+# model's logits differ by, and small enough that float32 tells two forced tokens apart by 0.001.
+_ABSOLUTE_BIAS, _BEYOND_LOGITS = 100.0, 1e4
 
 
 class History:
@@ -64,6 +68,25 @@ def penalize(
     chosen = torch.where(chosen < 0, chosen * repeated, chosen / repeated)
     chosen -= spread(frequency) * counts + spread(presence) * (counts > 0)
     logits[row, ids] = chosen
+
+
+def add_bias(
+    logits: Tensor, rows: Sequence[int], biases: Sequence[Sequence[tuple[int, float]]]
+) -> None:
+    """Add the (id, bias) pairs of `biases[i]` in place to row `rows[i]` of `logits`."""
+    device = logits.device
+    row = [row for row, pairs in zip(rows, biases, strict=True) for _ in pairs]
+    ids = [token_id for pairs in biases for token_id, _ in pairs]
+    values = [_bias_value(bias) for pairs in biases for _, bias in pairs]
+    index = (
+        to_device(row, dtype=torch.int64, device=device),
+        to_device(ids, dtype=torch.int64, device=device),
+    )
+    logits.index_put_(index, to_device(values, dtype=logits.dtype, device=device), accumulate=True)
+
+
+def _bias_value(bias: float) -> float:
+    return bias if abs(bias) < _ABSOLUTE_BIAS else math.copysign(_BEYOND_LOGITS, bias)
 
 
 def keep_top(logits: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:

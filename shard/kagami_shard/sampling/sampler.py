@@ -15,8 +15,15 @@ import torch
 from torch import Tensor
 
 from kagami_shard.device import to_device
+from kagami_shard.sampling.logprobs import score
 from kagami_shard.sampling.philox import uniform
-from kagami_shard.sampling.processors import History, keep_top, keep_typical, penalize
+from kagami_shard.sampling.processors import (
+    History,
+    add_bias,
+    keep_top,
+    keep_typical,
+    penalize,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +39,8 @@ class SamplingParameters:
     repetition_penalty: float = 1.0
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
+    logit_bias: Sequence[tuple[int, float]] = ()
+    """(id, bias); 100 forces, -100 bans"""
 
     @property
     def has_penalty(self) -> bool:
@@ -67,49 +76,43 @@ class Drawn(NamedTuple):
 
 def draw(logits: Tensor, rows: Sequence[Row]) -> Drawn:
     """Draw one token per row of `logits`, `[num_rows, vocab_size]` float32, left unchanged."""
-    normalizer = logits.logsumexp(-1, keepdim=True)
-    processed = _penalized(logits, rows)
+    processed = _processed(logits, rows)
     token_ids = processed.argmax(-1)
+    is_there = torch.ones_like(token_ids, dtype=torch.bool)
     sampled = [index for index, row in enumerate(rows) if row.parameters.do_sample]
     if sampled:
         chosen = rows if len(sampled) == len(rows) else [rows[index] for index in sampled]
         index = to_device(sampled, dtype=torch.int64, device=logits.device)
-        token_ids[index], is_drawn = _draw_sampled(processed[index], chosen)
-        normalizer[index] += torch.where(is_drawn, 0.0, float("nan"))[:, None]
-    logprobs = logits.gather(-1, token_ids[:, None]) - normalizer
-    width = max((row.top_n for row in rows), default=0)
-    if width:
-        top_logits, top_ids = logits.topk(min(width, logits.shape[-1]), dim=-1)
-    else:
-        top_logits, top_ids = logits[:, :0], token_ids[:, None][:, :0]
-    return Drawn(token_ids, logprobs[:, 0], top_ids, top_logits - normalizer)
+        token_ids[index], is_there[index] = _draw_sampled(processed[index], chosen)
+    scores = score(logits, token_ids, max((row.top_n for row in rows), default=0))
+    logprobs = scores.logprobs.masked_fill(~is_there, float("nan")) if sampled else scores.logprobs
+    return Drawn(token_ids, logprobs, scores.top_ids, scores.top_logprobs)
 
 
-def token_logprobs(logits: Tensor, token_ids: Tensor) -> Tensor:
-    """The logprob of `token_ids[i]` under row i: `[num_rows]`."""
-    return logits.gather(-1, token_ids[:, None])[:, 0] - logits.logsumexp(-1)
-
-
-def _penalized(logits: Tensor, rows: Sequence[Row]) -> Tensor:
-    indices: list[int] = []
-    histories: list[History] = []
-    for index, row in enumerate(rows):
-        if row.history is not None:
-            indices.append(index)
-            histories.append(row.history)
-    if not indices:
+def _processed(logits: Tensor, rows: Sequence[Row]) -> Tensor:
+    """What is chosen from: `logits` themselves where nothing changes them, else a copy."""
+    penalized = [index for index, row in enumerate(rows) if row.history is not None]
+    biased = [index for index, row in enumerate(rows) if row.parameters.logit_bias]
+    if not penalized and not biased:
         return logits
-    parameters = [rows[index].parameters for index in indices]
     processed = logits.clone()
+    if penalized:
+        _penalize(processed, penalized, rows)
+    if biased:
+        add_bias(processed, biased, [rows[index].parameters.logit_bias for index in biased])
+    return processed
+
+
+def _penalize(logits: Tensor, indices: Sequence[int], rows: Sequence[Row]) -> None:
+    parameters = [rows[index].parameters for index in indices]
     penalize(
-        processed,
+        logits,
         indices,
-        histories,
+        [history for index in indices if (history := rows[index].history) is not None],
         [each.repetition_penalty for each in parameters],
         [each.frequency_penalty for each in parameters],
         [each.presence_penalty for each in parameters],
     )
-    return processed
 
 
 def _draw_sampled(logits: Tensor, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:

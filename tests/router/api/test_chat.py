@@ -252,7 +252,21 @@ async def test_an_unknown_model_is_served_and_echoed() -> None:
             {"response_format": {"type": "json_object"}},
             "Input validation error: grammar is not supported",
         ),
-        ({"logit_bias": {"1": 2}}, "Input validation error: `logit_bias` is not supported yet"),
+        (
+            {"logit_bias": {"300": 2}},
+            "Input validation error: `logit_bias` has ids of the vocabulary, >= 0 and < 300."
+            " Given: 300",
+        ),
+        (
+            {"logit_bias": {"cat": 2}},
+            "Input validation error: `logit_bias` has token ids as its keys. Given: 'cat'",
+        ),
+        (
+            {"logit_bias": {"9" * 5000: 2}},
+            "Input validation error: `logit_bias` has token ids as its keys. Given: '"
+            + "9" * 40
+            + "'",
+        ),
         (
             {"logprobs": True, "top_logprobs": 6},
             "Input validation error: `top_logprobs` must be >= 0 and <= 5. Given: 6",

@@ -1,7 +1,9 @@
+import pytest
 import torch
 
+from kagami_shard.sampling.logprobs import score
 from kagami_shard.sampling.processors import History
-from kagami_shard.sampling.sampler import Row, SamplingParameters, draw, token_logprobs
+from kagami_shard.sampling.sampler import Row, SamplingParameters, draw
 
 GREEDY = SamplingParameters()
 
@@ -10,7 +12,7 @@ def logits_of(rows: int, vocab: int = 500, seed: int = 0) -> torch.Tensor:
     return torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed)) * 2
 
 
-def sampled(seed: int, **changes: float) -> SamplingParameters:
+def sampled(seed: int, **changes: object) -> SamplingParameters:
     return SamplingParameters(do_sample=True, seed=seed, **changes)  # type: ignore[arg-type]
 
 
@@ -60,7 +62,7 @@ def test_logprobs_are_of_the_unprocessed_distribution() -> None:
 
     drawn = draw(logits, [Row(parameters, 0, History([1, 2], 2), 0)])
 
-    expected = token_logprobs(logits, drawn.token_ids)
+    expected = logits.log_softmax(-1).gather(-1, drawn.token_ids[:, None])[:, 0]
     torch.testing.assert_close(drawn.logprobs, expected)
 
 
@@ -101,3 +103,45 @@ def test_a_row_without_a_distribution_is_not_finite() -> None:
     drawn = draw(logits, [Row(parameters, 1, History([0], 0), 0)])
 
     assert not drawn.logprobs.isfinite().any()
+
+
+def test_a_bias_is_added_to_its_row_only_and_not_to_the_logprob() -> None:
+    logits = torch.tensor([[2.0, 1.9, 0.0], [2.0, 1.9, 0.0]])
+    biased = SamplingParameters(logit_bias=((1, 0.2), (2, -3.0)))
+
+    drawn = draw(logits, [Row(biased, 0, None, 0), Row(GREEDY, 0, None, 0)])
+
+    assert drawn.token_ids.tolist() == [1, 0]
+    torch.testing.assert_close(drawn.logprobs[0], logits.log_softmax(-1)[0, 1])
+    assert logits[0].tolist() == pytest.approx([2.0, 1.9, 0.0])
+
+
+def test_a_bias_of_100_forces_and_of_minus_100_bans_whatever_the_logits() -> None:
+    logits = torch.tensor([[500.0, 0.0, -500.0, 400.0]]).expand(200, -1)
+    forced = [Row(sampled(i, logit_bias=((2, 100.0),)), 0, None, 0) for i in range(200)]
+    banned = [Row(sampled(i, logit_bias=((0, -100.0),)), 0, None, 0) for i in range(200)]
+
+    assert set(draw(logits, forced).token_ids.tolist()) == {2}
+    assert set(draw(logits, banned).token_ids.tolist()) == {3}
+
+
+def test_two_forced_tokens_keep_their_odds() -> None:
+    logits = torch.tensor([[0.0, 1.0, 0.0, 9.0]]).expand(4000, -1)
+    both = ((0, 100.0), (1, 100.0))
+    rows = [Row(sampled(i, logit_bias=both), 0, None, 0) for i in range(4000)]
+
+    drawn = draw(logits, rows).token_ids
+
+    assert float((drawn == 1).float().mean()) == pytest.approx(0.731, abs=0.03)
+    assert int(drawn.max()) == 1
+
+
+def test_scores_have_the_given_tokens_and_the_most_likely() -> None:
+    logits = logits_of(3)
+
+    scores = score(logits, torch.tensor([4, 5, 6]), 2)
+
+    expected = logits.log_softmax(-1)
+    torch.testing.assert_close(scores.logprobs, expected[range(3), [4, 5, 6]])
+    torch.testing.assert_close(scores.top_logprobs, expected.topk(2).values)
+    assert torch.equal(scores.top_ids, expected.topk(2).indices)
