@@ -88,7 +88,16 @@ def test_openai_chat(client: openai.OpenAI) -> None:
     text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
     assert answer.choices[0].message.content == text
     assert "Paris" in text
-    assert chunks[-1].usage == answer.usage
+    first, second = answer.usage, chunks[-1].usage
+    assert first is not None
+    assert second is not None
+    assert (first.prompt_tokens, first.completion_tokens, first.total_tokens) == (
+        second.prompt_tokens,
+        second.completion_tokens,
+        second.total_tokens,
+    )
+    assert second.prompt_tokens_details is not None
+    assert (second.prompt_tokens_details.cached_tokens or 0) >= 16  # a block of the first call's
     assert answer.choices[0].finish_reason == "stop"
 
 

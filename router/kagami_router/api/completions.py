@@ -21,7 +21,7 @@ from kagami_router.api.schemas import CompletionChoice, CompletionRequest, encod
 from kagami_router.api.service import Front, front_of
 from kagami_router.detokenize import TextDecoder
 from kagami_router.infer import Generation
-from kagami_router.requests import StreamEvent
+from kagami_router.requests import PrefillToken, StreamEvent
 from kagami_router.validation import TokenPrompt
 
 _COMPLETION = msgspec.json.Decoder(CompletionRequest)
@@ -56,6 +56,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
         choices=writer.choices,
         chunk_choice=writer.chunk_choice,
         shows_output=shows_output,
+        take_prompt=writer.take_prompt,
     )
     return await openai.respond(request, call, body, plan=plan, prompts=prompts, form=form)
 
@@ -100,14 +101,12 @@ class _ChoiceWriter:
         return [self._choice(index, one) for index, one in enumerate(chosen)]
 
     def chunk_choice(self, index: int, event: StreamEvent, finish_reason: bytes) -> bytes:
-        """That of one chunk; the prompt's text and logprobs are part of the first."""
+        """That of one chunk; the prompt is part of the first."""
         progress = self._progress[index]
         columns = progress.columns
         text = openai.text_of(event) if self._shows_output else ""
         if self._echo and not progress.is_started:
             text = self._prompts[index // self._num_choices] + text
-            if columns is not None:
-                columns.add_prompt(event.prefill)
         progress.is_started = True
         if columns is not None and self._shows_output:
             columns.add(event.token, event.top_tokens)
@@ -117,6 +116,12 @@ class _ChoiceWriter:
             encode(None if columns is None else columns.take()),
             finish_reason,
         )
+
+    def take_prompt(self, index: int, tokens: Sequence[PrefillToken]) -> None:
+        """The prompt's logprobs, before the first chunk of a choice."""
+        columns = self._progress[index].columns
+        if columns is not None:
+            columns.add_prompt(tokens)
 
     def _choice(self, index: int, generation: Generation) -> CompletionChoice:
         prompt = self._prompts[index // self._num_choices]

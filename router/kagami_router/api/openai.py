@@ -5,7 +5,8 @@ reasons, usage, chunks, errors.
 """
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -28,7 +29,13 @@ from kagami_router.api.schemas import (
 )
 from kagami_router.api.service import Front, front_of, json_response
 from kagami_router.infer import Generation
-from kagami_router.requests import End, FinishReason, StreamEvent, ValidRequest
+from kagami_router.requests import (
+    End,
+    FinishReason,
+    PrefillToken,
+    StreamEvent,
+    ValidRequest,
+)
 from kagami_router.validation import GenerationParams, TokenPrompt, samples
 
 FINISH_REASON: Mapping[FinishReason, str] = {
@@ -41,6 +48,9 @@ _NULL = b"null"
 # Writing a token with five alternatives takes some 10 us: longer answers are made in a thread.
 INLINE_TOKENS = 1000
 _MAX_ID_DIGITS = 10  # of 2**32
+
+
+_Turn = list[tuple[int, StreamEvent]]
 
 
 class Plan(NamedTuple):
@@ -65,6 +75,8 @@ class Form:
     """The JSON of one choice of a chunk: its index, the event, its finish reason's JSON."""
     shows_output: bool = True
     """False: what was generated to come to the prompt's logprobs is neither shown nor counted."""
+    take_prompt: Callable[[int, Sequence[PrefillToken]], None] | None = None
+    """Gets the prompt's logprobs of a stream's choice, which come before its first chunk."""
 
 
 def max_tokens_of(body: OpenAIRequest) -> int | None:
@@ -134,7 +146,7 @@ async def respond(
             )
             return await sse.respond(
                 request,
-                front.infer.stream_all(requests, call.received),
+                _prompts_first(form, front.infer.stream_all(requests, call.received)),
                 render=chunks.render,
                 render_error=_error_event,
                 last=chunks.last,
@@ -150,6 +162,27 @@ async def respond(
         OpenAIAnswer(form.kind, *identity, choices, _usage_of(finished, plan.num_samples)),
         **whole_headers(front.compute_type, texts, call, finished),
     )
+
+
+@asynccontextmanager
+async def _prompts_first(
+    form: Form, turns: AbstractAsyncContextManager[AsyncIterator[_Turn]]
+) -> AsyncIterator[AsyncIterator[_Turn]]:
+    """The same turns, the prompts of which the form has taken; long ones in a thread."""
+    async with turns as stream:
+        yield stream if form.take_prompt is None else _taken(form.take_prompt, stream)
+
+
+async def _taken(
+    take: Callable[[int, Sequence[PrefillToken]], None], turns: AsyncIterator[_Turn]
+) -> AsyncIterator[_Turn]:
+    async for turn in turns:
+        for index, event in turn:
+            if len(event.prefill) > INLINE_TOKENS:
+                await asyncio.to_thread(take, index, event.prefill)
+            elif event.prefill:
+                take(index, event.prefill)
+        yield turn
 
 
 async def _choices(

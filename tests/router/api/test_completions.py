@@ -418,3 +418,6 @@ async def test_long_columns_are_the_same_from_a_thread(monkeypatch: pytest.Monke
     inline = (await answer_of(scored_loop(), **fields))["choices"]
     monkeypatch.setattr("kagami_router.api.openai.INLINE_TOKENS", 0)
     assert (await answer_of(scored_loop(), **fields))["choices"] == inline
+    chunks = await chunks_of(scored_loop(), **fields)
+    tokens = [token for one in chunks for token in one["choices"][0]["logprobs"]["tokens"]]
+    assert tokens == inline[0]["logprobs"]["tokens"]
