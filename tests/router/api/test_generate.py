@@ -227,3 +227,63 @@ async def test_held_back_text_comes_before_a_special_last_token() -> None:
         last = json.loads((await response.text()).split("\n\n")[1].removeprefix("data: "))
         assert last["token"]["text"] == "!</s>"
         assert last["generated_text"] == " failed!"
+
+
+async def test_prompt_details_are_those_of_what_truncate_left() -> None:
+    parameters = {"decoder_input_details": True, "truncate": 2}
+    body = {"inputs": "abcd", "parameters": parameters}
+    async with serving() as server, server.post("/generate", body) as response:
+        prefill = (await response.json())["details"]["prefill"]
+        kept = server.loop.requests[0].prompt_ids
+    assert [token["id"] for token in prefill] == list(kept)
+    assert [token["logprob"] for token in prefill] == [None, -1.5]
+
+
+@pytest.mark.parametrize(
+    ("path", "asked", "is_full"),
+    [
+        ("/generate", None, False),
+        ("/generate", True, True),
+        ("/generate", False, False),
+        ("/", None, True),
+        ("/", True, True),
+        ("/", False, False),
+    ],
+)
+@pytest.mark.parametrize("best_of", [1, 2])
+async def test_who_gets_the_prompt_in_the_text(
+    path: str, asked: bool | None, is_full: bool, best_of: int
+) -> None:
+    parameters = {"return_full_text": asked, "best_of": best_of, "do_sample": True, "details": True}
+    body = {"inputs": "a", "parameters": parameters}
+    async with serving() as server, server.post(path, body) as response:
+        answer = await response.json()
+    answer = answer[0] if path == "/" else answer
+    others = answer["details"].get("best_of_sequences", [])
+    assert len(others) == best_of - 1
+    for one in [answer, *others]:
+        assert one["generated_text"] == ("a failed:" if is_full else " failed:")
+
+
+@pytest.mark.parametrize("path", ["/generate", "/generate_stream", "/"])
+async def test_best_of_0_is_1_on_every_route(path: str) -> None:
+    body = {"inputs": "a", "parameters": {"best_of": 0}, "stream": True}
+    async with serving() as server, server.post(path, body) as response:
+        assert response.status == 200
+        assert len(server.loop.requests) == 1
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64, 1.5, "1"])
+async def test_a_seed_that_is_no_u64_is_refused(seed: object) -> None:
+    body = {"inputs": "a", "parameters": {"seed": seed}}
+    async with serving() as server, server.post("/generate", body) as response:
+        assert response.status == 422
+        assert "seed" in (await response.json())["error"]
+
+
+async def test_ties_may_bring_more_top_tokens_than_asked_for() -> None:
+    loop = FakeLoop(lambda _: [*turns_of([FAILED], top_tokens=(FAILED, COLON, EOS))])
+    body = {"inputs": "a", "parameters": {"top_n_tokens": 2, "details": True}}
+    async with serving(loop) as server, server.post("/generate", body) as response:
+        (top,) = (await response.json())["details"]["top_tokens"]
+    assert [token["id"] for token in top] == [FAILED.id, COLON.id, EOS.id]
