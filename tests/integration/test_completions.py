@@ -84,7 +84,7 @@ async def test_offsets_point_at_the_tokens_in_the_text(
 async def test_an_evaluation_harness_scores_a_continuation(
     client: openai.AsyncOpenAI, model: PreTrainedModel, tokenizer: Tokenizer
 ) -> None:
-    """Token ids, one token more than asked for, and the columns cut at the context's length."""
+    """As lm-evaluation-harness: token ids, one generated token, columns cut to the continuation."""
     context = tokenizer.encode("The capital of France is", add_special_tokens=False).ids
     ids = context + tokenizer.encode(" Paris", add_special_tokens=False).ids
     choice = await complete(
@@ -94,6 +94,29 @@ async def test_an_evaluation_harness_scores_a_continuation(
     scored = (choice.logprobs.token_logprobs or [])[len(context) : -1]
     expected = expected_logprobs(model, ids)[len(context) - 1 :]
     assert scored == pytest.approx(expected, abs=1e-3)
+    # It takes a token for the greedy choice when its logprob is the largest of the column.
+    assert _is_greedy(choice, len(context))
+    ids[-1] = tokenizer.encode(" Rome", add_special_tokens=False).ids[0]
+    other = await complete(client, prompt=[ids], max_tokens=1, logprobs=1, echo=True)
+    assert not _is_greedy(other, len(context))
+
+
+def _is_greedy(choice: CompletionChoice, start: int) -> bool:
+    assert choice.logprobs is not None
+    scored = (choice.logprobs.token_logprobs or [])[start:-1]
+    tops = (choice.logprobs.top_logprobs or [])[start:-1]
+    assert scored
+    return all(one == max(top.values()) for one, top in zip(scored, tops, strict=True))
+
+
+async def test_logit_bias_bans_and_forces(client: openai.AsyncOpenAI, tokenizer: Tokenizer) -> None:
+    fields = {"prompt": "The capital of France is", "max_tokens": 3, "temperature": 0}
+    paris = str(tokenizer.encode(" Paris", add_special_tokens=False).ids[0])
+    rome = str(tokenizer.encode(" Rome", add_special_tokens=False).ids[0])
+    assert "Paris" in (await complete(client, **fields)).text
+    assert "Paris" not in (await complete(client, logit_bias={paris: -100}, **fields)).text
+    forced = await complete(client, logit_bias={rome: 100}, **fields)
+    assert forced.text == " Rome Rome Rome"
 
 
 async def test_token_ids_are_the_text_they_stand_for(

@@ -48,6 +48,8 @@ _NULL = b"null"
 # Writing a token with five alternatives takes some 10 us: longer answers are made in a thread.
 INLINE_TOKENS = 1000
 _MAX_ID_DIGITS = 10  # of 2**32
+# As many as OpenAI takes. They travel with the sequence each time it is replayed.
+MAX_BIASED_IDS = 1024
 
 
 _Turn = list[tuple[int, StreamEvent]]
@@ -249,9 +251,13 @@ class _ChunkWriter:
 
 
 def _logit_bias(wire: Mapping[str, float] | list[float] | None) -> tuple[tuple[int, float], ...]:
-    """JSON's keys are texts; here they are token ids."""
+    """JSON's keys are texts; here they are token ids. A list is TGI's form, which does nothing."""
     if not isinstance(wire, Mapping):
         return ()
+    if len(wire) > MAX_BIASED_IDS:
+        raise InvalidRequest(
+            f"`logit_bias` supports up to {MAX_BIASED_IDS} token ids. Given: {len(wire)}"
+        )
     for key in wire:
         if not (key.isascii() and key.isdecimal() and len(key) <= _MAX_ID_DIGITS):
             raise InvalidRequest(f"`logit_bias` has token ids as its keys. Given: {key[:40]!r}")

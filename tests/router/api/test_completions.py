@@ -127,6 +127,14 @@ async def test_what_is_refused_is_named(fields: dict[str, Any], error: dict[str,
             "`best_of` > `n` is not supported when streaming tokens. Given: 2",
         ),
         ({"n": 0}, "`n` must be > 0 and <= 2. Given: 0"),
+        (
+            {"logit_bias": dict.fromkeys(map(str, range(1025)), 1)},
+            "`logit_bias` supports up to 1024 token ids. Given: 1025",
+        ),
+        (
+            {"logit_bias": {"7": 101}},
+            "`logit_bias` must be >= -100 and <= 100. Given: 101.0 for the id 7",
+        ),
         ({"max_tokens": 0}, "`max_new_tokens` must be strictly positive"),
         ({"stop": ["x"] * 5}, "`stop` supports up to 4 stop sequences. Given: 5"),
         ({"prompt": [1, 300]}, "`prompt[1]` must be a token id, >= 0 and < 300. Given: 300"),
@@ -405,6 +413,21 @@ async def test_nulls_mean_absent() -> None:
         " presence_penalty stop stream stream_options seed logit_bias logprobs suffix user"
     )
     await answer_of(scored_loop(), **dict.fromkeys(names.split()))
+
+
+@pytest.mark.parametrize(
+    ("given", "used"),
+    [
+        ({"7": -100, "8": 0.5}, ((7, -100.0), (8, 0.5))),
+        ({}, ()),
+        ([], ()),
+        ([0.5, 1], ()),  # TGI's form, which it ignores
+    ],
+)
+async def test_logit_bias_in_both_forms(given: Any, used: tuple[tuple[int, float], ...]) -> None:
+    loop = scored_loop()
+    await answer_of(loop, logit_bias=given)
+    assert loop.requests[0].sampling.logit_bias == used
 
 
 async def test_max_completion_tokens_wins_here_too() -> None:
