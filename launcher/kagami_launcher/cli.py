@@ -98,7 +98,6 @@ _GROUPS = _MODEL, _LIMITS, _BATCH, _SERVER, _SHARD, _LOGS = (
 )
 _NO_GRAPHS = "CUDA graphs are not captured yet"
 _NO_TRACES = "traces are not exported yet"
-_NO_WATERMARK = "watermarking is not supported yet"
 _NO_ROPE = "the model's own rope scaling is used"
 _NO_NGROK = "ngrok tunnels are not supported"
 
@@ -195,10 +194,10 @@ class LauncherArgs:
     )
     api_key: str | None = _flag(None, str, _SERVER, "key that requests must bear")
     watermark_gamma: float | None = _flag(
-        None, _number, _MODEL, "share of green tokens", unused=_NO_WATERMARK
+        None, _number, _MODEL, "share of green tokens in a watermark (shard: 0.5)"
     )
     watermark_delta: float | None = _flag(
-        None, _number, _MODEL, "bonus of green tokens", unused=_NO_WATERMARK
+        None, _number, _MODEL, "bonus of green tokens in a watermark (shard: 2)"
     )
     ngrok: bool = _switch(_SERVER, "open a tunnel (refused: not supported)")
     ngrok_authtoken: str | None = _flag(None, str, _SERVER, "ngrok's token", unused=_NO_NGROK)

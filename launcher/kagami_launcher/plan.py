@@ -88,6 +88,8 @@ def check(args: LauncherArgs, devices: Devices) -> int:
     num_shard = _num_shard(args, devices)
     if not 0 < args.cuda_memory_fraction <= 1:
         _refuse(f"`cuda_memory_fraction` must be in (0, 1]. Given: {args.cuda_memory_fraction}")
+    if args.watermark_gamma is not None and not 0 < args.watermark_gamma < 1:
+        _refuse(f"`watermark_gamma` must be > 0 and < 1. Given: {args.watermark_gamma}")
     _check_supported(args)
     return num_shard
 
@@ -245,8 +247,9 @@ def plan_shard(
     if num_shard > 1:
         # A rank that loses the others says so itself; torch would add a C++ stack trace.
         environment["TORCH_CPP_LOG_LEVEL"] = invocation.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR")
-    if args.max_total_tokens is not None:
-        environment["MAX_TOTAL_TOKENS"] = str(args.max_total_tokens)
+    for name in ("max_total_tokens", "watermark_gamma", "watermark_delta"):
+        if (value := getattr(args, name)) is not None:
+            environment[name.upper()] = f"{value:g}" if isinstance(value, float) else str(value)
     return ShardPlan(rank, f"{socket_prefix(args)}-{rank}", tuple(argv), environment)
 
 

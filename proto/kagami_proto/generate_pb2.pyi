@@ -467,7 +467,7 @@ class CompileGrammarResponse(_message.Message):
     error: _builtins.str
     """why it cannot be compiled; empty = it is ready"""
     elapsed_ns: _builtins.int
-    """0 = it was known already"""
+    """waiting for its turn and compiling"""
     def __init__(
         self,
         *,

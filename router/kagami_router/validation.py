@@ -181,7 +181,8 @@ class Validation:
             stopping=StoppingParams(
                 max_new_tokens=max_new_tokens,
                 stop=tuple(text for text in params.stop if text),  # "" would end at once
-                ignore_eos=params.ignore_eos,
+                # A grammar ends by EOS: nothing else may follow it.
+                ignore_eos=params.ignore_eos and params.grammar is None,
                 keep_stop=params.keep_stop,
             ),
             top_n_tokens=params.top_n_tokens or 0,

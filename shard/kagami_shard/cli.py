@@ -35,6 +35,8 @@ class ServeArgs:
     memory_fraction: float
     max_total_tokens: int
     """The longest sequence to be served; 0: the model's longest"""
+    watermark_gamma: float
+    watermark_delta: float
     num_threads: int
     """0: torch's own choice, or this rank's share of it"""
     block_size: int
@@ -70,6 +72,8 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> ServeArgs:
             master_port=int(environ.get("MASTER_PORT", "29500")),
             memory_fraction=float(environ.get("CUDA_MEMORY_FRACTION", "1")),
             max_total_tokens=int(environ.get("MAX_TOTAL_TOKENS", "0")),
+            watermark_gamma=float(environ.get("WATERMARK_GAMMA", "0.5")),
+            watermark_delta=float(environ.get("WATERMARK_DELTA", "2")),
             num_threads=int(environ.get("OMP_NUM_THREADS", "0")),
             block_size=args.block_size,
             version=version("kagami-tgi"),
@@ -77,7 +81,8 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> ServeArgs:
     except ValueError as error:
         parser.error(
             "one of the variables RANK, WORLD_SIZE, MASTER_PORT, CUDA_MEMORY_FRACTION, "
-            f"MAX_TOTAL_TOKENS, OMP_NUM_THREADS is no number: {error}"
+            "MAX_TOTAL_TOKENS, WATERMARK_GAMMA, WATERMARK_DELTA, OMP_NUM_THREADS is no number: "
+            f"{error}"
         )
     if not 0 <= parsed.rank < parsed.world_size:
         parser.error(f"RANK {parsed.rank} is not below WORLD_SIZE {parsed.world_size}")

@@ -8,11 +8,14 @@ read yet is fed to the next step on the device. One thread drives the engine.
 import logging
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
+from kagami_proto.errors import InvalidRequest
 from kagami_shard.attention.base import Attention
 from kagami_shard.batch import ForwardBatch
 from kagami_shard.device import to_device
@@ -21,8 +24,10 @@ from kagami_shard.generation import GenerationState, Pending
 from kagami_shard.kv_cache import KVCache, block_bytes, blocks_for
 from kagami_shard.memory import pool_bytes
 from kagami_shard.models.base import Model
+from kagami_shard.sampling.grammar import Allowed, Grammar, Grammars, nothing_to_fill
 from kagami_shard.sampling.logprobs import Scores, score
 from kagami_shard.sampling.sampler import Drawn, SamplingParameters, draw
+from kagami_shard.sampling.watermark import Watermark
 from kagami_shard.step import (
     NewSequence,
     PromptLogprobs,
@@ -94,6 +99,8 @@ class Engine:
         block_size: int,
         memory_fraction: float = 1.0,
         parallel: TensorParallel | None = None,
+        grammars: Grammars | None = None,
+        watermark: Watermark | None = None,
     ) -> None:
         self._model = model
         self._attention = attention
@@ -101,6 +108,8 @@ class Engine:
         self._device = device
         self._memory_fraction = memory_fraction
         self._parallel = parallel or Alone()
+        self._grammars = grammars
+        self._watermark = watermark or Watermark()
         self._states: dict[int, GenerationState] = {}
         self.block_size = block_size
         self.cache: KVCache | None = None
@@ -191,11 +200,21 @@ class Engine:
         """Forget every sequence."""
         self._states.clear()
 
+    def compile_grammar(self, grammar: Grammar) -> None:
+        """Have `grammar` ready for a sequence; on any thread. Raises `InvalidRequest`."""
+        self._known_grammars.compile(grammar)
+
+    @property
+    def _known_grammars(self) -> Grammars:
+        if self._grammars is None:
+            raise InvalidRequest("this shard has no vocabulary for grammars")
+        return self._grammars
+
     def reads_history(self, step: Step) -> bool:
         """Whether `step` needs the ids of the step before it on the host (penalties do)."""
         return any(
             (state := self._states.get(work.id)) is not None
-            and state.history is not None
+            and state.reads_last_id
             and state.pending is not None
             for work in step.work
         )
@@ -220,8 +239,9 @@ class Engine:
             return _nothing(step.number, failures, started_ns)
         events = self._mark_start()
         batch = self._build(items, samples, prompts)
-        logits = self._model.forward(batch, self._attention.prepare(batch, self.cache))
-        drawn = self._draw(logits[: len(samples)], samples)
+        with self._filling(samples) as masks:
+            logits = self._model.forward(batch, self._attention.prepare(batch, self.cache))
+        drawn = self._draw(logits[: len(samples)], samples, masks.result())
         prompt_scores = self._prompt_scores(logits[len(samples) :], prompts) if prompts else None
         for row, item in enumerate(samples):
             item.state.expect(Pending(drawn.token_ids, row))
@@ -239,13 +259,22 @@ class Engine:
             time.perf_counter_ns(),
         )
 
-    def _draw(self, logits: torch.Tensor, items: list[Item]) -> Drawn:
+    def _filling(self, items: Sequence[Item]) -> AbstractContextManager[Future[Allowed | None]]:
+        """The masks of the items' grammars, computed while the context's body runs."""
+        if self._grammars is None:
+            return nullcontext(nothing_to_fill())
+        return self._grammars.filling([item.state.grammar for item in items])
+
+    def _draw(
+        self, logits: torch.Tensor, items: list[Item], allowed: Allowed | None = None
+    ) -> Drawn:
         """A token for each item, the same on every rank.
 
         The gathered logits have the same bits everywhere, so greedy choices agree by themselves.
         A draw reads a running sum, which a GPU may round differently each time: rank 0's counts.
         """
-        drawn = draw(logits, [item.state.row() for item in items])
+        rows = [item.state.row() for item in items]
+        drawn = draw(logits, rows, allowed=allowed, watermark=self._watermark)
         if any(item.state.sampling.do_sample for item in items):
             return drawn._replace(token_ids=self._parallel.broadcast(drawn.token_ids))
         return drawn
@@ -263,8 +292,11 @@ class Engine:
         kept: list[int] = []
         for row, item in enumerate(launched.items):
             if finite[row]:
-                kept.append(row)
                 item.state.take(token_ids[row])
+                if item.state.grammar is not None and (error := item.state.grammar.error):
+                    failures[item.state.id] = f"the grammar stopped the sequence: {error}"
+                else:
+                    kept.append(row)
             else:
                 failures[item.state.id] = NOT_FINITE
                 self._quarantine(item.state)
@@ -290,11 +322,22 @@ class Engine:
             if reason := new.refused or self._refusal(new):
                 failures[new.id] = reason
             else:
-                self._states[new.id] = GenerationState(new)
+                self._admit(new, failures)
         for sequence_id, blocks in step.grants.items():
             if state := self._states.get(sequence_id):
                 state.blocks.extend(blocks)
         return failures
+
+    def _admit(self, new: NewSequence, failures: dict[int, str]) -> None:
+        grammar = None
+        if new.grammar is not None:
+            generated_ids = new.token_ids[new.num_prompt_tokens :]
+            try:
+                grammar = self._known_grammars.start(new.grammar, generated_ids)
+            except InvalidRequest as error:
+                failures[new.id] = f"grammar is not valid: {error}"
+                return
+        self._states[new.id] = GenerationState(new, grammar)
 
     def _refusal(self, new: NewSequence) -> str:
         if not new.token_ids:

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from kagami_shard.sampling.grammar import GrammarState
 from kagami_shard.sampling.processors import History
 from kagami_shard.sampling.sampler import Row
 from kagami_shard.step import NewSequence
@@ -21,6 +22,7 @@ class GenerationState:
 
     __slots__ = (
         "blocks",
+        "grammar",
         "has_failed",
         "history",
         "id",
@@ -33,13 +35,14 @@ class GenerationState:
         "top_n_tokens",
     )
 
-    def __init__(self, new: NewSequence) -> None:
+    def __init__(self, new: NewSequence, grammar: GrammarState | None = None) -> None:
         self.id = new.id
         self.ids = list(new.token_ids)
         self.num_prompt_tokens = new.num_prompt_tokens
         self.sampling = new.sampling
         self.top_n_tokens = new.top_n_tokens
         self.prompt_logprobs = new.prompt_logprobs
+        self.grammar = grammar
         self.blocks: list[int] = []
         self.pending: Pending | None = None
         """The last sampled id, while it has not been read"""
@@ -51,13 +54,20 @@ class GenerationState:
         )
 
     @property
+    def reads_last_id(self) -> bool:
+        """Whether choosing a token needs the one before it on the host."""
+        return self.history is not None or self.grammar is not None or self.sampling.watermark
+
+    @property
     def num_known(self) -> int:
         """Tokens whose id exists, be it on the device."""
         return len(self.ids) + self.num_pending
 
     def row(self) -> Row:
         """What the sampler needs to draw the next token."""
-        return Row(self.sampling, self.num_known, self.history, self.top_n_tokens)
+        return Row(
+            self.sampling, self.num_known, self.history, self.top_n_tokens, last_id=self.ids[-1]
+        )
 
     def expect(self, pending: Pending) -> None:
         """One more id was sampled and lies on the device."""
@@ -72,3 +82,5 @@ class GenerationState:
         self.ids.append(token_id)
         if self.history is not None:
             self.history.extend((token_id,))
+        if self.grammar is not None:
+            self.grammar.take(token_id)

@@ -24,6 +24,8 @@ from kagami_shard.engine import Engine
 from kagami_shard.memory import is_out_of_memory
 from kagami_shard.models.base import Model
 from kagami_shard.models.registry import load_model
+from kagami_shard.sampling.grammar import Grammars
+from kagami_shard.sampling.watermark import Watermark
 from kagami_shard.service import TextGenerationService
 from kagami_shard.worker import Worker
 
@@ -114,6 +116,12 @@ def _load(args: ServeArgs) -> tuple[Engine, pb.InfoResponse]:
         # Each rank has a card of its own, but a share of the host.
         memory_fraction=args.memory_fraction / (args.world_size if device.type == "cpu" else 1),
         parallel=parallel,
+        grammars=Grammars(
+            args.model_folder,
+            vocab_size=model.vocab_size,
+            eos_token_ids=eos_token_ids(args.model_folder),
+        ),
+        watermark=Watermark(args.watermark_gamma, args.watermark_delta),
     )
     logger.info(
         "Model loaded",

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import grpc
 import grpc.aio
@@ -12,9 +12,10 @@ import torch
 
 from kagami_proto import generate_pb2 as pb
 from kagami_proto import generate_pb2_grpc
-from kagami_proto.errors import RankLost
+from kagami_proto.errors import InvalidRequest, RankLost
 from kagami_shard.engine import Engine, Limits
 from kagami_shard.kv_cache import KVCache
+from kagami_shard.sampling.grammar import Grammar, GrammarKind
 from kagami_shard.sampling.sampler import SamplingParameters
 from kagami_shard.step import NewSequence, PromptLogprobs, Step, StepResult, Work
 from kagami_shard.worker import Worker
@@ -28,6 +29,8 @@ class TextGenerationService(generate_pb2_grpc.TextGenerationServiceServicer):
         self._worker = worker
         self._facts = facts
         self._stream: _Stream | None = None
+        # One thread: a grammar takes a core from the model only for itself.
+        self._compiling = ThreadPoolExecutor(1, "compile grammars")
 
     async def Info(
         self,
@@ -83,7 +86,14 @@ class TextGenerationService(generate_pb2_grpc.TextGenerationServiceServicer):
         request: pb.Grammar,
         context: grpc.aio.ServicerContext[pb.Grammar, pb.CompileGrammarResponse],
     ) -> pb.CompileGrammarResponse:
-        return pb.CompileGrammarResponse(error="this shard does not constrain output by a grammar")
+        started = time.monotonic_ns()
+        try:
+            await asyncio.get_running_loop().run_in_executor(
+                self._compiling, self._engine.compile_grammar, _grammar_from_pb(request)
+            )
+        except InvalidRequest as error:
+            return pb.CompileGrammarResponse(error=str(error))
+        return pb.CompileGrammarResponse(elapsed_ns=time.monotonic_ns() - started)
 
     async def _on_worker(self, limits: Limits) -> KVCache:
         future: Future[KVCache] = Future()
@@ -189,17 +199,28 @@ def _new_sequence(new: pb.NewSequence) -> NewSequence:
             frequency_penalty=sampling.frequency_penalty,
             presence_penalty=sampling.presence_penalty,
             logit_bias=tuple(zip(sampling.bias_ids, sampling.biases, strict=True)),
+            watermark=sampling.watermark,
         ),
         top_n_tokens=new.top_n_tokens,
         prompt_logprobs=new.prompt_logprobs,
+        grammar=_grammar_from_pb(new.grammar) if new.HasField("grammar") else None,
         refused=_refusal(new),
     )
 
 
+_GRAMMAR_KINDS = {
+    pb.Grammar.JSON_SCHEMA: GrammarKind.JSON_SCHEMA,
+    pb.Grammar.REGEX: GrammarKind.REGEX,
+    pb.Grammar.LARK: GrammarKind.LARK,
+}
+
+
+def _grammar_from_pb(grammar: pb.Grammar) -> Grammar:
+    return Grammar(_GRAMMAR_KINDS[grammar.kind], grammar.source)
+
+
 def _refusal(new: pb.NewSequence) -> str:
     """What the wire can ask for and this shard cannot do."""
-    if new.HasField("grammar"):
-        return "this shard does not constrain output by a grammar"
     if new.adapter_id:
         return f"this shard has no adapter {new.adapter_id!r}"
     return ""

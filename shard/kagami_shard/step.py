@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from kagami_shard.sampling.grammar import Grammar
 from kagami_shard.sampling.sampler import SamplingParameters
 
 
@@ -18,8 +19,9 @@ class NewSequence:
     sampling: SamplingParameters
     top_n_tokens: int = 0
     prompt_logprobs: bool = False
+    grammar: Grammar | None = None
     refused: str = ""
-    """Why this shard cannot serve it (a grammar, an adapter); empty if it can"""
+    """Why this shard cannot serve it (an adapter); empty if it can"""
 
 
 class Work(NamedTuple):

@@ -133,8 +133,6 @@ UNUSED = {
     "--rope-factor": "2",
     "--otlp-endpoint": "http://x",
     "--otlp-service-name": "x",
-    "--watermark-gamma": "0.5",
-    "--watermark-delta": "2",
     "--ngrok-authtoken": "x",
     "--ngrok-edge": "x",
     "--usage-stats": "off",

@@ -1,13 +1,21 @@
 """The engine on a one-layer random model: what it computes must not depend on how it is asked."""
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 import torch
 from tests.fakes.ranks import run_ranks
 from tests.fakes.tiny_model import VOCAB, TinyModel
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel
+from tokenizers.models import BPE
 
+from kagami_proto.errors import InvalidRequest
 from kagami_shard.attention.sdpa import SdpaAttention
 from kagami_shard.distributed import Group, TensorParallel
 from kagami_shard.engine import NOT_FINITE, Engine, Limits
+from kagami_shard.sampling.grammar import Grammar, GrammarKind, Grammars
 from kagami_shard.sampling.sampler import SamplingParameters
 from kagami_shard.step import NewSequence, Step, StepResult, Work
 
@@ -16,7 +24,11 @@ PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]
 GREEDY = SamplingParameters()
 
 
-def new_engine(model: TinyModel | None = None, parallel: TensorParallel | None = None) -> Engine:
+def new_engine(
+    model: TinyModel | None = None,
+    parallel: TensorParallel | None = None,
+    grammars: Grammars | None = None,
+) -> Engine:
     engine = Engine(
         model or TinyModel(),
         SdpaAttention(),
@@ -24,6 +36,7 @@ def new_engine(model: TinyModel | None = None, parallel: TensorParallel | None =
         device=torch.device("cpu"),
         block_size=BLOCK,
         parallel=parallel,
+        grammars=grammars,
     )
     engine.warmup(Limits(128, 8, 100, 400))
     return engine
@@ -336,3 +349,116 @@ def test_a_block_that_is_not_finite_on_one_rank_is_bad_on_all() -> None:
         return [dict(first.failures), dict(second.failures)]
 
     assert run_ranks(2, failures) == [[{1: NOT_FINITE}, {2: NOT_FINITE}]] * 2
+
+
+# ---------------------------------------------------------------------- grammars
+
+
+def letters(folder: Path) -> Grammars:
+    """A vocabulary of the tiny model's size whose ids 10, 11, … stand for a, b, …; 0 ends."""
+    vocabulary = {f"<{n}>": n for n in range(VOCAB)}
+    for offset in range(26):
+        del vocabulary[f"<{10 + offset}>"]
+        vocabulary[chr(97 + offset)] = 10 + offset
+    tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=[]))
+    tokenizer.add_special_tokens([f"<{n}>" for n in (*range(10), *range(36, VOCAB))])
+    tokenizer.decoder = ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return Grammars(folder, vocab_size=VOCAB, eos_token_ids=[0])
+
+
+@pytest.fixture
+def grammars(tmp_path: Path) -> Iterator[Grammars]:
+    made = letters(tmp_path)
+    yield made
+    made.close()
+
+
+ABC = Grammar(GrammarKind.REGEX, "abc|abd")
+A, B, C, D = 10, 11, 12, 13
+
+
+def test_a_grammar_constrains_its_sequence_and_no_other(grammars: Grammars) -> None:
+    free = generate(new_engine(), new_sequence(2), [4, 5, 6, 7], 4)
+    engine = new_engine(grammars=grammars)
+    news = [new_sequence(1, grammar=ABC), new_sequence(2)]
+    step = Step(1, news, (), [Work(1, 0, 11), Work(2, 0, 11)], {1: [1, 2, 3, 8], 2: [4, 5, 6, 7]})
+    seen: dict[int, list[int]] = {1: [], 2: []}
+    for number in range(4):
+        result = run(engine, step)
+        for sequence_id, token_id in zip(result.ids, result.token_ids, strict=True):
+            seen[sequence_id].append(token_id)
+        step = Step(number + 2, work=[Work(1, 11 + number, 1), Work(2, 11 + number, 1)])
+
+    assert seen[1] in ([A, B, C, 0], [A, B, D, 0])
+    assert seen[2] == free
+
+
+def test_a_replayed_sequence_goes_on_in_its_grammar(grammars: Grammars) -> None:
+    engine = new_engine(grammars=grammars)
+    replay = NewSequence(1, [*PROMPT, A, B], len(PROMPT), GREEDY, grammar=ABC)
+
+    result = run(engine, Step(1, [replay], (), [Work(1, 0, 13)], {1: [1, 2, 3, 4]}))
+
+    assert result.token_ids[0] in (C, D)
+
+
+def test_a_sampled_sequence_obeys_its_grammar_at_any_temperature(grammars: Grammars) -> None:
+    for seed in range(5):
+        hot = SamplingParameters(do_sample=True, seed=seed, temperature=50.0, top_k=3, top_p=0.9)
+        new = new_sequence(1, sampling=hot, grammar=ABC)
+        tokens = generate(new_engine(grammars=grammars), new, [1, 2, 3, 4], 4)
+        assert tokens in ([A, B, C, 0], [A, B, D, 0])
+
+
+def test_a_grammar_that_cannot_be_compiled_fails_its_sequence_only(grammars: Grammars) -> None:
+    engine = new_engine(grammars=grammars)
+    bad = new_sequence(1, grammar=Grammar(GrammarKind.REGEX, "("))
+
+    result = run(
+        engine,
+        Step(
+            1,
+            [bad, new_sequence(2)],
+            (),
+            [Work(1, 0, 11), Work(2, 0, 11)],
+            {1: [1, 2, 3], 2: [4, 5, 6]},
+        ),
+    )
+
+    assert list(result.ids) == [2]
+    assert "grammar is not valid" in result.failures[1]
+
+
+def test_a_sequence_that_left_its_grammar_fails_alone(grammars: Grammars) -> None:
+    engine = new_engine(grammars=grammars)
+    astray = NewSequence(1, [*PROMPT, D], len(PROMPT), GREEDY, grammar=ABC)
+
+    result = run(
+        engine,
+        Step(
+            1,
+            [astray, new_sequence(2)],
+            (),
+            [Work(1, 0, 12), Work(2, 0, 11)],
+            {1: [1, 2, 3], 2: [4, 5, 6]},
+        ),
+    )
+
+    assert list(result.ids) == [2]
+    assert "the grammar stopped the sequence" in result.failures[1]
+
+
+def test_an_engine_without_a_vocabulary_refuses_grammars() -> None:
+    with pytest.raises(InvalidRequest):
+        new_engine().compile_grammar(ABC)
+
+
+def test_grammar_and_watermark_read_the_token_before(grammars: Grammars) -> None:
+    for changes in ({"grammar": ABC}, {"sampling": SamplingParameters(watermark=True)}):
+        engine = new_engine(grammars=grammars)
+        launched = engine.launch(
+            Step(1, [new_sequence(1, **changes)], (), [Work(1, 0, 11)], {1: [1, 2, 3]})
+        )
+        assert engine.reads_history(Step(2, work=[Work(1, 11, 1)]))
+        engine.collect(launched)

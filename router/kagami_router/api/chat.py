@@ -1,13 +1,14 @@
 """/v1/chat/completions, and /chat_tokenize, which shows the prompt a chat becomes."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import msgspec
 from aiohttp import web
 
 from kagami_proto.errors import InvalidRequest, MalformedBody
-from kagami_router.api import openai
+from kagami_router.api import grammars, openai
 from kagami_router.api.answers import Call
 from kagami_router.api.logprobs import chat_logprobs
 from kagami_router.api.middleware import read_body
@@ -89,15 +90,15 @@ class _ChoiceWriter:
 def _plan(front: Front, body: ChatRequest) -> openai.Plan:
     if body.tools and body.tool_choice != "none":
         raise InvalidRequest("`tools` is not supported yet")
-    if body.response_format is not None and body.response_format.get("type") != "text":
-        raise InvalidRequest("grammar is not supported")
+    grammar = grammars.response_format(body.response_format)
     max_top = front.validation.limits.max_top_n_tokens
     top_n_tokens = body.top_logprobs or 0
     if top_n_tokens and not body.logprobs:
         raise InvalidRequest(f"`top_logprobs` needs `logprobs`: true. Given: {top_n_tokens}")
     if top_n_tokens > max_top:
         raise InvalidRequest(f"`top_logprobs` must be >= 0 and <= {max_top}. Given: {top_n_tokens}")
-    return openai.plan(front, body, openai.max_tokens_of(body), top_n_tokens)
+    params, num_samples = openai.plan(front, body, openai.max_tokens_of(body), top_n_tokens)
+    return openai.Plan(replace(params, grammar=grammar), num_samples)
 
 
 async def _prompt(front: Front, body: ChatRequest) -> str:

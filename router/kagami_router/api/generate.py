@@ -7,7 +7,7 @@ from aiohttp import web
 from msgspec import UNSET, UnsetType
 
 from kagami_proto.errors import KagamiError
-from kagami_router.api import sse
+from kagami_router.api import grammars, sse
 from kagami_router.api.answers import Call, Finished, log_success, stream_headers, whole_headers
 from kagami_router.api.middleware import error_body, read_body
 from kagami_router.api.schemas import (
@@ -83,11 +83,9 @@ def _params(wire: GenerateParameters) -> GenerationParams:
         prompt_logprobs=wire.decoder_input_details,
         seed=wire.seed,
         top_n_tokens=wire.top_n_tokens,
-        unsupported={
-            "adapter_id": wire.adapter_id,
-            "watermark": wire.watermark,
-            "grammar": wire.grammar,
-        },
+        grammar=grammars.native(wire.grammar),
+        watermark=wire.watermark,
+        unsupported={"adapter_id": wire.adapter_id},
     )
 
 

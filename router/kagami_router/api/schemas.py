@@ -7,7 +7,7 @@ looks at to refuse it by name.
 
 import math
 import struct
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
@@ -19,6 +19,13 @@ UInt64 = Annotated[int, Meta(ge=0)]
 
 
 # --- native routes: requests ---
+
+
+class GrammarType(Struct, frozen=True):
+    """`grammar` of the native routes; the value of a schema is an object or its JSON text."""
+
+    type: Literal["json", "json_object", "regex", "json_schema"]
+    value: dict[str, Any] | str
 
 
 class GenerateParameters(Struct, frozen=True):
@@ -41,7 +48,7 @@ class GenerateParameters(Struct, frozen=True):
     decoder_input_details: bool = False
     seed: UInt64 | None = None
     top_n_tokens: UInt32 | None = None
-    grammar: Any = None
+    grammar: GrammarType | None = None
     adapter_id: str | None = None
     ignore_eos: bool | None = None
 
@@ -205,6 +212,23 @@ class OpenAIRequest(Struct, frozen=True, kw_only=True):
     ignore_eos: bool | None = None
 
 
+class JsonSchemaFormat(Struct, frozen=True):
+    """`json_schema` of OpenAI's `response_format`."""
+
+    name: str | None = None
+    schema: dict[str, Any] | None = None
+    description: str | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(Struct, frozen=True):
+    """`response_format`: OpenAI's form with `json_schema`, or TGI's with `value`."""
+
+    type: Literal["text", "json", "json_object", "regex", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+    value: dict[str, Any] | str | None = None
+
+
 class ChatRequest(OpenAIRequest, frozen=True, kw_only=True):
     """Body of /v1/chat/completions and /chat_tokenize; messages go to the template as they are."""
 
@@ -213,7 +237,7 @@ class ChatRequest(OpenAIRequest, frozen=True, kw_only=True):
     top_logprobs: UInt32 | None = None
     tools: list[Any] | None = None
     tool_choice: Any = None
-    response_format: dict[str, Any] | None = None
+    response_format: ResponseFormat | None = None
     documents: list[dict[str, Any]] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | str | None = None

@@ -1,7 +1,7 @@
 """What is done to logits before a token is drawn, vectorised over rows with their own parameters.
 
-The order is TGI's: penalties, bias, temperature, top-k, top-p, typical-p. Every function works row
-by row, so a row's result does not depend on its neighbours.
+The order is TGI's: watermark, penalties, bias, grammar, temperature, top-k, top-p, typical-p.
+Every function works row by row, so a row's result does not depend on its neighbours.
 """
 
 import math
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kagami_shard.device import to_device
+from kagami_shard.sampling.grammar import Allowed
 
 # The nucleus of real text lies within this many candidates; a row that needs more is sorted whole.
 _CANDIDATES = 1024
@@ -87,6 +88,16 @@ def add_bias(
 
 def _bias_value(bias: float) -> float:
     return bias if abs(bias) < _ABSOLUTE_BIAS else math.copysign(_BEYOND_LOGITS, bias)
+
+
+def keep_allowed(logits: Tensor, allowed: Allowed) -> None:
+    """Ban in place what the grammars of some rows do not allow."""
+    device = logits.device
+    index = to_device(allowed.rows, dtype=torch.int64, device=device)
+    mask = allowed.mask
+    if device.type != "cpu":
+        mask = mask.pin_memory().to(device, non_blocking=True)
+    logits[index] = logits[index].masked_fill_(~mask, float("-inf"))
 
 
 def keep_top(logits: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:

@@ -15,15 +15,20 @@ import torch
 from torch import Tensor
 
 from kagami_shard.device import to_device
+from kagami_shard.sampling.grammar import Allowed
 from kagami_shard.sampling.logprobs import score
 from kagami_shard.sampling.philox import uniform
 from kagami_shard.sampling.processors import (
     History,
     add_bias,
+    keep_allowed,
     keep_top,
     keep_typical,
     penalize,
 )
+from kagami_shard.sampling.watermark import Watermark, add_watermark
+
+_WATERMARK = Watermark()
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +46,7 @@ class SamplingParameters:
     presence_penalty: float = 0.0
     logit_bias: Sequence[tuple[int, float]] = ()
     """(id, bias); 100 forces, -100 bans"""
+    watermark: bool = False
 
     @property
     def has_penalty(self) -> bool:
@@ -60,6 +66,8 @@ class Row(NamedTuple):
     history: History | None
     """None where no penalty is set"""
     top_n: int
+    last_id: int = 0
+    """The token before; right where `GenerationState.reads_last_id` says that it is read"""
 
 
 class Drawn(NamedTuple):
@@ -74,9 +82,15 @@ class Drawn(NamedTuple):
     top_logprobs: Tensor
 
 
-def draw(logits: Tensor, rows: Sequence[Row]) -> Drawn:
+def draw(
+    logits: Tensor,
+    rows: Sequence[Row],
+    *,
+    allowed: Allowed | None = None,
+    watermark: Watermark = _WATERMARK,
+) -> Drawn:
     """Draw one token per row of `logits`, `[num_rows, vocab_size]` float32, left unchanged."""
-    processed = _processed(logits, rows)
+    processed = _processed(logits, rows, allowed, watermark)
     token_ids = processed.argmax(-1)
     is_there = torch.ones_like(token_ids, dtype=torch.bool)
     sampled = [index for index, row in enumerate(rows) if row.parameters.do_sample]
@@ -89,17 +103,24 @@ def draw(logits: Tensor, rows: Sequence[Row]) -> Drawn:
     return Drawn(token_ids, logprobs, scores.top_ids, scores.top_logprobs)
 
 
-def _processed(logits: Tensor, rows: Sequence[Row]) -> Tensor:
+def _processed(
+    logits: Tensor, rows: Sequence[Row], allowed: Allowed | None, watermark: Watermark
+) -> Tensor:
     """What is chosen from: `logits` themselves where nothing changes them, else a copy."""
+    marked = [index for index, row in enumerate(rows) if row.parameters.watermark]
     penalized = [index for index, row in enumerate(rows) if row.history is not None]
     biased = [index for index, row in enumerate(rows) if row.parameters.logit_bias]
-    if not penalized and not biased:
+    if not marked and not penalized and not biased and allowed is None:
         return logits
     processed = logits.clone()
+    if marked:
+        add_watermark(processed, marked, [rows[index].last_id for index in marked], watermark)
     if penalized:
         _penalize(processed, penalized, rows)
     if biased:
         add_bias(processed, biased, [rows[index].parameters.logit_bias for index in biased])
+    if allowed is not None:
+        keep_allowed(processed, allowed)
     return processed
 
 

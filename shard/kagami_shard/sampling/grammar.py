@@ -1,0 +1,230 @@
+"""Structured output: which tokens a grammar lets a sequence say next.
+
+A grammar is compiled once, beside the steps, and kept; every sequence gets a copy of what came
+out. The masks of a step are computed on a thread while its forward pass runs. The work itself,
+lexer and Earley parser over the vocabulary's trie, is `llguidance`'s.
+"""
+
+import enum
+import os
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import tokenizers
+import torch
+from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
+from torch import Tensor
+
+from kagami_proto.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions
+
+# Tens of kilobytes compile in milliseconds; what is longer is generated, or hostile.
+MAX_SOURCE_BYTES = 256 * 1024
+# Compiled grammars take kilobytes to a few megabytes each.
+MAX_KEPT = 128
+MAX_ERROR_CHARACTERS = 300
+# One space where JSON may have any white space: a small model would babble blanks for ever.
+# TGI's schemas allow just that.
+_JSON_OPTIONS: "JsonCompileOptions" = {
+    "whitespace_flexible": False,
+    "item_separator": ",[ ]?",
+    "key_separator": ":[ ]?",
+    "coerce_one_of": True,
+}
+_WORD_BITS = 32
+# Masks of ordinary grammars take microseconds: a few threads are plenty.
+_MAX_MASK_THREADS = 4
+
+
+class GrammarKind(enum.Enum):
+    """How a grammar's source is written."""
+
+    JSON_SCHEMA = enum.auto()
+    REGEX = enum.auto()
+    LARK = enum.auto()
+
+
+class Grammar(NamedTuple):
+    """What a whole output has to be."""
+
+    kind: GrammarKind
+    source: str
+
+
+class GrammarState:
+    """Where one sequence stands in its grammar."""
+
+    __slots__ = ("matcher",)
+
+    def __init__(self, matcher: LLMatcher, generated_ids: Sequence[int]) -> None:
+        self.matcher = matcher
+        if generated_ids:
+            matcher.consume_tokens(list(generated_ids))
+
+    def take(self, token_id: int) -> None:
+        """The sequence has said this token."""
+        self.matcher.consume_token(token_id)
+
+    @property
+    def error(self) -> str:
+        """Why the sequence cannot go on; empty if it can."""
+        return _one_line(self.matcher.get_error()) if self.matcher.is_error() else ""
+
+
+class Allowed(NamedTuple):
+    """The rows of a step that a grammar constrains."""
+
+    rows: Sequence[int]
+    mask: Tensor
+    """`[len(rows), vocab_size]` bool, on the CPU"""
+
+
+class Grammars:
+    """Compiles grammars for one vocabulary and fills the masks of steps; close it at the end.
+
+    `compile` may be called on any thread, at the same time for the same grammar: it is compiled
+    once. Which grammars are bad is remembered too.
+    """
+
+    def __init__(self, folder: Path, *, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
+        """Reads `tokenizer.json` of a model folder; `vocab_size` is the width of the logits."""
+        self._vocab_size = vocab_size
+        self._tokenizer, self._reason = _load_tokenizer(folder, vocab_size, eos_token_ids)
+        self._limits = LLParserLimits(verbose_errors=False)
+        self._lock = Lock()
+        self._known: OrderedDict[Grammar, Future[LLMatcher]] = OrderedDict()
+        self._thread = ThreadPoolExecutor(1, "grammar masks")
+        self._executor = LLExecutor(max(1, min(_MAX_MASK_THREADS, (os.cpu_count() or 1) // 2)))
+
+    def close(self) -> None:
+        """End the thread."""
+        self._thread.shutdown()
+
+    def compile(self, grammar: Grammar) -> LLMatcher:
+        """What `grammar` compiles to, for nobody's own use; raises `InvalidRequest`."""
+        with self._lock:
+            future = self._known.get(grammar)
+            if future is None:
+                own = self._known[grammar] = Future()
+                while len(self._known) > MAX_KEPT:
+                    self._known.popitem(last=False)
+            else:
+                own = None
+                self._known.move_to_end(grammar)
+        if own is None:
+            assert future is not None
+            return future.result()
+        try:
+            own.set_result(self._compiled(grammar))
+        except InvalidRequest as error:
+            own.set_exception(error)
+        except BaseException as error:
+            own.set_exception(error)
+            self._forget(grammar)
+            raise
+        return own.result()
+
+    def start(self, grammar: Grammar, generated_ids: Sequence[int]) -> GrammarState:
+        """The state of a sequence that has said `generated_ids`; raises `InvalidRequest`."""
+        return GrammarState(self.compile(grammar).deep_copy(), generated_ids)
+
+    @contextmanager
+    def filling(self, states: Sequence[GrammarState | None]) -> Iterator[Future[Allowed | None]]:
+        """The masks of a step's rows, computed while the body of the context runs."""
+        rows = [row for row, state in enumerate(states) if state is not None]
+        matchers = [state.matcher for state in states if state is not None]
+        future: Future[Allowed | None] = (
+            self._thread.submit(self._fill, rows, matchers) if rows else nothing_to_fill()
+        )
+        try:
+            yield future
+        finally:
+            future.exception()  # a matcher belongs to its sequence again
+
+    def _fill(self, rows: Sequence[int], matchers: Sequence[LLMatcher]) -> Allowed:
+        assert self._tokenizer is not None
+        num_words = -(-self._tokenizer.vocab_size // _WORD_BITS)
+        words = np.zeros((len(rows), num_words), dtype=np.int32)
+        row_bytes = num_words * words.itemsize
+        if len(rows) == 1:
+            matchers[0].unsafe_compute_mask_ptr(words.ctypes.data, row_bytes)
+        else:
+            numbered = [(matcher, index) for index, matcher in enumerate(matchers)]
+            self._executor.unsafe_compute_mask_ptr(
+                numbered, words.ctypes.data, row_bytes, len(rows)
+            )
+        bits = np.unpackbits(words.view(np.uint8), axis=1, bitorder="little")
+        return Allowed(rows, torch.from_numpy(bits[:, : self._vocab_size]).bool())
+
+    def _compiled(self, grammar: Grammar) -> LLMatcher:
+        if self._tokenizer is None:
+            raise InvalidRequest(self._reason)
+        size = len(grammar.source.encode(errors="replace"))
+        if size > MAX_SOURCE_BYTES:
+            raise InvalidRequest(f"it has {size} bytes, more than {MAX_SOURCE_BYTES}")
+        try:
+            source = _to_llguidance(grammar)
+        except ValueError as error:
+            raise InvalidRequest(_one_line(str(error))) from error
+        matcher = LLMatcher(self._tokenizer, source, log_level=0, limits=self._limits)
+        if matcher.is_error():
+            raise InvalidRequest(_one_line(matcher.get_error()))
+        return matcher
+
+    def _forget(self, grammar: Grammar) -> None:
+        with self._lock:
+            self._known.pop(grammar, None)
+
+
+def nothing_to_fill() -> Future[Allowed | None]:
+    """The masks of a step without grammars."""
+    future: Future[Allowed | None] = Future()
+    future.set_result(None)
+    return future
+
+
+def _to_llguidance(grammar: Grammar) -> str:
+    match grammar.kind:
+        case GrammarKind.JSON_SCHEMA:
+            return LLMatcher.grammar_from_json_schema(grammar.source, overrides=_JSON_OPTIONS)
+        case GrammarKind.REGEX:
+            return LLMatcher.grammar_from_regex(grammar.source)
+        case GrammarKind.LARK:
+            return LLMatcher.grammar_from_lark(grammar.source)
+
+
+def _load_tokenizer(
+    folder: Path, vocab_size: int, eos_token_ids: Sequence[int]
+) -> tuple[LLTokenizer | None, str]:
+    """The vocabulary as `llguidance` wants it, or why this model can have no grammars."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return None, "this model has no tokenizer.json"
+    if not eos_token_ids:
+        return None, "this model names no end-of-sequence token, so that no grammar could end"
+    tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    # Some heads have fewer rows than the tokenizer has tokens, many have more.
+    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
+    try:
+        return LLTokenizer(
+            tokenizer.to_str(),
+            n_vocab=max(vocab_size, largest + 1),
+            eos_token=list(eos_token_ids),
+        ), ""
+    except ValueError as error:
+        return None, f"this model's tokenizer cannot be used for grammars: {_one_line(str(error))}"
+
+
+def _one_line(text: str) -> str:
+    line = " ".join(text.removesuffix("<non-verbose/>").split())
+    return line if len(line) <= MAX_ERROR_CHARACTERS else f"{line[:MAX_ERROR_CHARACTERS]}…"
