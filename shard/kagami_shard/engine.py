@@ -24,7 +24,7 @@ from kagami_shard.generation import GenerationState, Pending
 from kagami_shard.kv_cache import KVCache, block_bytes, blocks_for
 from kagami_shard.memory import pool_bytes
 from kagami_shard.models.base import Model
-from kagami_shard.sampling.grammar import Allowed, Grammar, Grammars, nothing_to_fill
+from kagami_shard.sampling.grammar import Banned, Grammar, Grammars, nothing_to_fill
 from kagami_shard.sampling.logprobs import Scores, score
 from kagami_shard.sampling.sampler import Drawn, SamplingParameters, draw
 from kagami_shard.sampling.watermark import Watermark
@@ -259,22 +259,20 @@ class Engine:
             time.perf_counter_ns(),
         )
 
-    def _filling(self, items: Sequence[Item]) -> AbstractContextManager[Future[Allowed | None]]:
+    def _filling(self, items: Sequence[Item]) -> AbstractContextManager[Future[Banned | None]]:
         """The masks of the items' grammars, computed while the context's body runs."""
         if self._grammars is None:
             return nullcontext(nothing_to_fill())
         return self._grammars.filling([item.state.grammar for item in items])
 
-    def _draw(
-        self, logits: torch.Tensor, items: list[Item], allowed: Allowed | None = None
-    ) -> Drawn:
+    def _draw(self, logits: torch.Tensor, items: list[Item], banned: Banned | None = None) -> Drawn:
         """A token for each item, the same on every rank.
 
         The gathered logits have the same bits everywhere, so greedy choices agree by themselves.
         A draw reads a running sum, which a GPU may round differently each time: rank 0's counts.
         """
         rows = [item.state.row() for item in items]
-        drawn = draw(logits, rows, allowed=allowed, watermark=self._watermark)
+        drawn = draw(logits, rows, banned=banned, watermark=self._watermark)
         if any(item.state.sampling.do_sample for item in items):
             return drawn._replace(token_ids=self._parallel.broadcast(drawn.token_ids))
         return drawn

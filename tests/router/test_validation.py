@@ -90,7 +90,6 @@ async def test_parameters_are_refused_with_tgis_text(
         ("a" * 63, P(), "`inputs` must have less than 63 tokens. Given: 64"),
         ("a", P(grammar={"type": "regex"}), "grammar is not supported"),
         ("a", P(unsupported={"adapter_id": "x"}), "`adapter_id` is not supported yet"),
-        ("a", P(unsupported={"watermark": True}), "`watermark` is not supported yet"),
     ],
 )
 async def test_lengths_are_refused_with_tgis_text(

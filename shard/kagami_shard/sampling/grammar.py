@@ -26,8 +26,8 @@ from kagami_proto.errors import InvalidRequest
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
 
-# Tens of kilobytes compile in milliseconds; what is longer is generated, or hostile.
-MAX_SOURCE_BYTES = 256 * 1024
+# Some 50 KB compile in 0.2 s at worst; the parser's work grows with the square of the alternatives.
+MAX_SOURCE_BYTES = 64 * 1024
 # Compiled grammars take kilobytes to a few megabytes each.
 MAX_KEPT = 128
 MAX_ERROR_CHARACTERS = 300
@@ -40,6 +40,8 @@ _JSON_OPTIONS: "JsonCompileOptions" = {
     "coerce_one_of": True,
 }
 _WORD_BITS = 32
+# A grammar too large for the parser shows it at its first branches: `{`, `"`, the first names.
+_TRIED_TOKENS = 4
 # Masks of ordinary grammars take microseconds: a few threads are plenty.
 _MAX_MASK_THREADS = 4
 
@@ -79,8 +81,8 @@ class GrammarState:
         return _one_line(self.matcher.get_error()) if self.matcher.is_error() else ""
 
 
-class Allowed(NamedTuple):
-    """The rows of a step that a grammar constrains."""
+class Banned(NamedTuple):
+    """What the grammars of some rows of a step forbid."""
 
     rows: Sequence[int]
     mask: Tensor
@@ -137,11 +139,11 @@ class Grammars:
         return GrammarState(self.compile(grammar).deep_copy(), generated_ids)
 
     @contextmanager
-    def filling(self, states: Sequence[GrammarState | None]) -> Iterator[Future[Allowed | None]]:
+    def filling(self, states: Sequence[GrammarState | None]) -> Iterator[Future[Banned | None]]:
         """The masks of a step's rows, computed while the body of the context runs."""
         rows = [row for row, state in enumerate(states) if state is not None]
         matchers = [state.matcher for state in states if state is not None]
-        future: Future[Allowed | None] = (
+        future: Future[Banned | None] = (
             self._thread.submit(self._fill, rows, matchers) if rows else nothing_to_fill()
         )
         try:
@@ -149,7 +151,7 @@ class Grammars:
         finally:
             future.exception()  # a matcher belongs to its sequence again
 
-    def _fill(self, rows: Sequence[int], matchers: Sequence[LLMatcher]) -> Allowed:
+    def _fill(self, rows: Sequence[int], matchers: Sequence[LLMatcher]) -> Banned:
         assert self._tokenizer is not None
         num_words = -(-self._tokenizer.vocab_size // _WORD_BITS)
         words = np.zeros((len(rows), num_words), dtype=np.int32)
@@ -161,8 +163,8 @@ class Grammars:
             self._executor.unsafe_compute_mask_ptr(
                 numbered, words.ctypes.data, row_bytes, len(rows)
             )
-        bits = np.unpackbits(words.view(np.uint8), axis=1, bitorder="little")
-        return Allowed(rows, torch.from_numpy(bits[:, : self._vocab_size]).bool())
+        bits = np.unpackbits((~words).view(np.uint8), axis=1, bitorder="little")
+        return Banned(rows, torch.from_numpy(bits[:, : self._vocab_size]).view(torch.bool))
 
     def _compiled(self, grammar: Grammar) -> LLMatcher:
         if self._tokenizer is None:
@@ -175,18 +177,26 @@ class Grammars:
         except ValueError as error:
             raise InvalidRequest(_one_line(str(error))) from error
         matcher = LLMatcher(self._tokenizer, source, log_level=0, limits=self._limits)
+        self._try_out(matcher.deep_copy())
+        return matcher
+
+    def _try_out(self, matcher: LLMatcher) -> None:
+        """Raise `InvalidRequest` for what does not compile, or grows too large as it begins."""
+        for _ in range(_TRIED_TOKENS):
+            if not matcher.is_error() and not matcher.is_stopped():
+                mask = self._fill([0], [matcher]).mask[0]
+                matcher.consume_token(int(mask.int().argmin()))
         if matcher.is_error():
             raise InvalidRequest(_one_line(matcher.get_error()))
-        return matcher
 
     def _forget(self, grammar: Grammar) -> None:
         with self._lock:
             self._known.pop(grammar, None)
 
 
-def nothing_to_fill() -> Future[Allowed | None]:
+def nothing_to_fill() -> Future[Banned | None]:
     """The masks of a step without grammars."""
-    future: Future[Allowed | None] = Future()
+    future: Future[Banned | None] = Future()
     future.set_result(None)
     return future
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kagami_shard.device import to_device
-from kagami_shard.sampling.grammar import Allowed
+from kagami_shard.sampling.grammar import Banned
 
 # The nucleus of real text lies within this many candidates; a row that needs more is sorted whole.
 _CANDIDATES = 1024
@@ -90,14 +90,16 @@ def _bias_value(bias: float) -> float:
     return bias if abs(bias) < _ABSOLUTE_BIAS else math.copysign(_BEYOND_LOGITS, bias)
 
 
-def keep_allowed(logits: Tensor, allowed: Allowed) -> None:
-    """Ban in place what the grammars of some rows do not allow."""
-    device = logits.device
-    index = to_device(allowed.rows, dtype=torch.int64, device=device)
-    mask = allowed.mask
-    if device.type != "cpu":
-        mask = mask.pin_memory().to(device, non_blocking=True)
-    logits[index] = logits[index].masked_fill_(~mask, float("-inf"))
+def ban(logits: Tensor, banned: Banned) -> None:
+    """Rule out in place what the grammars of some rows forbid."""
+    mask = banned.mask
+    if logits.device.type != "cpu":
+        mask = mask.pin_memory().to(logits.device, non_blocking=True)
+    if len(banned.rows) == len(logits):
+        logits.masked_fill_(mask, float("-inf"))
+        return
+    for row, forbidden in zip(banned.rows, mask, strict=True):  # views: no row is copied
+        logits[row].masked_fill_(forbidden, float("-inf"))
 
 
 def keep_top(logits: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:

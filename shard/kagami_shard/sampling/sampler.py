@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from kagami_shard.device import to_device
-from kagami_shard.sampling.grammar import Allowed
+from kagami_shard.sampling.grammar import Banned
 from kagami_shard.sampling.logprobs import score
 from kagami_shard.sampling.philox import uniform
 from kagami_shard.sampling.processors import (
     History,
     add_bias,
-    keep_allowed,
+    ban,
     keep_top,
     keep_typical,
     penalize,
@@ -86,11 +86,11 @@ def draw(
     logits: Tensor,
     rows: Sequence[Row],
     *,
-    allowed: Allowed | None = None,
+    banned: Banned | None = None,
     watermark: Watermark = _WATERMARK,
 ) -> Drawn:
     """Draw one token per row of `logits`, `[num_rows, vocab_size]` float32, left unchanged."""
-    processed = _processed(logits, rows, allowed, watermark)
+    processed = _processed(logits, rows, banned, watermark)
     token_ids = processed.argmax(-1)
     is_there = torch.ones_like(token_ids, dtype=torch.bool)
     sampled = [index for index, row in enumerate(rows) if row.parameters.do_sample]
@@ -104,13 +104,13 @@ def draw(
 
 
 def _processed(
-    logits: Tensor, rows: Sequence[Row], allowed: Allowed | None, watermark: Watermark
+    logits: Tensor, rows: Sequence[Row], banned: Banned | None, watermark: Watermark
 ) -> Tensor:
     """What is chosen from: `logits` themselves where nothing changes them, else a copy."""
     marked = [index for index, row in enumerate(rows) if row.parameters.watermark]
     penalized = [index for index, row in enumerate(rows) if row.history is not None]
     biased = [index for index, row in enumerate(rows) if row.parameters.logit_bias]
-    if not marked and not penalized and not biased and allowed is None:
+    if not marked and not penalized and not biased and banned is None:
         return logits
     processed = logits.clone()
     if marked:
@@ -119,8 +119,8 @@ def _processed(
         _penalize(processed, penalized, rows)
     if biased:
         add_bias(processed, biased, [rows[index].parameters.logit_bias for index in biased])
-    if allowed is not None:
-        keep_allowed(processed, allowed)
+    if banned is not None:
+        ban(processed, banned)
     return processed
 
 

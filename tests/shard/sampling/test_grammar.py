@@ -50,10 +50,10 @@ def schema(value: object) -> Grammar:
 def allowed_ids(grammars: Grammars, *states: GrammarState | None) -> list[list[int]]:
     with grammars.filling(states) as masks:
         pass
-    allowed = masks.result()
-    assert allowed is not None
-    assert allowed.mask.shape == (len(allowed.rows), VOCAB + 7)
-    return [row.nonzero()[:, 0].tolist() for row in allowed.mask]
+    banned = masks.result()
+    assert banned is not None
+    assert banned.mask.shape == (len(banned.rows), VOCAB + 7)
+    return [(~row).nonzero()[:, 0].tolist() for row in banned.mask]
 
 
 def accepts(grammars: Grammars, grammar: Grammar, text: str) -> bool:
@@ -91,10 +91,10 @@ def test_rows_without_a_grammar_are_left_out(grammars: Grammars) -> None:
     one, two = grammars.start(regex("a"), []), grammars.start(regex("b"), [])
     with grammars.filling([None, one, None, two]) as masks:
         pass
-    allowed = masks.result()
-    assert allowed is not None
-    assert list(allowed.rows) == [1, 3]
-    assert [row.nonzero()[:, 0].tolist() for row in allowed.mask] == [ids_of("a"), ids_of("b")]
+    banned = masks.result()
+    assert banned is not None
+    assert list(banned.rows) == [1, 3]
+    assert [(~row).nonzero()[:, 0].tolist() for row in banned.mask] == [ids_of("a"), ids_of("b")]
 
 
 def test_a_step_without_grammars_has_no_masks(grammars: Grammars) -> None:
@@ -166,6 +166,7 @@ def test_lark_is_taken_as_it_is(grammars: Grammars) -> None:
         (Grammar(GrammarKind.JSON_SCHEMA, "{"), ""),
         (Grammar(GrammarKind.LARK, "begin: /a/"), "start"),
         (regex("a" * (MAX_SOURCE_BYTES + 1)), f"more than {MAX_SOURCE_BYTES}"),
+        (schema({"properties": {f"p{n}": {} for n in range(1500)}, "type": "object"}), "items"),
         (schema({"type": "string", "enum": [f"value{n}" for n in range(20_000)]}), "bytes"),
     ],
 )
@@ -217,7 +218,7 @@ def test_a_head_narrower_than_the_vocabulary_is_served(folder: Path) -> None:
     grammars = Grammars(folder, vocab_size=VOCAB - 3, eos_token_ids=[EOS])
     with grammars.filling([grammars.start(regex("."), [])]) as masks:
         pass
-    allowed = masks.result()
+    banned = masks.result()
     grammars.close()
-    assert allowed is not None
-    assert allowed.mask.shape == (1, VOCAB - 3)
+    assert banned is not None
+    assert banned.mask.shape == (1, VOCAB - 3)
