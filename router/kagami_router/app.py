@@ -34,6 +34,7 @@ from kagami_router.scheduler.scheduler import (
     SchedulerConfig,
 )
 from kagami_router.shard_client import Pool, ShardGroup, ShardInfo
+from kagami_router.tool_formats import find_format
 from kagami_router.validation import Limits, Validation
 
 logger = logging.getLogger(__name__)
@@ -183,6 +184,7 @@ async def _run_engine(args: RouterArgs, door: Door) -> None:
                 ),
                 tokenizer=encoder,
                 template=template,
+                tool_format=find_format(template, encoder.backend),
                 metrics=metrics,
                 info=_info(args, limits, facts, pool_tokens),
                 decoder=loop.decoder,

@@ -82,6 +82,12 @@ class ChatTemplate:
         program = self._programs.get(TOOL_USE) or self._programs.get(DEFAULT)
         return program is not None and "tools" in program.variables
 
+    @property
+    def source(self) -> str:
+        """The text of the template that a request with tools gets."""
+        program = self._programs.get(TOOL_USE) or self._programs.get(DEFAULT)
+        return "" if program is None else program.source
+
     async def prompt(self, messages: Sequence[Message], options: PromptOptions = _DEFAULTS) -> str:
         """As `render`; what takes long runs on a thread, one at a time."""
         try:
@@ -233,6 +239,7 @@ class MissingTemplate:
     """Stands where a model has no template that can be used: every chat call is refused."""
 
     reads_tools = False
+    source = ""
 
     def __init__(self, reason: str) -> None:
         self._reason = reason

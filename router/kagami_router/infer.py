@@ -36,6 +36,8 @@ class Generation:
     tokens: tuple[Token, ...]
     top_tokens: tuple[tuple[Token, ...], ...]
     """One entry for each token where top tokens were asked for, else empty."""
+    tails: tuple[str, ...]
+    """For each token the `tail` of its event."""
     end: End
     prefill: tuple[PrefillToken, ...]
     """The prompt's tokens where their logprobs were asked for, else empty."""
@@ -119,6 +121,7 @@ class Infer:
             top_tokens=tuple(event.top_tokens for event in collected)
             if request.top_n_tokens
             else (),
+            tails=tuple(event.tail for event in collected),
             end=end,
             prefill=collected[0].prefill,
         )

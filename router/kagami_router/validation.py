@@ -172,7 +172,8 @@ class Validation:
         self._check_truncate(params.truncate)
         prompt_ids = given_ids or await self._encode(text, params.truncate, add_special_tokens)
         max_new_tokens = self._max_new_tokens(len(prompt_ids), params.max_new_tokens)
-        await self._ready_grammar(params.grammar)
+        if params.grammar is not None:
+            await self.ready_grammar(params.grammar)
         _check_supported(params)
         return ValidRequest(
             prompt_ids=tuple(prompt_ids),
@@ -192,10 +193,13 @@ class Validation:
             tracestate=trace.tracestate,
         )
 
-    async def _ready_grammar(self, grammar: Grammar | None) -> None:
-        """Rules 17 to 20."""
-        if grammar is None:
-            return
+    @property
+    def has_grammars(self) -> bool:
+        """Whether outputs can be held to a grammar."""
+        return self._compile_grammar is not None
+
+    async def ready_grammar(self, grammar: Grammar) -> None:
+        """Rules 17 to 20: compile it, on every shard; raises `InvalidRequest`."""
         if self._compile_grammar is None:
             raise InvalidRequest("grammar is not supported")
         await self._compile_grammar(grammar)

@@ -19,7 +19,8 @@ from kagami_router.detokenize import TextDecoder
 from kagami_router.infer import Infer
 from kagami_router.metrics import Metrics
 from kagami_router.tokenizer import SpecialTokens, Tokenizer
-from kagami_router.validation import Limits, Validation
+from kagami_router.tool_formats import find_format
+from kagami_router.validation import CompileGrammar, Limits, Validation
 
 LIMITS = Limits(
     max_best_of=2,
@@ -109,17 +110,24 @@ async def serving(
     key: str | None = None,
     origins: tuple[str, ...] = (),
     payload_limit: int = 2_000_000,
+    compile_grammar: CompileGrammar | None = None,
 ) -> AsyncIterator[FakeServer]:
     loop = loop or FakeLoop()
+    template = template or ChatTemplate(TEMPLATE, TOKENS)
     metrics = Metrics(max_input_tokens=63, max_total_tokens=64)
     with ThreadPoolExecutor(1) as threads:
         tokenizer = Tokenizer(byte_tokenizer(), threads)
         front = Front(
             infer=Infer(loop, metrics, max_concurrent_requests=max_concurrent_requests),
-            validation=Validation(tokenizer, limits),
+            validation=Validation(tokenizer, limits, compile_grammar),
             tokenizer=tokenizer,
+<<<<<<< HEAD
             decoder=ScriptedDecoder(tokenizer.backend, frozenset({1})),
             template=template or ChatTemplate(TEMPLATE, TOKENS),
+=======
+            template=template,
+            tool_format=find_format(template, tokenizer.backend),
+>>>>>>> df4e31a (Tools: definitions, formats, grammars, a parser of answers)
             metrics=metrics,
             info=info(limits),
             compute_type="1-fake",

@@ -237,6 +237,8 @@ class ChatRequest(OpenAIRequest, frozen=True, kw_only=True):
     top_logprobs: UInt32 | None = None
     tools: list[Any] | None = None
     tool_choice: Any = None
+    tool_prompt: str | None = None
+    parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
     documents: list[dict[str, Any]] | None = None
     add_generation_prompt: bool | None = None
@@ -298,11 +300,51 @@ class ChatLogprobs(Struct, frozen=True):
     refusal: None = None
 
 
+class FunctionCall(Struct, frozen=True):
+    """The function a model calls; `arguments` is JSON text."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(Struct, frozen=True):
+    """One call of a whole answer."""
+
+    id: str
+    type: str
+    function: FunctionCall
+
+
+class FunctionCallDelta(Struct, frozen=True):
+    """More of a call: its name once, then pieces of its arguments."""
+
+    name: str | UnsetType = UNSET
+    arguments: str | UnsetType = UNSET
+
+
+class ToolCallDelta(Struct, frozen=True):
+    """A piece of the call that has this index; the first piece has its id, type and name."""
+
+    index: int
+    id: str | UnsetType = UNSET
+    type: str | UnsetType = UNSET
+    function: FunctionCallDelta | UnsetType = UNSET
+
+
+class ChatDelta(Struct, frozen=True):
+    """What a chunk adds to the answer."""
+
+    role: str | UnsetType = UNSET
+    content: str | None | UnsetType = UNSET
+    tool_calls: list[ToolCallDelta] | UnsetType = UNSET
+
+
 class ChatMessage(Struct, frozen=True):
     """The assistant's answer."""
 
     role: str
-    content: str
+    content: str | None
+    tool_calls: list[ToolCall] | UnsetType = UNSET
 
 
 class ChatChoice(Struct, frozen=True):

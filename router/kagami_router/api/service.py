@@ -24,6 +24,7 @@ from kagami_router.detokenize import TextDecoder
 from kagami_router.infer import Infer
 from kagami_router.metrics import Metrics
 from kagami_router.tokenizer import TextToken, Tokenizer
+from kagami_router.tool_formats import ToolFormat
 from kagami_router.validation import Validation
 
 # The release whose behaviour clients find here; some refuse to work below 2.1.
@@ -39,6 +40,7 @@ class Front:
     tokenizer: Tokenizer
     decoder: TextDecoder
     template: ChatTemplate | MissingTemplate
+    tool_format: ToolFormat
     metrics: Metrics
     info: Info
     compute_type: str
