@@ -121,13 +121,9 @@ async def serving(
             infer=Infer(loop, metrics, max_concurrent_requests=max_concurrent_requests),
             validation=Validation(tokenizer, limits, compile_grammar),
             tokenizer=tokenizer,
-<<<<<<< HEAD
             decoder=ScriptedDecoder(tokenizer.backend, frozenset({1})),
-            template=template or ChatTemplate(TEMPLATE, TOKENS),
-=======
             template=template,
             tool_format=find_format(template, tokenizer.backend),
->>>>>>> df4e31a (Tools: definitions, formats, grammars, a parser of answers)
             metrics=metrics,
             info=info(limits),
             compute_type="1-fake",

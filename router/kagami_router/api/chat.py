@@ -1,6 +1,6 @@
 """/v1/chat/completions, and /chat_tokenize, which shows the prompt a chat becomes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -8,32 +8,25 @@ import msgspec
 from aiohttp import web
 
 from kagami_proto.errors import InvalidRequest, MalformedBody
-from kagami_router.api import grammars, openai
+from kagami_router import tools
+from kagami_router.api import conversation, grammars, openai
 from kagami_router.api.answers import Call
-from kagami_router.api.logprobs import chat_logprobs
+from kagami_router.api.chat_choices import ChoiceWriter
+from kagami_router.api.conversation import Conversation
 from kagami_router.api.middleware import read_body
-from kagami_router.api.schemas import (
-    ChatChoice,
-    ChatMessage,
-    ChatRequest,
-    ChatTokenizeResponse,
-    encode,
-)
+from kagami_router.api.schemas import ChatRequest, ChatTokenizeResponse
 from kagami_router.api.service import Front, front_of, json_response, simple_tokens
 from kagami_router.chat_template import PromptOptions
-from kagami_router.detokenize import TextDecoder
-from kagami_router.infer import Generation
-from kagami_router.requests import StreamEvent
+from kagami_router.requests import Grammar
 
 _CHAT = msgspec.json.Decoder(ChatRequest)
-_ROLE = b'"role":"assistant",'
 
 
 async def chat_tokenize(request: web.Request) -> web.Response:
     """The rendered prompt and its tokens."""
     body = await read_body(request, _CHAT)
     front = front_of(request)
-    prompt = await _prompt(front, body)
+    prompt = await conversation.prompt(front, _conversation(body, None))
     spans = await front.tokenizer.spans(prompt, add_special_tokens=False)
     return json_response(ChatTokenizeResponse(simple_tokens(spans), prompt))
 
@@ -43,8 +36,9 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     body = await read_body(request, _CHAT)
     front, call = front_of(request), Call.of(request)
     plan = _plan(front, body)  # before the prompt, which costs more to make
-    prompt = await _prompt(front, body)
-    writer = _ChoiceWriter(front.decoder if body.logprobs else None)
+    prepared = await conversation.prepare(front, _conversation(body, plan.params.grammar))
+    plan = plan._replace(params=replace(plan.params, grammar=prepared.grammar))
+    writer = ChoiceWriter(prepared, front.decoder if body.logprobs else None)
     form = openai.Form(
         kind="chat.completion",
         chunk_kind="chat.completion.chunk",
@@ -52,44 +46,14 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
         adds_special_tokens=False,  # the template has written them
         has_own_usage=False,
         choices=writer.choices,
-        chunk_choice=writer.chunk_choice,
+        chunk_choices=writer.chunk_choices,
     )
-    return await openai.respond(request, call, body, plan=plan, prompts=[prompt], form=form)
-
-
-class _ChoiceWriter:
-    """Writes the choices of one chat; in a stream the first chunk of each has the role."""
-
-    def __init__(self, decoder: TextDecoder | None) -> None:
-        self._decoder = decoder  # None: no logprobs
-        self._started: set[int] = set()
-
-    def choices(self, generations: Sequence[Generation]) -> list[ChatChoice]:
-        """Those of a whole answer."""
-        return [
-            _choice(index, generation, self._decoder)
-            for index, generation in enumerate(generations)
-        ]
-
-    def chunk_choice(self, index: int, event: StreamEvent, finish_reason: bytes) -> bytes:
-        """That of one chunk."""
-        role = b"" if index in self._started else _ROLE
-        self._started.add(index)
-        logprobs = b"null"
-        if self._decoder is not None:
-            logprobs = encode(chat_logprobs(self._decoder, [(event.token, event.top_tokens)]))
-        return b'{"index":%d,"delta":{%b"content":%b},"logprobs":%b,"finish_reason":%b}' % (
-            index,
-            role,
-            encode(openai.text_of(event)),
-            logprobs,
-            finish_reason,
-        )
+    return await openai.respond(
+        request, call, body, plan=plan, prompts=[prepared.prompt], form=form
+    )
 
 
 def _plan(front: Front, body: ChatRequest) -> openai.Plan:
-    if body.tools and body.tool_choice != "none":
-        raise InvalidRequest("`tools` is not supported yet")
     grammar = grammars.response_format(body.response_format)
     max_top = front.validation.limits.max_top_n_tokens
     top_n_tokens = body.top_logprobs or 0
@@ -101,11 +65,19 @@ def _plan(front: Front, body: ChatRequest) -> openai.Plan:
     return openai.Plan(replace(params, grammar=grammar), num_samples)
 
 
-async def _prompt(front: Front, body: ChatRequest) -> str:
+def _conversation(body: ChatRequest, grammar: Grammar | None) -> Conversation:
     if not body.messages:
         raise InvalidRequest("`messages` cannot be empty")
-    messages = [_message(index, message) for index, message in enumerate(body.messages)]
-    return await front.template.prompt(messages, _prompt_options(body))
+    choice = tools.read_choice(body.tool_choice)
+    return Conversation(
+        messages=[_message(index, message) for index, message in enumerate(body.messages)],
+        tools=() if choice == tools.NONE else tools.read_tools(body.tools or ()),
+        choice=choice,
+        is_parallel=body.parallel_tool_calls is not False,
+        tool_prompt=body.tool_prompt,
+        grammar=grammar,
+        options=_prompt_options(body),
+    )
 
 
 def _prompt_options(body: ChatRequest) -> PromptOptions:
@@ -141,15 +113,3 @@ def _check_chunk(place: str, chunk: object) -> None:
         if chunk.get("type") == "image_url":
             raise InvalidRequest(f"`{place}` is an image, and this model reads text only")
     raise MalformedBody(f'{place}: expected {{"type":"text","text":…}}')
-
-
-def _choice(index: int, generation: Generation, decoder: TextDecoder | None) -> ChatChoice:
-    logprobs = None
-    if decoder is not None:
-        logprobs = chat_logprobs(decoder, generation.tokens_with_alternatives())
-    return ChatChoice(
-        index,
-        ChatMessage("assistant", generation.end.generated_text),
-        logprobs,
-        openai.FINISH_REASON[generation.end.finish_reason],
-    )

@@ -54,7 +54,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
         adds_special_tokens=True,
         has_own_usage=True,
         choices=writer.choices,
-        chunk_choice=writer.chunk_choice,
+        chunk_choices=writer.chunk_choices,
         shows_output=shows_output,
         take_prompt=writer.take_prompt,
     )
@@ -100,7 +100,7 @@ class _ChoiceWriter:
         ]
         return [self._choice(index, one) for index, one in enumerate(chosen)]
 
-    def chunk_choice(self, index: int, event: StreamEvent, finish_reason: bytes) -> bytes:
+    def chunk_choices(self, index: int, event: StreamEvent, finish_reason: bytes) -> list[bytes]:
         """That of one chunk; the prompt is part of the first."""
         progress = self._progress[index]
         columns = progress.columns
@@ -110,12 +110,13 @@ class _ChoiceWriter:
         progress.is_started = True
         if columns is not None and self._shows_output:
             columns.add(event.token, event.top_tokens)
-        return b'{"index":%d,"text":%b,"logprobs":%b,"finish_reason":%b}' % (
+        choice = b'{"index":%d,"text":%b,"logprobs":%b,"finish_reason":%b}' % (
             index,
             encode(text),
             encode(None if columns is None else columns.take()),
             finish_reason,
         )
+        return [choice]
 
     def take_prompt(self, index: int, tokens: Sequence[PrefillToken]) -> None:
         """The prompt's logprobs, before the first chunk of a choice."""

@@ -14,7 +14,7 @@ from kagami_router.api.service import Front
 from kagami_router.chat_template import PromptOptions
 from kagami_router.infer import Generation
 from kagami_router.requests import FinishReason, Grammar, GrammarKind
-from kagami_router.tool_formats import ToolFormat, ToolForm, arguments_schema
+from kagami_router.tool_formats import ToolForm, ToolFormat, arguments_schema
 from kagami_router.tool_parser import (
     CallArguments,
     CallParser,
@@ -29,6 +29,8 @@ Message = Mapping[str, Any]
 AnswerParser = TextOnly | CallParser
 
 _NO_OPTIONS = PromptOptions()
+# One of these stands in a template that does something of its own with results of tools.
+_TOOL_ROLE = ("'tool'", '"tool"', "tool_call_id")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,30 +76,40 @@ class Answer:
     calls: tuple[Call, ...]
 
 
+async def prompt(front: Front, conversation: Conversation) -> str:
+    """What the model gets to read; raises `ToolError`, or `TemplateError` for the messages."""
+    is_shown = _calls_of(conversation) is not None
+    return await _render(front, conversation, tools=conversation.tools if is_shown else ())
+
+
 async def prepare(front: Front, conversation: Conversation) -> Prepared:
-    """Raises `ToolError` for tools that cannot be served, `TemplateError` for the messages."""
-    calls = allowed_calls(
-        conversation.tools, conversation.choice, is_parallel=conversation.is_parallel
-    )
+    """The prompt, and all that its answers need; raises as `prompt`."""
+    calls = _calls_of(conversation)
     if calls is None:
-        prompt = await _render(front, conversation, tools=())
-        return Prepared(prompt, conversation.grammar, False, TextOnly)
+        text = await prompt(front, conversation)
+        return Prepared(text, conversation.grammar, False, TextOnly)
     if conversation.grammar is not None:
         raise ToolError("Grammar and tools are mutually exclusive")
     tool_format = front.tool_format
-    is_constrained = front.validation.has_grammars
-    if calls.is_required and not is_constrained:
-        raise InvalidRequest("grammar is not supported")
-    prompt = await _render(front, conversation, tools=conversation.tools)
     grammar = None
-    if is_constrained:
+    if front.validation.has_grammars:
         grammar = tool_format.grammar(calls)
+    elif calls.is_required:
+        raise InvalidRequest("grammar is not supported")
+    text = await prompt(front, conversation)
+    if grammar is not None:
         await _check_grammar(front, grammar, calls)
     return Prepared(
-        prompt,
+        text,
         grammar,
         True,
         lambda: CallParser(tool_format, calls, is_constrained=grammar is not None),
+    )
+
+
+def _calls_of(conversation: Conversation) -> AllowedCalls | None:
+    return allowed_calls(
+        conversation.tools, conversation.choice, is_parallel=conversation.is_parallel
     )
 
 
@@ -140,7 +152,7 @@ async def _render(front: Front, conversation: Conversation, *, tools: Sequence[T
     messages = [_with_objects(message) for message in conversation.messages]
     if "tool_calls" not in template.source:
         messages = _calls_as_text(messages, tool_format.form)
-    if "'tool'" not in template.source and '"tool"' not in template.source:
+    if not any(sign in template.source for sign in _TOOL_ROLE):
         messages = _results_as_user(messages)
     options = conversation.options
     if tools and tool_format.is_known:
@@ -174,7 +186,7 @@ class _Arguments(dict[str, Any]):
 
 
 def _with_objects(message: Message) -> Message:
-    """Arguments of calls as objects: JSON text is what OpenAI's wire has, not what templates read."""
+    """Arguments of calls as objects: OpenAI's wire has JSON text, templates read objects."""
     calls = message.get("tool_calls")
     if not isinstance(calls, list):
         return message
@@ -197,7 +209,7 @@ def _call_with_object(call: Any) -> Any:
 
 
 def _calls_as_text(messages: Sequence[Message], form: ToolForm) -> list[Message]:
-    """For a template that passes over `tool_calls`: a model that never sees its calls repeats them."""
+    """For a template without `tool_calls`: a model that never sees its calls repeats them."""
     changed: list[Message] = []
     for message in messages:
         calls = message.get("tool_calls")
@@ -223,7 +235,7 @@ def _written(calls: Sequence[Any], form: ToolForm) -> str:
 
 
 def _results_as_user(messages: Sequence[Message]) -> list[Message]:
-    """For a template without a role `tool`: results come from the user, neighbours in one message."""
+    """For a template without a role `tool`: the user brings results, neighbours in one message."""
     changed: list[Message] = []
     is_result = False
     for message in messages:

@@ -73,8 +73,9 @@ class Form:
     has_own_usage: bool
     """A stream without `stream_options` tells each choice's usage in its last chunk, as TGI."""
     choices: Callable[[Sequence[Generation]], list[ChatChoice] | list[CompletionChoice]]
-    chunk_choice: Callable[[int, StreamEvent, bytes], bytes]
-    """The JSON of one choice of a chunk: its index, the event, its finish reason's JSON."""
+    chunk_choices: Callable[[int, StreamEvent, bytes], Sequence[bytes]]
+    """The JSON of a choice, one for each chunk of an event: its index, the event, its finish
+    reason's JSON."""
     shows_output: bool = True
     """False: what was generated to come to the prompt's logprobs is neither shown nor counted."""
     take_prompt: Callable[[int, Sequence[PrefillToken]], None] | None = None
@@ -227,7 +228,7 @@ class _ChunkWriter:
 
     def render(self, turn: Sequence[tuple[int, StreamEvent]]) -> bytes:
         """The chunks of one turn."""
-        return b"".join([self._chunk(index, event) for index, event in turn])
+        return b"".join([self._chunks(index, event) for index, event in turn])
 
     def last(self) -> bytes:
         """Usage where asked for, and the end marker."""
@@ -238,7 +239,7 @@ class _ChunkWriter:
         usage = encode(_usage_of(finished, self._num_samples))
         return self._head + b'"choices":[],"usage":%b}\n\n' % usage + sse.DONE
 
-    def _chunk(self, index: int, event: StreamEvent) -> bytes:
+    def _chunks(self, index: int, event: StreamEvent) -> bytes:
         finish_reason, usage = _NULL, _NULL
         if event.end is not None:
             end = event.end if self._form.shows_output else _end_without_output(event.end)
@@ -246,8 +247,10 @@ class _ChunkWriter:
             finish_reason = _FINISH_REASON_JSON[end.finish_reason]
             if self._form.has_own_usage and not self._wants_usage:
                 usage = encode(_usage_of([finished], 1))
-        choice = self._form.chunk_choice(index, event, finish_reason)
-        return b'%b"choices":[%b],"usage":%b}\n\n' % (self._head, choice, usage)
+        return b"".join(
+            b'%b"choices":[%b],"usage":%b}\n\n' % (self._head, choice, usage)
+            for choice in self._form.chunk_choices(index, event, finish_reason)
+        )
 
 
 def _logit_bias(wire: Mapping[str, float] | list[float] | None) -> tuple[tuple[int, float], ...]:

@@ -335,7 +335,7 @@ class ChatDelta(Struct, frozen=True):
     """What a chunk adds to the answer."""
 
     role: str | UnsetType = UNSET
-    content: str | None | UnsetType = UNSET
+    content: str | UnsetType | None = UNSET
     tool_calls: list[ToolCallDelta] | UnsetType = UNSET
 
 

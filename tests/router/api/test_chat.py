@@ -247,7 +247,6 @@ async def test_an_unknown_model_is_served_and_echoed() -> None:
     ("fields", "text"),
     [
         ({"n": 3}, "Input validation error: `n` must be > 0 and <= 2. Given: 3"),
-        ({"tools": [{"type": "function"}]}, "Input validation error: `tools` is not supported yet"),
         (
             {"response_format": {"type": "json_object"}},
             "Input validation error: grammar is not supported",
@@ -334,8 +333,10 @@ async def test_a_turn_of_tool_calls_alone_is_served(content: dict[str, Any]) -> 
     async with serving() as server, server.post("/chat_tokenize", body) as response:
         assert response.status == 200
         text = (await response.json())["templated_text"]
-    assert '<|assistant|>[{"id":"0"' in text
-    assert text.endswith("<|tool|>7\n<|assistant|>")
+    assert text.endswith(
+        '<|assistant|><tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>\n'
+        "<|user|><tool_response>\n7\n</tool_response>\n<|assistant|>"
+    )
 
 
 async def test_text_chunks_are_joined() -> None:
