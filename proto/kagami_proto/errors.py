@@ -11,6 +11,8 @@ KagamiError
 │  ├─ ToolError              the tools cannot be served
 │  ├─ SuffixNotSupported     `suffix` of the completions route
 │  └─ BatchSizeExceeded      more prompts in one call than --max-client-batch-size
+├─ NotFound                  there is no such path, model or method
+│  └─ MethodNotAllowed       the path is there, for other methods
 ├─ Unauthorized              the API key is missing or wrong
 ├─ Overloaded                no permit free: the client may come back later
 ├─ Unavailable               not ready yet, or draining
@@ -71,6 +73,14 @@ class SuffixNotSupported(InvalidRequest):
 
 class BatchSizeExceeded(InvalidRequest):
     """One call brings more prompts than the limit."""
+
+
+class NotFound(KagamiError):
+    """The path, or what it names, is not here."""
+
+
+class MethodNotAllowed(NotFound):
+    """The path does not take this method."""
 
 
 class Unauthorized(KagamiError):
@@ -134,6 +144,8 @@ TABLE: Mapping[type[KagamiError], Row] = MappingProxyType(
         ToolError: Row("tool_error", HTTPStatus.UNPROCESSABLE_ENTITY, "Tool error: "),
         SuffixNotSupported: Row("suffix not supported", HTTPStatus.UNPROCESSABLE_ENTITY, ""),
         BatchSizeExceeded: Row("batch size exceeded", HTTPStatus.UNPROCESSABLE_ENTITY, ""),
+        NotFound: Row("not_found", HTTPStatus.NOT_FOUND, ""),
+        MethodNotAllowed: Row("method_not_allowed", HTTPStatus.METHOD_NOT_ALLOWED, ""),
         Unauthorized: Row("unauthorized", HTTPStatus.UNAUTHORIZED, ""),
         Overloaded: Row("overloaded", HTTPStatus.TOO_MANY_REQUESTS, ""),
         Unavailable: Row("unavailable", HTTPStatus.SERVICE_UNAVAILABLE, ""),

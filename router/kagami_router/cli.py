@@ -190,7 +190,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Route
             values.pop(flag.field)
     return RouterArgs(
         **values,
-        cors_allow_origin=tuple(origin for origin in origins if origin != "*"),
+        cors_allow_origin=() if "*" in origins else tuple(origins),
         prefix_caching=environ.get("PREFIX_CACHING", "true").lower() in ("1", "true"),
         log_level=environ.get("LOG_LEVEL", "info"),
         compute_type=environ.get("COMPUTE_TYPE", "gpu+optimized"),

@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 import tokenizers
-from aiohttp import ClientSession, web
+from aiohttp import ClientResponse, ClientSession, web
 from tests.fakes.fake_loop import COLON, EOS, FAILED, FakeLoop
 from tokenizers import decoders, models, pre_tokenizers, processors
 
@@ -149,3 +149,17 @@ async def serving(
                 yield FakeServer(url, door, front, loop, http)
         finally:
             await runner.cleanup()
+
+
+async def flat_error(response: ClientResponse) -> dict[str, str]:
+    """An error's text and TGI's type, from either family's shape."""
+    answer = await response.json()
+    error = answer["error"]
+    text = error["message"] if isinstance(error, dict) else error
+    return {"error": text, "error_type": answer["error_type"]}
+
+
+async def events_of(response: ClientResponse) -> list[str]:
+    """The events of a stream, without the comments that clients skip, and "" behind the last."""
+    blocks = (await response.text()).split("\n\n")
+    return [block for block in blocks if not block.startswith(":")]

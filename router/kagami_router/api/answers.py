@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from aiohttp import web
 
+from kagami_router.api.middleware import request_id
 from kagami_router.requests import End, ValidRequest
 from kagami_router.validation import NO_TRACE, TraceContext
 
@@ -23,9 +24,13 @@ _TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One HTTP call: its id, when it came in (monotonic and wall seconds), its trace."""
+    """One HTTP call: its ids, when it came in (monotonic and wall seconds), its trace.
+
+    `id` is ours and goes into the ids of answers; `request_id` may be the client's own.
+    """
 
     id: str
+    request_id: str
     received: float
     created: int
     trace: TraceContext
@@ -33,7 +38,13 @@ class Call:
     @classmethod
     def of(cls, request: web.Request) -> "Call":
         """The call that starts with `request`, now."""
-        return cls(secrets.token_hex(12), time.monotonic(), int(time.time()), _trace_of(request))
+        return cls(
+            secrets.token_hex(12),
+            request_id(request),
+            time.monotonic(),
+            int(time.time()),
+            _trace_of(request),
+        )
 
 
 def _trace_of(request: web.Request) -> TraceContext:
@@ -75,29 +86,46 @@ class Times(NamedTuple):
         )
 
 
-def stream_headers(compute_type: str, prompts: Sequence[str]) -> dict[str, str]:
+def stream_headers(
+    compute_type: str, call: Call, requests: Sequence[ValidRequest]
+) -> dict[str, str]:
     """The `x-*` headers that are known before the first token."""
     return {
         "x-compute-type": compute_type,
-        "x-compute-characters": str(sum(len(prompt) for prompt in prompts)),
+        "x-compute-characters": str(sum(len(one.prompt_text) for one in requests)),
+        "x-validation-time": _milliseconds(time.monotonic() - call.received),
+        "x-prompt-tokens": str(sum(len(one.prompt_ids) for one in requests)),
     }
+
+
+def stream_comment(call: Call, finished: Sequence[Finished]) -> bytes:
+    """What a stream's headers could not tell, as its last line: a comment to every client."""
+    told = _times_headers(call, finished).items()
+    return f": {' '.join(f'{name}={value}' for name, value in told)}\n\n".encode()
 
 
 def whole_headers(
     compute_type: str, prompts: Sequence[str], call: Call, finished: Sequence[Finished]
 ) -> dict[str, str]:
-    """The `x-*` headers of an answer in one piece: milliseconds, but x-compute-time in seconds."""
-    times = Times.of(call, finished)
+    """The `x-*` headers of an answer in one piece."""
     return {
         "x-compute-type": compute_type,
-        "x-compute-time": f"{times.total:.9f}",
         "x-compute-characters": str(sum(len(prompt) for prompt in prompts)),
+        "x-prompt-tokens": str(sum(len(one.request.prompt_ids) for one in finished)),
+        **_times_headers(call, finished),
+    }
+
+
+def _times_headers(call: Call, finished: Sequence[Finished]) -> dict[str, str]:
+    """What is known at the end: milliseconds, but x-compute-time in seconds."""
+    times = Times.of(call, finished)
+    return {
+        "x-compute-time": f"{times.total:.9f}",
         "x-total-time": _milliseconds(times.total),
         "x-validation-time": _milliseconds(times.validation),
         "x-queue-time": _milliseconds(times.queue),
         "x-inference-time": _milliseconds(times.inference),
         "x-time-per-token": _milliseconds(times.per_token),
-        "x-prompt-tokens": str(sum(len(one.request.prompt_ids) for one in finished)),
         "x-generated-tokens": str(sum(one.end.num_generated for one in finished)),
     }
 
@@ -117,7 +145,7 @@ def log_success(call: Call, finished: Sequence[Finished]) -> None:
             "seed": sampling.seed if sampling.do_sample else None,
             "prompt_tokens": sum(len(one.request.prompt_ids) for one in finished),
             "generated_tokens": sum(one.end.num_generated for one in finished),
-            "request_id": call.id,
+            "request_id": call.request_id,
         },
     )
 

@@ -6,10 +6,16 @@ import msgspec
 from aiohttp import web
 from msgspec import UNSET, UnsetType
 
-from kagami_proto.errors import KagamiError
 from kagami_router.api import grammars, sse
-from kagami_router.api.answers import Call, Finished, log_success, stream_headers, whole_headers
-from kagami_router.api.middleware import error_body, read_body
+from kagami_router.api.answers import (
+    Call,
+    Finished,
+    log_success,
+    stream_comment,
+    stream_headers,
+    whole_headers,
+)
+from kagami_router.api.middleware import read_body
 from kagami_router.api.schemas import (
     BestOfSequence,
     CompatGenerateRequest,
@@ -130,9 +136,8 @@ async def _stream(
             request,
             front.infer.stream(valid, call.received),
             render=events.render,
-            render_error=_error_event,
             last=events.last,
-            headers=stream_headers(front.compute_type, [prompt]),
+            headers=stream_headers(front.compute_type, call, [valid]),
         )
 
 
@@ -152,9 +157,9 @@ class _EventWriter:
         return b"".join([self._render_one(event) for event in events])
 
     def last(self) -> bytes:
-        """A native stream just ends."""
+        """A native stream just ends; its times come as a comment."""
         log_success(self._call, self._finished)
-        return b""
+        return stream_comment(self._call, self._finished)
 
     def _render_one(self, event: StreamEvent) -> bytes:
         self._index += 1
@@ -183,10 +188,6 @@ class _EventWriter:
                 )
             )
         )
-
-
-def _error_event(error: KagamiError) -> bytes:
-    return sse.event(error_body(error))
 
 
 def _details(best: Generation, others: Sequence[Generation], prefix: str) -> Details:

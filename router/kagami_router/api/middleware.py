@@ -8,8 +8,8 @@ import asyncio
 import hmac
 import logging
 import re
+import secrets
 from collections.abc import Awaitable, Callable, Sequence
-from http import HTTPStatus
 from typing import TypeVar
 
 import msgspec
@@ -23,6 +23,8 @@ from kagami_proto.errors import (
     InvalidRequest,
     KagamiError,
     MalformedBody,
+    MethodNotAllowed,
+    NotFound,
     NotJson,
     Overloaded,
     TemplateError,
@@ -30,9 +32,8 @@ from kagami_proto.errors import (
     Unavailable,
     Unhealthy,
     UnsupportedMediaType,
-    row_of,
 )
-from kagami_router.api.schemas import ErrorResponse, encode
+from kagami_router.api.error_shapes import Family, error_body, error_status, error_text
 from kagami_router.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -41,10 +42,19 @@ logger = logging.getLogger(__name__)
 # Where a stream leaves the `err` label of what its status line could not tell any more.
 FAILURE_CAUSE = web.RequestKey("failure_cause", str)
 
+# The id of a request: the client's own, or one of ours; in the answer, the log, and the ids in it.
+REQUEST_ID = web.RequestKey("request_id", str)
+_CLIENTS_ID = re.compile(r"[\x21-\x7e]{1,128}")
+
 EXPOSED_HEADERS = (
     "x-compute-type, x-compute-time, x-compute-characters, x-total-time, x-validation-time,"
     " x-queue-time, x-inference-time, x-time-per-token, x-prompt-tokens, x-generated-tokens,"
-    " x-accel-buffering"
+    " x-accel-buffering, x-request-id, retry-after"
+)
+_ALLOWED_HEADERS = (
+    "content-type,authorization,x-api-key,x-request-id,traceparent,tracestate,baggage,"
+    "anthropic-version,anthropic-beta,anthropic-dangerous-direct-browser-access,"
+    "openai-organization,openai-project,openai-beta"
 )
 _VARY = "origin, access-control-request-method, access-control-request-headers"
 
@@ -55,6 +65,14 @@ class InternalError(KagamiError):
 
 class UnreadableBody(NotJson):
     """The body broke off, or is not coded as its headers say."""
+
+
+def request_id(request: web.Request) -> str:
+    """The id of this request: the client's `x-request-id` where it is a sane one."""
+    if REQUEST_ID not in request:
+        given = request.headers.get("x-request-id", "")
+        request[REQUEST_ID] = given if _CLIENTS_ID.fullmatch(given) else secrets.token_hex(12)
+    return request[REQUEST_ID]
 
 
 def _tell_connection_faults(record: logging.LogRecord) -> bool:
@@ -88,31 +106,18 @@ def report(request: web.Request, error: Exception) -> KagamiError:
     a server that is not ready are not worth a line.
     """
     if not isinstance(error, KagamiError):
-        logger.error("Internal error", extra={"path": request.path}, exc_info=error)
+        logger.error("Internal error", extra=_place(request), exc_info=error)
         return InternalError("Internal error")
     if not isinstance(error, Unhealthy | Unavailable):
         is_theirs = isinstance(error, InvalidRequest | Overloaded | Unauthorized)
         level = logging.WARNING if is_theirs else logging.ERROR
-        logger.log(level, "%s", error_text(error), extra={"path": request.path})
+        hint = {"limit": "--max-concurrent-requests"} if isinstance(error, Overloaded) else {}
+        logger.log(level, "%s", error_text(error), extra={**_place(request), **hint})
     return error
 
 
-def error_text(error: KagamiError) -> str:
-    """What the client reads."""
-    row = row_of(error)
-    return f"{row.prefix if row else ''}{error}"
-
-
-def error_status(error: KagamiError) -> HTTPStatus:
-    """The HTTP status of an error."""
-    row = row_of(error)
-    return row.status if row else HTTPStatus.INTERNAL_SERVER_ERROR
-
-
-def error_body(error: KagamiError) -> bytes:
-    """TGI's error object."""
-    row = row_of(error)
-    return encode(ErrorResponse(error_text(error), row.kind if row else "internal"))
+def _place(request: web.Request) -> dict[str, str]:
+    return {"path": request.path, "request_id": request_id(request)}
 
 
 def failure_cause(error: BaseException) -> str:
@@ -129,10 +134,12 @@ def failure_cause(error: BaseException) -> str:
     return "generation"
 
 
-def error_response(error: KagamiError) -> web.Response:
-    """A whole error answer."""
+def error_response(request: web.Request, error: KagamiError) -> web.Response:
+    """A whole error answer, in the words of the route's family."""
     response = web.Response(
-        body=error_body(error), status=error_status(error), content_type="application/json"
+        body=error_body(error, Family.of(request.path)),
+        status=error_status(error),
+        content_type="application/json",
     )
     if isinstance(error, Overloaded | Unavailable):
         response.headers[hdrs.RETRY_AFTER] = "1"
@@ -150,16 +157,28 @@ async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
         return await handler(request)
     except web.HTTPRequestEntityTooLarge:
         return error_response(
+            request,
             BodyTooLarge(
                 "Failed to buffer the request body: length limit exceeded"
                 f" ({request.client_max_size} bytes, set by --payload-limit)"
-            )
+            ),
         )
-    except web.HTTPException as refusal:  # 404 and 405: no body, as in TGI
-        headers = {name: text for name, text in refusal.headers.items() if name == hdrs.ALLOW}
-        return web.Response(status=refusal.status, headers=headers)
+    except web.HTTPException as refusal:
+        return _refusal(request, refusal)
     except Exception as error:
-        return error_response(report(request, error))
+        return error_response(request, report(request, error))
+
+
+def _refusal(request: web.Request, refusal: web.HTTPException) -> web.Response:
+    """404 and 405: without a body on native paths, as in TGI."""
+    response = web.Response(status=refusal.status)
+    if Family.of(request.path) is not Family.NATIVE:
+        is_there = isinstance(refusal, web.HTTPMethodNotAllowed)
+        error = MethodNotAllowed if is_there else NotFound
+        response = error_response(request, error(f"There is no {request.method} {request.path}"))
+    if allowed := refusal.headers.get(hdrs.ALLOW):
+        response.headers[hdrs.ALLOW] = allowed
+    return response
 
 
 def count_calls(metrics_of: Callable[[], Metrics | None], paths: frozenset[str]) -> Middleware:
@@ -223,6 +242,7 @@ def cors(allowed_origins: Sequence[str]) -> Callable[..., Awaitable[None]]:
 
     async def add_headers(request: web.Request, response: web.StreamResponse) -> None:
         headers = response.headers
+        headers["x-request-id"] = request_id(request)
         headers.pop(hdrs.SERVER, None)  # aiohttp's own; it tells versions to anyone
         if isinstance(response, web.Response) and not response.body:
             headers.pop(hdrs.CONTENT_TYPE, None)
@@ -234,7 +254,7 @@ def cors(allowed_origins: Sequence[str]) -> Callable[..., Awaitable[None]]:
         headers[hdrs.VARY] = _VARY
         if request.method == hdrs.METH_OPTIONS:
             headers[hdrs.ACCESS_CONTROL_ALLOW_METHODS] = "GET,POST"
-            headers[hdrs.ACCESS_CONTROL_ALLOW_HEADERS] = "content-type,authorization"
+            headers[hdrs.ACCESS_CONTROL_ALLOW_HEADERS] = _ALLOWED_HEADERS
         else:
             headers[hdrs.ACCESS_CONTROL_EXPOSE_HEADERS] = EXPOSED_HEADERS
 
@@ -242,19 +262,25 @@ def cors(allowed_origins: Sequence[str]) -> Callable[..., Awaitable[None]]:
 
 
 def api_key(key: str, open_paths: frozenset[str]) -> Middleware:
-    """A middleware that asks for `Authorization: Bearer {key}` except on `open_paths`."""
+    """A middleware that asks for the key except on `open_paths`.
+
+    As `Authorization: Bearer {key}`, or as Anthropic's clients send it, `x-api-key: {key}`.
+    """
     expected = key.encode()
 
     @web.middleware
     async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
         if request.match_info.http_exception is None and not _is_open(request, open_paths):
-            scheme, _, given = request.headers.get(hdrs.AUTHORIZATION, "").partition(" ")
-            is_known = hmac.compare_digest(given.strip().encode(errors="replace"), expected)
-            if scheme.lower() != "bearer" or not is_known:
+            if not hmac.compare_digest(_given_key(request).encode(errors="replace"), expected):
                 raise Unauthorized("The API key is missing or wrong")
         return await handler(request)
 
     return check
+
+
+def _given_key(request: web.Request) -> str:
+    scheme, _, given = request.headers.get(hdrs.AUTHORIZATION, "").partition(" ")
+    return given.strip() if scheme.lower() == "bearer" else request.headers.get("x-api-key", "")
 
 
 def _is_open(request: web.Request, open_paths: frozenset[str]) -> bool:

@@ -12,17 +12,21 @@ from typing import NamedTuple
 
 from aiohttp import web
 
-from kagami_proto.errors import InvalidRequest, KagamiError
+from kagami_proto.errors import InvalidRequest
 from kagami_router.api import sse
-from kagami_router.api.answers import Call, Finished, log_success, stream_headers, whole_headers
-from kagami_router.api.middleware import error_status, error_text
+from kagami_router.api.answers import (
+    Call,
+    Finished,
+    log_success,
+    stream_comment,
+    stream_headers,
+    whole_headers,
+)
 from kagami_router.api.schemas import (
     ChatChoice,
     CompletionChoice,
     OpenAIAnswer,
     OpenAIRequest,
-    OpenAIStreamError,
-    OpenAIStreamErrorEvent,
     PromptTokensDetails,
     Usage,
     encode,
@@ -151,9 +155,8 @@ async def respond(
                 request,
                 _prompts_first(form, front.infer.stream_all(requests, call.received)),
                 render=chunks.render,
-                render_error=_error_event,
                 last=chunks.last,
-                headers=stream_headers(front.compute_type, texts),
+                headers=stream_headers(front.compute_type, call, valid),
             )
         generations = await front.infer.collect_all(requests, call.received)
         if not form.shows_output:
@@ -234,10 +237,11 @@ class _ChunkWriter:
         """Usage where asked for, and the end marker."""
         finished = [self._finished[index] for index in range(len(self._requests))]
         log_success(self._call, finished)
+        ending = stream_comment(self._call, finished) + sse.DONE  # clients stop reading at DONE
         if not self._wants_usage:
-            return sse.DONE
+            return ending
         usage = encode(_usage_of(finished, self._num_samples))
-        return self._head + b'"choices":[],"usage":%b}\n\n' % usage + sse.DONE
+        return self._head + b'"choices":[],"usage":%b}\n\n' % usage + ending
 
     def _chunks(self, index: int, event: StreamEvent) -> bytes:
         finish_reason, usage = _NULL, _NULL
@@ -312,9 +316,3 @@ def _chunk_head(kind: str, chunk_id: str, created: int, model: str, fingerprint:
         encode(model),
         encode(fingerprint),
     )
-
-
-def _error_event(error: KagamiError) -> bytes:
-    """A failure after the status line, as OpenAI's clients read it, and the end marker."""
-    inner = OpenAIStreamError(error_text(error), error_status(error).value)
-    return sse.event(encode(OpenAIStreamErrorEvent(inner))) + sse.DONE

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from aiohttp import web
 
-from kagami_proto.errors import KagamiError
+from kagami_router.api.error_shapes import Family, error_event
 from kagami_router.api.middleware import FAILURE_CAUSE, failure_cause, report
 
 DONE = b"data: [DONE]\n\n"
@@ -37,7 +37,6 @@ async def respond(
     turns: AbstractAsyncContextManager[AsyncIterator[_Turn]],
     *,
     render: Callable[[_Turn], bytes],
-    render_error: Callable[[KagamiError], bytes],
     last: Callable[[], bytes],
     headers: Mapping[str, str],
     keep_alive_s: float = KEEP_ALIVE_S,
@@ -66,7 +65,7 @@ async def respond(
         known = report(request, error)
         request[FAILURE_CAUSE] = failure_cause(known)
         with suppress(ConnectionError):
-            await response.write(render_error(known))
+            await response.write(error_event(known, Family.of(request.path)))
             await response.write_eof()
     return response
 

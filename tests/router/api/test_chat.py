@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 from tests.fakes.fake_loop import EOS, FAILED, FakeLoop, turns_of
-from tests.fakes.fake_server import TOKENS, byte_tokenizer, serving
+from tests.fakes.fake_server import TOKENS, byte_tokenizer, events_of, flat_error, serving
 
 from kagami_proto.errors import GenerationFailed
 from kagami_router import chat_template
@@ -23,7 +23,7 @@ def hi_loop() -> FakeLoop:
 
 
 def chunks_of(text: str) -> list[dict[str, Any]]:
-    lines = text.split("\n\n")
+    lines = [block for block in text.split("\n\n") if not block.startswith(":")]
     assert lines[-2:] == ["data: [DONE]", ""]
     return [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
 
@@ -286,7 +286,7 @@ async def test_what_is_refused_is_named(fields: dict[str, Any], text: str, strea
     async with serving() as server:
         async with server.post(PATH, CHAT | fields | {"stream": stream}) as response:
             assert response.status == 422
-            assert await response.json() == {"error": text, "error_type": "validation"}
+            assert await flat_error(response) == {"error": text, "error_type": "validation"}
 
 
 @pytest.mark.parametrize(
@@ -322,7 +322,7 @@ async def test_neutral_values_are_accepted(fields: dict[str, Any]) -> None:
 async def test_bad_messages_are_refused(message: dict[str, Any], text: str) -> None:
     async with serving() as server, server.post(PATH, {"messages": [message]}) as response:
         assert response.status == 422
-        assert text in (await response.json())["error"]
+        assert text in (await flat_error(response))["error"]
 
 
 @pytest.mark.parametrize("content", [{}, {"content": None}])
@@ -384,7 +384,7 @@ async def test_how_the_prompt_ends(fields: dict[str, Any], end: str, path: str) 
 async def test_what_a_prompt_cannot_be_made_of_is_named(fields: dict[str, Any], text: str) -> None:
     async with serving() as server, server.post("/chat_tokenize", CHAT | fields) as response:
         assert response.status == 422
-        assert text in (await response.json())["error"]
+        assert text in (await flat_error(response))["error"]
 
 
 async def test_variables_and_documents_reach_the_template() -> None:
@@ -413,7 +413,7 @@ async def test_a_template_that_never_ends_holds_up_nobody(monkeypatch: pytest.Mo
             assert not hung.done()
         async with await hung as response:
             assert response.status == 422
-            assert (await response.json())["error"].endswith("rendering took more than 0.3 s")
+            assert (await flat_error(response))["error"].endswith("rendering took more than 0.3 s")
 
 
 async def test_a_long_chat_is_rendered_all_the_same() -> None:
@@ -439,14 +439,14 @@ async def test_what_needs_no_prompt_is_refused_before_it_is_rendered(
     async with serving(template=missing) as server:
         async with server.post(PATH, CHAT | fields) as response:
             assert response.status == 422
-            assert (await response.json())["error_type"] == "validation"
+            assert (await flat_error(response))["error_type"] == "validation"
 
 
 async def test_no_template_is_an_error_of_its_own() -> None:
     missing = MissingTemplate("template not found (looked for one in x)")
     async with serving(template=missing) as server, server.post(PATH, CHAT) as response:
         assert response.status == 422
-        assert await response.json() == {
+        assert await flat_error(response) == {
             "error": "Template error: template not found (looked for one in x)",
             "error_type": "template_error",
         }
@@ -458,10 +458,10 @@ async def test_a_failure_in_a_stream_has_its_real_status_and_then_done() -> None
     async with serving(loop) as server:
         async with server.post(PATH, CHAT | {"stream": True}) as response:
             assert response.status == 200
-            events = (await response.text()).split("\n\n")
+            events = await events_of(response)
     assert events[1:] == [
         'data: {"error":{"message":"Request failed during generation: Server error: boom",'
-        '"http_status_code":424}}',
+        '"http_status_code":424,"type":"server_error","param":null,"code":"generation"}}',
         "data: [DONE]",
         "",
     ]

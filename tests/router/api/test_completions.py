@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from tests.fakes.fake_loop import COLON, EOS, FAILED, FakeLoop, turns_of
-from tests.fakes.fake_server import byte_tokenizer, serving
+from tests.fakes.fake_server import byte_tokenizer, events_of, flat_error, serving
 
 from kagami_proto.errors import BatchSizeExceeded, InvalidRequest
 from kagami_router.api import completions
@@ -47,7 +47,7 @@ async def test_choices_stand_in_the_order_of_the_prompts() -> None:
 async def test_stream_hides_special_tokens_and_ends_with_usage_as_tgi_does() -> None:
     body = {"prompt": "a", "stream": True}
     async with serving(echo_loop()) as server, server.post(PATH, body) as response:
-        lines = (await response.text()).split("\n\n")
+        lines = await events_of(response)
     assert lines[-2:] == ["data: [DONE]", ""]
     first, last = (json.loads(line.removeprefix("data: ")) for line in lines[:-2])
     assert first["choices"] == [{"index": 0, "text": " a", "logprobs": None, "finish_reason": None}]
@@ -69,7 +69,7 @@ async def test_stream_hides_special_tokens_and_ends_with_usage_as_tgi_does() -> 
 async def test_stream_options_bring_one_usage_chunk_for_all_prompts() -> None:
     body = {"prompt": ["a", "b"], "stream": True, "stream_options": {"include_usage": True}}
     async with serving(echo_loop()) as server, server.post(PATH, body) as response:
-        lines = (await response.text()).split("\n\n")
+        lines = await events_of(response)
     chunks = [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
     assert [chunk["usage"] for chunk in chunks[:-1]] == [None] * 4
     assert chunks[-1]["choices"] == []
@@ -113,7 +113,7 @@ async def test_n_counts_within_each_prompt() -> None:
 async def test_what_is_refused_is_named(fields: dict[str, Any], error: dict[str, str]) -> None:
     async with serving() as server, server.post(PATH, {"prompt": "a"} | fields) as response:
         assert response.status == 422
-        assert await response.json() == error
+        assert await flat_error(response) == error
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ async def test_what_is_refused_is_named(fields: dict[str, Any], error: dict[str,
 async def test_what_is_out_of_range_is_named(fields: dict[str, Any], text: str) -> None:
     async with serving() as server, server.post(PATH, {"prompt": "a"} | fields) as response:
         assert response.status == 422
-        assert await response.json() == {
+        assert await flat_error(response) == {
             "error": f"Input validation error: {text}",
             "error_type": "validation",
         }
@@ -182,7 +182,7 @@ async def test_what_is_out_of_range_is_named(fields: dict[str, Any], text: str) 
 async def test_a_prompt_of_another_form_is_refused(prompt: Any) -> None:
     async with serving() as server, server.post(PATH, {"prompt": prompt}) as response:
         assert response.status == 422
-        assert "prompt" in (await response.json())["error"]
+        assert "prompt" in (await flat_error(response))["error"]
 
 
 @pytest.mark.parametrize("prompt", [[1] * 900_000, [[1] * 900_000], ["x"] * 400_000])
@@ -261,7 +261,7 @@ async def answer_of(loop: FakeLoop, **fields: Any) -> dict[str, Any]:
 async def chunks_of(loop: FakeLoop, **fields: Any) -> list[dict[str, Any]]:
     body = {"prompt": "ab", "stream": True} | fields
     async with serving(loop) as server, server.post(PATH, body) as response:
-        lines = (await response.text()).split("\n\n")
+        lines = await events_of(response)
     assert lines[-2:] == ["data: [DONE]", ""]
     return [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
 

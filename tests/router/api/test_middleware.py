@@ -2,7 +2,7 @@ import asyncio
 import logging
 
 import pytest
-from tests.fakes.fake_server import serving
+from tests.fakes.fake_server import flat_error, serving
 
 from kagami_router.api.middleware import failure_cause
 from kagami_router.metrics import FAILURES
@@ -50,7 +50,7 @@ async def test_json_that_is_nested_too_deeply_is_refused(path: str) -> None:
     async with serving() as server:
         async with server.http.post(path, data=body, headers=JSON) as response:
             assert response.status == 400
-            text = (await response.json())["error"]
+            text = (await flat_error(response))["error"]
     assert text.startswith("Failed to parse the request body as JSON: ")
 
 
@@ -126,7 +126,7 @@ async def test_a_long_body_is_refused_naming_limit_and_flag() -> None:
     async with serving(payload_limit=100) as server:
         async with server.post("/generate", {"inputs": "a" * 200}) as response:
             assert response.status == 413
-            error = (await response.json())["error"]
+            error = (await flat_error(response))["error"]
     assert "100 bytes" in error
     assert "--payload-limit" in error
 
@@ -158,7 +158,7 @@ async def test_the_api_key_is_compared_exactly(header: str | None, status: int) 
         async with server.post("/generate", {"inputs": "a"}, headers=headers) as response:
             assert response.status == status
             if status == 401:
-                assert (await response.json())["error_type"] == "unauthorized"
+                assert (await flat_error(response))["error_type"] == "unauthorized"
                 assert response.headers["www-authenticate"] == "Bearer"
 
 

@@ -1,6 +1,6 @@
 import pytest
 from tests.fakes.fake_loop import FakeLoop
-from tests.fakes.fake_server import serving
+from tests.fakes.fake_server import flat_error, serving
 
 from kagami_router.api.service import TGI_VERSION
 
@@ -39,7 +39,7 @@ async def test_before_the_model_is_warm_nothing_is_served(path: str, body: objec
     async with serving(is_open=False) as server:
         async with server.post(path, body) as response:
             assert response.status == 503
-            assert await response.json() == {
+            assert await flat_error(response) == {
                 "error": "The model is still loading",
                 "error_type": "unavailable",
             }
@@ -54,7 +54,7 @@ async def test_a_stopping_server_refuses_new_work() -> None:
         server.door.close()
         async with server.post("/generate", {"inputs": "a"}) as response:
             assert response.status == 503
-            assert (await response.json())["error"] == "The server is shutting down"
+            assert (await flat_error(response))["error"] == "The server is shutting down"
 
 
 async def test_info_is_the_union_of_both_versions() -> None:

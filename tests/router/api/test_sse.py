@@ -24,7 +24,6 @@ async def test_a_silent_stream_sends_comments() -> None:
             request,
             turns(),
             render=sse.event,
-            render_error=lambda error: b"",
             last=lambda: sse.DONE,
             headers={},
             keep_alive_s=0.001,
