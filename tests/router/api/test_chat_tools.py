@@ -3,7 +3,15 @@ from typing import Any
 
 import pytest
 from tests.fakes.fake_loop import EOS, FakeLoop, turns_of
-from tests.fakes.fake_server import LIMITS, TEMPLATE, TOKENS, FakeServer, serving
+from tests.fakes.fake_server import (
+    LIMITS,
+    TEMPLATE,
+    TOKENS,
+    FakeServer,
+    events_of,
+    flat_error,
+    serving,
+)
 
 from kagami_proto.errors import InvalidRequest
 from kagami_router.chat_template import ChatTemplate
@@ -61,13 +69,13 @@ async def answer(server: FakeServer, body: dict[str, Any]) -> dict[str, Any]:
 async def error(server: FakeServer, body: dict[str, Any]) -> str:
     async with server.post(PATH, body) as response:
         assert response.status == 422
-        return str((await response.json())["error"])
+        return str((await flat_error(response))["error"])
 
 
 async def chunks(server: FakeServer, body: dict[str, Any]) -> list[dict[str, Any]]:
     async with server.post(PATH, body | {"stream": True}) as response:
         assert response.status == 200
-        lines = (await response.text()).split("\n\n")
+        lines = await events_of(response)
     assert lines[-2:] == ["data: [DONE]", ""]
     return [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
 
