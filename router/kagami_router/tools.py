@@ -52,6 +52,7 @@ class ToolChoice:
 
     mode: Mode
     names: tuple[str, ...] | None = None
+    max_calls: int = MAX_CALLS
 
 
 AUTO = ToolChoice(Mode.AUTO)
@@ -132,11 +133,11 @@ def read_choice(wire: object) -> ToolChoice:
     if wire is None:
         return AUTO
     if isinstance(wire, str):
-        return _MODES.get(wire) or ToolChoice(Mode.REQUIRED, (wire,))
+        return _MODES.get(wire) or _this_one(wire)
     kind = wire.get("type", "function") if isinstance(wire, Mapping) else None
     match wire:
         case {"function": {"name": str(name)}} if kind == "function":
-            return ToolChoice(Mode.REQUIRED, (name,))
+            return _this_one(name)
         case {"allowed_tools": {"mode": "auto" | "required" as mode, "tools": [*listed]}} if (
             kind == "allowed_tools"
         ):
@@ -146,6 +147,11 @@ def read_choice(wire: object) -> ToolChoice:
                 "`tool_choice` must be `auto`, `none`, `required`, or"
                 f' {{"type":"function","function":{{"name":…}}}}. Given: {_quote(wire)}'
             )
+
+
+def _this_one(name: str) -> ToolChoice:
+    """The one tool that a client named: it gets its one call, as from OpenAI and TGI."""
+    return ToolChoice(Mode.REQUIRED, (name,), max_calls=1)
 
 
 _MODES: Mapping[str, ToolChoice] = {"auto": AUTO, "none": NONE, "required": REQUIRED}
@@ -178,7 +184,8 @@ def allowed_calls(
         chosen = tuple(by_name[name] for name in dict.fromkeys(choice.names))
         if not chosen:
             raise ToolError("`tool_choice.allowed_tools.tools` cannot be empty")
-    return AllowedCalls(chosen, choice.mode is Mode.REQUIRED, MAX_CALLS if is_parallel else 1)
+    max_calls = choice.max_calls if is_parallel else 1
+    return AllowedCalls(chosen, choice.mode is Mode.REQUIRED, max_calls)
 
 
 def _quote(value: object) -> str:

@@ -16,6 +16,7 @@ TEXT, TEXT_STREAM = (
     f"{_TOOLS}_insufficient_information_nostream",
     f"{_TOOLS}_insufficient_information_stream",
 )
+_MAX_CALLS = 8  # more do not fit into the tokens that are asked for
 _USAGE = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
 
 
@@ -90,15 +91,16 @@ def _role_once(events: list[Any]) -> list[Any]:
 
 
 def _call_as_openai(events: list[Any]) -> list[Any]:
-    """Name and id once, then pieces of the arguments, then an empty delta with the reason."""
+    """Calls, then an empty delta with the reason. Of a call name and id, then its arguments."""
     if not events[0]["choices"][0]["delta"]["tool_calls"]:
         return events
     for event in events[1:]:
         for call in event["choices"][0]["delta"]["tool_calls"]:
             call |= {"id": None, "type": None}
-    end = copy.deepcopy(events[-1])
+    another, end = copy.deepcopy(events[0]), copy.deepcopy(events[-1])
+    another["choices"][0]["delta"]["role"] = None
     end["choices"][0] |= {"delta": {}, "finish_reason": "tool_calls"}
-    return [*events, end]
+    return [*events, *[another, *events[1:]] * (_MAX_CALLS - 1), end]
 
 
 CHANGES: tuple[Change, ...] = (
@@ -128,7 +130,8 @@ CHANGES: tuple[Change, ...] = (
         _role_once,
     ),
     Change(
-        "TGI repeated id and type in each piece of a call, and gave its stream no finish_reason",
+        "TGI repeated id and type in each piece of a call, never made a second call, and"
+        " gave its stream no finish_reason",
         lambda case: bool(case.body.get("tools")) and case.is_stream,
         _call_as_openai,
     ),

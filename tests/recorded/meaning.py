@@ -92,6 +92,10 @@ def _grow(call: dict[str, Any], part: Mapping[str, Any]) -> None:
 def _of_calls(case: Case, calls: Sequence[Mapping[str, Any]], reason: str) -> Iterator[str]:
     if (reason == "tool_calls") > bool(calls):
         yield "tool_calls is the reason of an answer without any"
+    choice = case.body.get("tool_choice")
+    is_named = choice not in (None, "auto", "none", "required")
+    if is_named and len(calls) != 1:
+        yield f"{len(calls)} calls of a tool that was named"
     names = [tool["function"]["name"] for tool in case.body.get("tools", ())]
     for call in calls:
         if call["function"]["name"] not in names:

@@ -95,13 +95,11 @@ def _of_phases(phases: Sequence[Any], events: Sequence[Any], place: str) -> Iter
     phase = 0
     for number, event in enumerate(events):
         here = f"{place}[{number}]"
-        fitting = [
-            later
-            for later in range(phase, len(phases) if number else 1)
-            if not list(mismatches(phases[later], event))
-        ]
+        reachable = range(phase, len(phases)) if number else range(1)
+        found = {later: list(mismatches(phases[later], event, here)) for later in reachable}
+        fitting = [later for later, faults in found.items() if not faults]
         if not fitting:
-            yield from _least(phases[phase:], event, here)
+            yield from min(found.values(), key=len)
             return
         phase = fitting[0]
     if phase != len(phases) - 1:

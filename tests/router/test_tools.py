@@ -86,9 +86,9 @@ def test_names_from_elsewhere_are_taken(name: str) -> None:
         ("auto", AUTO),
         ("none", NONE),
         ("required", REQUIRED),
-        ("f", ToolChoice(Mode.REQUIRED, ("f",))),
-        ({"type": "function", "function": {"name": "f"}}, ToolChoice(Mode.REQUIRED, ("f",))),
-        ({"function": {"name": "f"}}, ToolChoice(Mode.REQUIRED, ("f",))),
+        ("f", ToolChoice(Mode.REQUIRED, ("f",), max_calls=1)),
+        ({"type": "function", "function": {"name": "f"}}, ToolChoice(Mode.REQUIRED, ("f",), 1)),
+        ({"function": {"name": "f"}}, ToolChoice(Mode.REQUIRED, ("f",), max_calls=1)),
         (
             {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [wire("f")]}},
             ToolChoice(Mode.AUTO, ("f",)),
@@ -131,3 +131,9 @@ def test_without_parallel_calls_there_is_one_at_most() -> None:
     tools = read_tools([wire()])
     counts = [allowed_calls(tools, AUTO, is_parallel=one) for one in (True, False)]
     assert [one.max_calls for one in counts if one] == [MAX_CALLS, 1]
+
+
+def test_a_tool_that_is_named_is_called_once() -> None:
+    calls = allowed_calls(read_tools([wire("f")]), read_choice("f"), is_parallel=True)
+    assert calls
+    assert calls.max_calls == 1
