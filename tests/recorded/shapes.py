@@ -95,7 +95,8 @@ def _of_phases(phases: Sequence[Any], events: Sequence[Any], place: str) -> Iter
     phase = 0
     for number, event in enumerate(events):
         here = f"{place}[{number}]"
-        reachable = range(phase, len(phases)) if number else range(1)
+        first = range(1) if len(events) > 1 else (0, len(phases) - 1)
+        reachable = range(phase, len(phases)) if number else first
         found = {later: list(mismatches(phases[later], event, here)) for later in reachable}
         fitting = [later for later, faults in found.items() if not faults]
         if not fitting:

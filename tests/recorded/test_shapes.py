@@ -48,7 +48,7 @@ USAGE: dict[str, Any] = {"choices": [], "usage": {}}
 STREAM = [event("a"), event("b"), event("c", "length"), USAGE]
 
 
-@pytest.mark.parametrize("got", [STREAM, [event("x"), *STREAM], STREAM[1:]])
+@pytest.mark.parametrize("got", [STREAM, [event("x"), *STREAM], STREAM[1:], STREAM[2:]])
 def test_the_same_stream(got: list[Any]) -> None:
     assert list(stream_mismatches(STREAM, got)) == []
 
