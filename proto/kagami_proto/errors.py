@@ -10,7 +10,9 @@ KagamiError
 │  ├─ TemplateError          the chat template is missing or refuses the messages
 │  ├─ ToolError              the tools cannot be served
 │  ├─ SuffixNotSupported     `suffix` of the completions route
-│  └─ BatchSizeExceeded      more prompts in one call than --max-client-batch-size
+│  ├─ BatchSizeExceeded      more prompts in one call than --max-client-batch-size
+│  ├─ InvalidUtf8            bytes of a KServe input are no text
+│  └─ LengthMismatch         a KServe call asks for other outputs than it has inputs
 ├─ NotFound                  there is no such path, model or method
 │  └─ MethodNotAllowed       the path is there, for other methods
 ├─ Unauthorized              the API key is missing or wrong
@@ -73,6 +75,14 @@ class SuffixNotSupported(InvalidRequest):
 
 class BatchSizeExceeded(InvalidRequest):
     """One call brings more prompts than the limit."""
+
+
+class InvalidUtf8(InvalidRequest):
+    """The bytes of an input are not UTF-8."""
+
+
+class LengthMismatch(InvalidRequest):
+    """There are other outputs than inputs."""
 
 
 class NotFound(KagamiError):
@@ -144,6 +154,8 @@ TABLE: Mapping[type[KagamiError], Row] = MappingProxyType(
         ToolError: Row("tool_error", HTTPStatus.UNPROCESSABLE_ENTITY, "Tool error: "),
         SuffixNotSupported: Row("suffix not supported", HTTPStatus.UNPROCESSABLE_ENTITY, ""),
         BatchSizeExceeded: Row("batch size exceeded", HTTPStatus.UNPROCESSABLE_ENTITY, ""),
+        InvalidUtf8: Row("utf8", HTTPStatus.UNPROCESSABLE_ENTITY, ""),
+        LengthMismatch: Row("length mismatch", HTTPStatus.UNPROCESSABLE_ENTITY, ""),
         NotFound: Row("not_found", HTTPStatus.NOT_FOUND, ""),
         MethodNotAllowed: Row("method_not_allowed", HTTPStatus.METHOD_NOT_ALLOWED, ""),
         Unauthorized: Row("unauthorized", HTTPStatus.UNAUTHORIZED, ""),

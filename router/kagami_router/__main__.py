@@ -7,6 +7,11 @@ from kagami_router.cli import parse
 
 def main() -> None:
     """Serve until a signal; the exit code says how it ended."""
+    if sys.argv[1:] == ["print-schema"]:
+        from kagami_router.api.routes import document  # heavy, as below
+
+        print(document())  # noqa: T201 - what it was asked for
+        return
     args = parse(sys.argv[1:])
     from kagami_router.app import run  # heavy: must not slow down --help
 

@@ -106,6 +106,7 @@ async def _listening(args: RouterArgs, door: Door) -> AsyncIterator[None]:
         payload_limit=args.payload_limit,
         allowed_origins=args.cors_allow_origin,
         key=args.api_key,
+        aip_routes=(args.aip_predict_route, args.aip_health_route),
     )
     host = _address(args.hostname)
     async with AsyncExitStack() as stack:

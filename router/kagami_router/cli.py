@@ -50,6 +50,9 @@ class RouterArgs:
     log_level: str
     compute_type: str
     docker_label: str | None
+    aip_predict_route: str | None
+    aip_health_route: str | None
+    """Where Vertex AI sends predictions and probes"""
     without_effect: tuple[str, ...]
     """Flags that were given and change nothing."""
 
@@ -184,6 +187,10 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Route
         if value is not None and value is not False and not flag.has_effect:
             without_effect.append(flag.name)
         values[flag.field] = flag.default if value is None else value
+    if environ.get("AIP_HTTP_PORT"):  # Vertex AI speaks to this port, whatever else was said
+        values["port"] = _from_environment(
+            parser, _Flag("--aip-http-port", _port, None, ""), environ
+        )
     origins = values.pop("cors_allow_origin") or []
     for flag in _FLAGS:
         if flag.field not in RouterArgs.__dataclass_fields__:
@@ -195,8 +202,19 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Route
         log_level=environ.get("LOG_LEVEL", "info"),
         compute_type=environ.get("COMPUTE_TYPE", "gpu+optimized"),
         docker_label=environ.get("DOCKER_LABEL"),
+        aip_predict_route=_route(parser, environ, "AIP_PREDICT_ROUTE"),
+        aip_health_route=_route(parser, environ, "AIP_HEALTH_ROUTE"),
         without_effect=tuple(without_effect),
     )
+
+
+def _route(
+    parser: argparse.ArgumentParser, environ: Mapping[str, str], variable: str
+) -> str | None:
+    path = environ.get(variable)
+    if path and not path.startswith("/"):
+        parser.error(f"invalid value {path!r} in the environment variable {variable}")
+    return path or None
 
 
 def _make_parser() -> argparse.ArgumentParser:

@@ -110,6 +110,7 @@ async def serving(
     key: str | None = None,
     origins: tuple[str, ...] = (),
     payload_limit: int = 2_000_000,
+    aip_routes: tuple[str | None, str | None] = (None, None),
     compile_grammar: CompileGrammar | None = None,
 ) -> AsyncIterator[FakeServer]:
     loop = loop or FakeLoop()
@@ -132,7 +133,13 @@ async def serving(
         door = Door()
         if is_open:
             door.open(front)
-        app = make_app(door, payload_limit=payload_limit, allowed_origins=origins, key=key)
+        app = make_app(
+            door,
+            payload_limit=payload_limit,
+            allowed_origins=origins,
+            key=key,
+            aip_routes=aip_routes,
+        )
         runner = web.AppRunner(
             app,
             handler_cancellation=True,

@@ -12,7 +12,7 @@ from kagami_router import tools
 from kagami_router.api import conversation, grammars, openai
 from kagami_router.api.answers import Call
 from kagami_router.api.chat_choices import ChoiceWriter
-from kagami_router.api.conversation import Conversation
+from kagami_router.api.conversation import Conversation, Prepared
 from kagami_router.api.middleware import read_body
 from kagami_router.api.schemas import ChatRequest, ChatTokenizeResponse
 from kagami_router.api.service import Front, front_of, json_response, simple_tokens
@@ -35,9 +35,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     """One answer, or one chunk for each token."""
     body = await read_body(request, _CHAT)
     front, call = front_of(request), Call.of(request)
-    plan = _plan(front, body)  # before the prompt, which costs more to make
-    prepared = await conversation.prepare(front, _conversation(body, plan.params.grammar))
-    plan = plan._replace(params=replace(plan.params, grammar=prepared.grammar))
+    plan, prepared = await prepare(front, body)
     writer = ChoiceWriter(prepared, front.decoder if body.logprobs else None)
     form = openai.Form(
         kind="chat.completion",
@@ -51,6 +49,13 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     return await openai.respond(
         request, call, body, plan=plan, prompts=[prepared.prompt], form=form
     )
+
+
+async def prepare(front: Front, body: ChatRequest) -> tuple[openai.Plan, Prepared]:
+    """What to do with a chat, and the prompt it becomes."""
+    plan = _plan(front, body)  # before the prompt, which costs more to make
+    prepared = await conversation.prepare(front, _conversation(body, plan.params.grammar))
+    return plan._replace(params=replace(plan.params, grammar=prepared.grammar)), prepared
 
 
 def _plan(front: Front, body: ChatRequest) -> openai.Plan:

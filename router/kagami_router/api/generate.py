@@ -44,14 +44,14 @@ _NO_PARAMETERS = GenerateParameters(do_sample=True)
 async def generate(request: web.Request) -> web.StreamResponse:
     """One object."""
     body = await read_body(request, _GENERATE)
-    answer, headers = await _whole(request, body.inputs, _given(body.parameters), False)
+    answer, headers = await _whole(request, body.inputs, given(body.parameters), False)
     return json_response(answer, **headers)
 
 
 async def generate_stream(request: web.Request) -> web.StreamResponse:
     """One event for each token."""
     body = await read_body(request, _GENERATE)
-    return await _stream(request, body.inputs, _given(body.parameters), False)
+    return await _stream(request, body.inputs, given(body.parameters), False)
 
 
 async def compat_generate(request: web.Request) -> web.StreamResponse:
@@ -61,18 +61,20 @@ async def compat_generate(request: web.Request) -> web.StreamResponse:
     for every local checkpoint.
     """
     body = await read_body(request, _COMPAT)
-    parameters = _given(body.parameters)
+    parameters = given(body.parameters)
     if body.stream:
         return await _stream(request, body.inputs, parameters, True)
     answer, headers = await _whole(request, body.inputs, parameters, True)
     return json_response([answer], **headers)
 
 
-def _given(parameters: GenerateParameters | UnsetType) -> GenerateParameters:
+def given(parameters: GenerateParameters | UnsetType) -> GenerateParameters:
+    """The parameters of a body; TGI samples where there are none."""
     return _NO_PARAMETERS if parameters is UNSET else parameters
 
 
-def _params(wire: GenerateParameters) -> GenerationParams:
+def params_of(wire: GenerateParameters) -> GenerationParams:
+    """The parameters in the terms of the door."""
     return GenerationParams(
         best_of=wire.best_of,
         do_sample=wire.do_sample,
@@ -98,7 +100,7 @@ def _params(wire: GenerateParameters) -> GenerationParams:
 async def _whole(
     request: web.Request, prompt: str, wire: GenerateParameters, full_text_default: bool
 ) -> tuple[GenerateResponse, dict[str, str]]:
-    front, call, params = front_of(request), Call.of(request), _params(wire)
+    front, call, params = front_of(request), Call.of(request), params_of(wire)
     front.validation.check_best_of(params)
     with front.infer.permits(params.num_samples):
         valid = await front.validation.validate(
@@ -124,7 +126,7 @@ async def _whole(
 async def _stream(
     request: web.Request, prompt: str, wire: GenerateParameters, full_text_default: bool
 ) -> web.StreamResponse:
-    front, call, params = front_of(request), Call.of(request), _params(wire)
+    front, call, params = front_of(request), Call.of(request), params_of(wire)
     front.validation.check_stream(params)
     with front.infer.permits():
         valid = await front.validation.validate(

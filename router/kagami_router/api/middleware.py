@@ -182,12 +182,12 @@ def _refusal(request: web.Request, refusal: web.HTTPException) -> web.Response:
 
 
 def count_calls(metrics_of: Callable[[], Metrics | None], paths: frozenset[str]) -> Middleware:
-    """A middleware that counts POSTs to `paths` and how each of them ended."""
+    """A middleware that counts POSTs to `paths`, as routes write them, and how each ended."""
 
     @web.middleware
     async def count(request: web.Request, handler: Handler) -> web.StreamResponse:
         metrics = metrics_of()
-        if metrics is None or request.method != "POST" or request.path not in paths:
+        if metrics is None or request.method != "POST" or _route_path(request) not in paths:
             return await handler(request)
         metrics.request_started()
         try:
@@ -208,6 +208,12 @@ def count_calls(metrics_of: Callable[[], Metrics | None], paths: frozenset[str])
         return response
 
     return count
+
+
+def _route_path(request: web.Request) -> str | None:
+    """The path of the request's route, its variables by name."""
+    resource = request.match_info.route.resource
+    return resource.canonical if resource is not None else None
 
 
 _JSON_TYPE = re.compile(r"application/(?:[\w.!#$&^+-]+\+)?json", re.IGNORECASE)

@@ -8,7 +8,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from aiohttp import web
 
@@ -164,10 +164,9 @@ async def respond(
         choices = await _choices(form, generations)
     finished = [Finished(one.request, one.end) for one in generations]
     log_success(call, finished)
-    return json_response(
-        OpenAIAnswer(form.kind, *identity, choices, _usage_of(finished, plan.num_samples)),
-        **whole_headers(front.compute_type, texts, call, finished),
-    )
+    usage = _usage_of(finished, plan.num_samples)
+    answer: OpenAIAnswer[Any] = OpenAIAnswer(form.kind, *identity, choices, usage)
+    return json_response(answer, **whole_headers(front.compute_type, texts, call, finished))
 
 
 @asynccontextmanager

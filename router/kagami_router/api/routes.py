@@ -1,51 +1,223 @@
 """The whole URL table, and the web application that serves it."""
 
 from collections.abc import Sequence
+from functools import cache
+from typing import Any
 
 from aiohttp import web
 from aiohttp.typedefs import Middleware
 
-from kagami_router.api import chat, completions, generate, service
-from kagami_router.api.middleware import api_key, cors, count_calls, errors
-from kagami_router.api.service import DOOR, Door
-
-ROUTES = [
-    web.get("/", service.health),
-    web.get("/health", service.health),
-    web.get("/ping", service.health),
-    web.get("/info", service.info),
-    web.get("/metrics", service.metrics),
-    web.get("/v1/models", service.models),
-    web.post("/tokenize", service.tokenize),
-    web.post("/chat_tokenize", chat.chat_tokenize),
-    web.post("/", generate.compat_generate),
-    web.post("/generate", generate.generate),
-    web.post("/generate_stream", generate.generate_stream),
-    web.post("/v1/chat/completions", chat.chat_completions),
-    web.post("/v1/completions", completions.completions),
-]
-
-GENERATING = frozenset(
-    ("/", "/generate", "/generate_stream", "/v1/chat/completions", "/v1/completions")
+from kagami_router.api import (
+    chat,
+    clouds,
+    completions,
+    docs,
+    generate,
+    kserve,
+    openapi,
+    service,
 )
-# Served without the API key: probes and scrapers carry none. TGI leaves /info, /v1/models and
-# /chat_tokenize open too; here they are closed, see notes/0003.
-OPEN = frozenset(("/", "/health", "/ping", "/metrics"))
+from kagami_router.api.chunk_schemas import ChatChunk, CompletionChunk
+from kagami_router.api.middleware import api_key, cors, count_calls, errors
+from kagami_router.api.openapi import Operation, Route
+from kagami_router.api.platform_schemas import (
+    InferRequest,
+    InferResponse,
+    Live,
+    ServerMetadata,
+    VertexRequest,
+    VertexResponse,
+)
+from kagami_router.api.schemas import (
+    ChatChoice,
+    ChatRequest,
+    ChatTokenizeResponse,
+    CompatGenerateRequest,
+    CompletionChoice,
+    CompletionRequest,
+    GenerateRequest,
+    GenerateResponse,
+    Info,
+    Model,
+    ModelList,
+    OpenAIAnswer,
+    SimpleToken,
+    StreamResponse,
+    encode,
+)
+from kagami_router.api.service import DOOR, TGI_VERSION, Door
+
+_HELLO = {"inputs": "The three primary colours are", "parameters": {"max_new_tokens": 12}}
+_CHAT = {"messages": [{"role": "user", "content": "Say hi."}], "max_tokens": 8}
+_TGI, _OPENAI, _PLATFORMS, _SERVER = "Text generation", "OpenAI", "Platforms", "Server"
+
+# Open routes need no API key: probes and scrapers carry none. TGI leaves /info, /v1/models,
+# /chat_tokenize and the docs open too; here they are closed, see notes/0003.
+_HEALTH = Operation(_SERVER, is_open=True, may_fail=(503,))
+_GENERATE = Operation(_TGI, GenerateRequest, GenerateResponse, generates=True, example=_HELLO)
+_COMPAT = Operation(
+    _TGI,
+    CompatGenerateRequest,
+    list[GenerateResponse],
+    StreamResponse,
+    generates=True,
+    example=_HELLO,
+)
+_CHATS = Operation(
+    _OPENAI, ChatRequest, OpenAIAnswer[ChatChoice], ChatChunk, generates=True, example=_CHAT
+)
+_COMPLETIONS = Operation(
+    _OPENAI,
+    CompletionRequest,
+    OpenAIAnswer[CompletionChoice],
+    CompletionChunk,
+    generates=True,
+    example={"prompt": "Once upon a time", "max_tokens": 12},
+)
+_VERTEX = Operation(
+    _PLATFORMS,
+    VertexRequest,
+    VertexResponse,
+    generates=True,
+    example={"instances": [_HELLO]},
+)
+_LIVE = Operation(_PLATFORMS, answer=Live, is_open=True)
+_READY = Operation(_PLATFORMS, answer=Live, is_open=True, may_fail=(503,))
+_MODEL_PATH = "/v2/models/{model}/versions/{version}"
+
+
+async def openapi_document(request: web.Request) -> web.Response:
+    """The OpenAPI document."""
+    return web.Response(body=_document_bytes(), content_type="application/json")
+
+
+ROUTES: Sequence[Route] = (
+    Route("GET", "/", service.health, _HEALTH),
+    Route("GET", "/health", service.health, _HEALTH),
+    Route("GET", "/ping", service.health, _HEALTH),
+    Route("GET", "/health/ready", service.health, _HEALTH),
+    Route("GET", "/health/live", service.alive, Operation(_SERVER, is_open=True)),
+    Route("GET", "/info", service.info, Operation(_SERVER, answer=Info)),
+    Route("GET", "/metrics", service.metrics, Operation(_SERVER, text="text/plain", is_open=True)),
+    Route("POST", "/", generate.compat_generate, _COMPAT),
+    Route("POST", "/generate", generate.generate, _GENERATE),
+    Route(
+        "POST",
+        "/generate_stream",
+        generate.generate_stream,
+        Operation(_TGI, GenerateRequest, event=StreamResponse, generates=True, example=_HELLO),
+    ),
+    Route(
+        "POST",
+        "/tokenize",
+        service.tokenize,
+        Operation(_TGI, GenerateRequest, list[SimpleToken], example={"inputs": "Hello"}),
+    ),
+    Route(
+        "POST",
+        "/chat_tokenize",
+        chat.chat_tokenize,
+        Operation(_TGI, ChatRequest, ChatTokenizeResponse, example=_CHAT),
+    ),
+    Route("POST", "/v1/chat/completions", chat.chat_completions, _CHATS),
+    Route("POST", "/v1/completions", completions.completions, _COMPLETIONS),
+    Route("GET", "/v1/models", service.models, Operation(_OPENAI, answer=ModelList)),
+    Route(
+        "GET",
+        "/v1/models/{name:.+}",
+        service.model,
+        Operation(_OPENAI, answer=Model, may_fail=(404,)),
+    ),
+    Route(
+        "POST",
+        "/invocations",
+        clouds.invocations,
+        Operation(
+            _PLATFORMS,
+            (CompatGenerateRequest, ChatRequest, CompletionRequest),
+            (list[GenerateResponse], OpenAIAnswer[ChatChoice], OpenAIAnswer[CompletionChoice]),
+            (StreamResponse, ChatChunk, CompletionChunk),
+            generates=True,
+            example=_HELLO,
+        ),
+    ),
+    Route("POST", "/vertex", clouds.vertex, _VERTEX),
+    Route("GET", "/v2/health/live", kserve.live, _LIVE),
+    Route("GET", "/v2/health/ready", kserve.ready, _READY),
+    Route("GET", "/v2", kserve.server_metadata, Operation(_PLATFORMS, answer=ServerMetadata)),
+    Route("GET", _MODEL_PATH, kserve.model_metadata, Operation(_PLATFORMS, answer=ServerMetadata)),
+    Route("GET", f"{_MODEL_PATH}/ready", kserve.ready, _READY),
+    Route(
+        "POST",
+        f"{_MODEL_PATH}/infer",
+        kserve.infer,
+        Operation(
+            _PLATFORMS,
+            InferRequest,
+            InferResponse,
+            generates=True,
+            example={"inputs": [{"name": "prompt", "data": ["Hello"]}]},
+        ),
+    ),
+    Route(
+        "GET", "/api-doc/openapi.json", openapi_document, Operation(_SERVER, answer=dict[str, Any])
+    ),
+    Route("GET", "/docs", docs.to_page, Operation(_SERVER, text="text/html")),
+    Route(
+        "GET",
+        "/docs/{file:[^/]*}",
+        docs.page,
+        Operation(_SERVER, text="text/html", may_fail=(404,)),
+    ),
+)
+
+
+def document() -> str:
+    """The OpenAPI document as JSON."""
+    return encode(openapi.document(ROUTES, TGI_VERSION)).decode()
+
+
+@cache  # the table does not change
+def _document_bytes() -> bytes:
+    return document().encode()
 
 
 def make_app(
-    door: Door, *, payload_limit: int, allowed_origins: Sequence[str], key: str | None
+    door: Door,
+    *,
+    payload_limit: int,
+    allowed_origins: Sequence[str],
+    key: str | None,
+    aip_routes: tuple[str | None, str | None] = (None, None),
 ) -> web.Application:
-    """The application; it serves 503 until `door` is open."""
+    """The application; it serves 503 until `door` is open.
+
+    `aip_routes` are the paths at which Vertex AI asks for predictions and for health.
+    """
+    routes = [*ROUTES, *_aip_routes(*aip_routes)]
     middlewares: list[Middleware] = [errors]
     if key:
-        middlewares.append(api_key(key, OPEN))
-    middlewares.append(count_calls(lambda: door.metrics, GENERATING))
+        is_open = frozenset(route.path for route in routes if route.operation.is_open)
+        middlewares.append(api_key(key, is_open))
+    generating = frozenset(route.path for route in routes if route.operation.generates)
+    middlewares.append(count_calls(lambda: door.metrics, generating))
     app = web.Application(middlewares=middlewares, client_max_size=payload_limit)
     app[DOOR] = door
     app.on_response_prepare.append(cors(allowed_origins))
-    app.add_routes(ROUTES)
+    for route in routes:
+        add = app.router.add_get if route.method == "GET" else app.router.add_post
+        add(route.path, route.handler)
     return app
+
+
+def _aip_routes(predict: str | None, health: str | None) -> list[Route]:
+    """Where the environment of a Vertex AI container asks; unless the table has that path."""
+    known = {(route.method, route.path) for route in ROUTES}
+    asked = [
+        *([Route("POST", predict, clouds.vertex, _VERTEX)] if predict else []),
+        *([Route("GET", health, service.health, _HEALTH)] if health else []),
+    ]
+    return [route for route in asked if (route.method, route.path) not in known]
 
 
 def make_metrics_app(door: Door) -> web.Application:

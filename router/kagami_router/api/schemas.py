@@ -7,10 +7,12 @@ looks at to refuse it by name.
 
 import math
 import struct
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
+
+_Choice = TypeVar("_Choice")
 
 UInt32 = Annotated[int, Meta(ge=0, le=2**32 - 1)]
 Int32 = Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)]
@@ -376,7 +378,7 @@ class CompletionChoice(Struct, frozen=True):
     finish_reason: str
 
 
-class OpenAIAnswer(Struct, frozen=True):
+class OpenAIAnswer(Struct, Generic[_Choice], frozen=True):
     """Answer of /v1/chat/completions and of /v1/completions."""
 
     object: str
@@ -384,7 +386,7 @@ class OpenAIAnswer(Struct, frozen=True):
     created: int
     model: str
     system_fingerprint: str
-    choices: list[ChatChoice] | list[CompletionChoice]
+    choices: list[_Choice]
     usage: Usage
 
 

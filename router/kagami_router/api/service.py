@@ -3,13 +3,14 @@
 Also `Front`, what all handlers serve from, and `Door`, which has one when the model is warm.
 """
 
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
 from aiohttp import web
 
-from kagami_proto.errors import Unavailable, Unhealthy
+from kagami_proto.errors import NotFound, Unavailable, Unhealthy
 from kagami_router.api.middleware import read_body
 from kagami_router.api.schemas import (
     GenerateRequest,
@@ -29,6 +30,7 @@ from kagami_router.validation import Validation
 
 # The release whose behaviour clients find here; some refuse to work below 2.1.
 TGI_VERSION = "3.3.7"
+MAX_NAME_SHOWN = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,8 @@ class Front:
     info: Info
     compute_type: str
     is_healthy: Callable[[], bool]
+    created: int = field(default_factory=lambda: int(time.time()))
+    """When the model was ready, in seconds since the epoch."""
 
     @property
     def system_fingerprint(self) -> str:
@@ -116,6 +120,11 @@ async def health(request: web.Request) -> web.Response:
     return web.Response()
 
 
+async def alive(request: web.Request) -> web.Response:
+    """200 without a body as long as the process answers."""
+    return web.Response()
+
+
 async def info(request: web.Request) -> web.Response:
     """The server's facts."""
     return json_response(front_of(request).info)
@@ -123,8 +132,20 @@ async def info(request: web.Request) -> web.Response:
 
 async def models(request: web.Request) -> web.Response:
     """The one model, as OpenAI lists it."""
-    name = front_of(request).info.model_id
-    return json_response(ModelList("list", [Model(name, "model", 0, name)]))
+    return json_response(ModelList("list", [_model(front_of(request))]))
+
+
+async def model(request: web.Request) -> web.Response:
+    """The one model, by its name."""
+    front, name = front_of(request), request.match_info["name"]
+    if name != front.info.model_id:
+        raise NotFound(f"The model `{name[:MAX_NAME_SHOWN]}` does not exist")
+    return json_response(_model(front))
+
+
+def _model(front: Front) -> Model:
+    name = front.info.model_id
+    return Model(name, "model", front.created, name)
 
 
 async def metrics(request: web.Request) -> web.Response:

@@ -1,3 +1,5 @@
+import time
+
 import pytest
 from tests.fakes.fake_loop import FakeLoop
 from tests.fakes.fake_server import flat_error, serving
@@ -88,8 +90,37 @@ def test_the_version_is_one_that_clients_accept() -> None:
 async def test_models_lists_the_one_model() -> None:
     async with serving() as server, server.http.get("/v1/models") as response:
         assert await response.read() == (
-            b'{"object":"list","data":[{"id":"M","object":"model","created":0,"owned_by":"M"}]}'
+            b'{"object":"list","data":[{"id":"M","object":"model","created":%d,"owned_by":"M"}]}'
+            % server.front.created
         )
+        assert abs(server.front.created - time.time()) < 60
+
+
+@pytest.mark.parametrize(("name", "status"), [("M", 200), ("m", 404), ("a/b", 404)])
+async def test_a_model_is_found_by_its_name(name: str, status: int) -> None:
+    async with serving() as server, server.http.get(f"/v1/models/{name}") as response:
+        assert response.status == status
+        if status == 404:
+            assert (await flat_error(response))["error"] == f"The model `{name}` does not exist"
+
+
+async def test_alive_is_not_ready() -> None:
+    async with serving(is_open=False) as server:
+        for path, status in (
+            ("/health/live", 200),
+            ("/health/ready", 503),
+            ("/v2/health/live", 200),
+            ("/v2/health/ready", 503),
+        ):
+            async with server.http.get(path) as response:
+                assert response.status == status
+
+
+@pytest.mark.parametrize("path", ["/health", "/info", "/v1/models", "/metrics", "/docs/"])
+async def test_head_works_wherever_get_does(path: str) -> None:
+    async with serving() as server, server.http.head(path) as response:
+        assert response.status == 200
+        assert await response.read() == b""
 
 
 async def test_tokenize_counts_bytes() -> None:
