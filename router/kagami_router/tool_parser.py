@@ -87,7 +87,7 @@ class CallParser:
         self._state: Callable[[], bool] = self._text if self._form.opener else self._start
         self._head_pattern = self._first_head
         self._buffer = ""
-        self._opener = ""  # of the call that is being read, "" where it is no text
+        self._before = ""  # the call that is being read: what is text too if that is none
         self._raw = ""  # of that call: what was taken from the buffer
         self._held: list[Delta] = []  # of that call, until it is known to be one
         self._scan = _ObjectScan()
@@ -143,8 +143,9 @@ class CallParser:
             return []
         if self._state == self._text and not self._is_blank:
             self._put_text(self._buffer)
-        self._buffer = ""
-        self._open("")
+            self._buffer = ""
+        before, self._buffer = self._buffer, ""
+        self._open(before)
         return self._run()
 
     def _run(self) -> list[Delta]:
@@ -173,9 +174,11 @@ class CallParser:
         is_searched = bool(opener) and opener not in self._special
         at = self._buffer.find(opener) if is_searched else -1
         if at >= 0 and self.num_calls < self._max_calls:
-            self._put_text_before_call(self._buffer[:at])
-            self._buffer = self._buffer[at + len(opener) :]
-            self._open(opener)
+            begin = 0 if self._is_blank and not self._buffer[:at].strip() else at
+            self._put_text(self._buffer[:begin])
+            before, self._buffer = self._buffer[begin : at + len(opener)], self._buffer[at:]
+            self._buffer = self._buffer.removeprefix(opener)
+            self._open(before)
             return True
         end = len(self._buffer) - (_overlap(self._buffer, opener) if is_searched else 0)
         if not self._is_blank or self._buffer[:end].strip():
@@ -222,8 +225,9 @@ class CallParser:
         rest = self._buffer.lstrip()
         closer, between = self._form.closer.strip(), self._form.between.strip()
         if self._form.is_list and rest.startswith(between):
-            self._buffer = rest.removeprefix(between)
-            self._open("", self._next_head)
+            rest = rest.removeprefix(between)
+            before, self._buffer = self._buffer[: len(self._buffer) - len(rest)], rest
+            self._open(before, self._next_head)
             return True
         if closer and not rest.startswith(closer) and closer.startswith(rest):
             return False
@@ -243,8 +247,8 @@ class CallParser:
         self._state = self._text
         return True
 
-    def _open(self, opener: str, head: "_Pattern | None" = None) -> None:
-        self._opener, self._raw = opener, ""
+    def _open(self, before: str, head: "_Pattern | None" = None) -> None:
+        self._before, self._raw = before, ""
         self._head_pattern = head or self._first_head
         self._state = self._head
 
@@ -253,11 +257,6 @@ class CallParser:
         if not self._is_constrained:
             self._raw += text
         return text
-
-    def _put_text_before_call(self, text: str) -> None:
-        """White space alone is no content."""
-        if text.strip() or not self._is_blank:
-            self._put_text(text)
 
     def _put_text(self, text: str) -> None:
         if text:
@@ -281,7 +280,7 @@ class CallParser:
     def _fail(self) -> bool:
         """What began as a call is text."""
         self._held = []
-        self._put_text(self._opener)
+        self._put_text(self._before)
         self._buffer = self._raw + self._buffer
         self._state = self._text
         return True

@@ -215,3 +215,14 @@ def test_what_the_grammar_lets_through_the_parser_understands(model: str) -> Non
     tokens = tokens_of(MODELS[model][1], text)
     assert matcher(model).try_consume_tokens([token.id for token in tokens]) == len(tokens)
     assert len(summed(read(parser_of(model), tokens))[1]) == len(calls_in(model))
+
+
+@pytest.mark.parametrize("text", [" <tool_call>", "\n<tool_call>\n{}", "\n\n<tool_call>x"])
+def test_white_space_before_what_is_no_call_is_kept(text: str) -> None:
+    assert summed(read(parser_of("unaware", is_constrained=False), text)) == (text, [])
+
+
+def test_a_list_that_goes_on_with_no_call_is_text_from_there() -> None:
+    text = said("mistral-plain", ("now", "{}"), ("unknown", "{}"))
+    found = summed(read(parser_of("mistral-plain", is_constrained=False), text))
+    assert found == (', {"name": "unknown", "arguments": {}}]', [("id0", "now", "{}")])
