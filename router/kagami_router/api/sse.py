@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from aiohttp import web
 
+from kagami_proto.errors import KagamiError
 from kagami_router.api.error_shapes import Family, error_event
 from kagami_router.api.middleware import FAILURE_CAUSE, failure_cause, report
 
@@ -32,6 +33,11 @@ def event(body: bytes) -> bytes:
     return b"data: %b\n\n" % body
 
 
+def named_event(name: str, body: bytes) -> bytes:
+    """One event that says what it is."""
+    return b"event: %b\ndata: %b\n\n" % (name.encode(), body)
+
+
 async def respond(
     request: web.Request,
     turns: AbstractAsyncContextManager[AsyncIterator[_Turn]],
@@ -39,12 +45,14 @@ async def respond(
     render: Callable[[_Turn], bytes],
     last: Callable[[], bytes],
     headers: Mapping[str, str],
+    failed: Callable[[KagamiError], bytes] | None = None,
     keep_alive_s: float = KEEP_ALIVE_S,
 ) -> web.StreamResponse:
     """Answer with a stream: one write for each turn, then `last()`.
 
     What fails before `turns` is entered is raised and gets a status of its own; what fails later
-    becomes an event. A client that goes away cancels this task, and leaving `turns` the generation.
+    becomes an event, by `failed` or else in the family's shape. A client that goes away cancels this
+    task, and leaving `turns` the generation.
     """
     response = web.StreamResponse(headers={**HEADERS, **headers})
     try:
@@ -65,7 +73,8 @@ async def respond(
         known = report(request, error)
         request[FAILURE_CAUSE] = failure_cause(known)
         with suppress(ConnectionError):
-            await response.write(error_event(known, Family.of(request.path)))
+            told = failed(known) if failed else error_event(known, Family.of(request.path))
+            await response.write(told)
             await response.write_eof()
     return response
 
