@@ -51,8 +51,8 @@ async def respond(
     """Answer with a stream: one write for each turn, then `last()`.
 
     What fails before `turns` is entered is raised and gets a status of its own; what fails later
-    becomes an event, by `failed` or else in the family's shape. A client that goes away cancels this
-    task, and leaving `turns` the generation.
+    becomes an event, by `failed` or else in the family's shape. A client that goes away cancels
+    this task, and leaving `turns` the generation.
     """
     response = web.StreamResponse(headers={**HEADERS, **headers})
     try:
