@@ -1,8 +1,13 @@
-"""The page that shows the OpenAPI document; all of it is served from here, no CDN."""
+"""The page that shows the OpenAPI document; all of it is served from here, no CDN.
+
+Swagger UI's files come with a package for another framework; it is looked up, never imported.
+"""
 
 from collections.abc import Mapping
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
 
-import swagger_ui_bundle
 from aiohttp import hdrs, web
 
 # What the page loads, and no other file of the package.
@@ -14,19 +19,37 @@ _FILES: Mapping[str, str] = {
     "swagger-ui-bundle.js": "text/javascript",
     "swagger-ui-standalone-preset.js": "text/javascript",
 }
-_PAGE = "index.html"
-_INITIALIZER = "swagger-initializer.js"
-# In place of the package's own, which would load an example from another server.
-_INITIALIZER_SOURCE = """window.onload = () => {
-  window.ui = SwaggerUIBundle({
-    url: "../api-doc/openapi.json",
-    dom_id: "#swagger-ui",
-    deepLinking: true,
-    validatorUrl: null,
-    presets: [SwaggerUIBundle.presets.apis, SwaggerUIStandalonePreset],
-    layout: "StandaloneLayout",
-  });
-};
+# The browser sees to it that nothing is loaded from elsewhere; Swagger UI draws with inline styles.
+_ONLY_FROM_HERE = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline';"
+    " img-src 'self' data:"
+)
+_PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+  <meta charset="utf-8">
+  <title>Kagami</title>
+  <link rel="stylesheet" href="swagger-ui.css">
+  <link rel="stylesheet" href="index.css">
+  <link rel="icon" type="image/png" href="favicon-32x32.png" sizes="32x32">
+  <link rel="icon" type="image/png" href="favicon-16x16.png" sizes="16x16">
+</head>
+<body>
+  <div id="swagger-ui"></div>
+  <script src="swagger-ui-bundle.js"></script>
+  <script src="swagger-ui-standalone-preset.js"></script>
+  <script>
+    window.ui = SwaggerUIBundle({
+      url: "../api-doc/openapi.json",
+      dom_id: "#swagger-ui",
+      deepLinking: true,
+      validatorUrl: null,
+      presets: [SwaggerUIBundle.presets.apis, SwaggerUIStandalonePreset],
+      layout: "StandaloneLayout",
+    });
+  </script>
+</body>
+</html>
 """
 
 
@@ -37,12 +60,21 @@ async def to_page(request: web.Request) -> web.Response:
 
 async def page(request: web.Request) -> web.StreamResponse:
     """Swagger UI over the OpenAPI document."""
-    name = request.match_info["file"] or _PAGE
-    if name == _INITIALIZER:
-        return web.Response(text=_INITIALIZER_SOURCE, content_type="text/javascript")
-    content_type = "text/html" if name == _PAGE else _FILES.get(name)
+    name = request.match_info["file"]
+    if not name:
+        headers = {"content-security-policy": _ONLY_FROM_HERE}
+        return web.Response(text=_PAGE, content_type="text/html", headers=headers)
+    content_type = _FILES.get(name)
     if content_type is None:
         raise web.HTTPNotFound
-    response = web.FileResponse(swagger_ui_bundle.swagger_ui_path / name)
+    response = web.FileResponse(_folder() / name)
     response.content_type = content_type
     return response
+
+
+@cache  # where an installed package lies does not change
+def _folder() -> Path:
+    spec = find_spec("flask_swagger_ui")
+    assert spec is not None
+    assert spec.submodule_search_locations is not None, "it is one of our dependencies"
+    return Path(spec.submodule_search_locations[0]) / "dist"

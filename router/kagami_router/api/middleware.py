@@ -109,7 +109,7 @@ def report(request: web.Request, error: Exception) -> KagamiError:
         logger.error("Internal error", extra=_place(request), exc_info=error)
         return InternalError("Internal error")
     if not isinstance(error, Unhealthy | Unavailable):
-        is_theirs = isinstance(error, InvalidRequest | Overloaded | Unauthorized)
+        is_theirs = isinstance(error, InvalidRequest | NotFound | Overloaded | Unauthorized)
         level = logging.WARNING if is_theirs else logging.ERROR
         hint = {"limit": "--max-concurrent-requests"} if isinstance(error, Overloaded) else {}
         logger.log(level, "%s", error_text(error), extra={**_place(request), **hint})

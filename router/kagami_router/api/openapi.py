@@ -148,10 +148,17 @@ def _success(operation: Operation, schema_of: Any) -> dict[str, Any]:
     if operation.answer is not None:
         content[_JSON] = {"schema": schema_of(operation.answer)}
     if operation.event is not None:
+        data = {
+            "type": "string",
+            "contentMediaType": _JSON,
+            "contentSchema": schema_of(operation.event),
+        }
         content["text/event-stream"] = {
             "schema": {
-                "description": "Server-sent events; the data of each is the JSON below.",
-                **schema_of(operation.event),
+                "description": "Each server-sent event; OpenAI's streams end with `[DONE]`.",
+                "type": "object",
+                "required": ["data"],
+                "properties": {"data": {"anyOf": [{"const": "[DONE]"}, data]}},
             }
         }
     if operation.text:

@@ -166,9 +166,8 @@ async def test_the_docs_page_loads_nothing_from_elsewhere() -> None:
             assert (response.status, response.headers["location"]) == (303, "/docs/")
         async with server.http.get("/docs/") as response:
             assert response.content_type == "text/html"
+            assert "default-src 'self'" in response.headers["content-security-policy"]
             page = await response.text()
-        async with server.http.get("/docs/swagger-initializer.js") as response:
-            page += await response.text()
     assert "http://" not in page
     assert "https://" not in page
     assert "openapi.json" in page
@@ -180,9 +179,9 @@ async def test_the_docs_page_loads_nothing_from_elsewhere() -> None:
         ("swagger-ui-bundle.js", 200),
         ("swagger-ui.css", 200),
         ("favicon-16x16.png", 200),
-        ("swagger-ui-bundle.js.map", 404),
+        ("swagger-ui.js", 404),
         ("..%2f..%2f__init__.py", 404),
-        ("index.j2", 404),
+        ("VERSION", 404),
     ],
 )
 async def test_only_the_files_of_the_page_are_served(name: str, status: int) -> None:
