@@ -6,7 +6,7 @@ tool_formats.py, how its text is read in tool_parser.py.
 
 import enum
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,13 +69,16 @@ class AllowedCalls:
     max_calls: int
 
 
-def read_tools(wire: Sequence[object]) -> tuple[Tool, ...]:
-    """OpenAI's `tools`; TGI's key `arguments` is read as `parameters`."""
+def read_tools(
+    wire: Sequence[object], read: Callable[[str, object], Tool] | None = None
+) -> tuple[Tool, ...]:
+    """`tools`, each by `read(its place, itself)`; without it as OpenAI's chats have them."""
+    read = read or _read_tool
     if len(wire) > MAX_TOOLS:
         raise ToolError(f"`tools` must have at most {MAX_TOOLS} tools. Given: {len(wire)}")
     tools: dict[str, Tool] = {}
     for index, one in enumerate(wire):
-        tool = _read_tool(f"tools[{index}]", one)
+        tool = read(f"tools[{index}]", one)
         if tool.name in tools:
             raise ToolError(f"`tools[{index}]` has a name that was given before: {tool.name}")
         tools[tool.name] = tool
@@ -83,6 +86,7 @@ def read_tools(wire: Sequence[object]) -> tuple[Tool, ...]:
 
 
 def _read_tool(place: str, wire: object) -> Tool:
+    """TGI's key `arguments` is read as `parameters`."""
     function = wire.get("function") if isinstance(wire, Mapping) else None
     if not isinstance(wire, Mapping) or not isinstance(function, Mapping):
         raise ToolError(f'`{place}` must be {{"type":"function","function":{{"name":…}}}}')

@@ -83,18 +83,19 @@ class _Shape(NamedTuple):
     event: Callable[[KagamiError], bytes]
 
 
-def _kind(error: KagamiError) -> str:
+def error_kind(error: KagamiError) -> str:
+    """The stable name of an error: TGI's `error_type`."""
     row = row_of(error)
     return row.kind if row else "internal"
 
 
 def _native(error: KagamiError) -> bytes:
-    return encode(ErrorResponse(error_text(error), _kind(error)))
+    return encode(ErrorResponse(error_text(error), error_kind(error)))
 
 
 def _openai(error: KagamiError) -> bytes:
-    inner = OpenAIError(error_text(error), _openai_type(error), _field(error), _kind(error))
-    return encode(OpenAIErrorResponse(inner, _kind(error)))
+    inner = OpenAIError(error_text(error), _openai_type(error), _field(error), error_kind(error))
+    return encode(OpenAIErrorResponse(inner, error_kind(error)))
 
 
 def _openai_event(error: KagamiError) -> bytes:
@@ -103,7 +104,7 @@ def _openai_event(error: KagamiError) -> bytes:
         error_status(error).value,
         _openai_type(error),
         _field(error),
-        _kind(error),
+        error_kind(error),
     )
     return b"data: %b\n\ndata: [DONE]\n\n" % encode(OpenAIStreamErrorEvent(inner))
 

@@ -15,6 +15,7 @@ from kagami_router.api import (
     generate,
     kserve,
     openapi,
+    responses,
     service,
 )
 from kagami_router.api.chunk_schemas import ChatChunk, CompletionChunk
@@ -27,6 +28,11 @@ from kagami_router.api.platform_schemas import (
     ServerMetadata,
     VertexRequest,
     VertexResponse,
+)
+from kagami_router.api.responses_schemas import (
+    RESPONSE_EVENTS,
+    ResponseObject,
+    ResponsesRequest,
 )
 from kagami_router.api.schemas import (
     ChatChoice,
@@ -73,6 +79,14 @@ _COMPLETIONS = Operation(
     CompletionChunk,
     generates=True,
     example={"prompt": "Once upon a time", "max_tokens": 12},
+)
+_RESPONSES = Operation(
+    _OPENAI,
+    ResponsesRequest,
+    ResponseObject,
+    RESPONSE_EVENTS,
+    generates=True,
+    example={"input": "Say hi.", "max_output_tokens": 8},
 )
 _VERTEX = Operation(
     _PLATFORMS,
@@ -121,6 +135,7 @@ ROUTES: Sequence[Route] = (
     ),
     Route("POST", "/v1/chat/completions", chat.chat_completions, _CHATS),
     Route("POST", "/v1/completions", completions.completions, _COMPLETIONS),
+    Route("POST", "/v1/responses", responses.responses, _RESPONSES),
     Route("GET", "/v1/models", service.models, Operation(_OPENAI, answer=ModelList)),
     Route(
         "GET",
