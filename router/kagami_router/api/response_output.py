@@ -47,10 +47,10 @@ class _Growing:
     def item(self, status: str) -> OutputItem:
         text = "".join(self.pieces)
         if self.call is not None:
-            return OutputCall("function_call", self.id, self.call.id, self.call.name, text, status)
+            return OutputCall(self.id, self.call.id, self.call.name, text, status)
         is_empty = status == IN_PROGRESS
         part = OutputText("output_text", text, [], self.logprobs)
-        return OutputMessage("message", self.id, status, "assistant", [] if is_empty else [part])
+        return OutputMessage(self.id, status, "assistant", [] if is_empty else [part])
 
 
 class Output:

@@ -85,20 +85,18 @@ class OutputText(Struct, frozen=True):
     logprobs: list[ChatLogprob]
 
 
-class OutputMessage(Struct, frozen=True):
+class OutputMessage(Struct, frozen=True, tag_field="type", tag="message"):
     """What the model says."""
 
-    type: Literal["message"]
     id: str
     status: str
     role: str
     content: list[OutputText]
 
 
-class OutputCall(Struct, frozen=True):
+class OutputCall(Struct, frozen=True, tag_field="type", tag="function_call"):
     """A function the model calls; `arguments` is JSON text."""
 
-    type: Literal["function_call"]
     id: str
     call_id: str
     name: str
