@@ -1,6 +1,7 @@
 """Thousands of broken bodies over raw connections to a real server, which then works as before."""
 
 import asyncio
+import contextlib
 import json
 import time
 import urllib.request
@@ -62,31 +63,36 @@ async def respond(reader: asyncio.StreamReader) -> tuple[int, bytes, bool]:
 
 async def talk(port: int, random: Random, until: float, tally: Tally) -> None:
     """Send one body after the other over connections that are kept as long as they last."""
-    writer: asyncio.StreamWriter | None = None
     while time.monotonic() < until:
-        if writer is None:
-            reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        path = random.choice(POSTS)
-        body = mutated(random, path)
-        target = path.format(model="m", version="1")
-        head = f"POST {target} HTTP/1.1\r\nhost: t\r\ncontent-length: {len(body)}\r\n"
-        writer.write(f"{head}content-type: application/json\r\n\r\n".encode() + body)
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
         try:
-            async with asyncio.timeout(PATIENCE_S):
-                status, answer, stays = await respond(reader)
-        except TimeoutError:
-            tally.num_left += 1
+            while time.monotonic() < until and await exchange(reader, writer, random, tally):
+                pass
+        finally:
             writer.close()
-            writer = None
-            continue
-        tally.statuses[status] += 1
-        if status >= 500 or b"Internal error" in answer or b'"generation"' in answer:
-            tally.faults.append(f"{path} {body!r}: {status} {answer!r}")
-        if not stays or random.random() < 0.01:
-            writer.close()
-            writer = None
-    if writer is not None:
-        writer.close()
+            with contextlib.suppress(ConnectionError):
+                await writer.wait_closed()
+
+
+async def exchange(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, random: Random, tally: Tally
+) -> bool:
+    """One body and its answer; whether the connection is worth keeping."""
+    path = random.choice(POSTS)
+    body = mutated(random, path)
+    target = path.format(model="m", version="1")
+    head = f"POST {target} HTTP/1.1\r\nhost: t\r\ncontent-length: {len(body)}\r\n"
+    writer.write(f"{head}content-type: application/json\r\n\r\n".encode() + body)
+    try:
+        async with asyncio.timeout(PATIENCE_S):
+            status, answer, stays = await respond(reader)
+    except TimeoutError:
+        tally.num_left += 1
+        return False
+    tally.statuses[status] += 1
+    if status >= 500 or b"Internal error" in answer or b'"generation"' in answer:
+        tally.faults.append(f"{path} {body!r}: {status} {answer!r}")
+    return stays and random.random() > 0.01
 
 
 def fuzz(server: Server, seed: int, seconds: float) -> Tally:
