@@ -97,14 +97,12 @@ def plan(front: Front, body: OpenAIRequest, max_tokens: int | None, top_n_tokens
     Sampling is on unless temperature or top_p is 0; top_p 1 and top_k below 1 are off.
     """
     num_samples = _num_samples(front, body)
-    is_greedy = body.temperature == 0 or body.top_p == 0
-    top_p = None if body.top_p == 1 else body.top_p
     stop = (body.stop,) if isinstance(body.stop, str) else filter(None, body.stop or ())
     params = GenerationParams(
-        do_sample=not is_greedy,
-        temperature=None if is_greedy else body.temperature,
-        top_p=None if is_greedy else top_p,
-        top_k=None if is_greedy or (body.top_k or 0) < 1 else body.top_k,
+        do_sample=True,
+        temperature=body.temperature or None,
+        top_p=None if body.top_p in (0, 1) else body.top_p,
+        top_k=None if (body.top_k or 0) < 1 else body.top_k,
         repetition_penalty=body.repetition_penalty,
         frequency_penalty=body.frequency_penalty,
         presence_penalty=body.presence_penalty,
@@ -117,6 +115,8 @@ def plan(front: Front, body: OpenAIRequest, max_tokens: int | None, top_n_tokens
         logit_bias=_logit_bias(body.logit_bias),
     )
     front.validation.check_params(params)
+    if body.temperature == 0 or body.top_p == 0:
+        params = replace(params, do_sample=False, temperature=None, top_p=None, top_k=None)
     return Plan(params, num_samples)
 
 

@@ -276,6 +276,10 @@ async def test_an_unknown_model_is_served_and_echoed() -> None:
         ),
         ({"messages": []}, "Input validation error: `messages` cannot be empty"),
         (
+            {"temperature": 0, "top_p": 7},
+            "Input validation error: `top_p` must be > 0.0 and < 1.0",
+        ),
+        (
             {"presence_penalty": 2.5},
             "Input validation error: `presence_penalty` must be >= -2.0 and <= 2.0",
         ),
