@@ -360,6 +360,7 @@ class BatchingLoop:
                 finished=now,
             ),
             cached_tokens=sequence.cached_tokens,
+            stop=generation.stop.found if generation.stop is not None else None,
         )
 
     def _prefill(self, sequence: Sequence) -> tuple[PrefillToken, ...]:

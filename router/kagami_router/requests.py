@@ -124,6 +124,8 @@ class End:
     timings: Timings
     cached_tokens: int
     """Prompt tokens found in the prefix cache."""
+    stop: str | None = None
+    """The stop string that ended it, if one did."""
 
 
 @dataclass(frozen=True, slots=True)

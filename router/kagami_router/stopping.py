@@ -16,7 +16,7 @@ class StopMatcher:
     before, so whatever could still become a stop string is held back.
     """
 
-    __slots__ = ("_held", "_keep_stop", "_num_held", "_progress")
+    __slots__ = ("_held", "_keep_stop", "_num_held", "_progress", "found")
 
     def __init__(self, stop: Sequence[str], *, keep_stop: bool) -> None:
         self._progress = [_Progress(text) for text in stop if text]
@@ -24,6 +24,8 @@ class StopMatcher:
         # What a stop string may begin in, oldest first: a text, and whether it may go out.
         self._held: deque[tuple[str, bool]] = deque()
         self._num_held = 0
+        self.found: str | None = None
+        """The stop string that is complete."""
 
     def push(self, text: str, *, is_shown: bool = True) -> tuple[str, bool]:
         """Take new text; returns what may go out now, and whether a stop string is complete."""
@@ -31,10 +33,12 @@ class StopMatcher:
         self._held.append((text, is_shown))
         self._num_held += len(text)
         complete = [
-            (end, -len(each.stop)) for each in self._progress if (end := each.feed(text)) >= 0
+            (end, -len(each.stop), each.stop)
+            for each in self._progress
+            if (end := each.feed(text)) >= 0
         ]
         if complete:
-            end, minus_length = min(complete)
+            end, minus_length, self.found = min(complete)
             out = self._release(num_before + end + (0 if self._keep_stop else minus_length))
             self._held.clear()
             return out, True

@@ -51,6 +51,8 @@ class GenerationParams:
     top_p: float | None = None
     typical_p: float | None = None
     max_new_tokens: int | None = None
+    may_be_shortened: bool = False
+    """More `max_new_tokens` than the context leaves are not refused: the answer ends there."""
     stop: tuple[str, ...] = ()
     keep_stop: bool = True
     ignore_eos: bool = False
@@ -171,7 +173,7 @@ class Validation:
             raise InvalidRequest("`inputs` cannot be empty")
         self._check_truncate(params.truncate)
         prompt_ids = given_ids or await self._encode(text, params.truncate, add_special_tokens)
-        max_new_tokens = self._max_new_tokens(len(prompt_ids), params.max_new_tokens)
+        max_new_tokens = self._max_new_tokens(len(prompt_ids), params)
         if params.grammar is not None:
             await self.ready_grammar(params.grammar)
         _check_supported(params)
@@ -289,10 +291,13 @@ class Validation:
             raise InvalidRequest("`inputs` has no tokens")
         return prompt_ids if truncate is None else prompt_ids[-truncate:]
 
-    def _max_new_tokens(self, num_input: int, asked: int | None) -> int:
+    def _max_new_tokens(self, num_input: int, params: GenerationParams) -> int:
         """Rules 15 and 16; without a wish, the rest of the context."""
         limits = self.limits
-        max_new = max(0, limits.max_total_tokens - num_input) if asked is None else asked
+        rest = max(0, limits.max_total_tokens - num_input)
+        max_new = rest if params.max_new_tokens is None else params.max_new_tokens
+        if params.may_be_shortened:
+            max_new = min(max_new, rest)
         if num_input + max_new > limits.max_total_tokens:
             raise InvalidRequest(
                 f"`inputs` tokens + `max_new_tokens` must be <= {limits.max_total_tokens}."

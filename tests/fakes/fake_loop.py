@@ -26,9 +26,10 @@ def end(
     num_generated: int,
     reason: FinishReason = FinishReason.LENGTH,
     cached_tokens: int = 0,
+    stop: str | None = None,
 ) -> End:
     now = time.monotonic()
-    return End(reason, text, num_generated, Timings(now, now, now, now), cached_tokens)
+    return End(reason, text, num_generated, Timings(now, now, now, now), cached_tokens, stop)
 
 
 def turns_of(
@@ -39,13 +40,14 @@ def turns_of(
     prefill: tuple[PrefillToken, ...] = (),
     top_tokens: tuple[Token, ...] = (),
     cached_tokens: int = 0,
+    stop: str | None = None,
 ) -> list[Events]:
     """One event a turn; the last one carries the end."""
     said = list(tokens)
     text = "".join(token.text for token in said if not token.special) + tail
     events = [StreamEvent(token, top_tokens) for token in said[:-1]]
     events.append(
-        StreamEvent(said[-1], top_tokens, tail, end(text, len(said), reason, cached_tokens))
+        StreamEvent(said[-1], top_tokens, tail, end(text, len(said), reason, cached_tokens, stop))
     )
     events[0] = replace(events[0], prefill=prefill)
     return [(event,) for event in events]

@@ -113,12 +113,17 @@ def _calls_of(conversation: Conversation) -> AllowedCalls | None:
     )
 
 
-def read_answer(generation: Generation, parser: AnswerParser) -> Answer:
-    """One whole answer as text and calls."""
+def read_deltas(generation: Generation, parser: AnswerParser) -> list[Delta]:
+    """One whole answer as it was said, piece by piece."""
     deltas: list[Delta] = []
     for token, tail in zip(generation.tokens, generation.tails, strict=True):
         deltas += parser.push(token, tail)
-    deltas += parser.finish(is_cut=generation.end.finish_reason is FinishReason.LENGTH)
+    return deltas + parser.finish(is_cut=generation.end.finish_reason is FinishReason.LENGTH)
+
+
+def read_answer(generation: Generation, parser: AnswerParser) -> Answer:
+    """One whole answer as text and calls."""
+    deltas = read_deltas(generation, parser)
     texts = [delta.text for delta in deltas if isinstance(delta, TextDelta)]
     arguments: dict[int, list[str]] = {}
     for delta in deltas:

@@ -49,7 +49,7 @@ _CLIENTS_ID = re.compile(r"[\x21-\x7e]{1,128}")
 EXPOSED_HEADERS = (
     "x-compute-type, x-compute-time, x-compute-characters, x-total-time, x-validation-time,"
     " x-queue-time, x-inference-time, x-time-per-token, x-prompt-tokens, x-generated-tokens,"
-    " x-accel-buffering, x-request-id, retry-after"
+    " x-accel-buffering, x-request-id, request-id, retry-after"
 )
 _ALLOWED_HEADERS = (
     "content-type,authorization,x-api-key,x-request-id,traceparent,tracestate,baggage,"
@@ -249,6 +249,8 @@ def cors(allowed_origins: Sequence[str]) -> Callable[..., Awaitable[None]]:
     async def add_headers(request: web.Request, response: web.StreamResponse) -> None:
         headers = response.headers
         headers["x-request-id"] = request_id(request)
+        if Family.of(request.path) is Family.ANTHROPIC:
+            headers["request-id"] = headers["x-request-id"]  # the name that its clients read
         headers.pop(hdrs.SERVER, None)  # aiohttp's own; it tells versions to anyone
         if isinstance(response, web.Response) and not response.body:
             headers.pop(hdrs.CONTENT_TYPE, None)

@@ -14,11 +14,19 @@ from kagami_router.api import (
     docs,
     generate,
     kserve,
+    messages,
     openapi,
     responses,
     service,
 )
 from kagami_router.api.chunk_schemas import ChatChunk, CompletionChunk
+from kagami_router.api.messages_schemas import (
+    CountTokensRequest,
+    MessageAnswer,
+    MessageEvent,
+    MessagesRequest,
+    TokensCount,
+)
 from kagami_router.api.middleware import api_key, cors, count_calls, errors
 from kagami_router.api.openapi import Operation, Route
 from kagami_router.api.platform_schemas import (
@@ -56,6 +64,7 @@ from kagami_router.api.service import DOOR, TGI_VERSION, Door
 _HELLO = {"inputs": "The three primary colours are", "parameters": {"max_new_tokens": 12}}
 _CHAT = {"messages": [{"role": "user", "content": "Say hi."}], "max_tokens": 8}
 _TGI, _OPENAI, _PLATFORMS, _SERVER = "Text generation", "OpenAI", "Platforms", "Server"
+_ANTHROPIC = "Anthropic"
 
 # Open routes need no API key: probes and scrapers carry none. TGI leaves /info, /v1/models,
 # /chat_tokenize and the docs open too; here they are closed, see notes/0003.
@@ -136,6 +145,25 @@ ROUTES: Sequence[Route] = (
     Route("POST", "/v1/chat/completions", chat.chat_completions, _CHATS),
     Route("POST", "/v1/completions", completions.completions, _COMPLETIONS),
     Route("POST", "/v1/responses", responses.responses, _RESPONSES),
+    Route(
+        "POST",
+        "/v1/messages",
+        messages.messages,
+        Operation(
+            _ANTHROPIC,
+            MessagesRequest,
+            MessageAnswer,
+            MessageEvent,
+            generates=True,
+            example=_CHAT,
+        ),
+    ),
+    Route(
+        "POST",
+        "/v1/messages/count_tokens",
+        messages.count_tokens,
+        Operation(_ANTHROPIC, CountTokensRequest, TokensCount, example=_CHAT),
+    ),
     Route("GET", "/v1/models", service.models, Operation(_OPENAI, answer=ModelList)),
     Route(
         "GET",
