@@ -84,6 +84,7 @@ BODIES: Mapping[str, Sequence[Any]] = {
     "/v1/messages": (_MESSAGES, _MESSAGES | _STREAMED),
     "/v1/messages/count_tokens": (_MESSAGES,),
     "/v1/responses": (_RESPONSES, _RESPONSES | _STREAMED),
+    "/v1/responses/input_tokens": (_RESPONSES,),
     "/invocations": _ALL_BODIES,
     "/vertex": ({"instances": [_NATIVE, _CHAT]},),
     "/v2/models/{model}/versions/{version}/infer": (_KSERVE,),

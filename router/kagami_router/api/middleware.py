@@ -105,6 +105,8 @@ def report(request: web.Request, error: Exception) -> KagamiError:
     What is outside the tree is logged with its traceback and stands as `InternalError`. Probes of
     a server that is not ready are not worth a line.
     """
+    if isinstance(error, RecursionError):  # decoded with the last frame, too deep for all after it
+        error = MalformedBody("The request body is nested too deeply")
     if not isinstance(error, KagamiError):
         logger.error("Internal error", extra=_place(request), exc_info=error)
         return InternalError("Internal error")
@@ -124,7 +126,7 @@ def failure_cause(error: BaseException) -> str:
     """The `err` label of tgi_request_failure."""
     for kind, cause in (
         (TemplateError, "template"),
-        (InvalidRequest, "validation"),
+        (InvalidRequest | RecursionError, "validation"),
         (Overloaded, "overloaded"),
         (Unavailable, "unavailable"),
         (IncompleteGeneration, "incomplete"),

@@ -51,8 +51,8 @@ def read_messages(body: ResponsesRequest) -> list[Message]:
 
 
 def _add_item(messages: list[Message], place: str, item: Mapping[str, Any]) -> None:
-    match item.get("type", "message"):
-        case "message":
+    match item.get("type"):
+        case None | "message":
             _add_message(messages, place, item)
         case "function_call":
             _add_call(messages, place, item)

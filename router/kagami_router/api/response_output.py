@@ -10,20 +10,22 @@ import msgspec
 
 from kagami_router.api.conversation import AnswerParser
 from kagami_router.api.logprobs import chat_logprobs
-from kagami_router.api.responses_schemas import (
+from kagami_router.api.response_events import (
     CallArgumentsDelta,
     CallArgumentsDone,
     ContentPartAdded,
     ContentPartDone,
-    OutputCall,
-    OutputItem,
     OutputItemAdded,
     OutputItemDone,
-    OutputMessage,
-    OutputText,
     OutputTextDelta,
     OutputTextDone,
     ResponseEvent,
+)
+from kagami_router.api.responses_schemas import (
+    OutputCall,
+    OutputItem,
+    OutputMessage,
+    OutputText,
 )
 from kagami_router.api.schemas import ChatLogprob
 from kagami_router.detokenize import TextDecoder

@@ -1,4 +1,4 @@
-"""/v1/responses, OpenAI's newer form of a chat; nothing is kept between two calls."""
+"""/v1/responses, OpenAI's newer form of a chat, and how long its prompts are; nothing is kept."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -16,19 +16,23 @@ from kagami_router.api.answers import Call
 from kagami_router.api.conversation import Conversation, Prepared
 from kagami_router.api.error_shapes import error_kind, error_text
 from kagami_router.api.middleware import read_body
-from kagami_router.api.response_output import COMPLETED, IN_PROGRESS, INCOMPLETE, Output
-from kagami_router.api.responses_schemas import (
-    IncompleteDetails,
-    InputTokensDetails,
-    OutputTokensDetails,
+from kagami_router.api.response_events import (
     ResponseCompleted,
     ResponseCreated,
-    ResponseError,
     ResponseErrorEvent,
     ResponseEvent,
     ResponseFailed,
     ResponseIncomplete,
     ResponseInProgress,
+)
+from kagami_router.api.response_output import COMPLETED, IN_PROGRESS, INCOMPLETE, Output
+from kagami_router.api.responses_schemas import (
+    IncompleteDetails,
+    InputTokens,
+    InputTokensDetails,
+    OutputTokensDetails,
+    Reasoning,
+    ResponseError,
     ResponseObject,
     ResponsesRequest,
     ResponseUsage,
@@ -37,7 +41,7 @@ from kagami_router.api.responses_schemas import (
     TextSettings,
 )
 from kagami_router.api.schemas import OpenAIRequest, encode
-from kagami_router.api.service import Front, front_of
+from kagami_router.api.service import Front, front_of, json_response
 from kagami_router.chat_template import PromptOptions
 from kagami_router.detokenize import TextDecoder
 from kagami_router.infer import Generation
@@ -53,17 +57,12 @@ _REFUSED: Mapping[str, str] = {
     "previous_response_id": "no response is kept; send the items so far as `input`",
     "prompt": "no prompt is kept; send its text as `instructions` or `input`",
 }
-# An assistant's message at the end is answered, not continued: OpenAI's own does so.
-_OPTIONS = PromptOptions(add_generation_prompt=True)
 
 
 async def responses(request: web.Request) -> web.StreamResponse:
     """One Response, or the events in which it grows."""
-    body = await read_body(request, _BODY)
+    body = await _read(request)
     front, call = front_of(request), Call.of(request)
-    for name, reason in _REFUSED.items():
-        if getattr(body, name):
-            raise InvalidRequest(f"`{name}` is not supported: {reason}")
     params = _params(front, body)  # before the prompt, which costs more to make
     prepared = await conversation.prepare(front, _conversation(body))
     return await one_answer.respond(
@@ -76,6 +75,23 @@ async def responses(request: web.Request) -> web.StreamResponse:
             _begun(front, call, body), prepared, front.decoder if _has_logprobs(body) else None
         ),
     )
+
+
+async def input_tokens(request: web.Request) -> web.Response:
+    """How long the prompt of such a Response is."""
+    body = await _read(request)
+    front = front_of(request)
+    prompt = await conversation.prompt(front, _conversation(body))
+    prompt_ids = await front.tokenizer.encode(prompt, add_special_tokens=False)
+    return json_response(InputTokens(len(prompt_ids)))
+
+
+async def _read(request: web.Request) -> ResponsesRequest:
+    body = await read_body(request, _BODY)
+    for name, reason in _REFUSED.items():
+        if getattr(body, name):
+            raise InvalidRequest(f"`{name}` is not supported: {reason}")
+    return body
 
 
 def _has_logprobs(body: ResponsesRequest) -> bool:
@@ -110,8 +126,19 @@ def _conversation(body: ResponsesRequest) -> Conversation:
         choice=choice,
         is_parallel=body.parallel_tool_calls is not False,
         grammar=_grammar(_format(body)),
-        options=_OPTIONS,
+        options=_options(body),
     )
+
+
+def _options(body: ResponsesRequest) -> PromptOptions:
+    """An assistant's message at the end is answered, not continued: OpenAI's own does so.
+
+    gpt-oss's template reads `reasoning_effort`, Qwen 3's `enable_thinking`.
+    """
+    effort = body.reasoning.effort if body.reasoning else None
+    variables = {"reasoning_effort": effort} if effort else {}
+    thinking = {"enable_thinking": False} if effort == "none" else {}
+    return PromptOptions(add_generation_prompt=True, variables=variables | thinking)
 
 
 def _format(body: ResponsesRequest) -> TextFormat:
@@ -140,6 +167,7 @@ def _begun(front: Front, call: Call, body: ResponsesRequest) -> ResponseObject:
         model=front.served_model(body.model),
         parallel_tool_calls=body.parallel_tool_calls is not False,
         prompt_cache_key=body.prompt_cache_key,
+        reasoning=Reasoning(body.reasoning.effort if body.reasoning else None),
         safety_identifier=body.safety_identifier,
         temperature=_or_one(body.temperature),
         text=TextEcho(_format(body), text.verbosity),

@@ -1,4 +1,4 @@
-"""The JSON of /v1/responses: its request, the Response object, the events of its stream.
+"""The JSON of /v1/responses: its request and the Response object; events: response_events.py.
 
 Types, defaults and key order, as in schemas.py. A field typed `Any` is one that this server only
 looks at to refuse it by name, or one that is read by response_items.py.
@@ -33,6 +33,13 @@ class TextSettings(Struct, frozen=True):
     verbosity: str | None = None
 
 
+class Reasoning(Struct, frozen=True):
+    """`reasoning`: templates may read `effort`, no summaries are made."""
+
+    effort: str | None = None
+    summary: str | None = None
+
+
 class ResponsesRequest(Struct, frozen=True, kw_only=True):
     """Body of /v1/responses; null means absent."""
 
@@ -49,8 +56,7 @@ class ResponsesRequest(Struct, frozen=True, kw_only=True):
     include: list[str] | None = None
     top_logprobs: UInt32 | None = None
     stream: bool | None = None
-    reasoning: dict[str, Any] | None = None
-    """Taken and does nothing."""
+    reasoning: Reasoning | None = None
     truncation: Literal["auto", "disabled"] | None = None
     """Taken and does nothing: a prompt that is too long is refused either way."""
     store: bool | None = None
@@ -144,13 +150,6 @@ class IncompleteDetails(Struct, frozen=True):
     reason: str
 
 
-class ReasoningSettings(Struct, frozen=True):
-    """No model here is told how hard to think."""
-
-    effort: None = None
-    summary: None = None
-
-
 class TextEcho(Struct, frozen=True, omit_defaults=True):
     """`text` as it was understood."""
 
@@ -177,7 +176,7 @@ class ResponseObject(Struct, frozen=True, kw_only=True):
     parallel_tool_calls: bool
     previous_response_id: None = None
     prompt_cache_key: str | None
-    reasoning: ReasoningSettings = ReasoningSettings()
+    reasoning: Reasoning
     safety_identifier: str | None
     service_tier: str = "default"
     store: bool = False
@@ -193,135 +192,8 @@ class ResponseObject(Struct, frozen=True, kw_only=True):
     metadata: dict[str, str]
 
 
-# --- the events of a stream; the tag is their name ---
+class InputTokens(Struct, frozen=True):
+    """Answer of /v1/responses/input_tokens."""
 
-
-class ResponseEvent(Struct, frozen=True, tag_field="type"):
-    """One event; they count from 0."""
-
-    sequence_number: int
-
-
-class ResponseCreated(ResponseEvent, frozen=True, tag="response.created"):
-    """The first event."""
-
-    response: ResponseObject
-
-
-class ResponseInProgress(ResponseEvent, frozen=True, tag="response.in_progress"):
-    """The second."""
-
-    response: ResponseObject
-
-
-class ResponseCompleted(ResponseEvent, frozen=True, tag="response.completed"):
-    """The last event of an answer that is whole."""
-
-    response: ResponseObject
-
-
-class ResponseIncomplete(ResponseEvent, frozen=True, tag="response.incomplete"):
-    """The last event of an answer that was cut."""
-
-    response: ResponseObject
-
-
-class ResponseFailed(ResponseEvent, frozen=True, tag="response.failed"):
-    """The last event of an answer that failed; an `error` comes before it."""
-
-    response: ResponseObject
-
-
-class OutputItemAdded(ResponseEvent, frozen=True, tag="response.output_item.added"):
-    """An item begins, empty."""
-
-    output_index: int
-    item: OutputItem
-
-
-class OutputItemDone(ResponseEvent, frozen=True, tag="response.output_item.done"):
-    """An item is whole."""
-
-    output_index: int
-    item: OutputItem
-
-
-class ContentPartAdded(ResponseEvent, frozen=True, tag="response.content_part.added"):
-    """A message's text begins, empty."""
-
-    item_id: str
-    output_index: int
-    content_index: int
-    part: OutputText
-
-
-class ContentPartDone(ResponseEvent, frozen=True, tag="response.content_part.done"):
-    """A message's text is whole."""
-
-    item_id: str
-    output_index: int
-    content_index: int
-    part: OutputText
-
-
-class OutputTextDelta(ResponseEvent, frozen=True, tag="response.output_text.delta"):
-    """More of a message's text."""
-
-    item_id: str
-    output_index: int
-    content_index: int
-    delta: str
-    logprobs: list[ChatLogprob]
-
-
-class OutputTextDone(ResponseEvent, frozen=True, tag="response.output_text.done"):
-    """A message's text, whole."""
-
-    item_id: str
-    output_index: int
-    content_index: int
-    text: str
-    logprobs: list[ChatLogprob]
-
-
-class CallArgumentsDelta(ResponseEvent, frozen=True, tag="response.function_call_arguments.delta"):
-    """More of a call's arguments."""
-
-    item_id: str
-    output_index: int
-    delta: str
-
-
-class CallArgumentsDone(ResponseEvent, frozen=True, tag="response.function_call_arguments.done"):
-    """A call's arguments, whole."""
-
-    item_id: str
-    output_index: int
-    name: str
-    arguments: str
-
-
-class ResponseErrorEvent(ResponseEvent, frozen=True, tag="error"):
-    """What went wrong after the stream had begun."""
-
-    code: str | None
-    message: str
-    param: str | None
-
-
-RESPONSE_EVENTS = (
-    ResponseCreated,
-    ResponseInProgress,
-    OutputItemAdded,
-    ContentPartAdded,
-    OutputTextDelta,
-    OutputTextDone,
-    ContentPartDone,
-    CallArgumentsDelta,
-    CallArgumentsDone,
-    OutputItemDone,
-    ResponseCompleted,
-    ResponseIncomplete,
-    ResponseErrorEvent,
-    ResponseFailed,
-)
+    input_tokens: int
+    object: Literal["response.input_tokens"] = "response.input_tokens"

@@ -37,8 +37,11 @@ from kagami_router.api.platform_schemas import (
     VertexRequest,
     VertexResponse,
 )
-from kagami_router.api.responses_schemas import (
+from kagami_router.api.response_events import (
     RESPONSE_EVENTS,
+)
+from kagami_router.api.responses_schemas import (
+    InputTokens,
     ResponseObject,
     ResponsesRequest,
 )
@@ -145,6 +148,12 @@ ROUTES: Sequence[Route] = (
     Route("POST", "/v1/chat/completions", chat.chat_completions, _CHATS),
     Route("POST", "/v1/completions", completions.completions, _COMPLETIONS),
     Route("POST", "/v1/responses", responses.responses, _RESPONSES),
+    Route(
+        "POST",
+        "/v1/responses/input_tokens",
+        responses.input_tokens,
+        Operation(_OPENAI, ResponsesRequest, InputTokens, example={"input": "Say hi."}),
+    ),
     Route(
         "POST",
         "/v1/messages",

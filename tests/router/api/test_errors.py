@@ -346,3 +346,24 @@ async def test_an_error_event_of_a_native_stream_is_its_last() -> None:
         'data: {"error":"Request failed during generation: boom","error_type":"generation"}',
         "",
     ]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", '{"messages":[{"role":"user","content":"a"}],"tool_choice":%s}'),
+        ("/v1/responses", '{"input":[{"type":%s}]}'),
+    ],
+)
+async def test_a_body_that_is_just_shallow_enough_to_be_read_is_no_bug_of_ours(
+    path: str, body: str
+) -> None:
+    statuses = set()
+    async with serving() as server:
+        for depth in range(900, 1000):
+            deep = "[" * depth + "1" + "]" * depth
+            async with server.http.post(
+                path, data=body.replace("%s", deep), headers={"content-type": "application/json"}
+            ) as response:
+                statuses.add(response.status)
+    assert statuses == {400, 422}

@@ -10,9 +10,10 @@ import pytest
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import BaseModel, TypeAdapter
 from tests.fakes.fake_loop import EOS, FakeLoop, turns_of
-from tests.fakes.fake_server import LIMITS, FakeServer, flat_error, serving
+from tests.fakes.fake_server import LIMITS, TOKENS, FakeServer, flat_error, serving
 
 from kagami_proto.errors import GenerationFailed
+from kagami_router.chat_template import ChatTemplate
 from kagami_router.requests import FinishReason, Grammar, GrammarKind, Token
 from kagami_router.validation import Limits
 
@@ -250,6 +251,15 @@ async def test_instructions_and_items_become_the_prompt() -> None:
     assert prompt_of(loop) == (
         "<|system|>Be kind\n\nBe short\n<|user|>Hi\n<|assistant|>Yes?\n<|user|>Why?\n<|assistant|>"
     )
+
+
+async def test_effort_reaches_the_template() -> None:
+    loop = saying("Hello")
+    template = ChatTemplate("{{ reasoning_effort }} {{ enable_thinking }}", TOKENS)
+    async with serving_wide(loop, template=template) as server:
+        whole = await answer(server, reasoning={"effort": "none", "summary": "auto"})
+    assert prompt_of(loop) == "none False"
+    assert whole["reasoning"] == {"effort": "none", "summary": None}
 
 
 async def test_an_assistants_message_at_the_end_is_answered() -> None:
@@ -533,6 +543,22 @@ async def test_the_clients_tool_round_trip() -> None:
     assert json.loads(call.arguments) == {"city": "Rome"}
     assert second.output_text == "It is hot."
     assert ARGUMENTS in prompt_of(loop)
+
+
+async def test_the_client_counts_the_tokens_of_a_prompt() -> None:
+    async with client_of(saying("Hello")) as client:
+        count = await client.responses.input_tokens.count(model="tgi", input="Hi", tools=[TOOL])
+        response = await client.responses.create(model="tgi", input="Hi", tools=[TOOL])
+    assert response.usage is not None
+    assert count.input_tokens == response.usage.input_tokens
+
+
+async def test_null_is_absent() -> None:
+    names = ("model", "instructions", "tools", "tool_choice", "text", "include", "metadata", "stop")
+    loop = saying("Hello")
+    async with serving_wide(loop) as server:
+        await answer(server, input=[USER | {"type": None}], **dict.fromkeys(names))
+    assert prompt_of(loop) == "<|user|>Hi\n<|assistant|>"
 
 
 async def test_the_client_raises_its_own_types_before_a_stream() -> None:
