@@ -115,7 +115,9 @@ class CallParser:
         while self._state in (self._head, self._arguments, self._foot):
             self._settle(is_cut)
             deltas += self._run()
-        if self._state == self._close or not (self._state != self._after or self._buffer.strip()):
+        # Behind calls nothing is left but white space, or what the next one was to begin with.
+        is_next = self._state == self._after and (self._is_constrained or not self._buffer.strip())
+        if self._state == self._close or is_next:
             self._buffer = ""
         self._put_text(self._buffer)
         self._buffer = ""

@@ -201,6 +201,7 @@ async def test_a_stop_string_ends_even_on_the_last_token(tmp_path: Path, keep_st
         end = end_of(await collect(served.loop.submit(request)))
     assert end.finish_reason is FinishReason.STOP_SEQUENCE
     assert end.generated_text == (text if keep_stop else text[:5])
+    assert end.stop == text[5:8]
 
 
 async def test_text_held_back_for_a_stop_string_is_not_lost(tmp_path: Path) -> None:

@@ -50,6 +50,14 @@ def test_of_two_complete_at_once_the_longer_is_cut() -> None:
     assert outcome(["xabc"], ["c", "abc"], keep_stop=False) == (["x", ""], True)
 
 
+def test_the_stop_string_that_was_found_is_known() -> None:
+    matcher = StopMatcher(["x", "cd", "bcd"], keep_stop=False)
+    matcher.push("abc")
+    assert matcher.found is None
+    matcher.push("d")
+    assert matcher.found == "bcd"
+
+
 def test_an_empty_stop_string_means_nothing() -> None:
     assert outcome(["abc"], [""], keep_stop=False) == (["abc", ""], False)
 

@@ -153,6 +153,11 @@ def test_a_cut_call_is_returned_as_far_as_it_goes(is_constrained: bool) -> None:
     assert summed(read(parser, text, is_cut=True)) == ("", [("id0", "weather", '{"city": "Ro')])
 
 
+def test_the_opener_of_a_next_call_is_no_text_where_it_is_cut() -> None:
+    text = said("unaware", ("now", "{}")) + "\n<tool_call"
+    assert summed(read(parser_of("unaware"), [text], is_cut=True)) == ("", [("id0", "now", "{}")])
+
+
 def test_a_forgotten_closer_is_forgiven() -> None:
     text = '<tool_call>\n{"name": "now", "arguments": {}}'
     assert summed(read(parser_of("qwen", is_constrained=False), [text]))[1] == [

@@ -166,6 +166,14 @@ async def test_an_equal_length_is_accepted_and_the_default_is_the_rest_of_the_co
     assert valid.stopping.max_new_tokens == 1
 
 
+async def test_an_answer_that_may_be_shortened_ends_with_the_context(
+    validation: Validation,
+) -> None:
+    params = P(max_new_tokens=500, may_be_shortened=True)
+    valid = await validation.validate("a" * 9, params, add_special_tokens=True)
+    assert valid.stopping.max_new_tokens == 54
+
+
 async def test_truncate_keeps_the_last_tokens(validation: Validation) -> None:
     valid = await validation.validate("abcd" * 30, P(truncate=2), add_special_tokens=True)
     whole = await validation.validate("cd", P(), add_special_tokens=False)
