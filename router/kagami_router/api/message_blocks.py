@@ -1,7 +1,7 @@
 """How /v1/messages writes an answer: blocks of text and of calls, whole or event by event."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 from msgspec import Raw
@@ -21,6 +21,9 @@ OutBlock = wire.TextBlock | wire.CallBlock
 
 _NO_INPUT = Raw(b"{}")
 _EMPTY_TEXT = wire.TextBlock("")
+_NAMES: Mapping[type[wire.MessageEvent], str] = {
+    kind: str(kind.__struct_config__.tag) for kind in get_args(wire.MessageEvent)
+}
 _STOP_REASONS: Mapping[FinishReason, wire.StopReason] = {
     FinishReason.EOS_TOKEN: "end_turn",
     FinishReason.STOP_SEQUENCE: "stop_sequence",
@@ -168,6 +171,4 @@ def _usage(request: ValidRequest, end: End | None) -> wire.MessageUsage:
 
 
 def _written(events: Iterable[wire.MessageEvent]) -> bytes:
-    return b"".join(
-        named_event(str(event.__struct_config__.tag), encode(event)) for event in events
-    )
+    return b"".join([named_event(_NAMES[type(event)], encode(event)) for event in events])

@@ -408,3 +408,37 @@ async def test_tokens_are_counted_as_they_will_be_used() -> None:
         counted = await client.messages.count_tokens(**body)
         await client.messages.create(**body, max_tokens=8)
         assert counted.input_tokens == len(server.loop.requests[0].prompt_ids)
+
+
+async def test_the_clients_own_tool_loop_runs_to_its_end() -> None:
+    @anthropic.beta_async_tool
+    async def weather(city: str) -> str:
+        """Says the weather."""
+        return f"Sunny in {city}"
+
+    answers = iter([saying(CALL), saying("It is sunny.")])
+    async with client_of(FakeLoop(lambda request: next(answers).play(request))) as (client, server):
+        fields = BODY | {"max_tokens": 100}
+        runner = client.beta.messages.tool_runner(**fields, tools=[weather])
+        reasons = [message.stop_reason async for message in runner]
+        assert "Sunny in Rome" in server.loop.requests[1].prompt_text
+    assert reasons == ["tool_use", "end_turn"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_calls_are_counted_and_their_permits_come_back(stream: bool) -> None:
+    async with serving(hi_loop()) as server:
+        async with server.post(PATH, BODY | {"stream": stream}) as response:
+            await response.read()
+        assert server.front.infer.num_permits_held == 0
+        assert "tgi_request_success 1" in server.front.metrics.render()
+
+
+async def test_a_client_that_goes_away_ends_its_generation() -> None:
+    loop = hi_loop()
+    loop.gate.clear()
+    async with serving(loop) as server:
+        async with server.post(PATH, BODY | {"stream": True}) as response:
+            await response.content.readline()
+        await asyncio.wait_for(loop.left.wait(), 5)
+        assert loop.num_open == 0
