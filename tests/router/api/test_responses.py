@@ -1,21 +1,18 @@
-"""/v1/responses over a scripted model: the JSON, and what the openai client makes of it."""
+"""/v1/responses over a scripted model: the JSON of its answers, streams and refusals."""
 
 import json
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Any
 
-import openai
 import pytest
 from openai.types.responses import Response, ResponseStreamEvent
-from pydantic import BaseModel, TypeAdapter
+from pydantic import TypeAdapter
 from tests.fakes.fake_loop import EOS, FakeLoop, turns_of
-from tests.fakes.fake_server import LIMITS, TOKENS, FakeServer, flat_error, serving
+from tests.fakes.fake_server import TOKENS, FakeServer, flat_error
+from tests.router.api.test_chat_tools import ARGUMENTS, CALL, serving_tools
 
 from kagami_proto.errors import GenerationFailed
 from kagami_router.chat_template import ChatTemplate
 from kagami_router.requests import FinishReason, Grammar, GrammarKind, Token
-from kagami_router.validation import Limits
 
 PATH = "/v1/responses"
 TOOL = {
@@ -25,26 +22,8 @@ TOOL = {
     "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
     "strict": False,
 }
-ARGUMENTS = '{"city": "Rome"}'
-CALL = f'<tool_call>\n{{"name": "weather", "arguments": {ARGUMENTS}}}\n</tool_call>'
+USER = {"role": "user", "content": "Hi"}
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
-WIDE = Limits(
-    max_best_of=2,
-    max_stop_sequences=4,
-    max_top_n_tokens=5,
-    max_input_tokens=4095,
-    max_total_tokens=4096,
-    max_client_batch_size=4,
-    vocab_size=LIMITS.vocab_size,
-)
-
-
-class Place(BaseModel):
-    city: str
-
-
-async def compiles(grammar: Grammar) -> None:
-    """A shard that takes every grammar."""
 
 
 def saying(text: str, reason: FinishReason = FinishReason.EOS_TOKEN) -> FakeLoop:
@@ -68,19 +47,6 @@ def failing() -> FakeLoop:
     """A model that breaks after its first token."""
     turns = turns_of([Token(3, "Hello", -0.5, False), EOS], FinishReason.EOS_TOKEN)
     return FakeLoop(lambda _: [turns[0], GenerationFailed("out of paper")])
-
-
-def serving_wide(loop: FakeLoop, **options: Any) -> Any:
-    return serving(loop, **({"limits": WIDE, "compile_grammar": compiles} | options))
-
-
-@asynccontextmanager
-async def client_of(loop: FakeLoop) -> AsyncIterator[openai.AsyncOpenAI]:
-    async with (
-        serving_wide(loop) as server,
-        openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="-", max_retries=0) as client,
-    ):
-        yield client
 
 
 async def answer(server: FakeServer, **body: Any) -> dict[str, Any]:
@@ -116,7 +82,7 @@ def prompt_of(loop: FakeLoop) -> str:
 
 
 async def test_a_text_is_answered_by_one_message() -> None:
-    async with serving_wide(saying("Hello there!")) as server:
+    async with serving_tools(saying("Hello there!")) as server:
         whole = await answer(server)
     (message,) = whole["output"]
     assert message.pop("id").startswith("msg_")
@@ -134,7 +100,7 @@ async def test_a_text_is_answered_by_one_message() -> None:
 
 
 async def test_the_answer_is_what_the_sdks_model_describes() -> None:
-    async with serving_wide(saying(f"I look.\n{CALL}")) as server:
+    async with serving_tools(saying(f"I look.\n{CALL}")) as server:
         whole = await answer(
             server, tools=[TOOL], tool_choice={"type": "function", "name": "weather"}
         )
@@ -143,7 +109,7 @@ async def test_the_answer_is_what_the_sdks_model_describes() -> None:
 
 async def test_every_event_is_what_the_sdks_model_describes() -> None:
     event_type: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
-    async with serving_wide(saying(f"I look.\n{CALL}")) as server:
+    async with serving_tools(saying(f"I look.\n{CALL}")) as server:
         read = await events(
             server, tools=[TOOL], include=["message.output_text.logprobs"], top_logprobs=2
         )
@@ -152,7 +118,7 @@ async def test_every_event_is_what_the_sdks_model_describes() -> None:
 
 
 async def test_usage_counts_input_and_output() -> None:
-    async with serving_wide(saying("Hello there!")) as server:
+    async with serving_tools(saying("Hello there!")) as server:
         usage = (await answer(server))["usage"]
     assert usage == {
         "input_tokens": 24,
@@ -177,13 +143,13 @@ async def test_the_settings_come_back() -> None:
         "user": "me",
         "top_logprobs": 1,
     }
-    async with serving_wide(saying("Hello")) as server:
+    async with serving_tools(saying("Hello")) as server:
         whole = await answer(server, **settings)
     assert {name: whole[name] for name in settings} == settings
 
 
 async def test_settings_that_are_not_given_have_openais_defaults() -> None:
-    async with serving_wide(saying("Hello")) as server:
+    async with serving_tools(saying("Hello")) as server:
         whole = await answer(server, store=True, truncation="auto", tools=None, text=None)
     shown = ("tools", "tool_choice", "text", "temperature", "top_p", "store", "truncation")
     assert [whole[name] for name in shown] == [
@@ -199,7 +165,7 @@ async def test_settings_that_are_not_given_have_openais_defaults() -> None:
 
 async def test_sampling_reaches_the_model() -> None:
     loop = saying("Hello")
-    async with serving_wide(loop) as server:
+    async with serving_tools(loop) as server:
         await answer(server, max_output_tokens=9, temperature=0.5, top_p=0.25, seed=7, stop=["x"])
     (request,) = loop.requests
     assert (request.sampling.temperature, request.sampling.top_p) == (0.5, 0.25)
@@ -208,7 +174,7 @@ async def test_sampling_reaches_the_model() -> None:
 
 
 async def test_a_cut_answer_is_incomplete_and_says_why() -> None:
-    async with serving_wide(saying("Hello", FinishReason.LENGTH)) as server:
+    async with serving_tools(saying("Hello", FinishReason.LENGTH)) as server:
         whole = await answer(server)
     assert whole["status"] == whole["output"][0]["status"] == "incomplete"
     assert whole["incomplete_details"] == {"reason": "max_output_tokens"}
@@ -216,21 +182,21 @@ async def test_a_cut_answer_is_incomplete_and_says_why() -> None:
 
 
 async def test_a_cut_stream_ends_as_incomplete() -> None:
-    async with serving_wide(saying("Hello", FinishReason.LENGTH)) as server:
+    async with serving_tools(saying("Hello", FinishReason.LENGTH)) as server:
         last = (await events(server))[-1]
     assert last["type"] == "response.incomplete"
     assert last["response"]["incomplete_details"] == {"reason": "max_output_tokens"}
 
 
 async def test_an_empty_answer_is_an_empty_message() -> None:
-    async with serving_wide(saying("")) as server:
+    async with serving_tools(saying("")) as server:
         (message,) = (await answer(server))["output"]
     assert [part["text"] for part in message["content"]] == [""]
 
 
 async def test_instructions_and_items_become_the_prompt() -> None:
     loop = saying("Hello")
-    async with serving_wide(loop) as server:
+    async with serving_tools(loop) as server:
         await answer(
             server,
             instructions="Be kind",
@@ -256,7 +222,7 @@ async def test_instructions_and_items_become_the_prompt() -> None:
 async def test_effort_reaches_the_template() -> None:
     loop = saying("Hello")
     template = ChatTemplate("{{ reasoning_effort }} {{ enable_thinking }}", TOKENS)
-    async with serving_wide(loop, template=template) as server:
+    async with serving_tools(loop, template=template) as server:
         whole = await answer(server, reasoning={"effort": "none", "summary": "auto"})
     assert prompt_of(loop) == "none False"
     assert whole["reasoning"] == {"effort": "none", "summary": None}
@@ -264,14 +230,14 @@ async def test_effort_reaches_the_template() -> None:
 
 async def test_an_assistants_message_at_the_end_is_answered() -> None:
     loop = saying("Hello")
-    async with serving_wide(loop) as server:
+    async with serving_tools(loop) as server:
         await answer(server, input=[{"role": "assistant", "content": "Well"}])
     assert prompt_of(loop) == "<|assistant|>Well\n<|assistant|>"
 
 
 async def test_calls_and_their_outputs_go_back_to_the_model() -> None:
     loop = saying("Sunny")
-    async with serving_wide(loop) as server:
+    async with serving_tools(loop) as server:
         await answer(
             server,
             tools=[TOOL],
@@ -294,7 +260,7 @@ async def test_calls_and_their_outputs_go_back_to_the_model() -> None:
 
 
 async def test_text_and_calls_are_items_in_their_order() -> None:
-    async with serving_wide(saying(f"I look.\n{CALL}\n{CALL}")) as server:
+    async with serving_tools(saying(f"I look.\n{CALL}\n{CALL}")) as server:
         first, *calls = (await answer(server, tools=[TOOL]))["output"]
     assert first["content"][0]["text"] == "I look.\n"
     assert [call["type"] for call in calls] == ["function_call", "function_call"]
@@ -303,7 +269,7 @@ async def test_text_and_calls_are_items_in_their_order() -> None:
 
 
 async def test_a_stream_of_text_has_openais_events() -> None:
-    async with serving_wide(saying("Hello there!")) as server:
+    async with serving_tools(saying("Hello there!")) as server:
         read = await events(server)
     assert [event["type"].removeprefix("response.") for event in read] == [
         "created",
@@ -321,7 +287,7 @@ async def test_a_stream_of_text_has_openais_events() -> None:
 
 
 async def test_a_stream_of_a_call_has_openais_events() -> None:
-    async with serving_wide(saying(CALL)) as server:
+    async with serving_tools(saying(CALL)) as server:
         read = await events(server, tools=[TOOL])
     kinds = [event["type"].removeprefix("response.") for event in read]
     assert kinds[:3] == ["created", "in_progress", "output_item.added"]
@@ -332,7 +298,7 @@ async def test_a_stream_of_a_call_has_openais_events() -> None:
 
 
 async def test_a_stream_ends_as_the_whole_answer_is() -> None:
-    async with serving_wide(saying(f"I look.\n{CALL}\n{CALL}")) as server:
+    async with serving_tools(saying(f"I look.\n{CALL}\n{CALL}")) as server:
         whole = await answer(server, tools=[TOOL])
         streamed = (await events(server, tools=[TOOL]))[-1]["response"]
     assert _anonymous(streamed) == _anonymous(whole)
@@ -346,7 +312,7 @@ def _anonymous(response: dict[str, Any]) -> dict[str, Any]:
 
 async def test_a_stream_has_headers_and_a_last_comment() -> None:
     async with (
-        serving_wide(saying("Hello")) as server,
+        serving_tools(saying("Hello")) as server,
         server.post(PATH, {"input": "Hi", "stream": True}) as response,
     ):
         text = await response.text()
@@ -357,7 +323,7 @@ async def test_a_stream_has_headers_and_a_last_comment() -> None:
 
 async def test_a_whole_answer_has_the_headers() -> None:
     async with (
-        serving_wide(saying("Hello")) as server,
+        serving_tools(saying("Hello")) as server,
         server.post(PATH, {"input": "Hi"}) as response,
     ):
         assert response.headers["x-generated-tokens"] == "2"
@@ -365,20 +331,20 @@ async def test_a_whole_answer_has_the_headers() -> None:
 
 
 async def test_the_call_is_counted() -> None:
-    async with serving_wide(saying("Hello")) as server:
+    async with serving_tools(saying("Hello")) as server:
         await answer(server)
         async with server.http.get("/metrics") as metrics:
             assert "tgi_request_success 1" in await metrics.text()
 
 
 async def test_a_call_needs_a_permit() -> None:
-    async with serving_wide(saying("Hello"), max_concurrent_requests=0) as server:
+    async with serving_tools(saying("Hello"), max_concurrent_requests=0) as server:
         async with server.post(PATH, {"input": "Hi"}) as response:
             assert response.status == 429
 
 
 async def test_a_failing_stream_tells_the_error_and_that_it_failed() -> None:
-    async with serving_wide(failing()) as server:
+    async with serving_tools(failing()) as server:
         *_, told, last = await events(server)
     assert told["type"] == "error"
     assert "out of paper" in told["message"]
@@ -389,7 +355,7 @@ async def test_a_failing_stream_tells_the_error_and_that_it_failed() -> None:
 
 async def test_a_stream_that_fails_at_once_has_a_beginning_too() -> None:
     loop = FakeLoop(lambda _: [GenerationFailed("out of paper")])
-    async with serving_wide(loop) as server:
+    async with serving_tools(loop) as server:
         read = await events(server)
     assert [event["type"] for event in read] == [
         "response.created",
@@ -400,7 +366,7 @@ async def test_a_stream_that_fails_at_once_has_a_beginning_too() -> None:
 
 
 async def test_logprobs_come_where_they_are_included() -> None:
-    async with serving_wide(saying("Hello there!")) as server:
+    async with serving_tools(saying("Hello there!")) as server:
         whole = await answer(server, include=["message.output_text.logprobs"], top_logprobs=2)
     entries = whole["output"][0]["content"][0]["logprobs"]
     assert [entry["logprob"] for entry in entries] == [-0.5] * 3
@@ -408,7 +374,7 @@ async def test_logprobs_come_where_they_are_included() -> None:
 
 
 async def test_a_streams_logprobs_are_those_of_the_whole_answer() -> None:
-    async with serving_wide(saying(f"I look at it.\n{CALL}")) as server:
+    async with serving_tools(saying(f"I look at it.\n{CALL}")) as server:
         body: dict[str, Any] = {"tools": [TOOL], "top_logprobs": 1}
         whole = await answer(server, **body)
         read = await events(server, **body)
@@ -419,7 +385,7 @@ async def test_a_streams_logprobs_are_those_of_the_whole_answer() -> None:
 async def test_a_schema_holds_the_answer_and_comes_back() -> None:
     loop = saying('{"city":"Rome"}')
     form = {"type": "json_schema", "name": "place", "strict": True, "schema": SCHEMA}
-    async with serving_wide(loop) as server:
+    async with serving_tools(loop) as server:
         whole = await answer(server, text={"format": form})
     grammar = loop.requests[0].grammar
     assert grammar is not None
@@ -430,7 +396,7 @@ async def test_a_schema_holds_the_answer_and_comes_back() -> None:
 
 async def test_a_json_object_is_any_object() -> None:
     loop = saying("{}")
-    async with serving_wide(loop) as server:
+    async with serving_tools(loop) as server:
         await answer(server, text={"format": {"type": "json_object"}})
     assert loop.requests[0].grammar == Grammar(GrammarKind.JSON_SCHEMA, '{"type":"object"}')
 
@@ -443,7 +409,7 @@ async def test_allowed_tools_are_the_ones_that_may_be_called() -> None:
         "mode": "required",
         "tools": [{"type": "function", "name": "news"}],
     }
-    async with serving_wide(loop) as server:
+    async with serving_tools(loop) as server:
         await answer(server, tools=[TOOL, other], tool_choice=choice)
     grammar = loop.requests[0].grammar
     assert grammar is not None
@@ -451,7 +417,12 @@ async def test_allowed_tools_are_the_ones_that_may_be_called() -> None:
     assert "weather" not in grammar.source
 
 
-USER = {"role": "user", "content": "Hi"}
+async def test_null_is_absent() -> None:
+    names = ("model", "instructions", "tools", "tool_choice", "text", "include", "metadata", "stop")
+    loop = saying("Hello")
+    async with serving_tools(loop) as server:
+        await answer(server, input=[USER | {"type": None}], **dict.fromkeys(names))
+    assert prompt_of(loop) == "<|user|>Hi\n<|assistant|>"
 
 
 @pytest.mark.parametrize(
@@ -492,86 +463,5 @@ USER = {"role": "user", "content": "Hi"}
     ],
 )
 async def test_what_cannot_be_served_is_refused_by_name(body: dict[str, Any], text: str) -> None:
-    async with serving_wide(saying("Hello")) as server:
+    async with serving_tools(saying("Hello")) as server:
         assert text in await error(server, **body)
-
-
-async def test_the_client_reads_text_and_usage() -> None:
-    async with client_of(saying("Hello there!")) as client:
-        response = await client.responses.create(model="tgi", input="Hi", max_output_tokens=9)
-    assert response.output_text == "Hello there!"
-    assert response.model == "M"
-    assert response.usage is not None
-    assert response.usage.output_tokens == 4
-
-
-async def test_the_client_streams() -> None:
-    async with client_of(saying("Hello there!")) as client:
-        stream = await client.responses.create(model="tgi", input="Hi", stream=True)
-        pieces = [one.delta async for one in stream if one.type == "response.output_text.delta"]
-    assert pieces == ["Hello", " ther", "e!"]
-
-
-async def test_the_clients_stream_helper_assembles_the_answer() -> None:
-    async with (
-        client_of(saying('{"city":"Rome"}')) as client,
-        client.responses.stream(model="tgi", input="Where?", text_format=Place) as stream,
-    ):
-        response = await stream.get_final_response()
-    assert response.output_parsed == Place(city="Rome")
-
-
-async def test_the_client_parses_structured_output() -> None:
-    async with client_of(saying('{"city":"Rome"}')) as client:
-        response = await client.responses.parse(model="tgi", input="Where?", text_format=Place)
-    assert response.output_parsed == Place(city="Rome")
-
-
-async def test_the_clients_tool_round_trip() -> None:
-    loop = saying(CALL)
-    async with client_of(loop) as client:
-        items: list[Any] = [{"role": "user", "content": "Weather?"}]
-        tools: list[Any] = [openai.pydantic_function_tool(Place, name="weather")]
-        tools = [{"type": "function", **tools[0]["function"]}]
-        first = await client.responses.create(model="tgi", input=items, tools=tools)
-        items += first.output
-        (call,) = first.output
-        assert call.type == "function_call"
-        items.append({"type": "function_call_output", "call_id": call.call_id, "output": "hot"})
-        loop.play = saying("It is hot.").play
-        second = await client.responses.create(model="tgi", input=items, tools=tools)
-    assert json.loads(call.arguments) == {"city": "Rome"}
-    assert second.output_text == "It is hot."
-    assert ARGUMENTS in prompt_of(loop)
-
-
-async def test_the_client_counts_the_tokens_of_a_prompt() -> None:
-    async with client_of(saying("Hello")) as client:
-        count = await client.responses.input_tokens.count(model="tgi", input="Hi", tools=[TOOL])
-        response = await client.responses.create(model="tgi", input="Hi", tools=[TOOL])
-    assert response.usage is not None
-    assert count.input_tokens == response.usage.input_tokens
-
-
-async def test_null_is_absent() -> None:
-    names = ("model", "instructions", "tools", "tool_choice", "text", "include", "metadata", "stop")
-    loop = saying("Hello")
-    async with serving_wide(loop) as server:
-        await answer(server, input=[USER | {"type": None}], **dict.fromkeys(names))
-    assert prompt_of(loop) == "<|user|>Hi\n<|assistant|>"
-
-
-async def test_the_client_raises_its_own_types_before_a_stream() -> None:
-    async with client_of(saying("Hello")) as client:
-        with pytest.raises(openai.UnprocessableEntityError) as refused:
-            await client.responses.create(
-                model="tgi", input="Hi", previous_response_id="resp_1", stream=True
-            )
-    assert refused.value.param == "previous_response_id"
-
-
-async def test_the_client_reads_an_error_within_a_stream() -> None:
-    async with client_of(failing()) as client:
-        stream = await client.responses.create(model="tgi", input="Hi", stream=True)
-        read = [event async for event in stream]
-    assert [event.type for event in read[-2:]] == ["error", "response.failed"]
