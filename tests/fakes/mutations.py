@@ -55,6 +55,22 @@ _MESSAGES = {
     "stop_sequences": ["x"], "temperature": 0.5, "top_k": 3, "top_p": 0.9,
     "tools": [{"name": "weather", "input_schema": _SCHEMA}], "tool_choice": {"type": "auto"},
 }  # fmt: skip
+_BLOCKS = {
+    "max_tokens": 2, "thinking": {"type": "disabled"},
+    "system": [{"type": "text", "text": "é", "cache_control": {"type": "ephemeral"}}],
+    "tools": _MESSAGES["tools"], "tool_choice": {"type": "tool", "name": "weather"},
+    "messages": [
+        {"role": "user", "content": [{"type": "text", "text": "Hé"}]},
+        {"role": "assistant", "content": [
+            {"type": "thinking", "thinking": "Hm", "signature": "s"}, {"type": "text", "text": "a"},
+            {"type": "tool_use", "id": "t1", "name": "weather", "input": {"city": "Rome"}},
+        ]},
+        {"role": "user", "content": [
+            {"type": "tool_result", "tool_use_id": "t1", "is_error": True,
+             "content": [{"type": "text", "text": "no"}]},
+        ]},
+    ],
+}  # fmt: skip
 _RESPONSES = {
     "model": "m", "input": [{"role": "user", "content": "Hé 🗻"}], "instructions": "Be brief.",
     "max_output_tokens": 16, "temperature": 0.5, "top_p": 0.9, "store": False,
@@ -81,8 +97,8 @@ BODIES: Mapping[str, Sequence[Any]] = {
     "/v1/completions": _COMPLETION_BODIES,
     "/v1/chat/completions": _CHAT_BODIES,
     "/chat_tokenize": _CHAT_BODIES,
-    "/v1/messages": (_MESSAGES, _MESSAGES | _STREAMED),
-    "/v1/messages/count_tokens": (_MESSAGES,),
+    "/v1/messages": (_MESSAGES, _MESSAGES | _STREAMED, _BLOCKS),
+    "/v1/messages/count_tokens": (_MESSAGES, _BLOCKS),
     "/v1/responses": (_RESPONSES, _RESPONSES | _STREAMED),
     "/v1/responses/input_tokens": (_RESPONSES,),
     "/invocations": _ALL_BODIES,
