@@ -25,7 +25,8 @@ def test_the_articles_curl_calls(bf16_server: Server) -> None:
     answer = json.loads(curl(f"{bf16_server.url}/generate", body))
     stream = curl(f"{bf16_server.url}/generate_stream", body)
 
-    events = [json.loads(line.removeprefix("data:")) for line in stream.splitlines() if line]
+    lines = [line for line in stream.splitlines() if line]
+    events = [json.loads(line.removeprefix("data:")) for line in lines if line[0] != ":"]
     assert list(answer) == ["generated_text"]
     assert list(events[0]) == ["index", "token", "generated_text", "details"]
     assert list(events[0]["token"]) == ["id", "text", "logprob", "special"]
