@@ -10,7 +10,8 @@ from kagami_proto.errors import InvalidRequest, MalformedBody
 from kagami_router.api import chat, completions, generate
 from kagami_router.api.answers import Call, Finished, log_success, whole_headers
 from kagami_router.api.conversation import AnswerParser, read_answer
-from kagami_router.api.middleware import read_body
+from kagami_router.api.error_shapes import Family
+from kagami_router.api.middleware import FAMILY, read_body, reason_of
 from kagami_router.api.platform_schemas import VertexRequest, VertexResponse
 from kagami_router.api.schemas import ChatRequest, GenerateRequest, encode
 from kagami_router.api.service import Front, front_of, json_response
@@ -21,20 +22,23 @@ from kagami_router.validation import GenerationParams
 
 _MEMBERS = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _VERTEX = msgspec.json.Decoder(VertexRequest)
+_Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 # The member by which a body is known, in TGI's order.
-_INVOKED: Mapping[str, Callable[[web.Request], Awaitable[web.StreamResponse]]] = {
-    "inputs": generate.compat_generate,
-    "messages": chat.chat_completions,
-    "prompt": completions.completions,
+_INVOKED: Mapping[str, tuple[Family, _Handler]] = {
+    "inputs": (Family.NATIVE, generate.compat_generate),
+    "messages": (Family.OPENAI, chat.chat_completions),
+    "prompt": (Family.OPENAI, completions.completions),
 }
+_NULL = b"null"
 _Body = TypeVar("_Body")
 
 
 async def invocations(request: web.Request) -> web.StreamResponse:
     """Answers as `/`, `/v1/chat/completions` or `/v1/completions` would, by what the body has."""
     members = await read_body(request, _MEMBERS)
-    for name, handler in _INVOKED.items():
-        if name in members:
+    for name, (family, handler) in _INVOKED.items():
+        if bytes(members.get(name, _NULL)) != _NULL:
+            request[FAMILY] = family
             return await handler(request)
     raise MalformedBody(
         "Failed to deserialize the JSON body into the target type: "
@@ -91,7 +95,7 @@ def _converted(place: str, instance: Mapping[str, Any], body: type[_Body]) -> _B
     try:
         return msgspec.convert(instance, body)
     except msgspec.ValidationError as error:
-        raise MalformedBody(f"{place}: {error}") from error
+        raise MalformedBody(reason_of(error, place)) from error
 
 
 def _refuse_samples(place: str, count: int) -> None:

@@ -44,6 +44,8 @@ FAILURE_CAUSE = web.RequestKey("failure_cause", str)
 
 # The id of a request: the client's own, or one of ours; in the answer, the log, and the ids in it.
 REQUEST_ID = web.RequestKey("request_id", str)
+# Where a path serves several families, what the body turned out to be.
+FAMILY = web.RequestKey("family", Family)
 _CLIENTS_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 EXPOSED_HEADERS = (
@@ -73,6 +75,11 @@ def request_id(request: web.Request) -> str:
         given = request.headers.get("x-request-id", "")
         request[REQUEST_ID] = given if _CLIENTS_ID.fullmatch(given) else secrets.token_hex(12)
     return request[REQUEST_ID]
+
+
+def family_of(request: web.Request) -> Family:
+    """In whose words this request is answered."""
+    return request.get(FAMILY) or Family.of(request.path)
 
 
 def _tell_connection_faults(record: logging.LogRecord) -> bool:
@@ -139,7 +146,7 @@ def failure_cause(error: BaseException) -> str:
 def error_response(request: web.Request, error: KagamiError) -> web.Response:
     """A whole error answer, in the words of the route's family."""
     response = web.Response(
-        body=error_body(error, Family.of(request.path)),
+        body=error_body(error, family_of(request)),
         status=error_status(error),
         content_type="application/json",
     )
@@ -158,17 +165,23 @@ async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     try:
         return await handler(request)
     except web.HTTPRequestEntityTooLarge:
-        return error_response(
-            request,
-            BodyTooLarge(
-                "Failed to buffer the request body: length limit exceeded"
-                f" ({request.client_max_size} bytes, set by --payload-limit)"
-            ),
+        too_large = BodyTooLarge(
+            "Failed to buffer the request body: length limit exceeded"
+            f" ({request.client_max_size} bytes, set by --payload-limit)"
         )
+        return error_response(request, report(request, too_large))
     except web.HTTPException as refusal:
         return _refusal(request, refusal)
     except Exception as error:
         return error_response(request, report(request, error))
+    except asyncio.CancelledError:
+        report_dropped(request)
+        raise
+
+
+def report_dropped(request: web.Request) -> None:
+    """Write the one log line of a call whose client did not wait for its end."""
+    logger.info("The connection was closed before the end", extra=_place(request))
 
 
 def _refusal(request: web.Request, refusal: web.HTTPException) -> web.Response:
@@ -235,14 +248,19 @@ async def read_body(request: web.Request, decoder: msgspec.json.Decoder[_Body]) 
     try:
         return decoder.decode(body)
     except msgspec.ValidationError as error:
-        text = str(error)
-        if place := _PLACE.fullmatch(text):
-            text = f"{place['path']}: {place['reason']}"
         raise MalformedBody(
-            f"Failed to deserialize the JSON body into the target type: {text}"
+            f"Failed to deserialize the JSON body into the target type: {reason_of(error)}"
         ) from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise NotJson(f"Failed to parse the request body as JSON: {error}") from error
+
+
+def reason_of(error: msgspec.ValidationError, place: str = "") -> str:
+    """What is wrong with a body, behind the path of where; `place` is the path of its root."""
+    text = str(error)
+    if found := _PLACE.fullmatch(text):
+        place, text = ".".join(filter(None, (place, found["path"]))), found["reason"]
+    return f"{place}: {text}" if place else text
 
 
 def cors(allowed_origins: Sequence[str]) -> Callable[..., Awaitable[None]]:
@@ -272,7 +290,7 @@ def cors(allowed_origins: Sequence[str]) -> Callable[..., Awaitable[None]]:
 
 
 def api_key(key: str, open_paths: frozenset[str]) -> Middleware:
-    """A middleware that asks for the key except on `open_paths`.
+    """A middleware that asks for the key except on `open_paths`, as routes write them.
 
     As `Authorization: Bearer {key}`, or as Anthropic's clients send it, `x-api-key: {key}`.
     """
@@ -294,4 +312,4 @@ def _given_key(request: web.Request) -> str:
 
 
 def _is_open(request: web.Request, open_paths: frozenset[str]) -> bool:
-    return request.method in ("GET", "HEAD") and request.path in open_paths
+    return request.method in ("GET", "HEAD") and _route_path(request) in open_paths

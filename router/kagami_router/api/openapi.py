@@ -57,6 +57,8 @@ class Operation:
     generates: bool = False
     is_open: bool = False
     """Served without the API key."""
+    families: tuple[Family, ...] = ()
+    """In whose words it may fail, where the body decides that; empty = those of its path."""
     may_fail: tuple[int, ...] = ()
     """Statuses beside those that follow from the rest."""
     example: Any = None
@@ -131,7 +133,8 @@ def _operation(route: Route, refs: Sequence[tuple[Any, Any]]) -> dict[str, Any]:
         if operation.example is not None:
             content["example"] = operation.example
         written["requestBody"] = {"required": True, "content": {_JSON: content}}
-    error = schema_of(_ERROR_TYPES[Family.of(route.path)])
+    families = operation.families or (Family.of(route.path),)
+    error = schema_of(tuple(_ERROR_TYPES[family] for family in families))
     for status in _statuses(operation):
         has_body = status != HTTPStatus.NOT_FOUND or Family.of(route.path) is not Family.NATIVE
         written["responses"][str(status)] = {

@@ -20,6 +20,7 @@ from kagami_router.api import (
     service,
 )
 from kagami_router.api.chunk_schemas import ChatChunk, CompletionChunk
+from kagami_router.api.error_shapes import Family
 from kagami_router.api.messages_schemas import (
     CountTokensRequest,
     MessageAnswer,
@@ -190,6 +191,7 @@ ROUTES: Sequence[Route] = (
             (list[GenerateResponse], OpenAIAnswer[ChatChoice], OpenAIAnswer[CompletionChoice]),
             (StreamResponse, ChatChunk, CompletionChunk),
             generates=True,
+            families=(Family.NATIVE, Family.OPENAI),
             example=_HELLO,
         ),
     ),

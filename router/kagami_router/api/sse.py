@@ -12,8 +12,14 @@ from typing import TypeVar
 from aiohttp import web
 
 from kagami_proto.errors import KagamiError
-from kagami_router.api.error_shapes import Family, error_event
-from kagami_router.api.middleware import FAILURE_CAUSE, failure_cause, report
+from kagami_router.api.error_shapes import error_event
+from kagami_router.api.middleware import (
+    FAILURE_CAUSE,
+    failure_cause,
+    family_of,
+    report,
+    report_dropped,
+)
 
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b":\n\n"
@@ -67,13 +73,14 @@ async def respond(
         await response.write_eof()
     except ConnectionError:  # the client is gone, and the write was the first to see it
         request[FAILURE_CAUSE] = "dropped"
+        report_dropped(request)
     except Exception as error:
         if not response.prepared:
             raise
         known = report(request, error)
         request[FAILURE_CAUSE] = failure_cause(known)
         with suppress(ConnectionError):
-            told = failed(known) if failed else error_event(known, Family.of(request.path))
+            told = failed(known) if failed else error_event(known, family_of(request))
             await response.write(told)
             await response.write_eof()
     return response

@@ -1,5 +1,6 @@
 """Errors in the words of each family of routes, and as their clients raise them."""
 
+import asyncio
 import gzip
 import json
 import logging
@@ -258,6 +259,36 @@ async def test_the_log_line_of_a_request_has_its_id(
             headers = {"x-request-id": "req-17"}
             async with server.post("/generate", body, headers=headers) as response:
                 await response.read()
+    (record,) = [one for one in caplog.records if hasattr(one, "request_id")]
+    assert record.request_id == "req-17"
+
+
+async def test_a_body_that_is_too_long_has_its_log_line(caplog: pytest.LogCaptureFixture) -> None:
+    async with serving(payload_limit=10) as server:
+        headers = {"x-request-id": "req-17"}
+        async with server.post("/generate", {"inputs": "a"}, headers=headers) as response:
+            assert response.status == 413
+    (record,) = caplog.records
+    assert record.request_id == "req-17"
+
+
+@pytest.mark.parametrize("path", ["/generate", "/generate_stream"])
+async def test_a_call_whose_client_went_away_has_its_log_line(
+    path: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    loop = FakeLoop()
+    loop.gate.clear()
+    headers = {"x-request-id": "req-17"}
+    with caplog.at_level(logging.INFO):
+        async with serving(loop) as server:
+            call = asyncio.ensure_future(server.post(path, {"inputs": "a"}, headers=headers))
+            await loop.entered.wait()
+            if path == "/generate":
+                call.cancel()
+            else:
+                (await call).close()
+            async with asyncio.timeout(5):
+                await loop.left.wait()
     (record,) = [one for one in caplog.records if hasattr(one, "request_id")]
     assert record.request_id == "req-17"
 

@@ -3,11 +3,11 @@
 from typing import Any
 
 import pytest
-from tests.fakes.fake_loop import FakeLoop, turns_of
+from tests.fakes.fake_loop import FAILED, FakeLoop, turns_of
 from tests.fakes.fake_server import events_of, flat_error, serving
 
 from kagami_proto.errors import GenerationFailed
-from kagami_router.requests import Token, ValidRequest
+from kagami_router.requests import StreamEvent, Token, ValidRequest
 
 CHAT = {"messages": [{"role": "user", "content": "Say hi"}]}
 INFER = "/v2/models/m/versions/1/infer"
@@ -52,6 +52,27 @@ async def test_invocations_refuse_what_fits_no_route(body: object, text: str) ->
     async with serving() as server, server.post("/invocations", body) as response:
         assert response.status == 422
         assert text in (await flat_error(response))["error"]
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_invocations_fail_in_the_words_of_the_route_that_the_body_fits(
+    path: str, stream: bool
+) -> None:
+    body = (CHAT if "chat" in path else {"prompt": "a"}) | {"stream": stream}
+    loop = FakeLoop(lambda _: [(StreamEvent(FAILED),), GenerationFailed("boom")])
+    async with serving(loop) as server:
+        async with server.post(path, body) as response:
+            expected = (await response.read()).rpartition(b'{"error"')[2]
+            assert b"boom" in expected
+        async with server.post("/invocations", body) as response:
+            assert (await response.read()).rpartition(b'{"error"')[2] == expected
+
+
+async def test_a_member_that_is_null_does_not_decide_the_route() -> None:
+    body = {"inputs": None, "parameters": None, **CHAT}
+    async with serving() as server, server.post("/invocations", body) as response:
+        assert (await response.json())["object"] == "chat.completion"
 
 
 async def test_an_invocation_counts_once() -> None:
@@ -103,7 +124,7 @@ async def test_all_parameters_of_a_vertex_instance_count() -> None:
     [
         ({"instances": []}, "`instances` cannot be empty"),
         ({"instances": [{"inputs": ""}]}, "`inputs` cannot be empty"),
-        ({"instances": [{"inputs": 1}]}, "instances[0]: Expected `str`"),
+        ({"instances": [{"inputs": 1}]}, "instances[0].inputs: Expected `str`"),
         ({"instances": [{"inputs": "a"}, {}]}, "instances[1]: Object missing required"),
         ({"instances": [{"inputs": "a", "parameters": {"best_of": 2}}]}, "one sample"),
     ],
