@@ -19,7 +19,7 @@ from aiohttp import web
 from kagami_proto import logs
 from kagami_proto.errors import GenerationFailed, ShardLost
 from kagami_router import chat_template, tokenizer
-from kagami_router.api.middleware import connection_logger
+from kagami_router.api.connections import Runner
 from kagami_router.api.routes import make_app, make_metrics_app
 from kagami_router.api.schemas import Info
 from kagami_router.api.service import TGI_VERSION, Door, Front
@@ -112,18 +112,13 @@ async def _listening(args: RouterArgs, door: Door) -> AsyncIterator[None]:
     async with AsyncExitStack() as stack:
         await _bind(stack, app, host, args.port)
         if args.prometheus_port is not None and args.prometheus_port != args.port:
-            await _bind(stack, make_metrics_app(door), host, args.prometheus_port)
+            metrics_app = make_metrics_app(door, args.cors_allow_origin)
+            await _bind(stack, metrics_app, host, args.prometheus_port)
         yield
 
 
 async def _bind(stack: AsyncExitStack, app: web.Application, host: str, port: int) -> None:
-    runner = web.AppRunner(
-        app,
-        handler_cancellation=True,
-        access_log=None,
-        logger=connection_logger,
-        shutdown_timeout=LAST_WORDS_S,
-    )
+    runner = Runner(app, shutdown_timeout=LAST_WORDS_S)
     await runner.setup()
     stack.push_async_callback(runner.cleanup)
     try:

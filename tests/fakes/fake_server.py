@@ -10,7 +10,7 @@ from aiohttp import ClientResponse, ClientSession, web
 from tests.fakes.fake_loop import COLON, EOS, FAILED, FakeLoop
 from tokenizers import decoders, models, pre_tokenizers, processors
 
-from kagami_router.api.middleware import connection_logger
+from kagami_router.api.connections import Runner
 from kagami_router.api.routes import make_app
 from kagami_router.api.schemas import Info
 from kagami_router.api.service import Door, Front
@@ -140,13 +140,7 @@ async def serving(
             key=key,
             aip_routes=aip_routes,
         )
-        runner = web.AppRunner(
-            app,
-            handler_cancellation=True,
-            access_log=None,
-            logger=connection_logger,
-            shutdown_timeout=0.1,
-        )
+        runner = Runner(app, shutdown_timeout=0.1)
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0)
         await site.start()

@@ -82,28 +82,10 @@ def family_of(request: web.Request) -> Family:
     return request.get(FAMILY) or Family.of(request.path)
 
 
-def _tell_connection_faults(record: logging.LogRecord) -> bool:
-    """A filter: malformed HTTP is the client's fault, one line without our traceback."""
-    error = record.exc_info[1] if record.exc_info else None
-    if isinstance(error, web.RequestPayloadError):
-        return False  # `read_body` has said so
-    if isinstance(error, HttpProcessingError):
-        record.levelno, record.levelname = logging.WARNING, logging.getLevelName(logging.WARNING)
-        record.msg, record.args = "Malformed HTTP: %s", (_reason(error),)
-        record.exc_info = None
-    return connection_logger.isEnabledFor(record.levelno)
-
-
-# For aiohttp's server, which answers by itself what is no HTTP: no middleware sees it.
-connection_logger = logging.getLogger(f"{__name__}.connection")
-connection_logger.addFilter(_tell_connection_faults)
-
-
-def _reason(error: BaseException) -> str:
-    """What aiohttp says of a broken message, on one line."""
-    return " ".join(
-        (error.message if isinstance(error, HttpProcessingError) else str(error)).split()
-    )
+def on_one_line(error: BaseException) -> str:
+    """What aiohttp says of a broken message."""
+    text = error.message if isinstance(error, HttpProcessingError) else str(error)
+    return " ".join(text.split())
 
 
 def report(request: web.Request, error: Exception) -> KagamiError:
@@ -243,7 +225,7 @@ async def read_body(request: web.Request, decoder: msgspec.json.Decoder[_Body]) 
     try:
         body = await request.read()
     except web.RequestPayloadError as error:
-        cause = _reason(error.__cause__ or error)
+        cause = on_one_line(error.__cause__ or error)
         raise UnreadableBody(f"Failed to buffer the request body: {cause}") from error
     try:
         return decoder.decode(body)

@@ -274,9 +274,10 @@ def _aip_routes(predict: str | None, health: str | None) -> list[Route]:
     return [route for route in asked if (route.method, route.path) not in known]
 
 
-def make_metrics_app(door: Door) -> web.Application:
+def make_metrics_app(door: Door, allowed_origins: Sequence[str]) -> web.Application:
     """Only /metrics, for a port of its own."""
     app = web.Application(middlewares=[errors])
     app[DOOR] = door
+    app.on_response_prepare.append(cors(allowed_origins))
     app.add_routes([web.get("/metrics", service.metrics)])
     return app

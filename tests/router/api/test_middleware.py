@@ -2,9 +2,13 @@ import asyncio
 import logging
 
 import pytest
+from aiohttp import ClientSession
+from aiohttp.test_utils import TestServer
 from tests.fakes.fake_server import flat_error, serving
 
 from kagami_router.api.middleware import failure_cause
+from kagami_router.api.routes import make_metrics_app
+from kagami_router.api.service import Door
 from kagami_router.metrics import FAILURES
 
 JSON = {"content-type": "application/json"}
@@ -90,12 +94,25 @@ async def test_what_is_no_http_is_a_warning_of_one_line(
 ) -> None:
     async with serving() as server:
         answer = await sent_raw(server.url, message)
-    assert " 400 " in answer
+    head, _, body = answer.partition("\r\n\r\n")
+    assert " 400 " in head
+    assert '{"error":"Malformed HTTP: Invalid' in body
     (record,) = caplog.records
+    assert f"x-request-id: {record.request_id}" in head.lower()
     assert record.levelno == logging.WARNING
     assert record.exc_info is None
     assert record.getMessage().startswith("Malformed HTTP: Invalid")
     assert "\n" not in record.getMessage()
+
+
+@pytest.mark.parametrize("message", [b"\x16\x03\x01\x02\x00\x01\r\n\r\n", b"BAD / HTTX\r\n\r\n"])
+async def test_what_is_no_http_is_answered_without_naming_our_software(message: bytes) -> None:
+    async with serving() as server:
+        answer = (await sent_raw(server.url, message)).lower()
+    assert "content-type: application/json" in answer
+    assert "access-control-allow-origin: *" in answer
+    assert "\r\nserver:" not in answer
+    assert "aiohttp" not in answer
 
 
 async def test_unknown_fields_are_ignored() -> None:
@@ -210,6 +227,14 @@ async def test_a_list_of_origins_is_echoed() -> None:
         for origin, expected in (("https://a.example", "https://a.example"), ("https://b", None)):
             async with server.http.get("/health", headers={"origin": origin}) as response:
                 assert response.headers.get("access-control-allow-origin") == expected
+
+
+async def test_the_metrics_of_a_port_of_their_own_have_the_same_headers() -> None:
+    async with TestServer(make_metrics_app(Door(), ())) as server, ClientSession() as http:
+        async with http.get(server.make_url("/metrics")) as response:
+            assert response.status == 200
+            assert response.headers["x-request-id"]
+            assert "server" not in response.headers
 
 
 def test_every_cause_is_a_label() -> None:
