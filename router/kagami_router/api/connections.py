@@ -77,10 +77,12 @@ class _Connection(RequestHandler):
 
 def _known(request: web.Request, exc: BaseException | None) -> KagamiError:
     """The error as the client may know it; its log line is written."""
-    if isinstance(exc, BadHttpMethod):  # scanners, and TLS: not worth a line
-        return MalformedHttp(f"Malformed HTTP: {on_one_line(exc)}")
     if isinstance(exc, HttpProcessingError):
-        return report(request, MalformedHttp(f"Malformed HTTP: {on_one_line(exc)}"))
+        # aiohttp quotes the line that is wrong, which may be the one with the key.
+        reason = on_one_line(exc).partition(": b")[0]
+        error = MalformedHttp(f"Malformed HTTP: {reason}")
+        is_scan = isinstance(exc, BadHttpMethod)  # TLS, say: not worth a line
+        return error if is_scan else report(request, error)
     return report(request, exc if isinstance(exc, Exception) else RuntimeError("no cause is known"))
 
 

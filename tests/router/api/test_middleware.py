@@ -115,6 +115,13 @@ async def test_what_is_no_http_is_answered_without_naming_our_software(message: 
     assert "aiohttp" not in answer
 
 
+async def test_a_key_in_a_broken_header_is_not_told(caplog: pytest.LogCaptureFixture) -> None:
+    async with serving() as server:
+        answer = await sent_raw(server.url, HEAD + b"authorization: Bearer hunter2\0\r\n\r\n")
+    assert "Malformed HTTP: Invalid header value char" in answer
+    assert "hunter2" not in answer + caplog.text
+
+
 async def test_unknown_fields_are_ignored() -> None:
     body = {"inputs": "a", "junk": 1, "parameters": {"junk": 2}}
     async with serving() as server, server.post("/generate", body) as response:
