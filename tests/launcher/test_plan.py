@@ -58,6 +58,7 @@ REFUSED = [
         "--num-shard 2 --quantize exl2",
         "Sharding is currently not supported with `exl2` quantization",
     ),
+    ("--watermark-gamma 1", "`watermark_gamma` must be > 0 and < 1. Given: 1.0"),
     ("--cuda-memory-fraction 0", "`cuda_memory_fraction` must be in (0, 1]. Given: 0.0"),
     ("--ngrok --ngrok-authtoken x --ngrok-edge y", "--ngrok is not supported yet"),
     ("--quantize awq", "--quantize awq is not supported yet"),
@@ -214,6 +215,13 @@ def test_the_shards_environment() -> None:
         "CUDA_MEMORY_FRACTION": "0.5",
         "HUGGINGFACE_HUB_CACHE": "/data",
     }
+
+
+def test_what_the_user_gave_of_watermarks_reaches_the_shard() -> None:
+    given = invocation("--watermark-gamma", "0.25", "--watermark-delta", "3")
+    environment = plan_shard(given, SOURCE, log_level="INFO").environment
+    assert environment["WATERMARK_GAMMA"] == "0.25"
+    assert environment["WATERMARK_DELTA"] == "3"
 
 
 def test_one_shard_of_several_knows_its_place() -> None:

@@ -21,6 +21,12 @@ def test_rank_and_limits_come_from_the_environment(tmp_path: Path) -> None:
     assert (args.rank, args.world_size, args.max_total_tokens) == (1, 2, 77)
 
 
+def test_watermarks_come_from_the_environment(tmp_path: Path) -> None:
+    args = cli.parse(["serve", str(tmp_path)], {"WATERMARK_GAMMA": "0.25"})
+
+    assert (args.watermark_gamma, args.watermark_delta) == (0.25, 2.0)
+
+
 @pytest.mark.parametrize(
     ("argv", "environ", "word"),
     [
