@@ -281,7 +281,9 @@ def api_key(key: str, open_paths: frozenset[str]) -> Middleware:
     @web.middleware
     async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
         if request.match_info.http_exception is None and not _is_open(request, open_paths):
-            if not hmac.compare_digest(_given_key(request).encode(errors="replace"), expected):
+            if not hmac.compare_digest(
+                _given_key(request).encode(errors="surrogateescape"), expected
+            ):
                 raise Unauthorized("The API key is missing or wrong")
         return await handler(request)
 

@@ -15,6 +15,7 @@ import msgspec
 from aiohttp.typedefs import Handler
 
 from kagami_router.api.error_shapes import Family
+from kagami_router.api.field_texts import FIELD_TEXTS
 from kagami_router.api.schemas import AnthropicErrorResponse, ErrorResponse, OpenAIErrorResponse
 
 _ERROR_TYPES: Mapping[Family, type] = {
@@ -82,6 +83,9 @@ def document(routes: Sequence[Route], version: str) -> Mapping[str, Any]:
     schemas, components = msgspec.json.schema_components(
         types, ref_template="#/components/schemas/{name}"
     )
+    for name, texts in FIELD_TEXTS.items():
+        for field, text in texts.items():
+            components[name]["properties"][field]["description"] = text
     refs = list(zip(types, schemas, strict=True))
     paths: dict[str, dict[str, Any]] = {}
     for route in routes:

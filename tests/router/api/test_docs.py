@@ -9,6 +9,7 @@ import pytest
 from tests.fakes.fake_server import events_of, serving
 
 from kagami_router.api.chunk_schemas import ChatChunk, CompletionChunk
+from kagami_router.api.field_texts import FIELD_TEXTS
 from kagami_router.api.routes import ROUTES, document
 
 DOCUMENT = json.loads(document())
@@ -104,6 +105,12 @@ def test_what_tgis_document_got_wrong_is_right() -> None:
     assert "max_completion_tokens" in SCHEMAS["ChatRequest"]["properties"]
     statuses = DOCUMENT["paths"]["/generate"]["post"]["responses"]
     assert {"400", "401", "413", "415", "422", "424", "429", "500", "503"} <= set(statuses)
+
+
+@pytest.mark.parametrize("name", FIELD_TEXTS)
+def test_every_field_of_a_request_is_described(name: str) -> None:
+    fields = SCHEMAS[name]["properties"]
+    assert [one for one, field in fields.items() if not field.get("description")] == []
 
 
 def test_every_schema_is_a_valid_one() -> None:

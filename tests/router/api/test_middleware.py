@@ -212,6 +212,14 @@ async def test_the_api_key_guards_every_post(path: str) -> None:
         assert response.status == 401
 
 
+async def test_a_byte_that_is_no_text_does_not_stand_for_another() -> None:
+    async with serving(key="a?b") as server:
+        answer = await sent_raw(
+            server.url, b"GET /info HTTP/1.1\r\nhost: a\r\nauthorization: Bearer a\xffb\r\n\r\n"
+        )
+    assert " 401 " in answer
+
+
 async def test_preflight_allows_authorization_without_a_key() -> None:
     async with serving(key="Secret") as server:
         async with server.http.options("/v1/chat/completions") as response:
