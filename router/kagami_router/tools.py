@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kagami_proto.errors import ToolError
+from kagami_router.json_schema import requires_unnamed
 
 MAX_TOOLS = 128  # OpenAI's
 MAX_CALLS = 16  # in one answer
@@ -127,7 +128,8 @@ def _object_schema(place: str, schema: object) -> Mapping[str, Any]:
     kind = schema.get("type", "object")
     if kind != "object":
         raise ToolError(f"`{place}` must be the schema of an object. Given: {_quote(kind)}")
-    is_closed = not schema.keys() & _OPEN_KEYWORDS and (not schema or "properties" in schema)
+    is_open = schema.keys() & _OPEN_KEYWORDS or requires_unnamed(schema)
+    is_closed = not is_open and (not schema or "properties" in schema)
     closing = {"additionalProperties": False} if is_closed else {}
     return {"type": "object", **schema, **closing}
 

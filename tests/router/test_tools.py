@@ -46,6 +46,11 @@ def test_an_object_with_properties_has_no_others_unless_it_says_so() -> None:
     assert opened.schema["additionalProperties"] is True
 
 
+def test_a_schema_that_requires_what_it_does_not_name_stays_open() -> None:
+    (tool,) = read_tools([wire(parameters=SCHEMA | {"required": ["unnamed"]})])
+    assert "additionalProperties" not in tool.schema
+
+
 @pytest.mark.parametrize("keyword", ["anyOf", "$ref", "allOf"])
 def test_a_schema_that_says_more_stays_open(keyword: str) -> None:
     (tool,) = read_tools([wire(parameters=SCHEMA | {keyword: []})])

@@ -3,13 +3,14 @@
 Only the shape is looked at here; whether a grammar can be compiled the shards say at the door.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import msgspec
 
 from kagami_proto.errors import InvalidRequest, MalformedBody
 from kagami_router.api.schemas import GrammarType, ResponseFormat, encode
+from kagami_router.json_schema import requires_unnamed
 from kagami_router.requests import Grammar, GrammarKind
 
 _ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
@@ -82,15 +83,42 @@ def _closed(schema: Mapping[str, Any]) -> Mapping[str, Any]:
     """The schema with objects that have just the properties it names, as TGI reads them.
 
     To JSON Schema an object may have any others unless it is closed, and a model would go on to
-    invent them. With `allOf` a part cannot know the properties of the others: nothing is closed.
+    invent them. Where several parts say what one object has, none of them knows the properties of
+    the others: nothing is closed.
     """
-    return schema if _has_all_of(schema) else _close(schema)
+    return schema if any(map(_has_parts, _subschemas(schema))) else _close(schema)
 
 
-def _has_all_of(value: object) -> bool:
-    if isinstance(value, Mapping):
-        return "allOf" in value or any(_has_all_of(each) for each in value.values())
-    return isinstance(value, list) and any(_has_all_of(each) for each in value)
+def _subschemas(schema: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """The schema and all within it."""
+    left: list[Any] = [schema]
+    while left:
+        schema = left.pop()
+        if isinstance(schema, Mapping):
+            yield schema
+            left += [schema[key] for key in _ONE if key in schema]
+            for key in _LIST:
+                left += _parts(schema, key)
+            for key in _TABLE:
+                if isinstance(table := schema.get(key), Mapping):
+                    left += table.values()
+
+
+def _has_parts(schema: Mapping[str, Any]) -> bool:
+    """Whether more than one part says which properties one object has."""
+    if "allOf" in schema:
+        return True
+    if "properties" not in schema:
+        return False
+    parts = [*_parts(schema, "anyOf"), *_parts(schema, "oneOf")]
+    return "$ref" in schema or any(
+        "properties" in part or "$ref" in part for part in parts if isinstance(part, Mapping)
+    )
+
+
+def _parts(schema: Mapping[str, Any], key: str) -> list[Any]:
+    parts = schema.get(key)
+    return parts if isinstance(parts, list) else []
 
 
 def _close(schema: Any) -> Any:
@@ -106,6 +134,7 @@ def _close(schema: Any) -> Any:
     for key in _TABLE:
         if isinstance(closed.get(key), Mapping):
             closed[key] = {name: _close(each) for name, each in closed[key].items()}
-    if "properties" in closed and "patternProperties" not in closed:
+    is_open = "patternProperties" in closed or requires_unnamed(closed)
+    if "properties" in closed and not is_open:
         closed.setdefault("additionalProperties", False)
     return closed

@@ -71,9 +71,15 @@ def test_objects_have_just_their_properties_at_every_depth() -> None:
     assert closed["$defs"]["person"] == CLOSED_PERSON
 
 
-def test_a_property_may_be_called_like_a_keyword() -> None:
-    wire = {"type": "json", "value": {"type": "object", "properties": {"properties": PERSON}}}
-    assert schema_of(native(wire))["properties"]["properties"] == CLOSED_PERSON
+@pytest.mark.parametrize("name", ["properties", "allOf", "$ref"])
+def test_a_property_may_be_called_like_a_keyword(name: str) -> None:
+    wire = {"type": "json", "value": {"type": "object", "properties": {name: PERSON}}}
+    assert schema_of(native(wire))["properties"][name] == CLOSED_PERSON
+
+
+def test_alternatives_that_name_no_properties_leave_an_object_closed() -> None:
+    either = {**PERSON, "anyOf": [{"required": ["name"]}, True]}
+    assert schema_of(native({"type": "json", "value": either}))["additionalProperties"] is False
 
 
 @pytest.mark.parametrize(
@@ -82,6 +88,9 @@ def test_a_property_may_be_called_like_a_keyword() -> None:
         {**PERSON, "additionalProperties": True},
         {**PERSON, "patternProperties": {"^x": {"type": "integer"}}},
         {"type": "object", "allOf": [PERSON, {"properties": {"age": {"type": "integer"}}}]},
+        {**PERSON, "anyOf": [{"properties": {"age": {"type": "integer"}}}, {"required": ["name"]}]},
+        {"items": {**PERSON, "$ref": "#/$defs/aged"}, "$defs": {"aged": PERSON}},
+        {**PERSON, "required": ["name", "age"]},
     ],
 )
 def test_what_is_open_on_purpose_stays_open(opened: dict[str, Any]) -> None:

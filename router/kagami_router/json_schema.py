@@ -1,0 +1,12 @@
+"""What can be told of a JSON schema by looking at it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def requires_unnamed(schema: Mapping[str, Any]) -> bool:
+    """Whether `required` has names that `properties` has not: closed, nothing would obey it."""
+    properties, required = schema.get("properties"), schema.get("required")
+    if not isinstance(properties, Mapping) or not isinstance(required, list):
+        return False
+    return any(isinstance(name, str) and name not in properties for name in required)
