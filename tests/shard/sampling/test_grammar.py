@@ -166,6 +166,11 @@ def test_lark_is_taken_as_it_is(grammars: Grammars) -> None:
         (Grammar(GrammarKind.JSON_SCHEMA, "{"), ""),
         (Grammar(GrammarKind.LARK, "begin: /a/"), "start"),
         (regex("a" * (MAX_SOURCE_BYTES + 1)), f"more than {MAX_SOURCE_BYTES}"),
+        (schema({"type": "integer", "multipleOf": 9_999_991}), "Given: 9999991"),
+        (schema({"type": "number", "multipleOf": 0.9999991}), "Given: 0.9999991"),
+        (schema({"allOf": [{"type": "integer", "multipleOf": n} for n in (97, 89, 83)]}), "83"),
+        (schema({"prefixItems": [{"multipleOf": n} for n in [9973] * 3]}), "9973"),
+        (Grammar(GrammarKind.LARK, 'start: %json {"multipleOf": 9999991}'), "Given: 9999991"),
         (schema({"properties": {f"p{n}": {} for n in range(1500)}, "type": "object"}), "items"),
         (schema({"type": "string", "enum": [f"value{n}" for n in range(20_000)]}), "bytes"),
     ],
@@ -178,6 +183,32 @@ def test_what_cannot_be_compiled_says_why_on_one_line(
             grammars.compile(grammar)
         assert reason in str(failure.value)
         assert "\n" not in str(failure.value)
+
+
+def test_multiples_are_held(grammars: Grammars) -> None:
+    grammar = schema({"type": "integer", "multipleOf": 7000})
+    assert accepts(grammars, grammar, "21000")
+    assert not accepts(grammars, grammar, "2000")
+
+
+def test_a_bad_grammar_asked_for_again_and_again_keeps_nothing_of_those_who_asked(
+    grammars: Grammars,
+) -> None:
+    def depth() -> int:
+        with pytest.raises(InvalidRequest) as failure:
+            grammars.compile(regex("(a"))
+        return len(failure.traceback)
+
+    depth()
+    assert depth() == depth()
+
+
+def test_a_grammar_that_is_too_large_is_not_kept(grammars: Grammars) -> None:
+    kept = grammars.compile(regex("first"))
+    for number in range(MAX_KEPT):
+        with pytest.raises(InvalidRequest):
+            grammars.compile(regex(f"{number}" * (MAX_SOURCE_BYTES + 1)))
+    assert grammars.compile(regex("first")) is kept
 
 
 def test_a_grammar_is_compiled_once_whoever_asks(
