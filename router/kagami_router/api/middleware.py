@@ -1,4 +1,4 @@
-"""Around every handler: CORS, the API key, errors to answers, and the counting of calls.
+"""Around every handler: the API key, errors to answers, and the counting of calls.
 
 The only broad `except` of the HTTP side is here: what is outside the error tree is a bug, logged
 with its traceback, and the client still gets an answer.
@@ -9,7 +9,7 @@ import hmac
 import logging
 import re
 import secrets
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable
 from typing import TypeVar
 
 import msgspec
@@ -47,18 +47,6 @@ REQUEST_ID = web.RequestKey("request_id", str)
 # Where a path serves several families, what the body turned out to be.
 FAMILY = web.RequestKey("family", Family)
 _CLIENTS_ID = re.compile(r"[\x21-\x7e]{1,128}")
-
-EXPOSED_HEADERS = (
-    "x-compute-type, x-compute-time, x-compute-characters, x-total-time, x-validation-time,"
-    " x-queue-time, x-inference-time, x-time-per-token, x-prompt-tokens, x-generated-tokens,"
-    " x-accel-buffering, x-request-id, request-id, retry-after"
-)
-_ALLOWED_HEADERS = (
-    "content-type,authorization,x-api-key,x-request-id,traceparent,tracestate,baggage,"
-    "anthropic-version,anthropic-beta,anthropic-dangerous-direct-browser-access,"
-    "openai-organization,openai-project,openai-beta"
-)
-_VARY = "origin, access-control-request-method, access-control-request-headers"
 
 
 class InternalError(KagamiError):
@@ -243,32 +231,6 @@ def reason_of(error: msgspec.ValidationError, place: str = "") -> str:
     if found := _PLACE.fullmatch(text):
         place, text = ".".join(filter(None, (place, found["path"]))), found["reason"]
     return f"{place}: {text}" if place else text
-
-
-def cors(allowed_origins: Sequence[str]) -> Callable[..., Awaitable[None]]:
-    """A signal that gives every response TGI's headers; no origins = any origin."""
-
-    async def add_headers(request: web.Request, response: web.StreamResponse) -> None:
-        headers = response.headers
-        headers["x-request-id"] = request_id(request)
-        if Family.of(request.path) is Family.ANTHROPIC:
-            headers["request-id"] = headers["x-request-id"]  # the name that its clients read
-        headers.pop(hdrs.SERVER, None)  # aiohttp's own; it tells versions to anyone
-        if isinstance(response, web.Response) and not response.body:
-            headers.pop(hdrs.CONTENT_TYPE, None)
-        origin = request.headers.get(hdrs.ORIGIN)
-        if not allowed_origins:
-            headers[hdrs.ACCESS_CONTROL_ALLOW_ORIGIN] = "*"
-        elif origin is not None and origin in allowed_origins:
-            headers[hdrs.ACCESS_CONTROL_ALLOW_ORIGIN] = origin
-        headers[hdrs.VARY] = _VARY
-        if request.method == hdrs.METH_OPTIONS:
-            headers[hdrs.ACCESS_CONTROL_ALLOW_METHODS] = "GET,POST"
-            headers[hdrs.ACCESS_CONTROL_ALLOW_HEADERS] = _ALLOWED_HEADERS
-        else:
-            headers[hdrs.ACCESS_CONTROL_EXPOSE_HEADERS] = EXPOSED_HEADERS
-
-    return add_headers
 
 
 def api_key(key: str, open_paths: frozenset[str]) -> Middleware:

@@ -28,7 +28,7 @@ from kagami_router.api.messages_schemas import (
     MessagesRequest,
     TokensCount,
 )
-from kagami_router.api.middleware import api_key, cors, count_calls, errors
+from kagami_router.api.middleware import api_key, count_calls, errors
 from kagami_router.api.openapi import Operation, Route
 from kagami_router.api.platform_schemas import (
     InferRequest,
@@ -41,6 +41,7 @@ from kagami_router.api.platform_schemas import (
 from kagami_router.api.response_events import (
     RESPONSE_EVENTS,
 )
+from kagami_router.api.response_headers import cors
 from kagami_router.api.responses_schemas import (
     InputTokens,
     ResponseObject,

@@ -1,9 +1,13 @@
 """The clients people use, against the real HTTP side."""
 
 from contextlib import asynccontextmanager
+from typing import Any
 
+import anthropic
 import openai
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 from huggingface_hub import AsyncInferenceClient
 from huggingface_hub.errors import ValidationError
 from tests.fakes.fake_loop import EOS, FakeLoop, turns_of
@@ -14,6 +18,34 @@ from kagami_router.requests import FinishReason, Token
 HI = Token(40, "Hi", -0.25, False)
 BANG = Token(41, "!", -0.5, False)
 MESSAGES = [{"role": "user", "content": "Say hi"}]
+
+
+# What a browser sends without asking, or by itself.
+UNASKED = {"accept", "accept-encoding", "accept-language", "connection", "content-length", "host",
+           "user-agent"}  # fmt: skip
+
+
+@pytest.mark.parametrize("client_type", [openai.AsyncOpenAI, anthropic.AsyncAnthropic])
+async def test_a_browser_may_send_all_that_openais_and_anthropics_clients_send(
+    client_type: Any,
+) -> None:
+    sent: set[str] = set()
+
+    async def remember(request: web.Request) -> web.Response:
+        sent.update(name.lower() for name in request.headers)
+        return web.Response(status=404)
+
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", remember)
+    async with TestServer(app) as elsewhere:
+        client = client_type(base_url=str(elsewhere.make_url("/")), api_key="k", max_retries=0)
+        async with client:
+            with pytest.raises(Exception, match="404"):
+                await client.post("/x", body={}, cast_to=object)
+    async with serving() as server, server.http.options("/v1/messages") as response:
+        allowed = response.headers["access-control-allow-headers"].split(",")
+    assert len(sent) > 10
+    assert sent - UNASKED <= set(allowed)
 
 
 def hi_loop() -> FakeLoop:
