@@ -9,6 +9,7 @@ import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import truediv
 from typing import NamedTuple
 
 from aiohttp import web
@@ -75,14 +76,14 @@ class Times(NamedTuple):
     def of(cls, call: Call, finished: Sequence[Finished]) -> "Times":
         """The times of these generations."""
         timings = [one.end.timings for one in finished]
-        inference = sum(one.finished - one.scheduled for one in timings)
-        generated = sum(one.end.num_generated for one in finished)
+        inference = [one.finished - one.scheduled for one in timings]
+        generated = [max(1, one.end.num_generated) for one in finished]
         return cls(
             total=sum(one.finished - call.received for one in timings),
             validation=sum(one.submitted - call.received for one in timings),
             queue=sum(one.scheduled - one.submitted for one in timings),
-            inference=inference,
-            per_token=inference / max(1, generated),
+            inference=sum(inference),
+            per_token=sum(map(truediv, inference, generated)),
         )
 
 

@@ -4,7 +4,9 @@ import asyncio
 import gzip
 import json
 import logging
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import huggingface_hub.errors
@@ -12,7 +14,7 @@ import openai
 import pytest
 import text_generation.errors
 from huggingface_hub import AsyncInferenceClient
-from tests.fakes.fake_loop import FAILED, FakeLoop
+from tests.fakes.fake_loop import FAILED, FakeLoop, turns_of
 from tests.fakes.fake_server import FakeServer, events_of, flat_error, serving
 from text_generation import AsyncClient
 
@@ -27,7 +29,7 @@ from kagami_proto.errors import (
     Unauthorized,
 )
 from kagami_router.api.error_shapes import Family, error_body, error_event
-from kagami_router.requests import StreamEvent
+from kagami_router.requests import StreamEvent, Timings, ValidRequest
 
 CHAT = {"messages": [{"role": "user", "content": "Say hi"}]}
 CHAT_PATH = "/v1/chat/completions"
@@ -328,6 +330,21 @@ async def test_a_stream_has_the_early_ones_and_the_rest_in_its_last_comment(
     told = dict(pair.split("=") for pair in comment[2:].split())
     assert set(AT_THE_END) <= set(told)
     assert told["x-generated-tokens"] == ("4" if path == "/v1/completions" else "2")
+
+
+async def test_the_times_of_several_prompts_are_summed_as_in_tgi() -> None:
+    def half_a_second(request: ValidRequest) -> list[Any]:
+        now = time.monotonic()
+        timings = Timings(now, now, now, now + 0.5)
+        (event,) = turns_of([FAILED])[0]
+        assert event.end is not None
+        return [(replace(event, end=replace(event.end, timings=timings)),)]
+
+    async with serving(FakeLoop(half_a_second)) as server:
+        async with server.post("/v1/completions", {"prompt": ["a", "b", "c"]}) as response:
+            headers = response.headers
+    assert headers["x-inference-time"] == "1500"
+    assert headers["x-time-per-token"] == "1500"
 
 
 async def test_errors_have_their_length() -> None:
