@@ -43,6 +43,8 @@ CHANNEL_OPTIONS = (
 )
 # How often a log line says what is being waited for.
 WAIT_REPORT_S = 10.0
+# A grammar compiles within about a second, but stands behind others'.
+COMPILE_TIMEOUT_S = 60.0
 
 _StepCall = grpc.aio.StreamStreamCall[pb.Step, pb.StepResult]
 
@@ -206,12 +208,17 @@ class ShardGroup:
     async def compile_grammar(self, grammar: Grammar) -> None:
         """Have every shard compile a grammar, or find that it has; raises `InvalidRequest`.
 
-        `ShardLost` where a shard is gone.
+        `ShardLost` where a shard is gone, `GenerationFailed` where it takes too long.
         """
         message = _grammar_to_pb(grammar)
+        calls = [stub.CompileGrammar(message, timeout=COMPILE_TIMEOUT_S) for stub in self._stubs]
         try:
-            answers = await asyncio.gather(*(stub.CompileGrammar(message) for stub in self._stubs))
+            answers = await asyncio.gather(*calls)
         except grpc.aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+                raise GenerationFailed(
+                    f"the grammar was not compiled within {COMPILE_TIMEOUT_S:g} s"
+                ) from error
             raise ShardLost(_reason(error)) from error
         for answer in answers:
             if answer.error:

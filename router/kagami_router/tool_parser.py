@@ -141,7 +141,8 @@ class CallParser:
         opens = marker in (self._form.opener, PYTHON_TAG)
         if not opens:
             return self.push_text(marker)
-        if self._state not in (self._start, self._text, self._after):
+        may_open = self._state in (self._start, self._text, self._after)
+        if not may_open or self.num_calls >= self._max_calls:
             return []
         if self._state == self._text and not self._is_blank:
             self._put_text(self._buffer)
@@ -226,7 +227,8 @@ class CallParser:
         """Behind a call: its closer, or in a list the next one. Models forget closers."""
         rest = self._buffer.lstrip()
         closer, between = self._form.closer.strip(), self._form.between.strip()
-        if self._form.is_list and rest.startswith(between):
+        may_follow = self._form.is_list and self.num_calls < self._max_calls
+        if may_follow and rest.startswith(between):
             rest = rest.removeprefix(between)
             before, self._buffer = self._buffer[: len(self._buffer) - len(rest)], rest
             self._open(before, self._next_head)

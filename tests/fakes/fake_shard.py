@@ -199,6 +199,7 @@ class FakeShard(generate_pb2_grpc.TextGenerationServiceServicer):
     """The protocol of generate.proto in front of a `FakeEngine`; an async context manager.
 
     `gate`, cleared, holds results back until it is set: steps pile up as behind a slow device.
+    `compiling`, cleared, does so with grammars.
     """
 
     def __init__(
@@ -208,6 +209,8 @@ class FakeShard(generate_pb2_grpc.TextGenerationServiceServicer):
         self.engine = FakeEngine(num_blocks, block_size, eos_every=eos_every)
         self.gate = asyncio.Event()
         self.gate.set()
+        self.compiling = asyncio.Event()
+        self.compiling.set()
         self.steps: list[pb.Step] = []
         self._num_blocks = num_blocks
         self._block_size = block_size
@@ -254,6 +257,7 @@ class FakeShard(generate_pb2_grpc.TextGenerationServiceServicer):
     async def CompileGrammar(
         self, request: pb.Grammar, context: object
     ) -> pb.CompileGrammarResponse:
+        await self.compiling.wait()
         return pb.CompileGrammarResponse(error="no" if request.source == "bad" else "")
 
     async def Run(

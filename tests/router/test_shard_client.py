@@ -7,8 +7,15 @@ import pytest
 from tests.fakes.fake_shard import EOS, FakeShard
 
 from kagami_proto import generate_pb2 as pb
-from kagami_proto.errors import ShardLost
-from kagami_router.requests import SamplingParams, StoppingParams, ValidRequest
+from kagami_proto.errors import GenerationFailed, InvalidRequest, ShardLost
+from kagami_router import shard_client
+from kagami_router.requests import (
+    Grammar,
+    GrammarKind,
+    SamplingParams,
+    StoppingParams,
+    ValidRequest,
+)
 from kagami_router.scheduler.scheduler import Scheduler, SchedulerConfig
 from kagami_router.scheduler.step import Failure, PromptLogprobs, Step
 from kagami_router.shard_client import ShardGroup, results_from_pb, step_to_pb
@@ -146,3 +153,39 @@ async def test_a_warmup_nobody_answers_is_a_lost_shard(tmp_path: Path) -> None:
             await group.warmup(
                 max_step_tokens=8, max_batch_size=1, max_total_tokens=8, max_pool_tokens=0
             )
+
+
+async def test_a_grammar_is_bad_if_one_shard_says_so(tmp_path: Path) -> None:
+    async with (
+        FakeShard(str(tmp_path / "0")) as first,
+        FakeShard(str(tmp_path / "1")) as second,
+        ShardGroup([first.address, second.address]) as group,
+    ):
+        await group.compile_grammar(Grammar(GrammarKind.REGEX, "good"))
+        with pytest.raises(InvalidRequest, match="grammar is not valid: no"):
+            await group.compile_grammar(Grammar(GrammarKind.REGEX, "bad"))
+
+
+async def test_a_shard_that_dies_while_it_compiles_is_lost(tmp_path: Path) -> None:
+    async with (
+        FakeShard(str(tmp_path / "0")) as first,
+        FakeShard(str(tmp_path / "1")) as second,
+        ShardGroup([first.address, second.address]) as group,
+    ):
+        first.compiling.clear()
+        second.compiling.clear()
+        waiting = asyncio.ensure_future(group.compile_grammar(Grammar(GrammarKind.REGEX, "a")))
+        await asyncio.sleep(0.05)
+        await second.kill()
+        with pytest.raises(ShardLost):
+            await waiting
+
+
+async def test_a_grammar_is_not_waited_for_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shard_client, "COMPILE_TIMEOUT_S", 0.05)
+    async with FakeShard(str(tmp_path / "0")) as shard, ShardGroup([shard.address]) as group:
+        shard.compiling.clear()
+        with pytest.raises(GenerationFailed, match=r"not compiled within 0.05 s"):
+            await group.compile_grammar(Grammar(GrammarKind.REGEX, "a"))

@@ -70,7 +70,9 @@ class ChoiceWriter:
         if not self._prepared.has_tools:
             deltas = [ChatDelta(content=openai.text_of(event))]
         else:
-            parser = self._parsers.setdefault(index, self._prepared.new_parser())
+            if index not in self._parsers:
+                self._parsers[index] = self._prepared.new_parser()
+            parser = self._parsers[index]
             deltas = _deltas(parser, event)
             if event.end and _ends_in_calls(parser.num_calls, event.end.finish_reason):
                 finish_reason = _TOOL_CALLS_JSON
