@@ -34,11 +34,15 @@ MAX_SOURCE_BYTES = 64 * 1024
 # Compiled grammars take kilobytes to a few megabytes each.
 MAX_KEPT = 128
 MAX_ERROR_CHARACTERS = 300
+# What `llguidance` says of a grammar that allows no first token.
+_IMPOSSIBLE = ("NoExtension", "NoExtensionBias")
 # The expression of a multiple of n has n states, and is built before any limit counts:
 # 0.1 s and 14 MB at this size (m: 8 s and 400 MB at 1,000,000). Powers of ten cost nothing.
 MAX_MULTIPLE = 20_000
 _MAX_DIGITS = 30  # of a number that is looked at: far beyond what is allowed
 _MULTIPLE_OF = re.compile(r'"multipleOf"\s*:\s*([0-9][0-9.eE+-]*)')
+# Where one of these stands, one number may have to obey several schemas.
+_COMBINING = re.compile(r'"(?:allOf|anyOf|oneOf|\$ref)"')
 # One space where JSON may have any white space: a small model would babble blanks for ever.
 # TGI's schemas allow just that.
 _JSON_OPTIONS: "JsonCompileOptions" = {
@@ -200,7 +204,8 @@ class Grammars:
                 mask = self._fill([0], [matcher]).mask[0]
                 matcher.consume_token(int(mask.int().argmin()))
         if matcher.is_error():
-            raise InvalidRequest(_one_line(matcher.get_error()))
+            reason = _one_line(matcher.get_error())
+            raise InvalidRequest("nothing obeys it" if reason in _IMPOSSIBLE else reason)
 
     def _forget(self, grammar: Grammar) -> None:
         with self._lock:
@@ -221,11 +226,13 @@ def _check_cost(grammar: Grammar) -> None:
         raise InvalidRequest(f"it has {size} bytes, more than {MAX_SOURCE_BYTES}")
     if grammar.kind is GrammarKind.REGEX:
         return
+    is_combined = _COMBINING.search(grammar.source) is not None
     total, common = 0, 1
     for text in _MULTIPLE_OF.findall(grammar.source):
         multiple = _without_tens(text)
         # Several in one grammar add up, several that one number has to obey multiply.
-        total, common = total + multiple, math.lcm(common, multiple)
+        total += multiple
+        common = math.lcm(common, multiple) if is_combined else 1
         if max(total, common) > MAX_MULTIPLE:
             raise InvalidRequest(
                 f"`multipleOf` of all its numbers together may be {MAX_MULTIPLE}, powers of ten"

@@ -161,6 +161,8 @@ def test_lark_is_taken_as_it_is(grammars: Grammars) -> None:
         (regex("(?=a)b"), "look-around"),
         (schema({"type": "blah"}), "blah"),
         (schema({"$ref": "#/$defs/x"}), "/$defs/x"),
+        (schema({"$ref": "#"}), "nothing obeys it"),
+        (regex(r"[^\s\S]"), "nothing obeys it"),
         (schema({"$ref": "https://example.com/x.json"}), "not fetch"),
         (schema(["type"]), "object"),
         (Grammar(GrammarKind.JSON_SCHEMA, "{"), ""),
@@ -183,6 +185,10 @@ def test_what_cannot_be_compiled_says_why_on_one_line(
             grammars.compile(grammar)
         assert reason in str(failure.value)
         assert "\n" not in str(failure.value)
+
+
+def test_multiples_of_several_numbers_do_not_multiply(grammars: Grammars) -> None:
+    grammars.compile(schema({"prefixItems": [{"multipleOf": n} for n in (15, 24, 365, 97)]}))
 
 
 def test_multiples_are_held(grammars: Grammars) -> None:
