@@ -40,7 +40,7 @@ _IMPOSSIBLE = ("NoExtension", "NoExtensionBias")
 # 0.1 s and 14 MB at this size (m: 8 s and 400 MB at 1,000,000). Powers of ten cost nothing.
 MAX_MULTIPLE = 20_000
 _MAX_DIGITS = 30  # of a number that is looked at: far beyond what is allowed
-_MULTIPLE_OF = re.compile(r'"multipleOf"\s*:\s*([0-9][0-9.eE+-]*)')
+_MULTIPLE_OF = re.compile(r'"multipleOf"\s*:\s*(-?[0-9][0-9.eE+-]*)')
 # Where one of these stands, one number may have to obey several schemas.
 _COMBINING = re.compile(r'"(?:allOf|anyOf|oneOf|\$ref)"')
 # One space where JSON may have any white space: a small model would babble blanks for ever.

@@ -170,6 +170,7 @@ def test_lark_is_taken_as_it_is(grammars: Grammars) -> None:
         (regex("a" * (MAX_SOURCE_BYTES + 1)), f"more than {MAX_SOURCE_BYTES}"),
         (schema({"type": "integer", "multipleOf": 9_999_991}), "Given: 9999991"),
         (schema({"type": "number", "multipleOf": 0.9999991}), "Given: 0.9999991"),
+        (schema({"type": "integer", "multipleOf": -999_983}), "Given: -999983"),
         (schema({"allOf": [{"type": "integer", "multipleOf": n} for n in (97, 89, 83)]}), "83"),
         (schema({"prefixItems": [{"multipleOf": n} for n in [9973] * 3]}), "9973"),
         (Grammar(GrammarKind.LARK, 'start: %json {"multipleOf": 9999991}'), "Given: 9999991"),
