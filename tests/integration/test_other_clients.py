@@ -1,9 +1,8 @@
-"""More clients: text-generation, langchain, litellm; every parameter that hub has."""
+"""More clients: text-generation, langchain; every parameter that hub has."""
 
 import asyncio
 import inspect
 import json
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -211,50 +210,6 @@ def test_langchain_openai_structured_output(server: Server) -> None:
         {"title": "Person", **PERSON}, method="json_schema"
     ).invoke("Make up a person.")
     jsonschema.validate(answer, PERSON)
-
-
-# ---------------------------------------------------------------------- litellm
-
-
-@pytest.fixture
-def litellm(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setitem(os.environ, "LITELLM_LOCAL_MODEL_COST_MAP", "True")  # asks nobody
-    import litellm
-
-    return litellm
-
-
-def test_litellm_over_the_openai_routes(server: Server, litellm: Any) -> None:
-    arguments = {
-        "model": "openai/tgi",
-        "api_base": f"{server.url}/v1",
-        "api_key": "-",
-        "max_tokens": 12,
-        "temperature": 0,
-        "logit_bias": {"5": -100},
-        "stop": "\n",
-    }
-    whole = litellm.completion(messages=MESSAGES, **arguments)
-    chunks = list(litellm.completion(messages=MESSAGES, stream=True, **arguments))
-
-    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
-    assert "Paris" in text
-    assert whole.choices[0].message.content == text
-    assert whole.usage.prompt_tokens > 10
-    with pytest.raises(litellm.exceptions.BadRequestError, match="top_p"):
-        litellm.completion(messages=MESSAGES, **arguments, top_p=7, num_retries=0)
-
-
-def test_litellm_over_the_native_route(server: Server, litellm: Any) -> None:
-    answer = litellm.completion(
-        model="huggingface/tgi",
-        messages=MESSAGES,
-        api_base=server.url,
-        api_key="-",
-        max_tokens=12,
-        temperature=0,
-    )
-    assert "Paris" in answer.choices[0].message.content
 
 
 # ---------------------------------------------------------------------- all at once

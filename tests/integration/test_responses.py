@@ -1,9 +1,8 @@
-"""/v1/responses with the embedded model, through openai, langchain and litellm."""
+"""/v1/responses with the embedded model, through openai and langchain."""
 
 import json
 from typing import Any, Literal
 
-import litellm
 import openai
 import pytest
 from langchain_openai import ChatOpenAI
@@ -160,22 +159,3 @@ def test_langchain_asks_by_responses(server: Server) -> None:
     assert "Paris" in whole.text
     assert streamed == whole.text
     assert isinstance(capital.invoke(QUESTION), Capital)
-
-
-@pytest.mark.filterwarnings("default::UserWarning")  # of its own models
-def test_litellm_asks_by_responses(server: Server) -> None:
-    asked: dict[str, Any] = ASKED | {
-        "model": "openai/gpt-4o",  # a name it knows: others it does not let stream
-        "api_base": f"{server.url}/v1",
-        "api_key": "-",
-    }
-    whole = litellm.responses(**asked)
-    pieces = [
-        event.delta
-        for event in litellm.responses(**asked, stream=True)
-        if event.type == "response.output_text.delta"
-    ]
-
-    assert "Paris" in whole.output_text
-    assert "".join(pieces) == whole.output_text
-    assert len(pieces) > 1

@@ -83,8 +83,8 @@ def test_generate_with_curl(swallow: Server) -> None:
 
 def test_generate_stream_with_curl(swallow: Server) -> None:
     body = f'{{"inputs":"{QUESTION}","parameters":{{"max_new_tokens":200}}}}'
-    lines = [line for line in curl(f"{swallow.url}/generate_stream", body).splitlines() if line]
-    events = [json.loads(line.removeprefix("data:")) for line in lines]
+    lines = curl(f"{swallow.url}/generate_stream", body).splitlines()
+    events = [json.loads(line.removeprefix("data:")) for line in lines if line.startswith("data:")]
     texts = [event["token"]["text"] for event in events if not event["token"]["special"]]
     assert [event["index"] for event in events] == list(range(1, len(events) + 1))
     assert "".join(texts) == ANSWER
