@@ -73,12 +73,12 @@ async def until(condition: object, *, within_s: float = 10) -> None:
         await asyncio.sleep(0.02)
 
 
-async def first_token_seconds(url: str) -> list[float]:
-    """Time to first token of 16 clients that come one after the other with one prefix."""
+async def first_token_seconds(url: str, num_clients: int) -> list[float]:
+    """Time to first token of clients that come one after the other with one prefix."""
     prefix = " ".join(f"Rule {n}: be kind to number {n}." for n in range(102))  # 1,020 tokens
     times = []
     async with aiohttp.ClientSession() as session:
-        for number in range(16):
+        for number in range(num_clients):
             started = time.perf_counter()
             arrivals = [
                 time.perf_counter()
@@ -92,15 +92,15 @@ async def first_token_seconds(url: str) -> list[float]:
 
 async def test_a_shared_prefix_is_computed_once(server: Server, tmp_path: Path) -> None:
     before = server.metric("tgi_prefix_hit_tokens")
-    cached = await first_token_seconds(server.url)
+    cached = await first_token_seconds(server.url, 16)
     hits = server.metric("tgi_prefix_hit_tokens") - before
     with running(tmp_path, "--dtype", "float32", environ={"PREFIX_CACHING": "0"}) as plain:
-        uncached = await first_token_seconds(plain.url)
+        uncached = await first_token_seconds(plain.url, 5)
         assert plain.metric("tgi_prefix_hit_tokens") == 0
 
     assert hits >= 15 * 960
     # A ratio on one machine in one run, far from its border (seen: more than 10).
-    assert sorted(uncached)[8] >= 4 * sorted(cached[1:])[8]
+    assert sorted(uncached)[2] >= 4 * sorted(cached[1:])[8]
 
 
 async def test_16_clients_at_once_compute_a_shared_prefix_once(server: Server) -> None:

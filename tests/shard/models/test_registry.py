@@ -45,7 +45,7 @@ def folder_of(folder: Path, **config: object) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("model_type", ["bloom", "falcon", "mpt", "gptj"])
+@pytest.mark.parametrize("model_type", ["bloom", "falcon", "mpt"])
 def test_a_model_without_the_attention_interface_is_refused(
     model_type: str, tmp_path: Path
 ) -> None:
