@@ -42,7 +42,7 @@ test: $(STAMP) ## run every test
 	$(BIN)/pytest -q
 
 check: lint types ## format, lint, types and the fast tests
-	$(BIN)/pytest -q -m 'not slow'
+	$(BIN)/pytest -q -n 2 -m 'not slow'
 
 # No $(STAMP): a machine with a GPU has a torch of its own.
 gpu-check: ## run the tests that need a CUDA device, with the python that is there

@@ -302,6 +302,7 @@ def test_one_dead_shard_of_several_is_named_and_ends_the_tree(
     wait_until_dead(launcher.child_pids())
 
 
+@pytest.mark.slow
 def test_a_stuck_shard_does_not_keep_a_broken_tree_alive(launch: Launch) -> None:
     modes = {"FAKE_SHARD_0": "stuck", "FAKE_SHARD_1": "crash", "FAKE_ROUTER": "deaf"}
     launcher = launch("--num-shard", "2", "--master-port", free_port(), **modes)
