@@ -121,9 +121,11 @@ class LauncherArgs:
     quantize: str | None = _choice(
         None,
         "awq eetq exl2 gptq marlin bitsandbytes bitsandbytes-nf4 bitsandbytes-fp4 fp8 "
-        "compressed-tensors",
+        "compressed-tensors int8 int4",
         _MODEL,
-        "quantization scheme (refused: not supported yet)",
+        "weights in fewer bits, made at load: int8 (also eetq, bitsandbytes), int4 (also "
+        "bitsandbytes-nf4, -fp4), fp8; awq, gptq, compressed-tensors and fp8 checkpoints need no "
+        "flag; exl2 and marlin are refused",
     )
     speculate: int | None = _flag(
         None, _count, _MODEL, "tokens to guess per step (refused above 0: not supported yet)"

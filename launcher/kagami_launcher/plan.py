@@ -14,6 +14,7 @@ from kagami_launcher.hub import ModelSource
 
 SHARD_COMMAND = "text-generation-server"
 ROUTER_COMMAND = "text-generation-router"
+_CUDA_LAYOUTS = ("exl2", "marlin")
 # Prompt tokens in one step when --max-batch-prefill-tokens is not given. On a CPU a step of 4096
 # takes seconds, and running streams stand still meanwhile.
 _CUDA_PREFILL_TOKENS, _CPU_PREFILL_TOKENS = 4096, 512
@@ -150,8 +151,13 @@ def _one_for_each_device(devices: Devices) -> int:
 
 
 def _check_supported(args: LauncherArgs) -> None:
+    if args.quantize in _CUDA_LAYOUTS:
+        _refuse(
+            f"--quantize {args.quantize} is not supported: its files are laid out for CUDA "
+            "kernels; serve the model's gptq or awq checkpoint, or the unquantized one with "
+            "--quantize int4"
+        )
     refused = (
-        (args.quantize is not None, f"--quantize {args.quantize}"),
         (bool(args.speculate), f"--speculate {args.speculate}"),
         (bool(args.lora_adapters), "--lora-adapters"),
         (args.ngrok, "--ngrok"),
@@ -234,6 +240,7 @@ def plan_shard(
     argv = [SHARD_COMMAND, "serve", str(source.folder), "--uds-path", socket_prefix(args)]
     argv += ["--logger-level", log_level, "--json-output"]
     argv += _optional("--dtype", args.dtype)
+    argv += _optional("--quantize", args.quantize)
     argv += ["--trust-remote-code"] if args.trust_remote_code else []
     argv += ["--sharded"] if num_shard > 1 else []
     environment = {

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bkagami_proto/generate.proto\x12\tkagami.v1\"\r\n\x0bInfoRequest\"\xe2\x01\n\x0cInfoResponse\x12\x12\n\nmodel_type\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\x13\n\x0b\x64\x65vice_type\x18\x03 \x01(\t\x12\x11\n\tattention\x18\x04 \x01(\t\x12\x12\n\nvocab_size\x18\x05 \x01(\r\x12\x15\n\rmax_positions\x18\x06 \x01(\r\x12\x12\n\nblock_size\x18\x07 \x01(\r\x12\x15\n\reos_token_ids\x18\x08 \x03(\r\x12\x0c\n\x04rank\x18\t \x01(\r\x12\x12\n\nworld_size\x18\n \x01(\r\x12\x0f\n\x07version\x18\x0b \x01(\t\"\x0f\n\rHealthRequest\"\\\n\x0eHealthResponse\x12\x11\n\tlast_step\x18\x01 \x01(\x04\x12\x18\n\x10last_step_age_ns\x18\x02 \x01(\x04\x12\x0c\n\x04\x62usy\x18\x03 \x01(\x08\x12\x0f\n\x07\x62usy_ns\x18\x04 \x01(\x04\"s\n\rWarmupRequest\x12\x17\n\x0fmax_step_tokens\x18\x01 \x01(\r\x12\x16\n\x0emax_batch_size\x18\x02 \x01(\r\x12\x18\n\x10max_total_tokens\x18\x03 \x01(\r\x12\x17\n\x0fmax_pool_tokens\x18\x04 \x01(\r\"^\n\x0eWarmupResponse\x12\x12\n\nnum_blocks\x18\x01 \x01(\r\x12\x12\n\nblock_size\x18\x02 \x01(\r\x12\x10\n\x08kv_bytes\x18\x03 \x01(\x04\x12\x12\n\nelapsed_ns\x18\x04 \x01(\x04\"\xbe\x01\n\x04Step\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12-\n\rnew_sequences\x18\x02 \x03(\x0b\x32\x16.kagami.v1.NewSequence\x12\x14\n\x08\x64rop_ids\x18\x03 \x03(\x04\x42\x02\x10\x01\x12\x0f\n\x03ids\x18\x04 \x03(\x04\x42\x02\x10\x01\x12\x15\n\tpositions\x18\x05 \x03(\rB\x02\x10\x01\x12\x12\n\x06\x63ounts\x18\x06 \x03(\rB\x02\x10\x01\x12%\n\x06grants\x18\x07 \x03(\x0b\x32\x15.kagami.v1.BlockGrant\",\n\nBlockGrant\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x12\n\x06\x62locks\x18\x02 \x03(\rB\x02\x10\x01\"\x8d\x02\n\x0bNewSequence\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x15\n\ttoken_ids\x18\x02 \x03(\rB\x02\x10\x01\x12\x19\n\x11num_prompt_tokens\x18\x03 \x01(\r\x12/\n\x08sampling\x18\x04 \x01(\x0b\x32\x1d.kagami.v1.SamplingParameters\x12\x14\n\x0ctop_n_tokens\x18\x05 \x01(\r\x12\x17\n\x0fprompt_logprobs\x18\x06 \x01(\x08\x12#\n\x07grammar\x18\x07 \x01(\x0b\x32\x12.kagami.v1.Grammar\x12\x12\n\nadapter_id\x18\x08 \x01(\t\x12\x13\n\x0btraceparent\x18\t \x01(\t\x12\x12\n\ntracestate\x18\n \x01(\t\"\x89\x02\n\x12SamplingParameters\x12\x11\n\tdo_sample\x18\x01 \x01(\x08\x12\x0c\n\x04seed\x18\x02 \x01(\x04\x12\x13\n\x0btemperature\x18\x03 \x01(\x02\x12\r\n\x05top_k\x18\x04 \x01(\r\x12\r\n\x05top_p\x18\x05 \x01(\x02\x12\x11\n\ttypical_p\x18\x06 \x01(\x02\x12\x1a\n\x12repetition_penalty\x18\x07 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x08 \x01(\x02\x12\x18\n\x10presence_penalty\x18\t \x01(\x02\x12\x14\n\x08\x62ias_ids\x18\n \x03(\rB\x02\x10\x01\x12\x12\n\x06\x62iases\x18\x0b \x03(\x02\x42\x02\x10\x01\x12\x11\n\twatermark\x18\x0c \x01(\x08\"n\n\x07Grammar\x12%\n\x04kind\x18\x01 \x01(\x0e\x32\x17.kagami.v1.Grammar.Kind\x12\x0e\n\x06source\x18\x02 \x01(\t\",\n\x04Kind\x12\x0f\n\x0bJSON_SCHEMA\x10\x00\x12\t\n\x05REGEX\x10\x01\x12\x08\n\x04LARK\x10\x02\";\n\x16\x43ompileGrammarResponse\x12\r\n\x05\x65rror\x18\x01 \x01(\t\x12\x12\n\nelapsed_ns\x18\x02 \x01(\x04\"\xb0\x02\n\nStepResult\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x0f\n\x03ids\x18\x02 \x03(\x04\x42\x02\x10\x01\x12\x15\n\ttoken_ids\x18\x03 \x03(\rB\x02\x10\x01\x12\x14\n\x08logprobs\x18\x04 \x03(\x02\x42\x02\x10\x01\x12(\n\ntop_tokens\x18\x05 \x03(\x0b\x32\x14.kagami.v1.TopTokens\x12\x32\n\x0fprompt_logprobs\x18\x06 \x03(\x0b\x32\x19.kagami.v1.PromptLogprobs\x12,\n\x08\x66\x61ilures\x18\x07 \x03(\x0b\x32\x1a.kagami.v1.SequenceFailure\x12\r\n\x05\x65rror\x18\x08 \x01(\t\x12\x15\n\rout_of_memory\x18\t \x01(\x08\x12\x0f\n\x07host_ns\x18\n \x01(\x04\x12\x11\n\tdevice_ns\x18\x0b \x01(\x04\"G\n\tTopTokens\x12\r\n\x05index\x18\x01 \x01(\r\x12\x15\n\ttoken_ids\x18\x02 \x03(\rB\x02\x10\x01\x12\x14\n\x08logprobs\x18\x03 \x03(\x02\x42\x02\x10\x01\"\x8e\x01\n\x0ePromptLogprobs\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x16\n\x0e\x66irst_position\x18\x02 \x01(\r\x12\x14\n\x08logprobs\x18\x03 \x03(\x02\x42\x02\x10\x01\x12\r\n\x05top_n\x18\x04 \x01(\r\x12\x19\n\rtop_token_ids\x18\x05 \x03(\rB\x02\x10\x01\x12\x18\n\x0ctop_logprobs\x18\x06 \x03(\x02\x42\x02\x10\x01\".\n\x0fSequenceFailure\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x0f\n\x07message\x18\x02 \x01(\t2\xca\x02\n\x15TextGenerationService\x12\x37\n\x04Info\x12\x16.kagami.v1.InfoRequest\x1a\x17.kagami.v1.InfoResponse\x12=\n\x06Health\x12\x18.kagami.v1.HealthRequest\x1a\x19.kagami.v1.HealthResponse\x12=\n\x06Warmup\x12\x18.kagami.v1.WarmupRequest\x1a\x19.kagami.v1.WarmupResponse\x12G\n\x0e\x43ompileGrammar\x12\x12.kagami.v1.Grammar\x1a!.kagami.v1.CompileGrammarResponse\x12\x31\n\x03Run\x12\x0f.kagami.v1.Step\x1a\x15.kagami.v1.StepResult(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bkagami_proto/generate.proto\x12\tkagami.v1\"\r\n\x0bInfoRequest\"\xf8\x01\n\x0cInfoResponse\x12\x12\n\nmodel_type\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\x13\n\x0b\x64\x65vice_type\x18\x03 \x01(\t\x12\x11\n\tattention\x18\x04 \x01(\t\x12\x12\n\nvocab_size\x18\x05 \x01(\r\x12\x15\n\rmax_positions\x18\x06 \x01(\r\x12\x12\n\nblock_size\x18\x07 \x01(\r\x12\x15\n\reos_token_ids\x18\x08 \x03(\r\x12\x0c\n\x04rank\x18\t \x01(\r\x12\x12\n\nworld_size\x18\n \x01(\r\x12\x0f\n\x07version\x18\x0b \x01(\t\x12\x14\n\x0cquantization\x18\x0c \x01(\t\"\x0f\n\rHealthRequest\"\\\n\x0eHealthResponse\x12\x11\n\tlast_step\x18\x01 \x01(\x04\x12\x18\n\x10last_step_age_ns\x18\x02 \x01(\x04\x12\x0c\n\x04\x62usy\x18\x03 \x01(\x08\x12\x0f\n\x07\x62usy_ns\x18\x04 \x01(\x04\"s\n\rWarmupRequest\x12\x17\n\x0fmax_step_tokens\x18\x01 \x01(\r\x12\x16\n\x0emax_batch_size\x18\x02 \x01(\r\x12\x18\n\x10max_total_tokens\x18\x03 \x01(\r\x12\x17\n\x0fmax_pool_tokens\x18\x04 \x01(\r\"^\n\x0eWarmupResponse\x12\x12\n\nnum_blocks\x18\x01 \x01(\r\x12\x12\n\nblock_size\x18\x02 \x01(\r\x12\x10\n\x08kv_bytes\x18\x03 \x01(\x04\x12\x12\n\nelapsed_ns\x18\x04 \x01(\x04\"\xbe\x01\n\x04Step\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12-\n\rnew_sequences\x18\x02 \x03(\x0b\x32\x16.kagami.v1.NewSequence\x12\x14\n\x08\x64rop_ids\x18\x03 \x03(\x04\x42\x02\x10\x01\x12\x0f\n\x03ids\x18\x04 \x03(\x04\x42\x02\x10\x01\x12\x15\n\tpositions\x18\x05 \x03(\rB\x02\x10\x01\x12\x12\n\x06\x63ounts\x18\x06 \x03(\rB\x02\x10\x01\x12%\n\x06grants\x18\x07 \x03(\x0b\x32\x15.kagami.v1.BlockGrant\",\n\nBlockGrant\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x12\n\x06\x62locks\x18\x02 \x03(\rB\x02\x10\x01\"\x8d\x02\n\x0bNewSequence\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x15\n\ttoken_ids\x18\x02 \x03(\rB\x02\x10\x01\x12\x19\n\x11num_prompt_tokens\x18\x03 \x01(\r\x12/\n\x08sampling\x18\x04 \x01(\x0b\x32\x1d.kagami.v1.SamplingParameters\x12\x14\n\x0ctop_n_tokens\x18\x05 \x01(\r\x12\x17\n\x0fprompt_logprobs\x18\x06 \x01(\x08\x12#\n\x07grammar\x18\x07 \x01(\x0b\x32\x12.kagami.v1.Grammar\x12\x12\n\nadapter_id\x18\x08 \x01(\t\x12\x13\n\x0btraceparent\x18\t \x01(\t\x12\x12\n\ntracestate\x18\n \x01(\t\"\x89\x02\n\x12SamplingParameters\x12\x11\n\tdo_sample\x18\x01 \x01(\x08\x12\x0c\n\x04seed\x18\x02 \x01(\x04\x12\x13\n\x0btemperature\x18\x03 \x01(\x02\x12\r\n\x05top_k\x18\x04 \x01(\r\x12\r\n\x05top_p\x18\x05 \x01(\x02\x12\x11\n\ttypical_p\x18\x06 \x01(\x02\x12\x1a\n\x12repetition_penalty\x18\x07 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x08 \x01(\x02\x12\x18\n\x10presence_penalty\x18\t \x01(\x02\x12\x14\n\x08\x62ias_ids\x18\n \x03(\rB\x02\x10\x01\x12\x12\n\x06\x62iases\x18\x0b \x03(\x02\x42\x02\x10\x01\x12\x11\n\twatermark\x18\x0c \x01(\x08\"n\n\x07Grammar\x12%\n\x04kind\x18\x01 \x01(\x0e\x32\x17.kagami.v1.Grammar.Kind\x12\x0e\n\x06source\x18\x02 \x01(\t\",\n\x04Kind\x12\x0f\n\x0bJSON_SCHEMA\x10\x00\x12\t\n\x05REGEX\x10\x01\x12\x08\n\x04LARK\x10\x02\";\n\x16\x43ompileGrammarResponse\x12\r\n\x05\x65rror\x18\x01 \x01(\t\x12\x12\n\nelapsed_ns\x18\x02 \x01(\x04\"\xb0\x02\n\nStepResult\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x0f\n\x03ids\x18\x02 \x03(\x04\x42\x02\x10\x01\x12\x15\n\ttoken_ids\x18\x03 \x03(\rB\x02\x10\x01\x12\x14\n\x08logprobs\x18\x04 \x03(\x02\x42\x02\x10\x01\x12(\n\ntop_tokens\x18\x05 \x03(\x0b\x32\x14.kagami.v1.TopTokens\x12\x32\n\x0fprompt_logprobs\x18\x06 \x03(\x0b\x32\x19.kagami.v1.PromptLogprobs\x12,\n\x08\x66\x61ilures\x18\x07 \x03(\x0b\x32\x1a.kagami.v1.SequenceFailure\x12\r\n\x05\x65rror\x18\x08 \x01(\t\x12\x15\n\rout_of_memory\x18\t \x01(\x08\x12\x0f\n\x07host_ns\x18\n \x01(\x04\x12\x11\n\tdevice_ns\x18\x0b \x01(\x04\"G\n\tTopTokens\x12\r\n\x05index\x18\x01 \x01(\r\x12\x15\n\ttoken_ids\x18\x02 \x03(\rB\x02\x10\x01\x12\x14\n\x08logprobs\x18\x03 \x03(\x02\x42\x02\x10\x01\"\x8e\x01\n\x0ePromptLogprobs\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x16\n\x0e\x66irst_position\x18\x02 \x01(\r\x12\x14\n\x08logprobs\x18\x03 \x03(\x02\x42\x02\x10\x01\x12\r\n\x05top_n\x18\x04 \x01(\r\x12\x19\n\rtop_token_ids\x18\x05 \x03(\rB\x02\x10\x01\x12\x18\n\x0ctop_logprobs\x18\x06 \x03(\x02\x42\x02\x10\x01\".\n\x0fSequenceFailure\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x0f\n\x07message\x18\x02 \x01(\t2\xca\x02\n\x15TextGenerationService\x12\x37\n\x04Info\x12\x16.kagami.v1.InfoRequest\x1a\x17.kagami.v1.InfoResponse\x12=\n\x06Health\x12\x18.kagami.v1.HealthRequest\x1a\x19.kagami.v1.HealthResponse\x12=\n\x06Warmup\x12\x18.kagami.v1.WarmupRequest\x1a\x19.kagami.v1.WarmupResponse\x12G\n\x0e\x43ompileGrammar\x12\x12.kagami.v1.Grammar\x1a!.kagami.v1.CompileGrammarResponse\x12\x31\n\x03Run\x12\x0f.kagami.v1.Step\x1a\x15.kagami.v1.StepResult(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -66,37 +66,37 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_INFOREQUEST']._serialized_start=42
   _globals['_INFOREQUEST']._serialized_end=55
   _globals['_INFORESPONSE']._serialized_start=58
-  _globals['_INFORESPONSE']._serialized_end=284
-  _globals['_HEALTHREQUEST']._serialized_start=286
-  _globals['_HEALTHREQUEST']._serialized_end=301
-  _globals['_HEALTHRESPONSE']._serialized_start=303
-  _globals['_HEALTHRESPONSE']._serialized_end=395
-  _globals['_WARMUPREQUEST']._serialized_start=397
-  _globals['_WARMUPREQUEST']._serialized_end=512
-  _globals['_WARMUPRESPONSE']._serialized_start=514
-  _globals['_WARMUPRESPONSE']._serialized_end=608
-  _globals['_STEP']._serialized_start=611
-  _globals['_STEP']._serialized_end=801
-  _globals['_BLOCKGRANT']._serialized_start=803
-  _globals['_BLOCKGRANT']._serialized_end=847
-  _globals['_NEWSEQUENCE']._serialized_start=850
-  _globals['_NEWSEQUENCE']._serialized_end=1119
-  _globals['_SAMPLINGPARAMETERS']._serialized_start=1122
-  _globals['_SAMPLINGPARAMETERS']._serialized_end=1387
-  _globals['_GRAMMAR']._serialized_start=1389
-  _globals['_GRAMMAR']._serialized_end=1499
-  _globals['_GRAMMAR_KIND']._serialized_start=1455
-  _globals['_GRAMMAR_KIND']._serialized_end=1499
-  _globals['_COMPILEGRAMMARRESPONSE']._serialized_start=1501
-  _globals['_COMPILEGRAMMARRESPONSE']._serialized_end=1560
-  _globals['_STEPRESULT']._serialized_start=1563
-  _globals['_STEPRESULT']._serialized_end=1867
-  _globals['_TOPTOKENS']._serialized_start=1869
-  _globals['_TOPTOKENS']._serialized_end=1940
-  _globals['_PROMPTLOGPROBS']._serialized_start=1943
-  _globals['_PROMPTLOGPROBS']._serialized_end=2085
-  _globals['_SEQUENCEFAILURE']._serialized_start=2087
-  _globals['_SEQUENCEFAILURE']._serialized_end=2133
-  _globals['_TEXTGENERATIONSERVICE']._serialized_start=2136
-  _globals['_TEXTGENERATIONSERVICE']._serialized_end=2466
+  _globals['_INFORESPONSE']._serialized_end=306
+  _globals['_HEALTHREQUEST']._serialized_start=308
+  _globals['_HEALTHREQUEST']._serialized_end=323
+  _globals['_HEALTHRESPONSE']._serialized_start=325
+  _globals['_HEALTHRESPONSE']._serialized_end=417
+  _globals['_WARMUPREQUEST']._serialized_start=419
+  _globals['_WARMUPREQUEST']._serialized_end=534
+  _globals['_WARMUPRESPONSE']._serialized_start=536
+  _globals['_WARMUPRESPONSE']._serialized_end=630
+  _globals['_STEP']._serialized_start=633
+  _globals['_STEP']._serialized_end=823
+  _globals['_BLOCKGRANT']._serialized_start=825
+  _globals['_BLOCKGRANT']._serialized_end=869
+  _globals['_NEWSEQUENCE']._serialized_start=872
+  _globals['_NEWSEQUENCE']._serialized_end=1141
+  _globals['_SAMPLINGPARAMETERS']._serialized_start=1144
+  _globals['_SAMPLINGPARAMETERS']._serialized_end=1409
+  _globals['_GRAMMAR']._serialized_start=1411
+  _globals['_GRAMMAR']._serialized_end=1521
+  _globals['_GRAMMAR_KIND']._serialized_start=1477
+  _globals['_GRAMMAR_KIND']._serialized_end=1521
+  _globals['_COMPILEGRAMMARRESPONSE']._serialized_start=1523
+  _globals['_COMPILEGRAMMARRESPONSE']._serialized_end=1582
+  _globals['_STEPRESULT']._serialized_start=1585
+  _globals['_STEPRESULT']._serialized_end=1889
+  _globals['_TOPTOKENS']._serialized_start=1891
+  _globals['_TOPTOKENS']._serialized_end=1962
+  _globals['_PROMPTLOGPROBS']._serialized_start=1965
+  _globals['_PROMPTLOGPROBS']._serialized_end=2107
+  _globals['_SEQUENCEFAILURE']._serialized_start=2109
+  _globals['_SEQUENCEFAILURE']._serialized_end=2155
+  _globals['_TEXTGENERATIONSERVICE']._serialized_start=2158
+  _globals['_TEXTGENERATIONSERVICE']._serialized_end=2488
 # @@protoc_insertion_point(module_scope)

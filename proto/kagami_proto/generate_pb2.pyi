@@ -56,6 +56,7 @@ class InfoResponse(_message.Message):
     RANK_FIELD_NUMBER: _builtins.int
     WORLD_SIZE_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
+    QUANTIZATION_FIELD_NUMBER: _builtins.int
     model_type: _builtins.str
     """`model_type` of config.json, e.g. "llama" """
     dtype: _builtins.str
@@ -74,6 +75,8 @@ class InfoResponse(_message.Message):
     world_size: _builtins.int
     version: _builtins.str
     """of the shard's distribution"""
+    quantization: _builtins.str
+    """how the weights are kept, e.g. "int8"; empty = not quantized"""
     @_builtins.property
     def eos_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """from generation_config.json, else config.json"""
@@ -92,10 +95,11 @@ class InfoResponse(_message.Message):
         rank: _builtins.int = ...,
         world_size: _builtins.int = ...,
         version: _builtins.str = ...,
+        quantization: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention", b"attention", "block_size", b"block_size", "device_type", b"device_type", "dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "max_positions", b"max_positions", "model_type", b"model_type", "rank", b"rank", "version", b"version", "vocab_size", b"vocab_size", "world_size", b"world_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention", b"attention", "block_size", b"block_size", "device_type", b"device_type", "dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "max_positions", b"max_positions", "model_type", b"model_type", "quantization", b"quantization", "rank", b"rank", "version", b"version", "vocab_size", b"vocab_size", "world_size", b"world_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -311,4 +311,5 @@ def _info(args: RouterArgs, limits: Limits, facts: ShardInfo, pool_tokens: int) 
         else args.max_waiting_tokens,
         max_batch_size=args.max_batch_size,
         kagami_version=own_version(),
+        model_quantization=facts.quantization or None,
     )

@@ -64,6 +64,8 @@ class ShardInfo:
     eos_token_ids: frozenset[int]
     world_size: int
     version: str
+    quantization: str
+    """"int8", "gptq", …; empty: the weights are not quantized."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,6 +255,7 @@ def _info_from_pb(info: pb.InfoResponse) -> ShardInfo:
         eos_token_ids=frozenset(info.eos_token_ids),
         world_size=info.world_size,
         version=info.version,
+        quantization=info.quantization,
     )
 
 

@@ -12,6 +12,19 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NoReturn
 
+# TGI's spellings, and int8 and int4, which say what they do.
+QUANTIZE = (
+    "int8",
+    "int4",
+    "eetq",
+    "bitsandbytes",
+    "bitsandbytes-nf4",
+    "bitsandbytes-fp4",
+    "fp8",
+    "awq",
+    "gptq",
+    "compressed-tensors",
+)
 DTYPES = ("float16", "bfloat16", "float32")
 _SHARDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -24,6 +37,8 @@ class ServeArgs:
     uds_path: str
     """Prefix of the socket; `-{rank}` is appended"""
     dtype: str
+    quantize: str | None
+    """None: as the checkpoint says"""
     trust_remote_code: bool
     log_level: str
     json_output: bool
@@ -63,6 +78,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> ServeArgs:
             model_folder=folder,
             uds_path=args.uds_path,
             dtype=args.dtype,
+            quantize=args.quantize,
             trust_remote_code=args.trust_remote_code,
             log_level=args.logger_level,
             json_output=args.json_output,
@@ -110,6 +126,11 @@ def _parser() -> argparse.ArgumentParser:
         help="prefix of the socket's path; -RANK is appended (default: %(default)s)",
     )
     serve.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default: %(default)s")
+    serve.add_argument(
+        "--quantize",
+        choices=QUANTIZE,
+        help="weights in 8 or 4 bits; what config.json says of its weights needs no flag",
+    )
     serve.add_argument("--trust-remote-code", action="store_true")
     serve.add_argument(
         "--sharded",

@@ -105,6 +105,7 @@ def _load(args: ServeArgs) -> tuple[Engine, pb.InfoResponse]:
         trust_remote_code=args.trust_remote_code,
         max_length=args.max_total_tokens,
         parallel=parallel,
+        quantize=args.quantize,
     )
     reading_s = time.monotonic() - reading
     engine = Engine(
@@ -128,6 +129,7 @@ def _load(args: ServeArgs) -> tuple[Engine, pb.InfoResponse]:
         extra={
             "model_type": model.model_type,
             "dtype": args.dtype,
+            "quantization": model.quantization or "none",
             "device": str(device),
             "attention": attention.name,
             "seconds": round(time.monotonic() - started, 2),
@@ -154,6 +156,7 @@ def _facts(
         rank=args.rank,
         world_size=args.world_size,
         version=args.version,
+        quantization=model.quantization,
     )
 
 

@@ -76,6 +76,7 @@ def info(limits: Limits) -> Info:
         max_waiting_tokens=0,
         max_batch_size=None,
         kagami_version="0.1.0",
+        model_quantization=None,
     )
 
 

@@ -19,6 +19,7 @@ class TinyModel:
     vocab_size = VOCAB
     max_positions = 256
     bytes_loaded = 0
+    quantization = ""
 
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(0)

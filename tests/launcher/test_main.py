@@ -236,9 +236,9 @@ def test_a_busy_port_is_said_before_any_work(launch: Launch) -> None:
 
 
 def test_an_unsupported_flag_is_refused_before_any_work(launch: Launch) -> None:
-    code, stdout, stderr = launch(QUANTIZE="awq").finish()
+    code, stdout, stderr = launch(SPECULATE="2").finish()
     assert (code, stdout.splitlines()[-1]) == (1, "}")
-    assert stderr == 'Error: ArgumentValidation("--quantize awq is not supported yet")\n'
+    assert stderr == 'Error: ArgumentValidation("--speculate 2 is not supported yet")\n'
 
 
 def test_a_flag_without_effect_is_one_warning(launch: Launch) -> None:

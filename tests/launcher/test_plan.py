@@ -61,7 +61,11 @@ REFUSED = [
     ("--watermark-gamma 1", "`watermark_gamma` must be > 0 and < 1. Given: 1.0"),
     ("--cuda-memory-fraction 0", "`cuda_memory_fraction` must be in (0, 1]. Given: 0.0"),
     ("--ngrok --ngrok-authtoken x --ngrok-edge y", "--ngrok is not supported yet"),
-    ("--quantize awq", "--quantize awq is not supported yet"),
+    (
+        "--quantize marlin",
+        "--quantize marlin is not supported: its files are laid out for CUDA kernels; serve the "
+        "model's gptq or awq checkpoint, or the unquantized one with --quantize int4",
+    ),
     ("--speculate 2", "--speculate 2 is not supported yet"),
     ("--lora-adapters a/b", "--lora-adapters is not supported yet"),
     ("--sharded true --num-shard 0", "`sharded` is true but `num_shard` <= 1"),
@@ -78,10 +82,12 @@ def test_what_cannot_be_is_refused_with_tgis_text(argv: str, text: str) -> None:
 
 def test_refusals_also_come_from_the_environment() -> None:
     with pytest.raises(LaunchFailed):
-        check(invocation(QUANTIZE="awq").args, CPU)
+        check(invocation(QUANTIZE="exl2").args, CPU)
 
 
-@pytest.mark.parametrize("argv", ["", "--num-shard 1", "--sharded false", "--speculate 0"])
+@pytest.mark.parametrize(
+    "argv", ["", "--num-shard 1", "--sharded false", "--speculate 0", "--quantize int4"]
+)
 def test_what_can_be_is_let_through(argv: str) -> None:
     assert check(invocation(*argv.split()).args, CPU) == 1
 

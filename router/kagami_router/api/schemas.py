@@ -181,6 +181,8 @@ class Info(Struct, frozen=True):
     max_waiting_tokens: int
     max_batch_size: int | None
     kagami_version: str
+    model_quantization: str | None
+    """How the weights are kept: "int8", "int4", "gptq", …; null: not quantized."""
 
 
 # --- OpenAI routes: requests ---

@@ -2,9 +2,10 @@
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding, linear
+from torch.nn.functional import embedding
 
 from kagami_shard.distributed import TensorParallel
+from kagami_shard.layers.linear import Projection
 
 
 class Embedding:
@@ -54,27 +55,23 @@ class ShardedEmbedding(Embedding):
 class Head:
     """The last matmul, `[num_rows, hidden]` to float32 logits `[num_rows, vocab_size]`."""
 
-    __slots__ = ("_bias", "_divisor", "_softcap", "weight")
+    __slots__ = ("_divisor", "_project", "_softcap", "vocab_size")
 
     def __init__(
         self,
-        weight: Tensor,
-        bias: Tensor | None = None,
+        project: Projection,
+        vocab_size: int,
         *,
         divisor: float = 1.0,
         softcap: float | None = None,
     ) -> None:
-        self.weight = weight
-        self._bias = bias
+        self.vocab_size = vocab_size
+        self._project = project
         self._divisor = divisor
         self._softcap = softcap
 
-    @property
-    def vocab_size(self) -> int:
-        return self.weight.shape[0]
-
     def __call__(self, hidden: Tensor) -> Tensor:
-        return self._finish(linear(hidden, self.weight, self._bias))
+        return self._finish(self._project(hidden))
 
     def _finish(self, output: Tensor) -> Tensor:
         logits = output.float()
@@ -91,11 +88,11 @@ class ShardedHead(Head):
     All ranks then hold the same bits, and choose the same token.
     """
 
-    __slots__ = ("_parallel", "_vocab_size")
+    __slots__ = ("_parallel",)
 
     def __init__(
         self,
-        weight: Tensor,
+        project: Projection,
         vocab_size: int,
         *,
         divisor: float,
@@ -103,14 +100,9 @@ class ShardedHead(Head):
         parallel: TensorParallel,
     ) -> None:
         """Of the ranks' rows together the first `vocab_size` count; the rest is padding."""
-        super().__init__(weight, divisor=divisor, softcap=softcap)
-        self._vocab_size = vocab_size
+        super().__init__(project, vocab_size, divisor=divisor, softcap=softcap)
         self._parallel = parallel
 
-    @property
-    def vocab_size(self) -> int:
-        return self._vocab_size
-
     def __call__(self, hidden: Tensor) -> Tensor:
-        output = self._parallel.all_gather(linear(hidden, self.weight))
-        return self._finish(output[:, : self._vocab_size])
+        output = self._parallel.all_gather(self._project(hidden))
+        return self._finish(output[:, : self.vocab_size])

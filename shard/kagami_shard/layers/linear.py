@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from kagami_shard.distributed import TensorParallel
+from kagami_shard.quantization.base import DenseWeight, Weight
 
 
 class Projection(Protocol):
@@ -27,6 +28,20 @@ class Linear:
         return linear(hidden, self.weight, self.bias)
 
 
+class QuantizedLinear:
+    """The same with a weight in another form."""
+
+    __slots__ = ("bias", "weight")
+
+    def __init__(self, weight: Weight, bias: Tensor | None = None) -> None:
+        self.weight = weight
+        self.bias = bias
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        output = self.weight.linear(hidden)
+        return output if self.bias is None else output + self.bias
+
+
 class RowLinear:
     """A linear cut by its input: the ranks' partial products are summed, the bias added once.
 
@@ -34,13 +49,21 @@ class RowLinear:
     would be rounded once more than on one rank (notes/0005).
     """
 
-    __slots__ = ("_parallel", "bias", "weight")
+    __slots__ = ("_parallel", "bias", "project")
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, parallel: TensorParallel) -> None:
-        self.weight = weight
+    def __init__(self, project: Projection, bias: Tensor | None, parallel: TensorParallel) -> None:
+        """`project` is this rank's part, without bias."""
+        self.project = project
         self.bias = bias
         self._parallel = parallel
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        output = self._parallel.all_reduce(linear(hidden, self.weight).float())
+        output = self._parallel.all_reduce(self.project(hidden).float())
         return output if self.bias is None else output + self.bias
+
+
+def projection(weight: Weight, bias: Tensor | None = None) -> Projection:
+    """The matmul with `weight`, whatever its form."""
+    if isinstance(weight, DenseWeight):
+        return Linear(weight.values, bias)
+    return QuantizedLinear(weight, bias)

@@ -32,5 +32,9 @@ class Model(Protocol):
     def bytes_loaded(self) -> int:
         """What was read to load it, in the files' own dtype."""
 
+    @property
+    def quantization(self) -> str:
+        """How the weights are kept: "int8", "gptq", …; empty if they are not quantized."""
+
     def forward(self, batch: ForwardBatch, attend: AttentionStep) -> Tensor:
         """Logits after `batch.logits_rows`: `[num_rows, vocab_size]` float32."""

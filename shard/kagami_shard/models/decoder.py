@@ -22,11 +22,13 @@ from kagami_shard.batch import ForwardBatch
 from kagami_shard.distributed import TensorParallel
 from kagami_shard.kv_cache import LayerShape
 from kagami_shard.layers.embedding import Embedding, Head, ShardedEmbedding, ShardedHead
-from kagami_shard.layers.linear import Linear, Projection, RowLinear
+from kagami_shard.layers.linear import Projection, RowLinear, projection
 from kagami_shard.layers.mlp import ACTIVATIONS, MLP, GatedMLP
 from kagami_shard.layers.norm import LayerNorm, Norm, RMSNorm, Rounding, ShardedRMSNorm, no_norm
 from kagami_shard.layers.rotary import RotaryEmbedding, Rotation, rotate
 from kagami_shard.models.spec import ModelSpec, NormKind, QKNorm
+from kagami_shard.quantization.base import DenseWeight, Weight
+from kagami_shard.quantization.source import LinearSource, Scheme
 from kagami_shard.weights.checkpoint import Checkpoint
 from kagami_shard.weights.sharding import (
     Span,
@@ -48,9 +50,12 @@ class Decoder:
         dtype: torch.dtype,
         device: torch.device,
         parallel: TensorParallel,
+        scheme: Scheme,
     ) -> None:
         self._spec = spec
-        load = _Loader(spec, checkpoint, dtype, device, parallel)
+        self._scheme_name = scheme.name
+        source = LinearSource(checkpoint, scheme, dtype=dtype, device=device)
+        load = _Loader(spec, checkpoint, source, dtype, device, parallel)
         self._num_kv_heads = load.heads.num_kv_heads
         self._embedding = load.embedding()
         self._layers = [_Layer(spec, index, load) for index in range(len(spec.layers))]
@@ -58,6 +63,10 @@ class Decoder:
         self._head = load.head(self._embedding)
         self._ropes = [RotaryEmbedding(rope, device) for rope in spec.ropes]
         self._bytes_loaded = checkpoint.bytes_loaded
+
+    @property
+    def quantization(self) -> str:
+        return self._scheme_name
 
     @property
     def model_type(self) -> str:
@@ -103,12 +112,14 @@ class _Loader:
         self,
         spec: ModelSpec,
         checkpoint: Checkpoint,
+        source: LinearSource,
         dtype: torch.dtype,
         device: torch.device,
         parallel: TensorParallel,
     ) -> None:
         self._spec = spec
         self._checkpoint = checkpoint
+        self._source = source
         self._dtype = dtype
         self._device = device
         self._parallel = parallel
@@ -132,40 +143,60 @@ class _Loader:
 
     def head(self, embedding: Embedding) -> Head:
         spec = self._spec
-        embedding_name = f"{self.prefix}{spec.names.embedding}.weight"
-        name = embedding_name if spec.tied_head else f"{spec.names.head}.weight"
+        embedding_name = f"{self.prefix}{spec.names.embedding}"
+        name = embedding_name if spec.tied_head else spec.names.head
+        vocab_size = self._source.shape(name)[0]
+        project = projection(self._head_weight(name, embedding))
         if self._parallel.size == 1:
-            weight = embedding.weight if spec.tied_head else self.tensor(name)
-            return Head(weight, divisor=spec.logits_divisor, softcap=spec.logits_softcap)
-        weight = embedding.weight if spec.tied_head else self._vocabulary_part(name)[0]
+            return Head(
+                project, vocab_size, divisor=spec.logits_divisor, softcap=spec.logits_softcap
+            )
         return ShardedHead(
-            weight,
-            self._checkpoint.shape(name)[0],
+            project,
+            vocab_size,
             divisor=spec.logits_divisor,
             softcap=spec.logits_softcap,
             parallel=self._parallel,
         )
 
+    def _head_weight(self, name: str, embedding: Embedding) -> Weight:
+        if self._spec.tied_head:
+            return self._source.head_of(embedding.weight)
+        if self._source.is_quantized(name):
+            weight = self._source.load([name])
+            if self._parallel.size == 1:
+                return weight
+            span = self._vocabulary_span(weight.shape[0])
+            return DenseWeight(
+                self._padded(weight.rows([span]).dequantized(self._dtype), weight.shape[0])
+            )
+        return self._source.head_of(self._vocabulary_part(f"{name}.weight")[0])
+
     def _vocabulary_part(self, name: str) -> tuple[Tensor, int]:
         """This rank's rows, padded by zeros to as many as every other's; the first's id."""
         vocab_size = self._checkpoint.shape(name)[0]
-        span = padded_span_of(vocab_size, self._parallel.rank, self._parallel.size)
-        weight = self.tensor(name, rows=[span])
+        span = self._vocabulary_span(vocab_size)
+        return self._padded(self.tensor(name, rows=[span]), vocab_size), span[0]
+
+    def _vocabulary_span(self, vocab_size: int) -> Span:
+        return padded_span_of(vocab_size, self._parallel.rank, self._parallel.size)
+
+    def _padded(self, weight: Tensor, vocab_size: int) -> Tensor:
         num_missing = -(-vocab_size // self._parallel.size) - weight.shape[0]
-        return pad(weight, (0, 0, 0, num_missing)) if num_missing else weight, span[0]
+        return pad(weight, (0, 0, 0, num_missing)) if num_missing else weight
 
     def _column_linear(
         self, names: Sequence[str], sections: Sequence[Span], lengths: Sequence[int], *, bias: bool
     ) -> Projection:
         """Cut by its output, of which this rank has the span `sections[i]` of section i."""
-        num_rows = sum(self._checkpoint.shape(f"{name}.weight")[0] for name in names)
+        num_rows = sum(self._source.shape(name)[0] for name in names)
         if num_rows != sum(lengths):
             raise InvalidCheckpoint(
                 f"weights {', '.join(names)} have {num_rows} rows, config.json says {sum(lengths)}"
             )
         rows = spans_in_sections(sections, lengths)
-        return Linear(
-            self.tensor(*(f"{name}.weight" for name in names), rows=rows),
+        return projection(
+            self._source.load(names, rows=rows),
             self.tensor(*(f"{name}.bias" for name in names), rows=rows) if bias else None,
         )
 
@@ -173,11 +204,9 @@ class _Loader:
         """Cut by its input."""
         full_bias = self.tensor(f"{name}.bias") if bias else None
         if self._parallel.size == 1:
-            return Linear(self.tensor(f"{name}.weight"), full_bias)
-        weight = self._checkpoint.load_columns(
-            f"{name}.weight", columns, dtype=self._dtype, device=self._device
-        )
-        return RowLinear(weight, full_bias, self._parallel)
+            return projection(self._source.load([name]), full_bias)
+        weight = self._source.load([name], columns=columns)
+        return RowLinear(projection(weight), full_bias, self._parallel)
 
     def qkv(self, layer: str) -> Projection:
         spec, heads = self._spec, self.heads
@@ -251,7 +280,7 @@ class _Loader:
                 f"{', '.join(ACTIVATIONS)}"
             )
         down_name = layer + spec.names.down
-        width = self._checkpoint.shape(f"{down_name}.weight")[1]
+        width = self._source.shape(down_name)[1]
         span = span_of(width, self._parallel.rank, self._parallel.size)
         up = self._column_linear(
             [layer + name for name in spec.names.up],

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from transformers import AutoConfig, PreTrainedConfig
@@ -12,6 +13,7 @@ from kagami_proto.errors import InvalidCheckpoint, UnsupportedModel
 from kagami_shard.distributed import Alone, TensorParallel
 from kagami_shard.models.base import Model
 from kagami_shard.models.decoder import Decoder
+from kagami_shard.quantization.select import select_scheme
 from kagami_shard.weights.checkpoint import Checkpoint
 
 # `model_type` of config.json -> the module of this package whose `spec(config, max_length)` it has.
@@ -40,11 +42,13 @@ def load_model(
     trust_remote_code: bool = False,
     max_length: int = 0,
     parallel: TensorParallel | None = None,
+    quantize: str | None = None,
 ) -> Model:
     """The model of `folder`, its weights read and cast to `dtype` on `device`.
 
     `max_length` is the longest sequence to be served, 0 for all the model can; LongRoPE and
     dynamic NTK choose their frequencies by it. Of several ranks (`parallel`) each reads its part.
+    `quantize` is a value of --quantize; what config.json says of its weights needs none.
     Raises `UnsupportedModel` or `InvalidCheckpoint`.
     """
     parallel = parallel or Alone()
@@ -60,18 +64,29 @@ def load_model(
                 f"model type {config.model_type} runs with transformers' own code and cannot be "
                 f"cut into {parallel.size} shards: start it with --num-shard 1"
             )
+        if quantize is not None:
+            raise UnsupportedModel(
+                f"--quantize {quantize}: model type {config.model_type} runs with transformers' "
+                "own code, whose weights are not quantized: start it without --quantize"
+            )
         transformers_path = import_module("kagami_shard.models.transformers")
         model: Model = transformers_path.load_transformers(
             folder, config, dtype=dtype, device=device, trust_remote_code=trust_remote_code
         )
         return model
-    if getattr(config, "quantization_config", None) is not None:
-        raise UnsupportedModel(
-            f"model type {config.model_type}: quantized weights are not served yet ({folder})"
-        )
+    scheme = select_scheme(_quantization_config(config), quantize)
     spec = import_module(f"kagami_shard.models.{family}").spec(config, max_length)
     with Checkpoint(folder) as checkpoint:
-        return Decoder(spec, checkpoint, dtype=dtype, device=device, parallel=parallel)
+        return Decoder(
+            spec, checkpoint, dtype=dtype, device=device, parallel=parallel, scheme=scheme
+        )
+
+
+def _quantization_config(config: PreTrainedConfig) -> Mapping[str, Any] | None:
+    """What config.json says of its weights; compressed-tensors once had a key of its own."""
+    found = getattr(config, "quantization_config", None)
+    found = found or getattr(config, "compression_config", None)
+    return found if found is None or isinstance(found, Mapping) else found.to_dict()
 
 
 def read_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:

@@ -85,6 +85,8 @@ def load_transformers(
 class TransformersModel:
     """A `PreTrainedModel` as a `Model`."""
 
+    quantization = ""
+
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
         self._takes_rows = "logits_to_keep" in inspect.signature(model.forward).parameters

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, Self
 
 import torch
@@ -24,6 +24,20 @@ INDEX = "model.safetensors.index.json"
 
 # Files beside a model's own weights: the original format, training state, adapters.
 NOT_WEIGHTS = ("consolidated", "training", "optimizer", "adapter", "arguments")
+
+# safetensors' names, of what quantized weights are kept in.
+_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
+    {
+        "I8": torch.int8,
+        "U8": torch.uint8,
+        "I32": torch.int32,
+        "F8_E4M3": torch.float8_e4m3fn,
+        "F8_E5M2": torch.float8_e5m2,
+        "F16": torch.float16,
+        "BF16": torch.bfloat16,
+        "F32": torch.float32,
+    }
+)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -89,6 +103,16 @@ class Checkpoint:
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of `name` as stored; reads the header only."""
         return tuple(self._handle(name).get_slice(name).get_shape())
+
+    def stored_dtype(self, name: str) -> torch.dtype | None:
+        """The dtype of `name` in its file; None for one that this torch does not have."""
+        return _DTYPES.get(self._handle(name).get_slice(name).get_dtype())
+
+    def stored(self, name: str) -> Tensor:
+        """A copy of `name` on the CPU, in the dtype of its file."""
+        tensor: Tensor = self._handle(name).get_tensor(name)
+        self.bytes_loaded += tensor.nbytes
+        return tensor.clone()
 
     def load(self, name: str, *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """A copy of `name`, cast."""

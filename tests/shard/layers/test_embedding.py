@@ -1,6 +1,7 @@
 import torch
 
 from kagami_shard.layers.embedding import Embedding, Head
+from kagami_shard.layers.linear import Linear
 
 
 def test_the_multiplier_is_rounded_to_the_weights_dtype() -> None:
@@ -10,14 +11,14 @@ def test_the_multiplier_is_rounded_to_the_weights_dtype() -> None:
 
 
 def test_logits_are_float32_whatever_the_weights_are() -> None:
-    head = Head(torch.randn(9, 4, dtype=torch.bfloat16))
+    head = Head(Linear(torch.randn(9, 4, dtype=torch.bfloat16)), 9)
     assert head(torch.randn(2, 4, dtype=torch.bfloat16)).dtype == torch.float32
 
 
 def test_no_rows_give_no_logits() -> None:
-    assert Head(torch.randn(9, 4))(torch.empty(0, 4)).shape == (0, 9)
+    assert Head(Linear(torch.randn(9, 4)), 9)(torch.empty(0, 4)).shape == (0, 9)
 
 
 def test_the_softcap_bounds_logits() -> None:
-    head = Head(torch.randn(9, 4) * 100, softcap=5.0, divisor=2.0)
+    head = Head(Linear(torch.randn(9, 4) * 100), 9, softcap=5.0, divisor=2.0)
     assert head(torch.randn(2, 4)).abs().max() <= 5.0

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ TINY = {
 }
 
 
-def load(folder: Path, **options: int) -> Model:
+def load(folder: Path, **options: Any) -> Model:
     return load_model(folder, dtype=torch.float32, device=torch.device("cpu"), **options)
 
 
@@ -109,10 +110,16 @@ def test_a_bidirectional_gemma_is_refused(tmp_path: Path) -> None:
         load(tmp_path)
 
 
-def test_quantized_weights_are_refused(tmp_path: Path) -> None:
-    LlamaConfig(quantization_config={"quant_method": "gptq", "bits": 4}).save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedModel, match="quantized"):
+def test_weights_in_a_format_that_is_not_read_are_refused(tmp_path: Path) -> None:
+    LlamaConfig(quantization_config={"quant_method": "hqq", "bits": 4}).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModel, match="weights quantized by hqq are not read"):
         load(tmp_path)
+
+
+def test_a_model_of_transformers_own_code_is_not_quantized(tmp_path: Path) -> None:
+    GPT2Config().save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModel, match="--quantize int8: model type gpt2"):
+        load(tmp_path, quantize="int8")
 
 
 def test_an_unknown_activation_is_refused(save_checkpoint: Callable[..., tuple]) -> None:

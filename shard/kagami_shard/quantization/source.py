@@ -1,0 +1,120 @@
+"""Where the decoder gets its linear layers' weights from, whatever they are kept in."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from kagami_shard.quantization.base import DenseWeight, Weight, on_device, stack
+from kagami_shard.weights.checkpoint import Checkpoint
+from kagami_shard.weights.sharding import Span
+
+Quantizer = Callable[[Tensor], Weight]
+"""Makes a weight of a matrix `[out, in]`, which it may keep"""
+
+
+class Format(Protocol):
+    """How a quantized checkpoint keeps linear layers; modules are named without `.weight`."""
+
+    @property
+    def name(self) -> str: ...
+
+    def shape(self, checkpoint: Checkpoint, module: str) -> tuple[int, int] | None:
+        """`(out, in)` of `module`; None if it is not quantized."""
+
+    def read(self, checkpoint: Checkpoint, module: str) -> Weight:
+        """The whole weight, on the CPU."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """How weights are kept in memory, and how they come there."""
+
+    name: str = ""
+    """What /info and the log say; empty: as in the checkpoint, not quantized"""
+    format: Format | None = None
+    quantize: Quantizer = DenseWeight
+    """Of matrices that come in full precision"""
+    quantize_head: Quantizer = DenseWeight
+    """Of the head; as it is, it is one with a tied embedding"""
+
+
+class LinearSource:
+    """Reads weights by their modules' names, one matmul's at a time.
+
+    Only that one is ever in memory in full precision beside what is kept.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        scheme: Scheme,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._scheme = scheme
+        self._dtype = dtype
+        self._device = device
+
+    def shape(self, module: str) -> tuple[int, int]:
+        """`(out, in)`."""
+        if (shape := self._quantized_shape(module)) is not None:
+            return shape
+        out, num_columns = self._checkpoint.shape(f"{module}.weight")
+        return out, num_columns
+
+    def is_quantized(self, module: str) -> bool:
+        """Whether the checkpoint has it so."""
+        return self._quantized_shape(module) is not None
+
+    def head_of(self, matrix: Tensor) -> Weight:
+        """The head's weight, of one in full precision."""
+        return self._scheme.quantize_head(matrix)
+
+    def load(
+        self,
+        modules: Sequence[str],
+        *,
+        rows: Sequence[Span] | None = None,
+        columns: Span | None = None,
+    ) -> Weight:
+        """The weights of `modules` below one another; of all their rows the spans `rows` only.
+
+        Several modules, or `rows`, or `columns` of one.
+        """
+        if any(self.is_quantized(module) for module in modules):
+            return on_device(self._read(modules, rows, columns), self._device)
+        names = [f"{module}.weight" for module in modules]
+        load, dtype, device = self._checkpoint, self._dtype, self._device
+        if columns is None:
+            matrix = load.load_rows(names, dtype=dtype, device=device, rows=rows)
+        else:
+            matrix = load.load_columns(names[0], columns, dtype=dtype, device=device)
+        return self._scheme.quantize(matrix)
+
+    def _read(
+        self, modules: Sequence[str], rows: Sequence[Span] | None, columns: Span | None
+    ) -> Weight:
+        weight = stack([self._read_one(module) for module in modules], self._dtype)
+        if rows is not None and list(rows) != [(0, weight.shape[0])]:
+            weight = weight.rows(rows)
+        if columns is not None and columns != (0, weight.shape[1]):
+            weight = weight.columns(columns)
+        return weight
+
+    def _read_one(self, module: str) -> Weight:
+        format = self._scheme.format
+        if format is None or format.shape(self._checkpoint, module) is None:
+            cpu = torch.device("cpu")
+            return DenseWeight(
+                self._checkpoint.load(f"{module}.weight", dtype=self._dtype, device=cpu)
+            )
+        return format.read(self._checkpoint, module)
+
+    def _quantized_shape(self, module: str) -> tuple[int, int] | None:
+        format = self._scheme.format
+        return None if format is None else format.shape(self._checkpoint, module)
