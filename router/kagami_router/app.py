@@ -26,7 +26,7 @@ from kagami_router.api.service import TGI_VERSION, Door, Front
 from kagami_router.batching_loop import BatchingLoop
 from kagami_router.cli import RouterArgs, own_version
 from kagami_router.infer import Infer
-from kagami_router.metrics import Metrics
+from kagami_router.metrics import Capacity, Metrics
 from kagami_router.scheduler.scheduler import (
     DEFAULT_MAX_WAITING_TOKENS,
     DEFAULT_WAITING_SERVED_RATIO,
@@ -65,7 +65,7 @@ async def serve(args: RouterArgs, stop: asyncio.Event) -> int:
     """Serve until `stop` is set or something fails; the exit code."""
     for flag in args.without_effect:
         logger.warning("Flag has no effect", extra={"flag": flag})
-    door = Door()
+    door = Door(Metrics())
     try:
         _check_arguments(args)
         async with _listening(args, door):
@@ -149,7 +149,8 @@ async def _run_engine(args: RouterArgs, door: Door) -> None:
             template = chat_template.load(folder, tokens, given)
         except (OSError, ValueError) as error:
             raise StartError(str(error)) from error
-        shards, facts = await _connect(stack, args.master_shard_uds_path)
+        metrics = door.metrics
+        shards, facts = await _connect(stack, args.master_shard_uds_path, metrics)
         logger.info("Warming up model")
         pool = await _warm_up(shards, args)
         pool_tokens = (pool.num_blocks - 1) * pool.block_size  # block 0 is scratch
@@ -160,12 +161,20 @@ async def _run_engine(args: RouterArgs, door: Door) -> None:
             pool_tokens=pool_tokens,
             vocab_size=facts.vocab_size,
         )
-        metrics = Metrics(
-            max_input_tokens=limits.max_input_tokens, max_total_tokens=limits.max_total_tokens
+        scheduler = Scheduler(_scheduler_config(args, pool))
+        metrics.model_ready(
+            Capacity(
+                max_input_tokens=limits.max_input_tokens,
+                max_total_tokens=limits.max_total_tokens,
+                pool_tokens=pool_tokens,
+                max_step_tokens=_max_step_tokens(args),
+                max_batch_size=_max_batch_size(args),
+            ),
+            scheduler.stats,
         )
         loop = BatchingLoop(
             shards,
-            Scheduler(_scheduler_config(args, pool)),
+            scheduler,
             tokenizer=encoder.backend,
             eos_token_ids=facts.eos_token_ids,
             metrics=metrics,
@@ -181,7 +190,6 @@ async def _run_engine(args: RouterArgs, door: Door) -> None:
                 tokenizer=encoder,
                 template=template,
                 tool_format=find_format(template, encoder.backend),
-                metrics=metrics,
                 info=_info(args, limits, facts, pool_tokens),
                 decoder=loop.decoder,
                 compute_type=args.compute_type,
@@ -192,14 +200,18 @@ async def _run_engine(args: RouterArgs, door: Door) -> None:
         await loop.run()
 
 
-async def _connect(stack: AsyncExitStack, master: str) -> tuple[ShardGroup, ShardInfo]:
+async def _connect(
+    stack: AsyncExitStack, master: str, metrics: Metrics
+) -> tuple[ShardGroup, ShardInfo]:
     """All shards: the first tells how many there are, and they are numbered at their end."""
     shards = await stack.enter_async_context(ShardGroup([f"unix://{master}"]))
+    metrics.watch_shards(shards.are_up)
     facts = await shards.wait_ready()
     if facts.world_size > 1:
         prefix = master.removesuffix("-0")
         addresses = [f"unix://{prefix}-{rank}" for rank in range(facts.world_size)]
         shards = await stack.enter_async_context(ShardGroup(addresses))
+        metrics.watch_shards(shards.are_up)
         facts = await shards.wait_ready()
     return shards, facts
 

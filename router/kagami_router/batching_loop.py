@@ -19,7 +19,7 @@ import tokenizers
 
 from kagami_proto.errors import GenerationFailed, KagamiError, ShardLost
 from kagami_router.detokenize import Detokenizer, TextDecoder
-from kagami_router.metrics import Metrics, StepStats
+from kagami_router.metrics import Metrics, StepReport
 from kagami_router.requests import (
     End,
     FinishReason,
@@ -227,11 +227,7 @@ class BatchingLoop:
                 await self._wait_for_work()
                 continue
             self._sent.append((step, now))
-            for new in step.new_sequences:
-                if not new.is_replay:
-                    self._metrics.prefix_looked_up(new.num_cached_tokens, new.num_prompt_tokens)
-            if step.num_preempted:
-                self._metrics.preempted(step.num_preempted)
+            self._metrics.step_sent(step)
             await steps.send(step)
 
     async def _wait_for_work(self) -> None:
@@ -252,10 +248,14 @@ class BatchingLoop:
         """One step's results: move sequences on, make text, tell clients and metrics."""
         now = self._clock()
         step, sent_at = self._sent.popleft()
+        # Behind another step the shards begin with this one only when that is done.
+        wall_s = now - max(sent_at, self._last_progress)
         self._last_progress = now
         self._num_failed_steps = self._num_failed_steps + 1 if results.error else 0
         ready: list[tuple[GenerationStream, StreamEvent | KagamiError]] = []
-        for event in self._scheduler.update(results):
+        events = self._scheduler.update(results)
+        updated = self._clock()
+        for event in events:
             generation = self._generations.get(event.sequence.id)
             if generation is None:
                 continue
@@ -274,23 +274,26 @@ class BatchingLoop:
                     "error": results.error,
                 },
             )
+        texts_made = self._clock()
         self._wake.set()
+        num_tokens = 0
         for stream, outcome in ready:
             if isinstance(outcome, StreamEvent):
                 stream.put(outcome)
+                num_tokens += 1
             else:
                 stream.fail(outcome)
         self._metrics.step_finished(
-            StepStats(
-                num_prefill_tokens=step.num_prefill_tokens,
-                num_decodes=step.num_decodes,
-                num_new=len(step.new_sequences),
-                wall_s=now - sent_at,
-                device_s=results.device_ns / 1e9,
-                failed=bool(results.error),
-            )
+            step,
+            results,
+            StepReport(
+                wall_s=wall_s,
+                update_s=updated - now,
+                text_s=texts_made - updated,
+                delivery_s=self._clock() - texts_made,
+                num_tokens=num_tokens,
+            ),
         )
-        self._metrics.pool_changed(self._scheduler.stats())
 
     def _take_token(
         self, generation: _Generation, event: TokenSampled, now: float

@@ -204,6 +204,8 @@ class Infer:
             now = time.monotonic()
             if last:
                 self._metrics.tokens_arrived(now - last, len(turn))
+            else:
+                self._metrics.first_token_arrived(now - received)
             last = now
             if (end := turn[-1].end) is not None:
                 self._metrics.generation_finished(_stats_of(end, received))
@@ -217,7 +219,6 @@ def _stats_of(end: End, received: float) -> GenerationStats:
         validation_s=timings.submitted - received,
         queue_s=timings.scheduled - timings.submitted,
         inference_s=timings.finished - timings.scheduled,
-        time_to_first_token_s=timings.first_token - received,
         generated_tokens=end.num_generated,
     )
 

@@ -1,46 +1,50 @@
-"""Every metric by name, and the Prometheus text.
+"""What the others tell the metrics, and what that changes.
 
-Names, labels and buckets are TGI's where TGI has the metric, and counters keep TGI's names: without
-the `_total` that prometheus_client puts behind every counter, which is why the three kinds of
-metric and the text are written here. Every series exists from the start with the value 0. One
-writer, the event loop's thread, so nothing is locked.
+`Metrics` exists from the first moment of the process; the names stand in `metric_names.py`. What
+counts events is told as they happen, what describes a state is asked for when somebody scrapes.
 """
 
-from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
 
-from kagami_router.scheduler.step import PoolStats
+from kagami_router.metric_names import BatchSeries, RequestSeries, StateSeries
+from kagami_router.scheduler.step import PoolStats, Step, StepResults
+from kagami_router.series import Registry, Value
 
-# Seconds, 0.15 ms to 145 s (TGI's: 0.0001 * 1.5^k).
-DURATIONS = tuple(0.0001 * 1.5**k for k in range(1, 36))
-# TGI has one bucket for each size from 1 to 1024: a thousand lines in every scrape.
-BATCH_SIZES = tuple(float(2**k) for k in range(11))
-METHODS = ("prefill", "decode")
-FAILURES = (
-    "overloaded",
-    "validation",
-    "generation",
-    "incomplete",
-    "dropped",
-    "template",
-    "unavailable",
-)
+# Of each step in the running mean of the bandwidth's share: some 50 steps count.
+_DECAY = 0.98
 
 
 @dataclass(frozen=True, slots=True)
-class StepStats:
-    """What one finished step tells the metrics."""
+class Capacity:
+    """What the warm-up found: the limits of lengths and steps, and what a step must read."""
 
-    num_prefill_tokens: int
-    num_decodes: int
-    num_new: int
-    """Sequences admitted by this step."""
+    max_input_tokens: int
+    max_total_tokens: int
+    pool_tokens: int
+    max_step_tokens: int
+    max_batch_size: int
+    weight_bytes: int = 0
+    """Read by every step, on one shard"""
+    kv_token_bytes: int = 0
+    """KV cache of one token, on one shard"""
+    bandwidth: float = 0.0
+    """Bytes in a second that the memory of the slowest shard can be read with; 0: not measured"""
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """What the router saw of one step; seconds, and the tokens that requests got."""
+
     wall_s: float
-    """Sent to result."""
-    device_s: float
-    failed: bool
+    """From the moment the shards could begin with it to its results"""
+    update_s: float
+    """Moving the scheduler on"""
+    text_s: float
+    """Making text of the tokens"""
+    delivery_s: float
+    """Giving them to their requests"""
+    num_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,300 +55,183 @@ class GenerationStats:
     validation_s: float
     queue_s: float
     inference_s: float
-    time_to_first_token_s: float
     generated_tokens: int
 
 
-class Series(Protocol):
-    """Numbers under one name and one set of labels."""
-
-    def samples(self, name: str, labels: str) -> Iterator[str]:
-        """Their lines in the Prometheus text."""
-        ...
-
-
-class Value:
-    """One number: a counter or a gauge."""
-
-    __slots__ = ("value",)
+class Metrics:
+    """Owns every series; the others tell it what happened."""
 
     def __init__(self) -> None:
-        self.value = 0.0
+        self._registry = Registry()
+        self._requests = RequestSeries(self._registry)
+        self._batch = BatchSeries(self._registry)
+        self._state = StateSeries(self._registry)
+        self._capacity: Capacity | None = None
+        self._pool: Callable[[], PoolStats] | None = None
+        self._shards: Callable[[], Sequence[bool]] = tuple
+        self._recent_bytes = 0.0
+        self._recent_device_s = 0.0
 
-    def add(self, amount: float = 1.0) -> None:
-        self.value += amount
+    # What the composition root tells.
 
-    def set(self, value: float) -> None:
-        self.value = float(value)
+    def watch_shards(self, are_up: Callable[[], Sequence[bool]]) -> None:
+        """Ask this for the state of every rank when somebody scrapes."""
+        self._shards = are_up
 
-    def samples(self, name: str, labels: str) -> Iterator[str]:
-        """The one line of this series."""
-        yield f"{name}{_braces(labels)} {_number(self.value)}\n"
+    def model_ready(self, capacity: Capacity, pool: Callable[[], PoolStats]) -> None:
+        """The model is warm; `pool` is asked for the scheduler's state when somebody scrapes.
 
+        The three histograms of lengths get their bounds: hundredths of the limits, as in TGI.
+        """
+        self._capacity = capacity
+        self._pool = pool
+        self._requests.input_length.rebound(_hundredths(capacity.max_input_tokens))
+        self._requests.generated_tokens.rebound(_hundredths(capacity.max_total_tokens))
+        self._requests.max_new_tokens.rebound(_hundredths(capacity.max_total_tokens))
+        self._state.max_total_tokens.set(capacity.pool_tokens)
+        self._batch.bandwidth.set(capacity.bandwidth)
 
-class Histogram:
-    """Counts by upper bound; the counts are kept apart and summed up when rendered."""
+    def shard_restarted(self, rank: int) -> None:
+        """A shard that was lost serves again."""
+        _of_rank(self._state.shard_restarts.series, rank).add()
 
-    __slots__ = ("_bounds", "_counts", "_sum")
-
-    def __init__(self, bounds: Sequence[float]) -> None:
-        self._bounds = bounds
-        self._counts = [0] * (len(bounds) + 1)
-        self._sum = 0.0
-
-    def observe(self, value: float, times: int = 1) -> None:
-        """Count `value`, `times` over."""
-        self._counts[bisect_left(self._bounds, value)] += times
-        self._sum += float(value * times)
-
-    def samples(self, name: str, labels: str) -> Iterator[str]:
-        """One line a bucket, then sum and count."""
-        comma = "," if labels else ""
-        total = 0
-        for bound, count in zip((*self._bounds, float("inf")), self._counts, strict=True):
-            total += count
-            yield f'{name}_bucket{{{labels}{comma}le="{_number(bound)}"}} {total}\n'
-        yield f"{name}_sum{_braces(labels)} {_number(self._sum)}\n"
-        yield f"{name}_count{_braces(labels)} {total}\n"
-
-
-def _braces(labels: str) -> str:
-    return f"{{{labels}}}" if labels else ""
-
-
-def _number(value: float) -> str:
-    if value == float("inf"):
-        return "+Inf"
-    return str(int(value)) if value.is_integer() and abs(value) < 1e15 else repr(value)
-
-
-_S = TypeVar("_S", bound=Series)
-
-
-@dataclass(frozen=True, slots=True)
-class _Family:
-    name: str
-    kind: str
-    help: str
-    series: tuple[tuple[str, Series], ...]
-    """Label text and series."""
-
-    def lines(self) -> Iterator[str]:
-        yield f"# HELP {self.name} {self.help}\n# TYPE {self.name} {self.kind}\n"
-        for labels, series in self.series:
-            yield from series.samples(self.name, labels)
-
-
-class Metrics:
-    """Owns every series; the others tell it what happened.
-
-    The three histograms of lengths have 100 buckets up to `max_input_tokens` and
-    `max_total_tokens`, as in TGI; so `Metrics` is made when the model is warm.
-    """
-
-    def __init__(self, *, max_input_tokens: int = 4095, max_total_tokens: int = 4096) -> None:
-        self._families: list[_Family] = []
-        inputs, totals = _hundredths(max_input_tokens), _hundredths(max_total_tokens)
-        self._request_count = self._counter("tgi_request_count", "Total number of requests")
-        self._request_success = self._counter(
-            "tgi_request_success", "Number of successful requests"
-        )
-        self._request_failure = self._counters(
-            "tgi_request_failure", "Number of failed requests by cause", "err", FAILURES
-        )
-        self._request_duration = self._histogram(
-            "tgi_request_duration", "Request duration in seconds", DURATIONS
-        )
-        self._validation_duration = self._histogram(
-            "tgi_request_validation_duration", "Request validation duration in seconds", DURATIONS
-        )
-        self._queue_duration = self._histogram(
-            "tgi_request_queue_duration", "Request queue duration in seconds", DURATIONS
-        )
-        self._inference_duration = self._histogram(
-            "tgi_request_inference_duration", "Request inference duration in seconds", DURATIONS
-        )
-        self._time_per_token = self._histogram(
-            "tgi_request_mean_time_per_token_duration",
-            "Mean time per token per request in seconds, prefill included",
-            DURATIONS,
-        )
-        self._generated_tokens = self._histogram(
-            "tgi_request_generated_tokens", "Generated tokens per request", totals
-        )
-        self._input_length = self._histogram(
-            "tgi_request_input_length", "Input token length per request", inputs
-        )
-        self._max_new_tokens = self._histogram(
-            "tgi_request_max_new_tokens", "Maximum new tokens per request", totals
-        )
-        self._first_token = self._histogram(
-            "tgi_time_to_first_token",
-            "Seconds from the arrival of a request to its first token",
-            DURATIONS,
-        )
-        self._inter_token = self._histogram(
-            "tgi_inter_token_latency",
-            "Seconds between two tokens of one request, averaged over the tokens of a step",
-            DURATIONS,
-        )
-        self._queue_size = self._gauge("tgi_queue_size", "Current queue size")
-        self._batch_next_size = self._histogram(
-            "tgi_batch_next_size", "Sequences that joined the batch in one step", BATCH_SIZES
-        )
-        self._batch_size = self._gauge("tgi_batch_current_size", "Current batch size")
-        self._batch_max_tokens = self._gauge(
-            "tgi_batch_current_max_tokens", "Tokens that the current batch holds in the KV cache"
-        )
-        self._inference_count = self._counters(
-            "tgi_batch_inference_count",
-            "Inference calls per method (prefill or decode)",
-            "method",
-            METHODS,
-        )
-        self._inference_success = self._counters(
-            "tgi_batch_inference_success",
-            "Number of successful inference calls per method (prefill or decode)",
-            "method",
-            METHODS,
-        )
-        self._inference_failure = self._counters(
-            "tgi_batch_inference_failure",
-            "Number of failed inference calls per method (prefill or decode)",
-            "method",
-            METHODS,
-        )
-        self._step_duration = self._histograms(
-            "tgi_batch_inference_duration",
-            "Duration in seconds of one step as the router sees it",
-            "method",
-            METHODS,
-        )
-        self._forward_duration = self._histograms(
-            "tgi_batch_forward_duration",
-            "Duration in seconds of forward pass and sampling on the device",
-            "method",
-            METHODS,
-        )
-        self._running = self._gauge("tgi_requests_running", "Sequences in the batch")
-        self._waiting = self._gauge("tgi_requests_waiting", "Sequences waiting for the batch")
-        self._blocks_total = self._gauge("tgi_kv_blocks_total", "KV blocks in the pool")
-        self._blocks_used = self._gauge("tgi_kv_blocks_used", "KV blocks held by sequences")
-        self._blocks_cached = self._gauge(
-            "tgi_kv_blocks_cached", "KV blocks kept only for the prefix cache"
-        )
-        self._prefix_hits = self._counter(
-            "tgi_prefix_hit_tokens", "Prompt tokens found in the prefix cache"
-        )
-        self._prefix_prompts = self._counter(
-            "tgi_prefix_prompt_tokens", "Prompt tokens looked up in the prefix cache"
-        )
-        self._preemptions = self._counter(
-            "tgi_preemptions", "Sequences that lost their KV blocks and are computed again"
-        )
+    def spans_dropped(self, count: int) -> None:
+        """`count` spans were lost on the way to the trace collector."""
+        self._state.spans_dropped.add(count)
 
     # What the HTTP side tells.
 
     def request_started(self) -> None:
         """A generating call came in; one call counts once, whatever number of prompts it has."""
-        self._request_count.add()
+        self._requests.count.add()
 
     def request_succeeded(self) -> None:
         """That call was answered in full."""
-        self._request_success.add()
+        self._requests.success.add()
 
     def request_failed(self, cause: str) -> None:
         """That call failed; `cause` is one of `FAILURES`."""
-        self._request_failure[cause].add()
+        self._requests.failure[cause].add()
 
     def request_validated(self, input_tokens: int, max_new_tokens: int) -> None:
         """A prompt passed the door."""
-        self._input_length.observe(input_tokens)
-        self._max_new_tokens.observe(max_new_tokens)
+        self._requests.input_length.observe(input_tokens)
+        self._requests.max_new_tokens.observe(max_new_tokens)
+
+    def first_token_arrived(self, after_s: float) -> None:
+        """The first token of a stream came that long after its request."""
+        self._requests.first_token.observe(after_s)
 
     def tokens_arrived(self, gap_s: float, count: int) -> None:
         """`count` tokens of one stream came `gap_s` seconds after the ones before them."""
-        self._inter_token.observe(gap_s / count, count)
+        self._requests.inter_token.observe(gap_s / count, count)
 
     def generation_finished(self, stats: GenerationStats) -> None:
         """One generation reached its end."""
-        self._request_duration.observe(stats.total_s)
-        self._validation_duration.observe(stats.validation_s)
-        self._queue_duration.observe(stats.queue_s)
-        self._inference_duration.observe(stats.inference_s)
-        self._time_per_token.observe(stats.inference_s / stats.generated_tokens)
-        self._first_token.observe(stats.time_to_first_token_s)
-        self._generated_tokens.observe(stats.generated_tokens)
+        requests = self._requests
+        requests.duration.observe(stats.total_s)
+        requests.validation_duration.observe(stats.validation_s)
+        requests.queue_duration.observe(stats.queue_s)
+        requests.inference_duration.observe(stats.inference_s)
+        requests.time_per_token.observe(stats.inference_s / stats.generated_tokens)
+        requests.generated_tokens.observe(stats.generated_tokens)
 
     # What the batching loop tells.
 
-    def step_finished(self, stats: StepStats) -> None:
-        """One step came back; a step with any prompt token counts as a prefill."""
-        method = "prefill" if stats.num_prefill_tokens else "decode"
-        self._inference_count[method].add()
-        if stats.num_new:
-            self._batch_next_size.observe(stats.num_new)
-        if stats.failed:
-            self._inference_failure[method].add()
+    def step_sent(self, step: Step) -> None:
+        """A step is on its way to the shards; who joined with it, who had to leave."""
+        batch = self._batch
+        if step.num_preempted:
+            batch.preemptions.add(step.num_preempted)
+        if not step.new_sequences:
             return
-        self._inference_success[method].add()
-        self._step_duration[method].observe(stats.wall_s)
-        self._forward_duration[method].observe(stats.device_s)
+        batch.next_size.observe(len(step.new_sequences))
+        if step.join_reason is not None:
+            batch.concat[step.join_reason.value].add()
+        for new in step.new_sequences:
+            hits, misses = new.num_cached_tokens, len(new.token_ids) - new.num_cached_tokens
+            if new.is_replay:
+                batch.prompt_tokens["recomputed"].add(misses)
+            else:
+                batch.prompt_tokens["cached"].add(hits)
+                batch.prompt_tokens["computed"].add(misses)
+            if new.looked_up:
+                batch.prefix_hits.add(hits)
+                batch.prefix_lookups.add(hits + misses)
 
-    def pool_changed(self, stats: PoolStats) -> None:
-        """The scheduler's queues or the block pool changed."""
-        self._queue_size.set(stats.waiting)
-        self._waiting.set(stats.waiting)
-        self._running.set(stats.running)
-        self._batch_size.set(stats.running)
-        self._batch_max_tokens.set(stats.running_tokens)
-        self._blocks_total.set(stats.blocks_total)
-        self._blocks_used.set(stats.blocks_used)
-        self._blocks_cached.set(stats.blocks_cached)
+    def step_finished(self, step: Step, results: StepResults, report: StepReport) -> None:
+        """One step came back; to TGI's `method` one with any prompt token is a prefill."""
+        batch = self._batch
+        method = "prefill" if step.num_prefill_tokens else "decode"
+        batch.count[method].add()
+        if results.error:
+            batch.failure[method].add()
+            return
+        batch.success[method].add()
+        batch.duration[method].observe(report.wall_s)
+        sampling_s = results.sampling_ns / 1e9
+        forward_s = results.device_ns / 1e9 - sampling_s
+        batch.forward_duration[method].observe(forward_s)
+        batch.decode_duration[method].observe(sampling_s + report.text_s)
+        batch.filter_duration[method].observe(report.update_s + report.delivery_s)
+        if step.new_sequences:
+            batch.concat_duration[method].observe(results.admission_ns / 1e9)
+        if step.num_prefill_tokens and step.num_decodes:
+            batch.step_duration["mixed"].observe(report.wall_s)
+        else:
+            batch.step_duration[method].observe(report.wall_s)
+        batch.generated_tokens.add(report.num_tokens)
+        self._requests.skipped_tokens.observe(0, report.num_tokens)
+        self._see_fill(step)
+        if method == "decode":
+            self._see_bandwidth(step, results.device_ns / 1e9)
 
-    def preempted(self, count: int) -> None:
-        """`count` sequences gave their blocks back before their end."""
-        self._preemptions.add(count)
+    def _see_fill(self, step: Step) -> None:
+        if self._capacity is None:
+            return
+        num_tokens = step.num_prefill_tokens + step.num_decodes
+        self._batch.token_fill.observe(num_tokens / self._capacity.max_step_tokens)
+        self._batch.sequence_fill.observe(len(step.work) / self._capacity.max_batch_size)
 
-    def prefix_looked_up(self, hit_tokens: int, prompt_tokens: int) -> None:
-        """A prompt met the prefix cache."""
-        self._prefix_hits.add(hit_tokens)
-        self._prefix_prompts.add(prompt_tokens)
+    def _see_bandwidth(self, step: Step, device_s: float) -> None:
+        """What a step must read at least: all weights once, and the KV of every sequence."""
+        capacity = self._capacity
+        if capacity is None or not capacity.weight_bytes:
+            return
+        num_bytes = capacity.weight_bytes + step.num_kv_tokens * capacity.kv_token_bytes
+        self._batch.read_bytes.add(num_bytes)
+        self._recent_bytes = self._recent_bytes * _DECAY + num_bytes
+        self._recent_device_s = self._recent_device_s * _DECAY + device_s
 
     def render(self) -> str:
         """Everything in the Prometheus text format 0.0.4."""
-        return "".join(line for family in self._families for line in family.lines())
+        self._look()
+        return self._registry.render()
 
-    def _counter(self, name: str, text: str) -> Value:
-        return self._add(name, "counter", text, Value())
-
-    def _gauge(self, name: str, text: str) -> Value:
-        return self._add(name, "gauge", text, Value())
-
-    def _histogram(self, name: str, text: str, bounds: Sequence[float]) -> Histogram:
-        return self._add(name, "histogram", text, Histogram(bounds))
-
-    def _add(self, name: str, kind: str, text: str, series: _S) -> _S:
-        self._families.append(_Family(name, kind, text, (("", series),)))
-        return series
-
-    def _counters(
-        self, name: str, text: str, label: str, values: Iterable[str]
-    ) -> dict[str, Value]:
-        series = {value: Value() for value in values}
-        self._families.append(_Family(name, "counter", text, _labelled(label, series)))
-        return series
-
-    def _histograms(
-        self, name: str, text: str, label: str, values: Iterable[str]
-    ) -> dict[str, Histogram]:
-        series = {value: Histogram(DURATIONS) for value in values}
-        self._families.append(_Family(name, "histogram", text, _labelled(label, series)))
-        return series
+    def _look(self) -> None:
+        """Bring what describes a state up to now."""
+        state = self._state
+        for rank, is_up in enumerate(self._shards()):
+            _of_rank(state.shard_up.series, rank).set(is_up)
+            _of_rank(state.shard_restarts.series, rank)
+        if self._capacity is not None and self._capacity.bandwidth and self._recent_device_s:
+            rate = self._recent_bytes / self._recent_device_s
+            self._batch.bandwidth_share.set(rate / self._capacity.bandwidth)
+        if self._pool is None:
+            return
+        pool = self._pool()
+        state.queue_size.set(pool.waiting)
+        state.waiting.set(pool.waiting)
+        state.running.set(pool.running)
+        state.batch_size.set(pool.running)
+        state.batch_tokens.set(pool.running_tokens)
+        state.blocks.set(pool.blocks_total)
+        state.blocks_used.set(pool.blocks_used)
+        state.blocks_cached.set(pool.blocks_cached)
 
 
-def _labelled(label: str, series: Mapping[str, Series]) -> tuple[tuple[str, Series], ...]:
-    return tuple((f'{label}="{value}"', one) for value, one in series.items())
+def _of_rank(series: dict[str, Value], rank: int) -> Value:
+    return series.setdefault(str(rank), Value())
 
 
 def _hundredths(limit: int) -> tuple[float, ...]:

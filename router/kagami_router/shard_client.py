@@ -85,6 +85,10 @@ class StepStream:
     def __init__(self, calls: Sequence[_StepCall]) -> None:
         self._calls = calls
 
+    def are_open(self) -> list[bool]:
+        """For each shard whether its stream stands."""
+        return [not call.done() for call in self._calls]
+
     async def __aenter__(self) -> Self:
         return self
 
@@ -137,6 +141,8 @@ class ShardGroup:
         self._addresses = list(addresses)
         self._stubs: list[generate_pb2_grpc.TextGenerationServiceAsyncStub] = []
         self._stack = AsyncExitStack()
+        self._has_answered = [False] * len(addresses)
+        self._steps: StepStream | None = None
 
     async def __aenter__(self) -> Self:
         for address in self._addresses:
@@ -154,6 +160,10 @@ class ShardGroup:
         self._stubs.clear()
         await self._stack.aclose()
 
+    def are_up(self) -> list[bool]:
+        """For each shard whether it has answered and its step stream stands, if there is one."""
+        return self._has_answered if self._steps is None else self._steps.are_open()
+
     async def wait_ready(self) -> ShardInfo:
         """Wait until every shard answers `Info`, however long its weights take to load."""
         facts = [await self._wait_for_info(rank) for rank in range(len(self._stubs))]
@@ -162,7 +172,7 @@ class ShardGroup:
     async def _wait_for_info(self, rank: int) -> pb.InfoResponse:
         while True:
             try:
-                return await self._stubs[rank].Info(
+                facts = await self._stubs[rank].Info(
                     pb.InfoRequest(), wait_for_ready=True, timeout=WAIT_REPORT_S
                 )
             except grpc.aio.AioRpcError as error:
@@ -175,6 +185,9 @@ class ShardGroup:
                     "Waiting for shard to be ready",
                     extra={"rank": rank, "address": self._addresses[rank]},
                 )
+            else:
+                self._has_answered[rank] = True
+                return facts
 
     async def warmup(
         self,
@@ -228,7 +241,8 @@ class ShardGroup:
 
     def open_steps(self) -> StepStream:
         """A new step stream; the shards forget every sequence of the one before it."""
-        return StepStream([stub.Run() for stub in self._stubs])
+        self._steps = StepStream([stub.Run() for stub in self._stubs])
+        return self._steps
 
 
 def _is_cancelling() -> bool:

@@ -116,7 +116,7 @@ async def serving(
 ) -> AsyncIterator[FakeServer]:
     loop = loop or FakeLoop()
     template = template or ChatTemplate(TEMPLATE, TOKENS)
-    metrics = Metrics(max_input_tokens=63, max_total_tokens=64)
+    metrics = Metrics()
     with ThreadPoolExecutor(1) as threads:
         tokenizer = Tokenizer(byte_tokenizer(), threads)
         front = Front(
@@ -126,12 +126,11 @@ async def serving(
             decoder=ScriptedDecoder(tokenizer.backend, frozenset({1})),
             template=template,
             tool_format=find_format(template, tokenizer.backend),
-            metrics=metrics,
             info=info(limits),
             compute_type="1-fake",
             is_healthy=lambda: loop.is_healthy,
         )
-        door = Door()
+        door = Door(metrics)
         if is_open:
             door.open(front)
         app = make_app(

@@ -75,7 +75,7 @@ async def until(http: ClientSession, status: int) -> None:
 
 
 async def test_it_answers_503_until_the_shard_is_there_and_then_serves(folder: Path) -> None:
-    async with running(args_for(folder)) as (http, _, exit_code):
+    async with running(args_for(folder)) as (http, stop, exit_code):
         await until(http, 503)
         async with FakeShard(f"{folder}/shard-0"):
             await until(http, 200)
@@ -88,7 +88,8 @@ async def test_it_answers_503_until_the_shard_is_there_and_then_serves(folder: P
             assert info["max_batch_total_tokens"] == info["max_total_tokens"] == 63 * 4
             assert info["max_input_tokens"] == 63 * 4 - 1
             assert (info["waiting_served_ratio"], info["max_waiting_tokens"]) == (0.3, 20)
-    assert exit_code.result() == 0
+            stop.set()
+            assert await exit_code == 0
 
 
 async def test_it_logs_what_operators_wait_for(

@@ -12,7 +12,7 @@ from tests.fakes.fake_shard import EOS, FakeShard, Request, generated
 
 from kagami_proto.errors import GenerationFailed, ShardLost
 from kagami_router.batching_loop import MAX_FAILED_STEPS, BatchingLoop, GenerationStream
-from kagami_router.metrics import StepStats
+from kagami_router.metrics import StepReport
 from kagami_router.requests import (
     End,
     FinishReason,
@@ -22,7 +22,7 @@ from kagami_router.requests import (
     ValidRequest,
 )
 from kagami_router.scheduler.scheduler import Scheduler, SchedulerConfig
-from kagami_router.scheduler.step import PoolStats
+from kagami_router.scheduler.step import Step, StepResults
 from kagami_router.shard_client import ShardGroup
 
 PROMPT = b"The quick brown fox"
@@ -32,22 +32,18 @@ PROMPT = b"The quick brown fox"
 class RecordingMetrics:
     """Keeps what the loop told it."""
 
-    steps: list[StepStats] = field(default_factory=list)
-    pools: list[PoolStats] = field(default_factory=list)
-    num_preempted: int = 0
-    look_ups: list[tuple[int, int]] = field(default_factory=list)
+    sent: list[Step] = field(default_factory=list)
+    finished: list[tuple[Step, StepResults, StepReport]] = field(default_factory=list)
 
-    def step_finished(self, stats: StepStats) -> None:
-        self.steps.append(stats)
+    def step_sent(self, step: Step) -> None:
+        self.sent.append(step)
 
-    def pool_changed(self, stats: PoolStats) -> None:
-        self.pools.append(stats)
+    def step_finished(self, step: Step, results: StepResults, report: StepReport) -> None:
+        self.finished.append((step, results, report))
 
-    def preempted(self, count: int) -> None:
-        self.num_preempted += count
-
-    def prefix_looked_up(self, hit_tokens: int, prompt_tokens: int) -> None:
-        self.look_ups.append((hit_tokens, prompt_tokens))
+    @property
+    def num_preempted(self) -> int:
+        return sum(step.num_preempted for step in self.sent)
 
 
 @dataclass
@@ -264,7 +260,8 @@ async def test_a_prompt_seen_before_is_found_in_the_cache(tmp_path: Path) -> Non
     async with serving(tmp_path) as served:
         await collect(served.loop.submit(new_request()))
         end = end_of(await collect(served.loop.submit(new_request())))
-        assert served.metrics.look_ups == [(0, len(PROMPT)), (16, len(PROMPT))]
+        new = [new for step in served.metrics.sent for new in step.new_sequences]
+        assert [one.num_cached_tokens for one in new] == [0, 16]
     assert end.cached_tokens == 16
 
 
@@ -275,7 +272,7 @@ async def test_a_failing_step_is_a_pause_and_no_error(tmp_path: Path) -> None:
         prompts = [b"one", b"two", b"three"]
         streams = [served.loop.submit(new_request(prompt)) for prompt in prompts]
         results = await asyncio.gather(*map(collect, streams))
-        assert [step.failed for step in served.metrics.steps].count(True) >= 1
+        assert any(results.error for _, results, _ in served.metrics.finished)
     for prompt, events in zip(prompts, results, strict=True):
         assert [event.token.id for event in events] == generated(prompt, 8)
 
@@ -369,10 +366,10 @@ async def test_a_device_that_fails_every_step_is_unhealthy_until_one_succeeds(
         await until(lambda: served.loop.is_healthy)
         served.shard.engine.faults.pass_error = lambda _: "an illegal memory access"
         while served.loop.is_healthy:
-            assert len(served.metrics.steps) < MAX_FAILED_STEPS
+            assert len(served.metrics.finished) < MAX_FAILED_STEPS
             with pytest.raises(GenerationFailed):
                 await collect(served.loop.submit(new_request()))
-        assert len(served.metrics.steps) in (MAX_FAILED_STEPS, MAX_FAILED_STEPS + 1)
+        assert len(served.metrics.finished) in (MAX_FAILED_STEPS, MAX_FAILED_STEPS + 1)
         served.shard.engine.faults.pass_error = lambda _: ""
         await collect(served.loop.submit(new_request()))
         assert served.loop.is_healthy

@@ -9,7 +9,6 @@ import hmac
 import logging
 import re
 import secrets
-from collections.abc import Callable
 from typing import TypeVar
 
 import msgspec
@@ -166,13 +165,12 @@ def _refusal(request: web.Request, refusal: web.HTTPException) -> web.Response:
     return response
 
 
-def count_calls(metrics_of: Callable[[], Metrics | None], paths: frozenset[str]) -> Middleware:
+def count_calls(metrics: Metrics, paths: frozenset[str]) -> Middleware:
     """A middleware that counts POSTs to `paths`, as routes write them, and how each ended."""
 
     @web.middleware
     async def count(request: web.Request, handler: Handler) -> web.StreamResponse:
-        metrics = metrics_of()
-        if metrics is None or request.method != "POST" or _route_path(request) not in paths:
+        if request.method != "POST" or _route_path(request) not in paths:
             return await handler(request)
         metrics.request_started()
         try:

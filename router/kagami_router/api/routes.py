@@ -255,7 +255,7 @@ def make_app(
         is_open = frozenset(route.path for route in routes if route.operation.is_open)
         middlewares.append(api_key(key, is_open))
     generating = frozenset(route.path for route in routes if route.operation.generates)
-    middlewares.append(count_calls(lambda: door.metrics, generating))
+    middlewares.append(count_calls(door.metrics, generating))
     app = web.Application(middlewares=middlewares, client_max_size=payload_limit)
     app[DOOR] = door
     app.on_response_prepare.append(cors(allowed_origins))

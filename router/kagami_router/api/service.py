@@ -43,7 +43,6 @@ class Front:
     decoder: TextDecoder
     template: ChatTemplate | MissingTemplate
     tool_format: ToolFormat
-    metrics: Metrics
     info: Info
     compute_type: str
     is_healthy: Callable[[], bool]
@@ -63,7 +62,8 @@ class Front:
 class Door:
     """Closed while the model loads and once the server stops; between, it leads to the `Front`."""
 
-    def __init__(self) -> None:
+    def __init__(self, metrics: Metrics) -> None:
+        self.metrics = metrics
         self._front: Front | None = None
         self._is_stopping = False
 
@@ -89,11 +89,6 @@ class Door:
     def is_healthy(self) -> bool:
         """Whether a request sent now would make progress."""
         return not self._is_stopping and self._front is not None and self._front.is_healthy()
-
-    @property
-    def metrics(self) -> Metrics | None:
-        """The metrics, also while stopping."""
-        return self._front.metrics if self._front else None
 
 
 DOOR = web.AppKey("door", Door)
@@ -149,9 +144,8 @@ def _model(front: Front) -> Model:
 
 
 async def metrics(request: web.Request) -> web.Response:
-    """The Prometheus text; empty until the model is warm."""
-    current = request.app[DOOR].metrics
-    return web.Response(text=current.render() if current else "")
+    """The Prometheus text, from the first moment on."""
+    return web.Response(text=request.app[DOOR].metrics.render())
 
 
 async def tokenize(request: web.Request) -> web.Response:

@@ -27,6 +27,7 @@ from kagami_router.scheduler.prefix_cache import Node, PrefixCache
 from kagami_router.scheduler.sequence import Sequence, Status, age
 from kagami_router.scheduler.step import (
     Event,
+    JoinReason,
     NewSequence,
     PoolStats,
     SequenceFailed,
@@ -67,6 +68,7 @@ class _Draft:
     __slots__ = (
         "new_sequences",
         "num_decodes",
+        "num_kv_tokens",
         "num_preempted",
         "num_prefill_tokens",
         "num_samples",
@@ -84,6 +86,7 @@ class _Draft:
         self.num_prefill_tokens = 0
         self.num_samples = 0
         self.num_preempted = 0
+        self.num_kv_tokens = 0
 
     @property
     def is_full(self) -> bool:
@@ -96,6 +99,7 @@ class _Draft:
         samples = end >= sequence.prefill_end
         self.work.append(Work(sequence, position, count, blocks, samples))
         self.num_samples += samples
+        self.num_kv_tokens += end
         if position < sequence.prefill_end:
             self.num_prefill_tokens += count
         else:
@@ -170,7 +174,9 @@ class Scheduler:
         eligible = suspects or self._running
         self._put_decodes(draft, list(eligible), suspects)
         self._put_chunks(draft, eligible)
-        if suspects or (draft.num_preempted == 0 and self._may_admit()):
+        reason = self._join_reason() if self._running and not suspects else None
+        is_free = reason is not None or not self._running
+        if suspects or (draft.num_preempted == 0 and is_free):
             self._admit(draft, suspects, now)
         if not draft.work:
             return None
@@ -184,6 +190,8 @@ class Scheduler:
             num_prefill_tokens=draft.num_prefill_tokens,
             num_samples=draft.num_samples,
             num_preempted=draft.num_preempted,
+            num_kv_tokens=draft.num_kv_tokens,
+            join_reason=reason if draft.new_sequences else None,
         )
         self._drop_ids = []
         self._in_flight.append(step)
@@ -218,19 +226,18 @@ class Scheduler:
             if sequence.status is Status.RUNNING and missing > 0:
                 draft.put(sequence, min(missing, draft.tokens), [])
 
-    def _may_admit(self) -> bool:
-        """Whether newcomers may join now (TGI's `waiting_served_ratio`, `max_waiting_tokens`)."""
+    def _join_reason(self) -> JoinReason | None:
+        """What lets newcomers join now (TGI's `waiting_served_ratio`, `max_waiting_tokens`)."""
         ratio, max_waiting = self._config.waiting_served_ratio, self._config.max_waiting_tokens
-        if not self._waiting or not self._running or (ratio is None and max_waiting is None):
-            return bool(self._waiting)
+        if ratio is None and max_waiting is None:
+            return JoinReason.CHUNKING
         if ratio is None:
             ratio = DEFAULT_WAITING_SERVED_RATIO
         if max_waiting is None:
             max_waiting = DEFAULT_MAX_WAITING_TOKENS
-        return (
-            len(self._waiting) >= int(ratio * len(self._running))
-            or self._steps_since_admission >= max_waiting
-        )
+        if len(self._waiting) >= int(ratio * len(self._running)):
+            return JoinReason.BACKPRESSURE
+        return JoinReason.WAIT_EXCEEDED if self._steps_since_admission >= max_waiting else None
 
     def _admit(self, draft: _Draft, suspects: list[Sequence], now: float) -> None:
         """Let waiting sequences join, oldest first; nobody passes one that lacks only blocks.
@@ -258,10 +265,13 @@ class Scheduler:
 
     def _match(self, sequence: Sequence) -> list[Node]:
         """The cached beginning of a sequence; its last known token is always computed."""
-        if not self._config.prefix_caching or sequence.wants_prompt_logprobs:
+        if not self._looks_up(sequence):
             return []
         ids = sequence.log.ids
         return self._cache.match(ids, (len(ids) - 1) // self._config.block_size)
+
+    def _looks_up(self, sequence: Sequence) -> bool:
+        return self._config.prefix_caching and not sequence.wants_prompt_logprobs
 
     def _being_computed(self) -> "_Computing":
         computing: _Computing = {}
@@ -336,6 +346,7 @@ class Scheduler:
                 prompt_logprobs=sequence.wants_prompt_logprobs,
                 num_cached_tokens=num_cached,
                 is_replay=is_replay,
+                looked_up=self._looks_up(sequence),
             )
         )
         count = min(sequence.prefill_end - num_cached, draft.tokens)

@@ -1,5 +1,6 @@
 """What goes to the shards in one step, what comes back, and what the scheduler makes of it."""
 
+import enum
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -19,6 +20,19 @@ class NewSequence(NamedTuple):
     prompt_logprobs: bool
     num_cached_tokens: int
     is_replay: bool
+    looked_up: bool
+    """Whether the prefix cache was asked."""
+
+
+class JoinReason(enum.Enum):
+    """What let newcomers into a batch that runs; the values are TGI's labels."""
+
+    BACKPRESSURE = "backpressure"
+    """As many wait as `waiting_served_ratio` asks for."""
+    WAIT_EXCEEDED = "wait_exceeded"
+    """The batch has run for `max_waiting_tokens` steps without newcomers."""
+    CHUNKING = "chunking"
+    """Neither is set: they join a step as soon as its budget has room for a chunk of theirs."""
 
 
 class Work(NamedTuple):
@@ -46,6 +60,10 @@ class Step:
     num_prefill_tokens: int
     num_samples: int
     num_preempted: int
+    num_kv_tokens: int
+    """Whose KV the pass attends to, those it computes included."""
+    join_reason: JoinReason | None = None
+    """None: nobody joined, or there was nobody to join."""
 
 
 class Sample(NamedTuple):
@@ -86,6 +104,10 @@ class StepResults:
     out_of_memory: bool = False
     host_ns: int = 0
     device_ns: int = 0
+    sampling_ns: int = 0
+    """Of `device_ns`, choosing the tokens."""
+    admission_ns: int = 0
+    """Of `host_ns`, taking newcomers in and dropping who left."""
 
 
 class TokenSampled(NamedTuple):

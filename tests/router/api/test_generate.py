@@ -192,7 +192,7 @@ async def test_a_failure_in_a_stream_is_an_event() -> None:
             'data: {"error":"Request failed during generation: Server error: boom",'
             '"error_type":"generation"}'
         )
-        assert 'tgi_request_failure{err="generation"} 1' in server.front.metrics.render()
+        assert 'tgi_request_failure{err="generation"} 1' in server.door.metrics.render()
 
 
 async def test_a_bug_is_a_500_and_is_logged(caplog: pytest.LogCaptureFixture) -> None:
@@ -219,7 +219,7 @@ async def test_a_client_that_goes_away_cancels_its_generation(path: str) -> None
             await loop.left.wait()
             await server.front.infer.drain(5, 0)
         assert loop.num_open == 0
-        assert 'tgi_request_failure{err="dropped"} 1' in server.front.metrics.render()
+        assert 'tgi_request_failure{err="dropped"} 1' in server.door.metrics.render()
 
 
 async def test_held_back_text_comes_before_a_special_last_token() -> None:
