@@ -97,7 +97,6 @@ _GROUPS = _MODEL, _LIMITS, _BATCH, _SERVER, _SHARD, _LOGS = (
     "logs, traces, reports",
 )
 _NO_GRAPHS = "CUDA graphs are not captured yet"
-_NO_TRACES = "traces are not exported yet"
 _NO_ROPE = "the model's own rope scaling is used"
 _NO_NGROK = "ngrok tunnels are not supported"
 
@@ -186,10 +185,16 @@ class LauncherArgs:
     )
     json_output: bool = _switch(_LOGS, "write the log as JSON lines")
     otlp_endpoint: str | None = _flag(
-        None, str, _LOGS, "OpenTelemetry collector (gRPC)", unused=_NO_TRACES
+        None,
+        str,
+        _LOGS,
+        "export traces to this OpenTelemetry collector (http://host:4317; 4318: over HTTP)",
     )
     otlp_service_name: str = _flag(
-        "text-generation-inference.router", str, _LOGS, "service name in traces", unused=_NO_TRACES
+        "text-generation-inference.router",
+        str,
+        _LOGS,
+        "service name in traces; not given: kagami-router, kagami-shard, kagami-launcher",
     )
     cors_allow_origin: tuple[str, ...] = _flag(
         (), str, _SERVER, "allowed origin, may be repeated; none: any", repeats=True
@@ -225,6 +230,8 @@ class LauncherArgs:
     graceful_termination_timeout: int = _flag(
         90, _count, _SHARD, "seconds from SIGTERM to SIGKILL for children", short="-g"
     )
+    otlp_include_content: bool = _switch(_LOGS, "write prompts and answers into traces")
+    otlp_step_spans: bool = _switch(_LOGS, "trace each step of the model, too")
 
 
 @dataclass(frozen=True, slots=True)

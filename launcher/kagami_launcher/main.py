@@ -17,8 +17,10 @@ import stat
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
+
+from opentelemetry.trace import Span, Tracer, get_current_span
 
 from kagami_launcher import cli, environment, hub, hub_cache, plan
 from kagami_launcher.cli import Invocation
@@ -36,6 +38,8 @@ from kagami_launcher.supervisor import (
 )
 from kagami_proto import logs
 from kagami_proto.health import is_healthy
+from kagami_proto.span_names import Key, SpanName
+from kagami_proto.tracing import NO_TRACING, context_of, headers_of, open_tracing, span
 
 log = logging.getLogger(__name__)
 
@@ -66,15 +70,22 @@ def run(invocation: Invocation) -> int:
     output = Output(sys.stdout.fileno())
     json_output = invocation.args.json_output
     logs.configure(TARGET, level=invocation.log_level, json_output=json_output, stream=output)
-    with ExitStack() as held, Supervisor(output) as supervisor, supervisor.signals():
-        launch = Launch(invocation, supervisor)
+    wanted, problem = plan.trace_plan(invocation)
+    with (
+        open_tracing(wanted, problem=problem) as tracing,
+        ExitStack() as held,
+        Supervisor(output) as supervisor,
+        supervisor.signals(),
+    ):
+        launch = Launch(invocation, supervisor, tracing.tracer)
         try:
-            launch.check()
-            held.callback(os.close, _claim(f"{plan.socket_prefix(invocation.args)}-0"))
-            source = launch.prepare()
-            shard_plans, router_plan = launch.plan(source)
-            launch.start_shards(shard_plans)
-            launch.start_router(router_plan)
+            with launch.tracing_start():
+                launch.check()
+                held.callback(os.close, _claim(f"{plan.socket_prefix(invocation.args)}-0"))
+                source = launch.prepare()
+                shard_plans, router_plan = launch.plan(source)
+                launch.start_shards(shard_plans)
+                launch.start_router(router_plan)
             launch.watch()
         except LaunchFailed as failure:
             launch.stop()
@@ -88,8 +99,11 @@ def run(invocation: Invocation) -> int:
 class Launch:
     """One run: what has been started so far, and how it goes on from there."""
 
-    def __init__(self, invocation: Invocation, supervisor: Supervisor) -> None:
+    def __init__(
+        self, invocation: Invocation, supervisor: Supervisor, tracer: Tracer = NO_TRACING.tracer
+    ) -> None:
         self._invocation = invocation
+        self._tracer = tracer
         self._supervisor = supervisor
         self._downloader: Child | None = None
         self._converter: Child | None = None
@@ -97,6 +111,12 @@ class Launch:
         self._router: Child | None = None
         self._devices = Devices(0)
         self._num_shard = 1
+
+    def tracing_start(self) -> AbstractContextManager[Span]:
+        """The span of the whole start; by its end the router serves."""
+        environ, args = self._invocation.environ, self._invocation.args
+        caller = context_of(environ.get("TRACEPARENT", ""), environ.get("TRACESTATE", ""))
+        return span(self._tracer, SpanName.START, {Key.MODEL_ID: args.model_id}, context=caller)
 
     def check(self) -> None:
         """Say what was asked for, and refuse what cannot be done, before any work."""
@@ -156,24 +176,26 @@ class Launch:
             trust_remote_code=args.trust_remote_code,
         ):
             return False
-        self._downloader = self._supervisor.start(
-            "download",
-            plan.download_command(args, on_terminal=sys.stdout.isatty()),
-            environment.for_download(environ, plan.hub_environment(args)),
-            self._voice(TARGET, renames=True),
-        )
-        self._await_success(self._downloader)
+        with span(self._tracer, SpanName.DOWNLOAD):
+            self._downloader = self._supervisor.start(
+                "download",
+                plan.download_command(args, on_terminal=sys.stdout.isatty()),
+                environment.for_download(environ, plan.hub_environment(args)),
+                self._voice(TARGET, renames=True),
+            )
+            self._await_success(self._downloader)
         return True
 
     def _convert(self, source: ModelSource) -> None:
         log.info("Converting %s to safetensors in %s", source.origin, source.folder)
-        self._converter = self._supervisor.start(
-            "download",
-            [sys.executable, "-P", "-m", *plan.conversion(self._invocation, source)],
-            environment.for_conversion(self._invocation.environ),
-            self._voice(TARGET, renames=True),
-        )
-        self._await_success(self._converter)
+        with span(self._tracer, SpanName.CONVERT):
+            self._converter = self._supervisor.start(
+                "download",
+                [sys.executable, "-P", "-m", *plan.conversion(self._invocation, source)],
+                environment.for_conversion(self._invocation.environ),
+                self._voice(TARGET, renames=True),
+            )
+            self._await_success(self._converter)
 
     def _await_success(self, child: Child) -> None:
         self._await_end(child)
@@ -216,6 +238,10 @@ class Launch:
 
     def start_shards(self, shards: Sequence[ShardPlan]) -> None:
         """Start all shards at once and wait until every one's `Health` answers."""
+        with span(self._tracer, SpanName.START_SHARDS, {Key.WORLD_SIZE: len(shards)}):
+            self._start_shards(shards)
+
+    def _start_shards(self, shards: Sequence[ShardPlan]) -> None:
         started = time.monotonic_ns()
         for shard in shards:
             self._start_shard(shard)
@@ -243,7 +269,9 @@ class Launch:
         command = self._command(shard.argv, "ShardCannotStart")
         _clear_socket(shard.socket)
         log.info("Starting shard", extra=_about(shard))
-        env = environment.for_shard(self._invocation.environ, shard.environment)
+        env = environment.for_shard(
+            self._invocation.environ, {**shard.environment, **_trace_context()}
+        )
         voice = self._voice(TARGET, rank=shard.rank, renames=True)
         self._shards.append(self._start("shard", command, env, voice, "ShardCannotStart"))
 
@@ -254,12 +282,20 @@ class Launch:
         )
 
     def start_router(self, router: RouterPlan) -> None:
-        """Start the router; it says `Connected` itself when requests are served."""
+        """Start the router and wait until it serves; it says `Connected` itself then."""
+        with span(self._tracer, SpanName.START_ROUTER):
+            self._start_router(router)
+
+    def _start_router(self, router: RouterPlan) -> None:
         log.info("Starting Webserver")
         command = self._command(router.argv, "WebserverCannotStart")
-        env = environment.for_router(self._invocation.environ, router.environment)
+        env = environment.for_router(
+            self._invocation.environ, {**router.environment, **_trace_context()}
+        )
         voice = self._voice(_ROUTER_TARGET)
         self._router = self._start("webserver", command, env, voice, "WebserverCannotStart")
+        while not self._router.has_connected:
+            self._raise_if_over(self._supervisor.next_event(_POLL_S))
 
     def watch(self) -> None:
         """Wait until a child ends or a signal comes: one of the two is raised."""
@@ -327,6 +363,12 @@ class Launch:
     def _voice(self, target: str, rank: int | None = None, renames: bool = False) -> Voice:
         level = logs.level_of(self._invocation.log_level, target)
         return Voice(target, level, self._invocation.args.json_output, rank, renames)
+
+
+def _trace_context() -> dict[str, str]:
+    """The current span for a child, in the variables that OpenTelemetry names for it."""
+    context = get_current_span().get_span_context()
+    return {name.upper(): value for name, value in headers_of(context).items()}
 
 
 def _about(shard: ShardPlan) -> dict[str, object]:

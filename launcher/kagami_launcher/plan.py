@@ -11,6 +11,8 @@ from pathlib import Path
 
 from kagami_launcher.cli import Invocation, LauncherArgs, debug_text, flags, option
 from kagami_launcher.hub import ModelSource
+from kagami_proto import tracing
+from kagami_proto.tracing import TracingPlan
 
 SHARD_COMMAND = "text-generation-server"
 ROUTER_COMMAND = "text-generation-router"
@@ -243,6 +245,8 @@ def plan_shard(
     argv += _optional("--quantize", args.quantize)
     argv += ["--trust-remote-code"] if args.trust_remote_code else []
     argv += ["--sharded"] if num_shard > 1 else []
+    argv += _traces(invocation)
+    argv += ["--otlp-step-spans"] if args.otlp_step_spans else []
     environment = {
         "RANK": str(rank),
         "WORLD_SIZE": str(num_shard),
@@ -297,6 +301,8 @@ def plan_router(
     for name in ("waiting_served_ratio", "max_waiting_tokens", "prometheus_port"):
         argv += _optional(option(name), getattr(args, name) if name in given else None)
     argv += ["--disable-grammar-support"] if args.disable_grammar_support else []
+    argv += _traces(invocation)
+    argv += ["--otlp-include-content"] if args.otlp_include_content else []
     for origin in args.cors_allow_origin:
         argv += ["--cors-allow-origin", origin]
     compute_type = invocation.environ.get("COMPUTE_TYPE") or devices.compute_type(num_shard)
@@ -306,6 +312,27 @@ def plan_router(
             args.api_key
         )  # not in argv: every user of the machine can read that
     return RouterPlan(tuple(argv), {**environment, **hub_environment(args)})
+
+
+def _traces(invocation: Invocation) -> list[str]:
+    """Where a child exports its traces to; the variables OTEL_* it reads itself."""
+    args, given = invocation.args, invocation.given
+    name = args.otlp_service_name if "otlp_service_name" in given else None
+    return [
+        *_optional("--otlp-endpoint", args.otlp_endpoint),
+        *_optional("--otlp-service-name", name),
+    ]
+
+
+def trace_plan(invocation: Invocation) -> tuple[TracingPlan | None, str]:
+    """Where the launcher's own spans go, or why they cannot."""
+    args, given = invocation.args, invocation.given
+    return tracing.plan_or_problem(
+        invocation.environ,
+        endpoint=args.otlp_endpoint,
+        service_name=args.otlp_service_name if "otlp_service_name" in given else None,
+        part="launcher",
+    )
 
 
 def _drain_s(grace_s: int) -> str:

@@ -308,6 +308,7 @@ class NewSequence(_message.Message):
     ADAPTER_ID_FIELD_NUMBER: _builtins.int
     TRACEPARENT_FIELD_NUMBER: _builtins.int
     TRACESTATE_FIELD_NUMBER: _builtins.int
+    DECODE_SPAN_ID_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     """the router's request id, unique while it lives"""
     num_prompt_tokens: _builtins.int
@@ -319,8 +320,10 @@ class NewSequence(_message.Message):
     adapter_id: _builtins.str
     """LoRA adapter; empty = base model"""
     traceparent: _builtins.str
-    """W3C trace context of the request; empty = none"""
+    """W3C trace context of the span under which the shard's prefill belongs; empty = not traced."""
     tracestate: _builtins.str
+    decode_span_id: _builtins.int
+    """of the span under which its decode belongs"""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """prompt, and on a replay what was generated since"""
@@ -344,10 +347,11 @@ class NewSequence(_message.Message):
         adapter_id: _builtins.str = ...,
         traceparent: _builtins.str = ...,
         tracestate: _builtins.str = ...,
+        decode_span_id: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["grammar", b"grammar", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_id", b"adapter_id", "grammar", b"grammar", "id", b"id", "num_prompt_tokens", b"num_prompt_tokens", "prompt_logprobs", b"prompt_logprobs", "sampling", b"sampling", "token_ids", b"token_ids", "top_n_tokens", b"top_n_tokens", "traceparent", b"traceparent", "tracestate", b"tracestate"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_id", b"adapter_id", "decode_span_id", b"decode_span_id", "grammar", b"grammar", "id", b"id", "num_prompt_tokens", b"num_prompt_tokens", "prompt_logprobs", b"prompt_logprobs", "sampling", b"sampling", "token_ids", b"token_ids", "top_n_tokens", b"top_n_tokens", "traceparent", b"traceparent", "tracestate", b"tracestate"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -501,6 +505,7 @@ class StepResult(_message.Message):
     OUT_OF_MEMORY_FIELD_NUMBER: _builtins.int
     HOST_NS_FIELD_NUMBER: _builtins.int
     DEVICE_NS_FIELD_NUMBER: _builtins.int
+    SPANS_DROPPED_FIELD_NUMBER: _builtins.int
     number: _builtins.int
     error: _builtins.str
     """not empty: the forward pass failed, nothing of this step was computed"""
@@ -509,6 +514,8 @@ class StepResult(_message.Message):
     """taking the step from the queue to its results, as the host saw it"""
     device_ns: _builtins.int
     """forward pass and sampling on the device"""
+    spans_dropped: _builtins.int
+    """spans that this shard could not export since it started"""
     @_builtins.property
     def ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Sampled tokens, one entry per token in each column."""
@@ -541,10 +548,11 @@ class StepResult(_message.Message):
         out_of_memory: _builtins.bool = ...,
         host_ns: _builtins.int = ...,
         device_ns: _builtins.int = ...,
+        spans_dropped: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_ns", b"device_ns", "error", b"error", "failures", b"failures", "host_ns", b"host_ns", "ids", b"ids", "logprobs", b"logprobs", "number", b"number", "out_of_memory", b"out_of_memory", "prompt_logprobs", b"prompt_logprobs", "token_ids", b"token_ids", "top_tokens", b"top_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_ns", b"device_ns", "error", b"error", "failures", b"failures", "host_ns", b"host_ns", "ids", b"ids", "logprobs", b"logprobs", "number", b"number", "out_of_memory", b"out_of_memory", "prompt_logprobs", b"prompt_logprobs", "spans_dropped", b"spans_dropped", "token_ids", b"token_ids", "top_tokens", b"top_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

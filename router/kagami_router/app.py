@@ -15,9 +15,12 @@ from pathlib import Path
 
 import uvloop
 from aiohttp import web
+from opentelemetry.trace import SpanKind
 
 from kagami_proto import logs
 from kagami_proto.errors import GenerationFailed, ShardLost
+from kagami_proto.span_names import Key, SpanName
+from kagami_proto.tracing import NO_TRACING, Tracing, context_of, open_tracing, span
 from kagami_router import chat_template, tokenizer
 from kagami_router.api.connections import Runner
 from kagami_router.api.routes import make_app, make_metrics_app
@@ -50,34 +53,37 @@ class StartError(Exception):
 def run(args: RouterArgs) -> int:
     """Serve until a signal or a failure; the process's exit code."""
     logs.configure("text_generation_router", level=args.log_level, json_output=args.json_output)
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_serve_until_signal(args))
+    with (
+        open_tracing(args.tracing, problem=args.tracing_problem) as tracing,
+        asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
+    ):
+        return runner.run(_serve_until_signal(args, tracing))
 
 
-async def _serve_until_signal(args: RouterArgs) -> int:
+async def _serve_until_signal(args: RouterArgs, tracing: Tracing) -> int:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    return await serve(args, stop)
+    return await serve(args, stop, tracing)
 
 
-async def serve(args: RouterArgs, stop: asyncio.Event) -> int:
+async def serve(args: RouterArgs, stop: asyncio.Event, tracing: Tracing = NO_TRACING) -> int:
     """Serve until `stop` is set or something fails; the exit code."""
     for flag in args.without_effect:
         logger.warning("Flag has no effect", extra={"flag": flag})
     door = Door(Metrics())
     try:
         _check_arguments(args)
-        async with _listening(args, door):
-            return await _serve_behind(door, args, stop)
+        async with _listening(args, door, tracing):
+            return await _serve_behind(door, args, stop, tracing)
     except StartError as error:
         logger.error("%s", error)
         return 1
 
 
-async def _serve_behind(door: Door, args: RouterArgs, stop: asyncio.Event) -> int:
+async def _serve_behind(door: Door, args: RouterArgs, stop: asyncio.Event, tracing: Tracing) -> int:
     """Run the engine's side until it fails or `stop` is set."""
-    engine = asyncio.ensure_future(_run_engine(args, door))
+    engine = asyncio.ensure_future(_run_engine(args, door, tracing))
     signalled = asyncio.ensure_future(stop.wait())
     try:
         await asyncio.wait((engine, signalled), return_when=asyncio.FIRST_COMPLETED)
@@ -99,7 +105,7 @@ async def _serve_behind(door: Door, args: RouterArgs, stop: asyncio.Event) -> in
 
 
 @asynccontextmanager
-async def _listening(args: RouterArgs, door: Door) -> AsyncIterator[None]:
+async def _listening(args: RouterArgs, door: Door, tracing: Tracing) -> AsyncIterator[None]:
     """HTTP is bound inside; raises `StartError` where a port is taken."""
     app = make_app(
         door,
@@ -107,6 +113,8 @@ async def _listening(args: RouterArgs, door: Door) -> AsyncIterator[None]:
         allowed_origins=args.cors_allow_origin,
         key=args.api_key,
         aip_routes=(args.aip_predict_route, args.aip_health_route),
+        tracing=tracing,
+        traces_content=args.otlp_include_content,
     )
     host = _address(args.hostname)
     async with AsyncExitStack() as stack:
@@ -137,67 +145,86 @@ def _address(hostname: str) -> str:
     return hostname
 
 
-async def _run_engine(args: RouterArgs, door: Door) -> None:
+async def _run_engine(args: RouterArgs, door: Door, tracing: Tracing) -> None:
     """Connect, warm up, open the door, and drive the batching loop; ends only by an error."""
     async with AsyncExitStack() as stack:
-        threads = stack.enter_context(ThreadPoolExecutor(args.validation_workers, "tokenize"))
-        folder = Path(args.tokenizer_name)
-        try:
+        start = span(
+            tracing.tracer, SpanName.ROUTER_START, context=context_of(args.start_traceparent)
+        )
+        with start:
+            loop, front = await _prepare(stack, args, tracing, door.metrics)
+        door.open(front)
+        logger.info("Connected")
+        await loop.run()
+
+
+async def _prepare(
+    stack: AsyncExitStack, args: RouterArgs, tracing: Tracing, metrics: Metrics
+) -> tuple[BatchingLoop, Front]:
+    """All that serving needs, warm; what has to be closed again is on `stack`."""
+    threads = stack.enter_context(ThreadPoolExecutor(args.validation_workers, "tokenize"))
+    folder = Path(args.tokenizer_name)
+    try:
+        with span(tracing.tracer, SpanName.ROUTER_LOAD_TOKENIZER):
             encoder = await asyncio.to_thread(tokenizer.load, folder, threads)
             given = Path(args.tokenizer_config_path) if args.tokenizer_config_path else None
             tokens = tokenizer.special_tokens(folder, given)
             template = chat_template.load(folder, tokens, given)
-        except (OSError, ValueError) as error:
-            raise StartError(str(error)) from error
-        metrics = door.metrics
+    except (OSError, ValueError) as error:
+        raise StartError(str(error)) from error
+    with span(tracing.tracer, SpanName.ROUTER_CONNECT) as opened:
         shards, facts = await _connect(stack, args.master_shard_uds_path, metrics)
-        logger.info("Warming up model")
+        opened.set_attribute(Key.WORLD_SIZE, facts.world_size)
+    logger.info("Warming up model")
+    with span(tracing.tracer, SpanName.ROUTER_WARMUP, kind=SpanKind.CLIENT) as opened:
         pool = await _warm_up(shards, args)
-        pool_tokens = (pool.num_blocks - 1) * pool.block_size  # block 0 is scratch
-        logger.info("Setting max batch total tokens to %d", pool_tokens)
-        limits = plan_limits(
-            args,
-            max_positions=facts.max_positions,
+        opened.set_attribute(Key.KV_BLOCKS, pool.num_blocks)
+    pool_tokens = (pool.num_blocks - 1) * pool.block_size  # block 0 is scratch
+    logger.info("Setting max batch total tokens to %d", pool_tokens)
+    limits = plan_limits(
+        args,
+        max_positions=facts.max_positions,
+        pool_tokens=pool_tokens,
+        vocab_size=facts.vocab_size,
+    )
+    scheduler = Scheduler(_scheduler_config(args, pool))
+    metrics.model_ready(
+        Capacity(
+            max_input_tokens=limits.max_input_tokens,
+            max_total_tokens=limits.max_total_tokens,
             pool_tokens=pool_tokens,
-            vocab_size=facts.vocab_size,
-        )
-        scheduler = Scheduler(_scheduler_config(args, pool))
-        metrics.model_ready(
-            Capacity(
-                max_input_tokens=limits.max_input_tokens,
-                max_total_tokens=limits.max_total_tokens,
-                pool_tokens=pool_tokens,
-                max_step_tokens=_max_step_tokens(args),
-                max_batch_size=_max_batch_size(args),
-            ),
-            scheduler.stats,
-        )
-        loop = BatchingLoop(
-            shards,
-            scheduler,
-            tokenizer=encoder.backend,
-            eos_token_ids=facts.eos_token_ids,
-            metrics=metrics,
-        )
-        door.open(
-            Front(
-                infer=Infer(loop, metrics, max_concurrent_requests=args.max_concurrent_requests),
-                validation=Validation(
-                    encoder,
-                    limits,
-                    None if args.disable_grammar_support else shards.compile_grammar,
-                ),
-                tokenizer=encoder,
-                template=template,
-                tool_format=find_format(template, encoder.backend),
-                info=_info(args, limits, facts, pool_tokens),
-                decoder=loop.decoder,
-                compute_type=args.compute_type,
-                is_healthy=lambda: loop.is_healthy,
-            )
-        )
-        logger.info("Connected")
-        await loop.run()
+            max_step_tokens=_max_step_tokens(args),
+            max_batch_size=_max_batch_size(args),
+        ),
+        scheduler.stats,
+    )
+    loop = BatchingLoop(
+        shards,
+        scheduler,
+        tokenizer=encoder.backend,
+        eos_token_ids=facts.eos_token_ids,
+        metrics=metrics,
+        tracing=tracing,
+    )
+    metrics.watch_spans(lambda: loop.spans_dropped)
+    front = Front(
+        infer=Infer(loop, metrics, max_concurrent_requests=args.max_concurrent_requests),
+        validation=Validation(
+            encoder,
+            limits,
+            None if args.disable_grammar_support else shards.compile_grammar,
+            tracer=tracing.tracer,
+        ),
+        tokenizer=encoder,
+        template=template,
+        tool_format=find_format(template, encoder.backend),
+        info=_info(args, limits, facts, pool_tokens),
+        decoder=loop.decoder,
+        compute_type=args.compute_type,
+        is_healthy=lambda: loop.is_healthy,
+        tracer=tracing.tracer,
+    )
+    return loop, front
 
 
 async def _connect(

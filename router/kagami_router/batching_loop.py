@@ -16,8 +16,10 @@ from types import TracebackType
 from typing import Self
 
 import tokenizers
+from opentelemetry import trace
 
 from kagami_proto.errors import GenerationFailed, KagamiError, ShardLost
+from kagami_proto.tracing import NO_TRACING, Tracing
 from kagami_router.detokenize import Detokenizer, TextDecoder
 from kagami_router.metrics import Metrics, StepReport
 from kagami_router.requests import (
@@ -32,6 +34,7 @@ from kagami_router.requests import (
 from kagami_router.scheduler.scheduler import Scheduler
 from kagami_router.scheduler.sequence import Sequence
 from kagami_router.scheduler.step import SequenceFailed, Step, StepResults, TokenSampled
+from kagami_router.sequence_trace import SequenceTrace, WireContext
 from kagami_router.shard_client import ShardGroup, StepStream
 from kagami_router.stopping import StopMatcher
 
@@ -108,7 +111,15 @@ class GenerationStream:
 class _Generation:
     """What the loop keeps of one sequence: its stream and its text so far."""
 
-    __slots__ = ("detokenizer", "first_token", "sequence", "stop", "stream", "texts")
+    __slots__ = (
+        "detokenizer",
+        "device_before_s",
+        "first_token",
+        "sequence",
+        "stop",
+        "stream",
+        "texts",
+    )
 
     def __init__(
         self,
@@ -123,6 +134,7 @@ class _Generation:
         self.stop = stop
         self.texts: list[str] = []
         self.first_token: float | None = None
+        self.device_before_s: float | None = None  # of all steps before its first
 
 
 class BatchingLoop:
@@ -136,6 +148,7 @@ class BatchingLoop:
         tokenizer: tokenizers.Tokenizer,
         eos_token_ids: frozenset[int],
         metrics: Metrics,
+        tracing: Tracing = NO_TRACING,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._shards = shards
@@ -143,6 +156,11 @@ class BatchingLoop:
         self._decoder = TextDecoder(tokenizer, eos_token_ids)
         self._eos_token_ids = eos_token_ids
         self._metrics = metrics
+        self._tracing = tracing
+        # Of sampled requests only.
+        self._traces: dict[int, SequenceTrace] = {}
+        self._device_s = 0.0  # of all steps so far
+        self._spans_dropped_by_shards = 0
         self._clock = clock
         self._generations: dict[int, _Generation] = {}
         # Steps in flight, each with the time it was sent.
@@ -164,6 +182,11 @@ class BatchingLoop:
         return self._clock() - since <= STEP_OVERDUE_S
 
     @property
+    def spans_dropped(self) -> int:
+        """Spans that no collector has seen: ours, and the shards' as of their last step."""
+        return self._tracing.spans_dropped + self._spans_dropped_by_shards
+
+    @property
     def decoder(self) -> TextDecoder:
         """What makes its text."""
         return self._decoder
@@ -178,7 +201,11 @@ class BatchingLoop:
             stream = GenerationStream(lambda: None)
             stream.fail(self._gone)
             return stream
-        sequence = self._scheduler.add(request, self._clock())
+        now = self._clock()
+        sequence = self._scheduler.add(request, now)
+        if trace.get_current_span().is_recording():
+            ahead = self._scheduler.stats().waiting - 1
+            self._traces[sequence.id] = SequenceTrace(self._tracing, sequence, now, ahead=ahead)
         stream = GenerationStream(lambda: self._cancel(sequence.id))
         stopping = request.stopping
         self._generations[sequence.id] = _Generation(
@@ -193,6 +220,8 @@ class BatchingLoop:
     def _cancel(self, sequence_id: int) -> None:
         if self._generations.pop(sequence_id, None) is not None:
             self._scheduler.cancel(sequence_id)
+            if traced := self._traces.pop(sequence_id, None):
+                traced.cancelled(self._clock())
             self._wake.set()
 
     async def run(self) -> None:
@@ -222,13 +251,29 @@ class BatchingLoop:
         while True:
             now = self._clock()
             step = self._scheduler.schedule(now)
+            contexts = self._trace_schedule(step, now) if self._traces else {}
             if step is None:
                 self._wake.clear()
                 await self._wait_for_work()
                 continue
             self._sent.append((step, now))
             self._metrics.step_sent(step)
-            await steps.send(step)
+            await steps.send(step, contexts)
+
+    def _trace_schedule(self, step: Step | None, now: float) -> dict[int, WireContext]:
+        """Tell the traces what was decided; what the shards need of those that join."""
+        contexts: dict[int, WireContext] = {}
+        if step is not None:
+            for sequence in step.preempted:
+                if traced := self._traces.get(sequence.id):
+                    traced.preempted(now)
+            for new in step.new_sequences:
+                if traced := self._traces.get(new.id):
+                    contexts[new.id] = traced.admitted(new, now)
+        for traced in self._traces.values():
+            if traced.is_queued:
+                traced.waits(now)
+        return contexts
 
     async def _wait_for_work(self) -> None:
         if self._scheduler.is_idle:
@@ -252,6 +297,7 @@ class BatchingLoop:
         wall_s = now - max(sent_at, self._last_progress)
         self._last_progress = now
         self._num_failed_steps = self._num_failed_steps + 1 if results.error else 0
+        self._see_times(step, results, now)
         ready: list[tuple[GenerationStream, StreamEvent | KagamiError]] = []
         events = self._scheduler.update(results)
         updated = self._clock()
@@ -261,6 +307,8 @@ class BatchingLoop:
                 continue
             if isinstance(event, SequenceFailed):
                 del self._generations[event.sequence.id]
+                if traced := self._traces.pop(event.sequence.id, None):
+                    traced.failed(event.message, now)
                 ready.append((generation.stream, GenerationFailed(event.message)))
             else:
                 ready.append((generation.stream, self._take_token(generation, event, now)))
@@ -283,6 +331,8 @@ class BatchingLoop:
                 num_tokens += 1
             else:
                 stream.fail(outcome)
+        if not step.work:
+            return
         self._metrics.step_finished(
             step,
             results,
@@ -294,6 +344,17 @@ class BatchingLoop:
                 num_tokens=num_tokens,
             ),
         )
+
+    def _see_times(self, step: Step, results: StepResults, now: float) -> None:
+        """Tell the traces of a step, and count the device's time for all who were in it."""
+        for work in step.work if self._traces else ():
+            if traced := self._traces.get(work.sequence.id):
+                traced.stepped(work, step, results, now)
+        for new in step.new_sequences:
+            if (started := self._generations.get(new.id)) and started.device_before_s is None:
+                started.device_before_s = self._device_s
+        self._device_s += results.device_ns / 1e9
+        self._spans_dropped_by_shards = results.spans_dropped
 
     def _take_token(
         self, generation: _Generation, event: TokenSampled, now: float
@@ -352,7 +413,8 @@ class BatchingLoop:
         del self._generations[sequence.id]
         assert sequence.scheduled_at is not None
         assert generation.first_token is not None
-        return End(
+        assert generation.device_before_s is not None
+        end = End(
             finish_reason=reason,
             generated_text="".join(generation.texts),
             num_generated=sequence.log.num_generated,
@@ -361,10 +423,14 @@ class BatchingLoop:
                 scheduled=sequence.scheduled_at,
                 first_token=generation.first_token,
                 finished=now,
+                device_s=self._device_s - generation.device_before_s,
             ),
             cached_tokens=sequence.cached_tokens,
             stop=generation.stop.found if generation.stop is not None else None,
         )
+        if traced := self._traces.pop(sequence.id, None):
+            traced.finished(end, now)
+        return end
 
     def _prefill(self, sequence: Sequence) -> tuple[PrefillToken, ...]:
         if not sequence.request.prompt_logprobs:
@@ -387,4 +453,6 @@ class BatchingLoop:
         generations, self._generations = self._generations, {}
         for sequence_id, generation in generations.items():
             self._scheduler.cancel(sequence_id)
+            if traced := self._traces.pop(sequence_id, None):
+                traced.failed(str(error), self._clock())
             generation.stream.fail(error)

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
+from kagami_proto import tracing
+from kagami_proto.tracing import TracingPlan
+
 DEFAULT_PREFILL_TOKENS = 4096
 
 
@@ -40,8 +43,13 @@ class RouterArgs:
     validation_workers: int
     api_key: str | None
     json_output: bool
-    otlp_endpoint: str | None
-    otlp_service_name: str
+    tracing: TracingPlan | None
+    """None = no traces"""
+    tracing_problem: str
+    """Why there are none although they were asked for; empty if there is no problem"""
+    otlp_include_content: bool
+    start_traceparent: str
+    """The trace of this server's start; empty = none"""
     cors_allow_origin: tuple[str, ...]
     disable_grammar_support: bool
     payload_limit: int
@@ -141,14 +149,14 @@ _FLAGS = (
     _Flag("--validation-workers", _count, 2, "threads that tokenize long prompts"),
     _Flag("--api-key", str, None, "asked for as `Authorization: Bearer` (better: API_KEY)"),
     _Flag("--json-output", None, False, "log in JSON"),
-    _Flag("--otlp-endpoint", str, None, "OpenTelemetry collector", has_effect=False),
     _Flag(
-        "--otlp-service-name",
+        "--otlp-endpoint",
         str,
-        "text-generation-inference.router",
-        "`service.name` of traces",
-        has_effect=False,
+        None,
+        "export traces to this OpenTelemetry collector (http://host:4317; 4318: over HTTP)",
     ),
+    _Flag("--otlp-service-name", str, None, "`service.name` of traces (default: kagami-router)"),
+    _Flag("--otlp-include-content", None, False, "write prompts and answers into traces"),
     _Flag("--cors-allow-origin", _list, None, "allowed origin; repeatable (default: any)"),
     _Flag("--disable-grammar-support", None, False, "refuse grammars"),
     _Flag("--payload-limit", _count, 2_000_000, "longest request body in bytes"),
@@ -192,11 +200,20 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Route
             parser, _Flag("--aip-http-port", _port, None, ""), environ
         )
     origins = values.pop("cors_allow_origin") or []
+    wanted, problem = tracing.plan_or_problem(
+        environ,
+        endpoint=values["otlp_endpoint"],
+        service_name=values["otlp_service_name"],
+        part="router",
+    )
     for flag in _FLAGS:
         if flag.field not in RouterArgs.__dataclass_fields__:
             values.pop(flag.field)
     return RouterArgs(
         **values,
+        tracing=wanted,
+        tracing_problem=problem,
+        start_traceparent=environ.get("TRACEPARENT", ""),
         cors_allow_origin=() if "*" in origins else tuple(origins),
         prefix_caching=environ.get("PREFIX_CACHING", "true").lower() in ("1", "true"),
         log_level=environ.get("LOG_LEVEL", "info"),

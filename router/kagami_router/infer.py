@@ -15,6 +15,7 @@ from typing import Protocol
 
 from kagami_proto.errors import IncompleteGeneration, KagamiError, Overloaded, Unavailable
 from kagami_router.metrics import GenerationStats, Metrics
+from kagami_router.request_trace import describe_request
 from kagami_router.requests import End, PrefillToken, StreamEvent, Token, ValidRequest
 
 Events = tuple[StreamEvent, ...]
@@ -95,6 +96,7 @@ class Infer:
         Each turn brings all events that are ready. Raises `GenerationFailed`, or
         `IncompleteGeneration` where the server stops before the end.
         """
+        describe_request(request)
         self._metrics.request_validated(len(request.prompt_ids), request.stopping.max_new_tokens)
         try:
             async with asyncio.timeout(None) as deadline:

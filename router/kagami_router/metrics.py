@@ -69,6 +69,7 @@ class Metrics:
         self._capacity: Capacity | None = None
         self._pool: Callable[[], PoolStats] | None = None
         self._shards: Callable[[], Sequence[bool]] = tuple
+        self._spans_dropped: Callable[[], int] = int
         self._recent_bytes = 0.0
         self._recent_device_s = 0.0
 
@@ -95,9 +96,9 @@ class Metrics:
         """A shard that was lost serves again."""
         _of_rank(self._state.shard_restarts.series, rank).add()
 
-    def spans_dropped(self, count: int) -> None:
-        """`count` spans were lost on the way to the trace collector."""
-        self._state.spans_dropped.add(count)
+    def watch_spans(self, dropped: Callable[[], int]) -> None:
+        """Ask this for the spans lost on the way to the collector when somebody scrapes."""
+        self._spans_dropped = dropped
 
     # What the HTTP side tells.
 
@@ -141,8 +142,8 @@ class Metrics:
     def step_sent(self, step: Step) -> None:
         """A step is on its way to the shards; who joined with it, who had to leave."""
         batch = self._batch
-        if step.num_preempted:
-            batch.preemptions.add(step.num_preempted)
+        if step.preempted:
+            batch.preemptions.add(len(step.preempted))
         if not step.new_sequences:
             return
         batch.next_size.observe(len(step.new_sequences))
@@ -211,6 +212,7 @@ class Metrics:
     def _look(self) -> None:
         """Bring what describes a state up to now."""
         state = self._state
+        state.spans_dropped.set(self._spans_dropped())
         for rank, is_up in enumerate(self._shards()):
             _of_rank(state.shard_up.series, rank).set(is_up)
             _of_rank(state.shard_restarts.series, rank)

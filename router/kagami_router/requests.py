@@ -68,8 +68,6 @@ class ValidRequest:
     prompt_logprobs: bool = False
     grammar: Grammar | None = None
     """Compiled already, on every shard."""
-    traceparent: str = ""
-    tracestate: str = ""
 
 
 class FinishReason(enum.Enum):
@@ -111,6 +109,8 @@ class Timings:
     """Its first chunk was put into a step."""
     first_token: float
     finished: float
+    device_s: float = 0.0
+    """Device time of the steps from its first to its last, which it shared with others."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ are read from the first, and a failure counts whoever reports it.
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from types import TracebackType
@@ -15,10 +15,12 @@ from typing import Self
 
 import grpc
 import grpc.aio
+from opentelemetry import trace
 
 from kagami_proto import generate_pb2 as pb
 from kagami_proto import generate_pb2_grpc
 from kagami_proto.errors import GenerationFailed, InvalidRequest, ShardLost
+from kagami_proto.tracing import headers_of
 from kagami_router.requests import Grammar, GrammarKind
 from kagami_router.scheduler.step import (
     Failure,
@@ -28,6 +30,7 @@ from kagami_router.scheduler.step import (
     Step,
     StepResults,
 )
+from kagami_router.sequence_trace import WireContext
 from kagami_router.token_log import TopToken
 
 logger = logging.getLogger(__name__)
@@ -101,9 +104,12 @@ class StepStream:
         for call in self._calls:
             call.cancel()
 
-    async def send(self, step: Step) -> None:
-        """Send a step to every shard; raises `ShardLost`."""
-        message = step_to_pb(step)
+    async def send(self, step: Step, contexts: Mapping[int, WireContext] = {}) -> None:
+        """Send a step to every shard; raises `ShardLost`.
+
+        `contexts`: of the new sequences that are traced, by id.
+        """
+        message = step_to_pb(step, contexts)
         try:
             for call in self._calls:
                 await call.write(message)
@@ -208,7 +214,9 @@ class ShardGroup:
             max_pool_tokens=max_pool_tokens,
         )
         try:
-            pools = await asyncio.gather(*(stub.Warmup(request) for stub in self._stubs))
+            pools = await asyncio.gather(
+                *(stub.Warmup(request, metadata=_trace_metadata()) for stub in self._stubs)
+            )
         except grpc.aio.AioRpcError as error:
             is_lost = error.code() is grpc.StatusCode.UNAVAILABLE
             raise (ShardLost if is_lost else GenerationFailed)(_reason(error)) from error
@@ -245,6 +253,11 @@ class ShardGroup:
         return self._steps
 
 
+def _trace_metadata() -> tuple[tuple[str, str], ...]:
+    """The current span's context as gRPC metadata."""
+    return tuple(headers_of(trace.get_current_span().get_span_context()).items())
+
+
 def _is_cancelling() -> bool:
     """Whether the running task itself is being cancelled, not just the call it waits for."""
     task = asyncio.current_task()
@@ -273,11 +286,11 @@ def _info_from_pb(info: pb.InfoResponse) -> ShardInfo:
     )
 
 
-def step_to_pb(step: Step) -> pb.Step:
+def step_to_pb(step: Step, contexts: Mapping[int, WireContext] = {}) -> pb.Step:
     """Records become columns."""
     return pb.Step(
         number=step.number,
-        new_sequences=[_new_to_pb(new) for new in step.new_sequences],
+        new_sequences=[_new_to_pb(new, contexts.get(new.id)) for new in step.new_sequences],
         drop_ids=step.drop_ids,
         ids=[work.sequence.id for work in step.work],
         positions=[work.position for work in step.work],
@@ -290,8 +303,9 @@ def step_to_pb(step: Step) -> pb.Step:
     )
 
 
-def _new_to_pb(new: NewSequence) -> pb.NewSequence:
+def _new_to_pb(new: NewSequence, context: WireContext | None) -> pb.NewSequence:
     sampling = new.request.sampling
+    context = context or _NOT_TRACED
     return pb.NewSequence(
         id=new.id,
         token_ids=new.token_ids,
@@ -313,11 +327,13 @@ def _new_to_pb(new: NewSequence) -> pb.NewSequence:
         grammar=_grammar_to_pb(new.request.grammar) if new.request.grammar else None,
         top_n_tokens=new.request.top_n_tokens,
         prompt_logprobs=new.prompt_logprobs,
-        traceparent=new.request.traceparent,
-        tracestate=new.request.tracestate,
+        traceparent=context.traceparent,
+        tracestate=context.tracestate,
+        decode_span_id=context.decode_span_id,
     )
 
 
+_NOT_TRACED = WireContext("", "", 0)
 _GRAMMAR_KINDS = {
     GrammarKind.JSON_SCHEMA: pb.Grammar.JSON_SCHEMA,
     GrammarKind.REGEX: pb.Grammar.REGEX,
@@ -351,6 +367,7 @@ def results_from_pb(messages: Sequence[pb.StepResult]) -> StepResults:
         out_of_memory=any(message.out_of_memory for message in messages),
         host_ns=max(message.host_ns for message in messages),
         device_ns=max(message.device_ns for message in messages),
+        spans_dropped=sum(message.spans_dropped for message in messages),
     )
 
 

@@ -6,11 +6,16 @@ again. Knows limits and text; knows no HTTP and no route.
 
 import random
 import struct
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+from opentelemetry import trace
+
 from kagami_proto.errors import InvalidRequest, MalformedBody
+from kagami_proto.span_names import Key, SpanName
+from kagami_proto.tracing import NO_TRACING, span
 from kagami_router.requests import Grammar, SamplingParams, StoppingParams, ValidRequest
 from kagami_router.tokenizer import Tokenizer
 
@@ -80,17 +85,6 @@ class GenerationParams:
         return max(1, self.best_of or 1)
 
 
-@dataclass(frozen=True, slots=True)
-class TraceContext:
-    """The client's W3C trace context; empty = none."""
-
-    traceparent: str = ""
-    tracestate: str = ""
-
-
-NO_TRACE = TraceContext()
-
-
 class TokenPrompt(NamedTuple):
     """A prompt that came as ids, all of them known, and the text they stand for."""
 
@@ -109,9 +103,15 @@ class Validation:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, limits: Limits, compile_grammar: CompileGrammar | None = None
+        self,
+        tokenizer: Tokenizer,
+        limits: Limits,
+        compile_grammar: CompileGrammar | None = None,
+        *,
+        tracer: trace.Tracer = NO_TRACING.tracer,
     ) -> None:
         self._tokenizer = tokenizer
+        self._tracer = tracer
         self._compile_grammar = compile_grammar
         self.limits = limits
 
@@ -162,9 +162,16 @@ class Validation:
         params: GenerationParams,
         *,
         add_special_tokens: bool,
-        trace: TraceContext = NO_TRACE,
     ) -> ValidRequest:
         """The one way to a `ValidRequest`; raises `InvalidRequest`."""
+        with span(self._tracer, SpanName.VALIDATE) as opened:
+            valid = await self._validate(prompt, params, add_special_tokens)
+            opened.set_attribute(Key.PROMPT_TOKENS, len(valid.prompt_ids))
+            return valid
+
+    async def _validate(
+        self, prompt: str | TokenPrompt, params: GenerationParams, add_special_tokens: bool
+    ) -> ValidRequest:
         sampling = self._sampling(params)
         self._check_counts(params)
         self._check_logit_bias(params)
@@ -191,8 +198,6 @@ class Validation:
             top_n_tokens=params.top_n_tokens or 0,
             prompt_logprobs=params.prompt_logprobs,
             grammar=params.grammar,
-            traceparent=trace.traceparent,
-            tracestate=trace.tracestate,
         )
 
     @property
@@ -204,7 +209,10 @@ class Validation:
         """Rules 17 to 20: compile it, on every shard; raises `InvalidRequest`."""
         if self._compile_grammar is None:
             raise InvalidRequest("grammar is not supported")
+        started = time.monotonic()
         await self._compile_grammar(grammar)
+        compile_ms = (time.monotonic() - started) * 1e3
+        trace.get_current_span().set_attribute(Key.GRAMMAR_MS, compile_ms)
 
     def _sampling(self, params: GenerationParams) -> SamplingParams:
         """Rules 1 to 7, and whether the sequence samples at all."""

@@ -12,6 +12,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NoReturn
 
+from kagami_proto import tracing
+from kagami_proto.tracing import TracingPlan
+
 # TGI's spellings, and int8 and int4, which say what they do.
 QUANTIZE = (
     "int8",
@@ -56,6 +59,13 @@ class ServeArgs:
     """0: torch's own choice, or this rank's share of it"""
     block_size: int
     version: str
+    tracing: TracingPlan | None
+    """None: no traces"""
+    tracing_problem: str
+    """Why there are none although they were asked for"""
+    otlp_step_spans: bool
+    start_traceparent: str
+    """The trace of this server's start; empty: none"""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -73,6 +83,12 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> ServeArgs:
         parser.error(f"MODEL_ID: {args.model_id} is not a folder; the launcher resolves names")
     if args.sharded and (missing := [name for name in _SHARDED if not environ.get(name)]):
         parser.error(f"--sharded: the variable {missing[0]} is not set")
+    wanted, problem = tracing.plan_or_problem(
+        environ,
+        endpoint=args.otlp_endpoint or environ.get("OTLP_ENDPOINT"),
+        service_name=args.otlp_service_name or environ.get("OTLP_SERVICE_NAME"),
+        part="shard",
+    )
     try:
         parsed = ServeArgs(
             model_folder=folder,
@@ -93,6 +109,10 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> ServeArgs:
             num_threads=int(environ.get("OMP_NUM_THREADS", "0")),
             block_size=args.block_size,
             version=version("kagami-tgi"),
+            tracing=wanted,
+            tracing_problem=problem,
+            otlp_step_spans=args.otlp_step_spans,
+            start_traceparent=environ.get("TRACEPARENT", ""),
         )
     except ValueError as error:
         parser.error(
@@ -139,6 +159,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     serve.add_argument("--logger-level", default="INFO", help="default: %(default)s")
     serve.add_argument("--json-output", action="store_true", help="log JSON lines")
+    serve.add_argument("--otlp-endpoint", help="export traces to this OpenTelemetry collector")
+    serve.add_argument(
+        "--otlp-service-name", help="`service.name` of traces, with -shard behind it"
+    )
+    serve.add_argument(
+        "--otlp-step-spans", action="store_true", help="export a span for each step, too"
+    )
     serve.add_argument(
         "--block-size", type=int, default=32, help="tokens in one KV block (default: %(default)s)"
     )

@@ -17,6 +17,8 @@ import torch
 from kagami_proto import generate_pb2 as pb
 from kagami_proto.errors import KagamiError, RankLost
 from kagami_proto.generate_pb2_grpc import add_TextGenerationServiceServicer_to_server
+from kagami_proto.span_names import Key, SpanName
+from kagami_proto.tracing import context_of, open_tracing, span
 from kagami_shard.attention.select import select_attention
 from kagami_shard.cli import ServeArgs
 from kagami_shard.distributed import connect
@@ -26,6 +28,7 @@ from kagami_shard.models.base import Model
 from kagami_shard.models.registry import load_model
 from kagami_shard.sampling.grammar import Grammars
 from kagami_shard.sampling.watermark import Watermark
+from kagami_shard.sequence_traces import SequenceTraces
 from kagami_shard.service import TextGenerationService
 from kagami_shard.worker import Worker
 
@@ -41,9 +44,18 @@ def serve(args: ServeArgs) -> int:
 
     Until the model is loaded a signal ends the process by its default action, at once.
     """
-    with ThreadPoolExecutor(1, "engine") as thread:
+    with (
+        open_tracing(args.tracing, problem=args.tracing_problem) as tracing,
+        ThreadPoolExecutor(1, "engine") as thread,
+    ):
         try:
-            engine, facts = thread.submit(_load, args).result()
+            with span(
+                tracing.tracer,
+                SpanName.SHARD_LOAD,
+                {Key.RANK: args.rank, Key.WORLD_SIZE: args.world_size},
+                context=context_of(args.start_traceparent),
+            ):
+                engine, facts = thread.submit(_load, args).result()
         # The process's border: whatever stops the load is the last thing that this process says.
         except Exception as error:
             if is_out_of_memory(error):
@@ -55,9 +67,11 @@ def serve(args: ServeArgs) -> int:
             return 1
         socket = Path(f"{args.uds_path}-{args.rank}").absolute()
         overlap = facts.device_type == "cuda" and args.world_size == 1
-        with Worker(engine, thread, overlap=overlap) as worker:
+        traces = SequenceTraces(tracing, rank=args.rank, has_step_spans=args.otlp_step_spans)
+        with Worker(engine, thread, overlap=overlap, traces=traces) as worker:
+            service = TextGenerationService(engine, worker, facts, tracing.tracer)
             try:
-                code = asyncio.run(_serve(socket, engine, worker, facts))
+                code = asyncio.run(_serve(socket, service, worker))
             except OSError as error:
                 logger.error("Cannot listen on %s: %s", socket, error)
                 return 1
@@ -180,7 +194,7 @@ def eos_token_ids(folder: Path) -> list[int]:
     return []
 
 
-async def _serve(socket: Path, engine: Engine, worker: Worker, facts: pb.InfoResponse) -> int:
+async def _serve(socket: Path, service: TextGenerationService, worker: Worker) -> int:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -192,7 +206,6 @@ async def _serve(socket: Path, engine: Engine, worker: Worker, facts: pb.InfoRes
 
     worker.ended.add_done_callback(wake_up)
     server = grpc.aio.server(options=_UNLIMITED)
-    service = TextGenerationService(engine, worker, facts)
     add_TextGenerationServiceServicer_to_server(service, server)
     try:
         server.add_insecure_port(f"unix:{socket}")

@@ -9,10 +9,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import grpc
 import grpc.aio
 import torch
+from opentelemetry import trace
 
 from kagami_proto import generate_pb2 as pb
 from kagami_proto import generate_pb2_grpc
 from kagami_proto.errors import InvalidRequest, RankLost
+from kagami_proto.span_names import Key, SpanName
+from kagami_proto.tracing import NO_TRACING, context_of, span
 from kagami_shard.engine import Engine, Limits
 from kagami_shard.kv_cache import KVCache
 from kagami_shard.sampling.grammar import Grammar, GrammarKind
@@ -24,7 +27,14 @@ from kagami_shard.worker import Worker
 class TextGenerationService(generate_pb2_grpc.TextGenerationServiceServicer):
     """The four calls of generate.proto on one engine."""
 
-    def __init__(self, engine: Engine, worker: Worker, facts: pb.InfoResponse) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        worker: Worker,
+        facts: pb.InfoResponse,
+        tracer: trace.Tracer = NO_TRACING.tracer,
+    ) -> None:
+        self._tracer = tracer
         self._engine = engine
         self._worker = worker
         self._facts = facts
@@ -66,8 +76,14 @@ class TextGenerationService(generate_pb2_grpc.TextGenerationServiceServicer):
             max_total_tokens=request.max_total_tokens,
             max_pool_tokens=request.max_pool_tokens,
         )
+        headers = {key: str(value) for key, value in context.invocation_metadata() or ()}
+        caller = context_of(headers.get("traceparent", ""), headers.get("tracestate", ""))
         try:
-            cache = await self._on_worker(limits)
+            with span(
+                self._tracer, SpanName.SHARD_WARMUP, context=caller, kind=trace.SpanKind.SERVER
+            ) as opened:
+                cache = await self._on_worker(limits)
+                opened.set_attributes({Key.RANK: self._facts.rank, Key.KV_BLOCKS: cache.num_blocks})
         except torch.OutOfMemoryError as error:
             await context.abort(
                 grpc.StatusCode.RESOURCE_EXHAUSTED,
@@ -123,11 +139,11 @@ class TextGenerationService(generate_pb2_grpc.TextGenerationServiceServicer):
         if self._stream is not None:
             self._stream.supersede()
         self._stream = stream
-        self._worker.call(self._engine.reset)
+        self._worker.call(self._worker.reset)
         async with asyncio.TaskGroup() as tasks:
             reader = tasks.create_task(self._read_steps(request_iterator, stream))
             while (result := await stream.results.get()) is not None:
-                await context.write(result_to_pb(result))
+                await context.write(result_to_pb(result, self._worker.traces.spans_dropped))
             reader.cancel()
         if stream.is_superseded:
             await context.abort(grpc.StatusCode.ABORTED, "another step stream was opened")
@@ -204,6 +220,9 @@ def _new_sequence(new: pb.NewSequence) -> NewSequence:
         top_n_tokens=new.top_n_tokens,
         prompt_logprobs=new.prompt_logprobs,
         grammar=_grammar_from_pb(new.grammar) if new.HasField("grammar") else None,
+        traceparent=new.traceparent,
+        tracestate=new.tracestate,
+        decode_span_id=new.decode_span_id,
         refused=_refusal(new),
     )
 
@@ -226,7 +245,7 @@ def _refusal(new: pb.NewSequence) -> str:
     return ""
 
 
-def result_to_pb(result: StepResult) -> pb.StepResult:
+def result_to_pb(result: StepResult, spans_dropped: int = 0) -> pb.StepResult:
     """The engine's records become the wire's columns."""
     return pb.StepResult(
         number=result.number,
@@ -246,6 +265,7 @@ def result_to_pb(result: StepResult) -> pb.StepResult:
         out_of_memory=result.out_of_memory,
         host_ns=result.host_ns,
         device_ns=result.device_ns,
+        spans_dropped=spans_dropped,
     )
 
 

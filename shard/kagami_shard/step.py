@@ -20,6 +20,10 @@ class NewSequence:
     top_n_tokens: int = 0
     prompt_logprobs: bool = False
     grammar: Grammar | None = None
+    traceparent: str = ""
+    """W3C trace context of the router's prefill span; empty = not traced"""
+    tracestate: str = ""
+    decode_span_id: int = 0
     refused: str = ""
     """Why this shard cannot serve it (an adapter); empty if it can"""
 

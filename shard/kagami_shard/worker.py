@@ -15,6 +15,7 @@ import torch
 from kagami_proto.errors import RankLost
 from kagami_shard.engine import Engine, Launched
 from kagami_shard.memory import is_out_of_memory
+from kagami_shard.sequence_traces import SequenceTraces
 from kagami_shard.step import Step, StepResult
 
 logger = logging.getLogger(__name__)
@@ -35,8 +36,16 @@ class Worker:
     them, and each would find another moment to collect.
     """
 
-    def __init__(self, engine: Engine, thread: Executor, *, overlap: bool) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        thread: Executor,
+        *,
+        overlap: bool,
+        traces: SequenceTraces | None = None,
+    ) -> None:
         self._engine = engine
+        self.traces = traces or SequenceTraces()
         self._thread = thread
         self._overlap = overlap
         self._queue: queue.SimpleQueue[Callable[[], None] | tuple[Step, Publish] | None] = (
@@ -44,7 +53,7 @@ class Worker:
         )
         self.ended: Future[None] = Future()
         """Done when the loop has ended: at the exit, or by the exception that it then holds"""
-        self._launched: tuple[Launched, Publish] | None = None
+        self._launched: tuple[Launched, Step, Publish, int] | None = None
         self.last_step = 0
         self.last_step_ns = 0
         """`time.monotonic_ns()` when it finished"""
@@ -71,6 +80,11 @@ class Worker:
         """Queue a call between steps, in order with them."""
         self._queue.put(function)
 
+    def reset(self) -> None:
+        """Forget every sequence; on the worker's thread."""
+        self._engine.reset()
+        self.traces.reset()
+
     def _run(self) -> None:
         while (entry := self._next()) is not None:
             if isinstance(entry, tuple):
@@ -91,6 +105,8 @@ class Worker:
 
     def _step(self, step: Step, publish: Publish) -> None:
         self.busy_since_ns = time.monotonic_ns()
+        started_ns = time.time_ns()
+        self.traces.launched(step)
         if self._engine.reads_history(step):
             self._collect()
         try:
@@ -99,24 +115,26 @@ class Worker:
         except Exception as error:
             self._collect()
             failed = self._failed(step.number, error)
+            self.traces.finished(step, failed, started_ns)
             _raise_if_parted(error)
             publish(failed)
             _raise_if_lost(error)
             return
         self._collect()
-        self._launched = (launched, publish)
+        self._launched = (launched, step, publish, started_ns)
         if not self._overlap:
             self._collect()
 
     def _collect(self) -> None:
         if self._launched is None:
             return
-        (launched, publish), self._launched = self._launched, None
+        (launched, step, publish, started_ns), self._launched = self._launched, None
         try:
             result = self._engine.collect(launched)
         # A device reports a failed kernel when its results are read.
         except Exception as error:
             failed = self._failed(launched.number, error)
+            self.traces.finished(step, failed, started_ns)
             _raise_if_parted(error)
             publish(failed)
             _raise_if_lost(error)
@@ -124,6 +142,7 @@ class Worker:
         self.last_step = result.number
         self.last_step_ns = time.monotonic_ns()
         publish(result)
+        self.traces.finished(step, result, started_ns)
 
     def _failed(self, number: int, error: Exception) -> StepResult:
         logger.error("Step failed", exc_info=error, extra={"step": number})

@@ -43,7 +43,7 @@ class RecordingMetrics:
 
     @property
     def num_preempted(self) -> int:
-        return sum(step.num_preempted for step in self.sent)
+        return sum(len(step.preempted) for step in self.sent)
 
 
 @dataclass

@@ -288,7 +288,7 @@ def test_every_rank_has_its_shards_state() -> None:
 
 def test_dropped_spans_are_counted() -> None:
     metrics = Metrics()
-    metrics.spans_dropped(3)
+    metrics.watch_spans(lambda: 3)
     assert parsed(metrics)["tgi_trace_spans_dropped_total"] == {"": 3}
 
 

@@ -18,6 +18,7 @@ from kagami_router.requests import (
 )
 from kagami_router.scheduler.scheduler import Scheduler, SchedulerConfig
 from kagami_router.scheduler.step import Failure, PromptLogprobs, Step
+from kagami_router.sequence_trace import WireContext
 from kagami_router.shard_client import ShardGroup, results_from_pb, step_to_pb
 
 
@@ -38,7 +39,6 @@ def new_step() -> Step:
         StoppingParams(4),
         top_n_tokens=2,
         prompt_logprobs=True,
-        traceparent="00-a-b-01",
     )
     scheduler.add(request, 0.0)
     step = scheduler.schedule(0.0)
@@ -53,11 +53,13 @@ def test_a_step_becomes_columns() -> None:
 
 
 def test_a_new_sequence_carries_all_the_shard_needs() -> None:
-    (new,) = step_to_pb(new_step()).new_sequences
+    context = WireContext("00-a-b-01", "c=d", 2**64 - 1)
+    (new,) = step_to_pb(new_step(), {1: context}).new_sequences
+    assert (new.traceparent, new.tracestate, new.decode_span_id) == context
     assert (list(new.token_ids), new.num_prompt_tokens) == ([5, 6, 7, 8, 9], 5)
     assert (new.sampling.seed, new.sampling.temperature, new.sampling.top_k) == (2**64 - 1, 0.5, 3)
     assert (list(new.sampling.bias_ids), list(new.sampling.biases)) == ([7, 9], [-2.0, 1.5])
-    assert (new.top_n_tokens, new.prompt_logprobs, new.traceparent) == (2, True, "00-a-b-01")
+    assert (new.top_n_tokens, new.prompt_logprobs) == (2, True)
 
 
 def test_results_become_records() -> None:

@@ -11,7 +11,6 @@ from kagami_router.tokenizer import INLINE_CHARACTERS, Tokenizer
 from kagami_router.validation import (
     MAX_SEED,
     GenerationParams,
-    TraceContext,
     Validation,
     samples,
 )
@@ -242,12 +241,6 @@ async def test_samples_differ_in_their_seed_only(validation: Validation) -> None
 async def test_empty_stop_strings_are_left_out(validation: Validation) -> None:
     valid = await validation.validate("a", P(stop=("", "b")), add_special_tokens=True)
     assert valid.stopping.stop == ("b",)
-
-
-async def test_the_trace_goes_through(validation: Validation) -> None:
-    trace = TraceContext("00-1-2-01", "a=b")
-    valid = await validation.validate("a", P(), add_special_tokens=True, trace=trace)
-    assert (valid.traceparent, valid.tracestate) == ("00-1-2-01", "a=b")
 
 
 async def test_long_prompts_are_encoded_on_a_thread(validation: Validation) -> None:

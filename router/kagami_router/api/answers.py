@@ -4,7 +4,6 @@ One HTTP call is one `Call`, whatever number of generations it runs.
 """
 
 import logging
-import re
 import secrets
 import time
 from collections.abc import Sequence
@@ -15,17 +14,17 @@ from typing import NamedTuple
 from aiohttp import web
 
 from kagami_router.api.middleware import request_id
+from kagami_router.request_trace import describe_answer
 from kagami_router.requests import End, ValidRequest
-from kagami_router.validation import NO_TRACE, TraceContext
 
 logger = logging.getLogger(__name__)
 
-_TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}.*", re.ASCII)
+TRACES_CONTENT = web.AppKey("traces_content", bool)
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One HTTP call: its ids, when it came in (monotonic and wall seconds), its trace.
+    """One HTTP call: its ids, and when it came in (monotonic and wall seconds).
 
     `id` is ours and goes into the ids of answers; `request_id` may be the client's own.
     """
@@ -34,7 +33,8 @@ class Call:
     request_id: str
     received: float
     created: int
-    trace: TraceContext
+    traces_content: bool
+    """Whether its texts go into its span."""
 
     @classmethod
     def of(cls, request: web.Request) -> "Call":
@@ -44,16 +44,8 @@ class Call:
             request_id(request),
             time.monotonic(),
             int(time.time()),
-            _trace_of(request),
+            request.app[TRACES_CONTENT],
         )
-
-
-def _trace_of(request: web.Request) -> TraceContext:
-    traceparent = request.headers.get("traceparent", "")
-    tracestate = request.headers.get("tracestate", "")
-    if not _TRACEPARENT.fullmatch(traceparent) or not traceparent.isascii():
-        return NO_TRACE
-    return TraceContext(traceparent, tracestate if tracestate.isascii() else "")
 
 
 class Finished(NamedTuple):
@@ -101,8 +93,9 @@ def stream_headers(
 
 def stream_comment(call: Call, finished: Sequence[Finished]) -> bytes:
     """What a stream's headers could not tell, as its last line: a comment to every client."""
-    told = _times_headers(call, finished).items()
-    return f": {' '.join(f'{name}={value}' for name, value in told)}\n\n".encode()
+    phases = {f"{name}-ms": ms for name, ms in _phases(call, finished).items()}
+    told = _times_headers(call, finished) | phases
+    return f": {' '.join(f'{name}={value}' for name, value in told.items())}\n\n".encode()
 
 
 def whole_headers(
@@ -114,7 +107,31 @@ def whole_headers(
         "x-compute-characters": str(sum(len(prompt) for prompt in prompts)),
         "x-prompt-tokens": str(sum(len(one.request.prompt_ids) for one in finished)),
         **_times_headers(call, finished),
+        "server-timing": _server_timing(call, finished),
     }
+
+
+def _phases(call: Call, finished: Sequence[Finished]) -> dict[str, str]:
+    """Where the time went, in milliseconds.
+
+    Of several generations, which run side by side, the longest counts. `device` is what the steps
+    took that it was part of, shared with others.
+    """
+    timings = [one.end.timings for one in finished]
+    seconds = {
+        "validate": max(one.submitted - call.received for one in timings),
+        "queue": max(one.scheduled - one.submitted for one in timings),
+        "prefill": max(one.first_token - one.scheduled for one in timings),
+        "decode": max(one.finished - one.first_token for one in timings),
+        "device": max(one.device_s for one in timings),
+        "total": max(one.finished for one in timings) - call.received,
+    }
+    return {name: f"{value * 1e3:.3f}" for name, value in seconds.items()}
+
+
+def _server_timing(call: Call, finished: Sequence[Finished]) -> str:
+    """The phases as browsers' tools draw them: https://www.w3.org/TR/server-timing/."""
+    return ", ".join(f"{name};dur={ms}" for name, ms in _phases(call, finished).items())
 
 
 def _times_headers(call: Call, finished: Sequence[Finished]) -> dict[str, str]:
@@ -133,6 +150,7 @@ def _times_headers(call: Call, finished: Sequence[Finished]) -> dict[str, str]:
 
 def log_success(call: Call, finished: Sequence[Finished]) -> None:
     """The one line of a call that was answered in full; times in TGI's words and form."""
+    describe_answer(finished, call.received, with_content=call.traces_content)
     times = Times.of(call, finished)
     sampling = finished[0].request.sampling
     logger.info(

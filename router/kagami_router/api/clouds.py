@@ -105,7 +105,7 @@ def _refuse_samples(place: str, count: int) -> None:
 
 async def _validated(front: Front, call: Call, asked: _Asked) -> ValidRequest:
     return await front.validation.validate(
-        asked.prompt, asked.params, add_special_tokens=asked.adds_special_tokens, trace=call.trace
+        asked.prompt, asked.params, add_special_tokens=asked.adds_special_tokens
     )
 
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from kagami_proto.errors import InvalidRequest, ToolError
+from kagami_proto.span_names import SpanName
+from kagami_proto.tracing import span
 from kagami_router.api.service import Front
 from kagami_router.chat_template import PromptOptions
 from kagami_router.infer import Generation
@@ -79,7 +81,8 @@ class Answer:
 async def prompt(front: Front, conversation: Conversation) -> str:
     """What the model gets to read; raises `ToolError`, or `TemplateError` for the messages."""
     is_shown = _calls_of(conversation) is not None
-    return await _render(front, conversation, tools=conversation.tools if is_shown else ())
+    with span(front.tracer, SpanName.TEMPLATE):
+        return await _render(front, conversation, tools=conversation.tools if is_shown else ())
 
 
 async def prepare(front: Front, conversation: Conversation) -> Prepared:

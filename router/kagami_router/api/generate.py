@@ -103,9 +103,7 @@ async def _whole(
     front, call, params = front_of(request), Call.of(request), params_of(wire)
     front.validation.check_best_of(params)
     with front.infer.permits(params.num_samples):
-        valid = await front.validation.validate(
-            prompt, params, add_special_tokens=True, trace=call.trace
-        )
+        valid = await front.validation.validate(prompt, params, add_special_tokens=True)
         generations = await front.infer.collect_all(
             samples(valid, params.num_samples), call.received
         )
@@ -129,9 +127,7 @@ async def _stream(
     front, call, params = front_of(request), Call.of(request), params_of(wire)
     front.validation.check_stream(params)
     with front.infer.permits():
-        valid = await front.validation.validate(
-            prompt, params, add_special_tokens=True, trace=call.trace
-        )
+        valid = await front.validation.validate(prompt, params, add_special_tokens=True)
         is_full = full_text_default if wire.return_full_text is None else wire.return_full_text
         events = _EventWriter(call, valid, prompt if is_full else "", wire.details)
         return await sse.respond(

@@ -70,9 +70,7 @@ async def infer(request: web.Request) -> web.StreamResponse:
         raise InvalidRequest("`best_of` != 1 is not allowed for this endpoint")
     with front.infer.permits(len(prompts)):
         valid = [
-            await front.validation.validate(
-                prompt, params, add_special_tokens=True, trace=call.trace
-            )
+            await front.validation.validate(prompt, params, add_special_tokens=True)
             for prompt in prompts
         ]
         generations = await front.infer.collect_all(valid, call.received)

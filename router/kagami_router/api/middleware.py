@@ -15,6 +15,7 @@ import msgspec
 from aiohttp import hdrs, web
 from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.typedefs import Handler, Middleware
+from opentelemetry import trace
 
 from kagami_proto.errors import (
     BodyTooLarge,
@@ -32,6 +33,8 @@ from kagami_proto.errors import (
     Unhealthy,
     UnsupportedMediaType,
 )
+from kagami_proto.span_names import EventName, Key
+from kagami_proto.tracing import mark_failed
 from kagami_router.api.error_shapes import Family, error_body, error_status, error_text
 from kagami_router.metrics import Metrics
 
@@ -83,6 +86,7 @@ def report(request: web.Request, error: Exception) -> KagamiError:
     """
     if isinstance(error, RecursionError):  # decoded with the last frame, too deep for all after it
         error = MalformedBody("The request body is nested too deeply")
+    mark_failed(trace.get_current_span(), error)
     if not isinstance(error, KagamiError):
         logger.error("Internal error", extra=_place(request), exc_info=error)
         return InternalError("Internal error")
@@ -151,6 +155,8 @@ async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
 def report_dropped(request: web.Request) -> None:
     """Write the one log line of a call whose client did not wait for its end."""
     logger.info("The connection was closed before the end", extra=_place(request))
+    trace.get_current_span().add_event(EventName.CANCELLED)
+    trace.get_current_span().set_attribute(Key.ERROR_TYPE, "cancelled")
 
 
 def _refusal(request: web.Request, refusal: web.HTTPException) -> web.Response:

@@ -64,9 +64,7 @@ async def respond(
     """Generate from a prompt that a template has written."""
     front = front_of(request)
     with front.infer.permits():
-        valid = await front.validation.validate(
-            prompt, params, add_special_tokens=False, trace=call.trace
-        )
+        valid = await front.validation.validate(prompt, params, add_special_tokens=False)
         if is_stream:
             stream = _Stream(call, valid, writer)
             return await sse.respond(

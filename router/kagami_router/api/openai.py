@@ -140,7 +140,7 @@ async def respond(
     with front.infer.permits(len(prompts) * plan.num_samples):
         valid = [
             await front.validation.validate(
-                prompt, plan.params, add_special_tokens=form.adds_special_tokens, trace=call.trace
+                prompt, plan.params, add_special_tokens=form.adds_special_tokens
             )
             for prompt in prompts
         ]

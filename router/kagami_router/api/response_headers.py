@@ -6,11 +6,13 @@ from aiohttp import hdrs, web
 
 from kagami_router.api.error_shapes import Family
 from kagami_router.api.middleware import request_id
+from kagami_router.api.request_span import TRACE_HEADERS
 
 EXPOSED_HEADERS = (
     "x-compute-type, x-compute-time, x-compute-characters, x-total-time, x-validation-time,"
     " x-queue-time, x-inference-time, x-time-per-token, x-prompt-tokens, x-generated-tokens,"
-    " x-accel-buffering, x-request-id, request-id, retry-after"
+    " x-accel-buffering, x-request-id, request-id, retry-after, x-trace-id, traceresponse,"
+    " server-timing"
 )
 # The x-stainless-* are what OpenAI's and Anthropic's clients say of themselves; a browser asks for
 # leave to send each of them.
@@ -34,6 +36,7 @@ def cors(allowed_origins: Sequence[str]) -> Callable[..., Awaitable[None]]:
     async def add_headers(request: web.Request, response: web.StreamResponse) -> None:
         headers = response.headers
         headers["x-request-id"] = request_id(request)
+        headers.update(request.get(TRACE_HEADERS, {}))
         if Family.of(request.path) is Family.ANTHROPIC:
             headers["request-id"] = headers["x-request-id"]  # the name that its clients read
         headers.pop(hdrs.SERVER, None)  # aiohttp's own; it tells versions to anyone

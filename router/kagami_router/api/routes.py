@@ -7,6 +7,7 @@ from typing import Any
 from aiohttp import web
 from aiohttp.typedefs import Middleware
 
+from kagami_proto.tracing import NO_TRACING, Tracing
 from kagami_router.api import (
     chat,
     clouds,
@@ -19,6 +20,7 @@ from kagami_router.api import (
     responses,
     service,
 )
+from kagami_router.api.answers import TRACES_CONTENT
 from kagami_router.api.chunk_schemas import ChatChunk, CompletionChunk
 from kagami_router.api.error_shapes import Family
 from kagami_router.api.messages_schemas import (
@@ -38,6 +40,7 @@ from kagami_router.api.platform_schemas import (
     VertexRequest,
     VertexResponse,
 )
+from kagami_router.api.request_span import trace_calls
 from kagami_router.api.response_events import (
     RESPONSE_EVENTS,
 )
@@ -244,20 +247,26 @@ def make_app(
     allowed_origins: Sequence[str],
     key: str | None,
     aip_routes: tuple[str | None, str | None] = (None, None),
+    tracing: Tracing = NO_TRACING,
+    traces_content: bool = False,
 ) -> web.Application:
     """The application; it serves 503 until `door` is open.
 
     `aip_routes` are the paths at which Vertex AI asks for predictions and for health.
     """
     routes = [*ROUTES, *_aip_routes(*aip_routes)]
-    middlewares: list[Middleware] = [errors]
+    generating = frozenset(route.path for route in routes if route.operation.generates)
+    middlewares: list[Middleware] = [
+        trace_calls(tracing, lambda: door.model_id, generating),
+        errors,
+    ]
     if key:
         is_open = frozenset(route.path for route in routes if route.operation.is_open)
         middlewares.append(api_key(key, is_open))
-    generating = frozenset(route.path for route in routes if route.operation.generates)
     middlewares.append(count_calls(door.metrics, generating))
     app = web.Application(middlewares=middlewares, client_max_size=payload_limit)
     app[DOOR] = door
+    app[TRACES_CONTENT] = traces_content
     app.on_response_prepare.append(cors(allowed_origins))
     for route in routes:
         add = app.router.add_get if route.method == "GET" else app.router.add_post

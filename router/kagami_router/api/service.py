@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 
 import msgspec
 from aiohttp import web
+from opentelemetry import trace
 
 from kagami_proto.errors import NotFound, Unavailable, Unhealthy
+from kagami_proto.tracing import NO_TRACING
 from kagami_router.api.middleware import read_body
 from kagami_router.api.schemas import (
     GenerateRequest,
@@ -46,6 +48,7 @@ class Front:
     info: Info
     compute_type: str
     is_healthy: Callable[[], bool]
+    tracer: trace.Tracer = NO_TRACING.tracer
     created: int = field(default_factory=lambda: int(time.time()))
     """When the model was ready, in seconds since the epoch."""
 
@@ -89,6 +92,11 @@ class Door:
     def is_healthy(self) -> bool:
         """Whether a request sent now would make progress."""
         return not self._is_stopping and self._front is not None and self._front.is_healthy()
+
+    @property
+    def model_id(self) -> str | None:
+        """The name of the model, once it is known."""
+        return self._front.info.model_id if self._front else None
 
 
 DOOR = web.AppKey("door", Door)

@@ -10,8 +10,10 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppres
 from typing import TypeVar
 
 from aiohttp import web
+from opentelemetry import trace
 
 from kagami_proto.errors import KagamiError
+from kagami_proto.span_names import Key
 from kagami_router.api.error_shapes import error_event
 from kagami_router.api.middleware import (
     FAILURE_CAUSE,
@@ -60,6 +62,7 @@ async def respond(
     becomes an event, by `failed` or else in the family's shape. A client that goes away cancels
     this task, and leaving `turns` the generation.
     """
+    trace.get_current_span().set_attribute(Key.REQUEST_STREAM, True)
     response = web.StreamResponse(headers={**HEADERS, **headers})
     try:
         async with turns as stream:

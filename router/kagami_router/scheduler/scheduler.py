@@ -24,7 +24,7 @@ from kagami_router.requests import ValidRequest
 from kagami_router.scheduler.blocks import BlockAllocator
 from kagami_router.scheduler.isolation import FaultIsolation
 from kagami_router.scheduler.prefix_cache import Node, PrefixCache
-from kagami_router.scheduler.sequence import Sequence, Status, age
+from kagami_router.scheduler.sequence import Sequence, Status, WaitReason, age
 from kagami_router.scheduler.step import (
     Event,
     JoinReason,
@@ -69,9 +69,9 @@ class _Draft:
         "new_sequences",
         "num_decodes",
         "num_kv_tokens",
-        "num_preempted",
         "num_prefill_tokens",
         "num_samples",
+        "preempted",
         "room",
         "tokens",
         "work",
@@ -85,8 +85,8 @@ class _Draft:
         self.num_decodes = 0
         self.num_prefill_tokens = 0
         self.num_samples = 0
-        self.num_preempted = 0
         self.num_kv_tokens = 0
+        self.preempted: list[Sequence] = []
 
     @property
     def is_full(self) -> bool:
@@ -174,11 +174,10 @@ class Scheduler:
         eligible = suspects or self._running
         self._put_decodes(draft, list(eligible), suspects)
         self._put_chunks(draft, eligible)
-        reason = self._join_reason() if self._running and not suspects else None
-        is_free = reason is not None or not self._running
-        if suspects or (draft.num_preempted == 0 and is_free):
+        reason = self._join_reason(draft) if self._running and not suspects else None
+        if suspects or reason is not None or not self._running:
             self._admit(draft, suspects, now)
-        if not draft.work:
+        if not draft.work and (self._in_flight or not self._drop_ids):
             return None
         self._steps_since_admission = 0 if draft.new_sequences else self._steps_since_admission + 1
         step = Step(
@@ -189,7 +188,7 @@ class Scheduler:
             num_decodes=draft.num_decodes,
             num_prefill_tokens=draft.num_prefill_tokens,
             num_samples=draft.num_samples,
-            num_preempted=draft.num_preempted,
+            preempted=draft.preempted,
             num_kv_tokens=draft.num_kv_tokens,
             join_reason=reason if draft.new_sequences else None,
         )
@@ -226,8 +225,11 @@ class Scheduler:
             if sequence.status is Status.RUNNING and missing > 0:
                 draft.put(sequence, min(missing, draft.tokens), [])
 
-    def _join_reason(self) -> JoinReason | None:
+    def _join_reason(self, draft: _Draft) -> JoinReason | None:
         """What lets newcomers join now (TGI's `waiting_served_ratio`, `max_waiting_tokens`)."""
+        if draft.preempted:
+            _hold(self._waiting, WaitReason.BLOCKS)
+            return None
         ratio, max_waiting = self._config.waiting_served_ratio, self._config.max_waiting_tokens
         if ratio is None and max_waiting is None:
             return JoinReason.CHUNKING
@@ -237,7 +239,10 @@ class Scheduler:
             max_waiting = DEFAULT_MAX_WAITING_TOKENS
         if len(self._waiting) >= int(ratio * len(self._running)):
             return JoinReason.BACKPRESSURE
-        return JoinReason.WAIT_EXCEEDED if self._steps_since_admission >= max_waiting else None
+        if self._steps_since_admission >= max_waiting:
+            return JoinReason.WAIT_EXCEEDED
+        _hold(self._waiting, WaitReason.DECODING_FIRST)
+        return None
 
     def _admit(self, draft: _Draft, suspects: list[Sequence], now: float) -> None:
         """Let waiting sequences join, oldest first; nobody passes one that lacks only blocks.
@@ -245,23 +250,39 @@ class Scheduler:
         One whose next block is just being computed by another waits for it and is passed.
         """
         being_computed = {} if suspects else self._being_computed()
+        if suspects:
+            _hold(self._waiting, WaitReason.ISOLATION)
         waiting = [each for each in suspects or self._waiting if each.status is Status.WAITING]
-        for sequence in waiting:
-            if draft.is_full or sequence.steps_in_flight:
-                return
-            if not suspects and len(self._running) >= self._config.max_batch_size:
-                return
+        for index, sequence in enumerate(waiting):
+            if reason := self._no_room_for(sequence, draft, suspects):
+                return _hold(waiting[index:], reason)
             if not suspects and _is_still_deferred(sequence):
                 continue
             path = self._match(sequence)
             if blocker := self._blocker_of(sequence, path, being_computed):
                 end = (len(path) + 1) * self._config.block_size
                 sequence.deferred_behind = (blocker, end)
+                sequence.waits_for = WaitReason.PREFIX
                 continue
             if not self._take_blocks(sequence, path, suspects, draft):
-                return
+                return _hold(waiting[index:], WaitReason.BLOCKS)
             self._start(sequence, draft, now)
             self._note_computing(sequence, being_computed)
+        return None
+
+    def _no_room_for(
+        self, sequence: Sequence, draft: _Draft, suspects: list[Sequence]
+    ) -> WaitReason | None:
+        """Why nobody may join this step any more, blocks aside."""
+        if draft.tokens <= 0:
+            return WaitReason.TOKEN_BUDGET
+        if draft.room <= 0:
+            return WaitReason.BATCH_SIZE
+        if sequence.steps_in_flight:
+            return WaitReason.NEXT_STEP
+        if not suspects and len(self._running) >= self._config.max_batch_size:
+            return WaitReason.BATCH_SIZE
+        return None
 
     def _match(self, sequence: Sequence) -> list[Node]:
         """The cached beginning of a sequence; its last known token is always computed."""
@@ -367,7 +388,7 @@ class Scheduler:
 
     def _preempt(self, victim: Sequence, draft: _Draft) -> None:
         self._put_back(victim)
-        draft.num_preempted += 1
+        draft.preempted.append(victim)
 
     def _put_back(self, sequence: Sequence) -> None:
         """Take everything from a running sequence; it waits to be prefilled from its log."""
@@ -532,6 +553,12 @@ class Scheduler:
 
 # The block somebody computes (its parent in the tree, its tokens), and who.
 _Computing = dict[tuple[Node, tuple[int, ...]], Sequence]
+
+
+def _hold(sequences: list[Sequence], reason: WaitReason) -> None:
+    """Note for all of them what they wait for."""
+    for sequence in sequences:
+        sequence.waits_for = reason
 
 
 def _is_still_deferred(sequence: Sequence) -> bool:

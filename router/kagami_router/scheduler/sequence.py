@@ -16,6 +16,25 @@ class Status(enum.Enum):
     ENDED = enum.auto()
 
 
+class WaitReason(enum.StrEnum):
+    """What a waiting sequence waits for; the values stand in traces."""
+
+    NEXT_STEP = "next_step"
+    """Nothing but a step that is being computed."""
+    TOKEN_BUDGET = "token_budget"
+    """Others' tokens fill the step (--max-batch-prefill-tokens)."""
+    BATCH_SIZE = "batch_size"
+    """As many sequences run as may (--max-batch-size)."""
+    BLOCKS = "blocks"
+    """The KV cache has too few free blocks (--max-batch-total-tokens)."""
+    PREFIX = "prefix"
+    """Another sequence just computes the beginning that both share."""
+    DECODING_FIRST = "decoding_first"
+    """--waiting-served-ratio and --max-waiting-tokens let the running ones go first."""
+    ISOLATION = "isolation"
+    """After a failed step its sequences are tried in smaller groups."""
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
     """One generation. `id` grows with arrival, so the smaller id is the older sequence.
@@ -49,6 +68,8 @@ class Sequence:
     """When its first chunk was put into a step."""
     cached_tokens: int = 0
     """Prompt tokens found in the prefix cache when it was first admitted."""
+    waits_for: WaitReason = WaitReason.NEXT_STEP
+    """While it waits: as the last step was made."""
     deferred_behind: tuple["Sequence", int] | None = None
     """Who computes its next block, and up to where that one must be confirmed for it."""
 

@@ -50,7 +50,10 @@ class Work(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One change set and one forward pass. Drops are applied first, then new sequences."""
+    """One change set and one forward pass. Drops are applied first, then new sequences.
+
+    Without work it only tells the shards what to forget, while nothing else is to be done.
+    """
 
     number: int
     new_sequences: list[NewSequence]
@@ -59,7 +62,8 @@ class Step:
     num_decodes: int
     num_prefill_tokens: int
     num_samples: int
-    num_preempted: int
+    preempted: list[Sequence]
+    """Those that gave up their blocks for this step and wait again."""
     num_kv_tokens: int
     """Whose KV the pass attends to, those it computes included."""
     join_reason: JoinReason | None = None
@@ -108,6 +112,8 @@ class StepResults:
     """Of `device_ns`, choosing the tokens."""
     admission_ns: int = 0
     """Of `host_ns`, taking newcomers in and dropping who left."""
+    spans_dropped: int = 0
+    """By all shards since they started."""
 
 
 class TokenSampled(NamedTuple):

@@ -159,7 +159,7 @@ class Simulation:
         self.scheduler.check_integrity()
         if step is None:
             return False
-        assert step.work
+        assert step.work or step.drop_ids
         assert sum(work.num_tokens for work in step.work) <= self.world.max_step_tokens
         assert len(step.work) <= self.world.max_batch_size
         assert len({work.sequence.id for work in step.work}) == len(step.work)
