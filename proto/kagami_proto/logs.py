@@ -7,7 +7,8 @@ forms, both of which TGI's operators know:
     {"timestamp":"…Z","level":"INFO","target":"…","message":"…","fields":{"message":"…",…},"span":{…}}
 
 Values given through `extra=` become `key=value` behind the text and members of `fields`; the key
-`span` (a name such as "download") stands before the target.
+`span` (a name such as "download") stands before the target. What is said inside a span ends with
+its `trace_id`.
 """
 
 import json
@@ -18,6 +19,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Protocol
+
+from kagami_proto.tracing import current_trace_id
 
 LEVELS: Mapping[str, int] = {
     "trace": logging.DEBUG,
@@ -96,6 +99,8 @@ class _Formatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         extra = {key: value for key, value in vars(record).items() if key not in _STANDARD}
+        if trace_id := current_trace_id():
+            extra["trace_id"] = trace_id
         message = record.getMessage()
         if record.exc_info:
             message = f"{message}\n{self.formatException(record.exc_info)}"

@@ -125,6 +125,7 @@ class SpanExport(SpanProcessor):
             self._export(batch)
 
     def _export(self, batch: list[ReadableSpan]) -> None:
+        self._last_words.text = ""
         try:
             is_there = self._exporter.export(batch) is SpanExportResult.SUCCESS
         # A border: whatever an exporter raises costs these spans and nothing else.
@@ -169,4 +170,5 @@ class _LastWords(logging.Handler):
         self._logger.propagate = True
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.text = " ".join(record.getMessage().split())[:300]
+        # A retry is told with its cause, its end without: the longest line says most.
+        self.text = max(self.text, " ".join(record.getMessage().split())[:400], key=len)

@@ -9,7 +9,7 @@ attributes are in `span_names.py`. W3C Trace Context: https://www.w3.org/TR/trac
 
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, Protocol
@@ -168,16 +168,16 @@ def open_tracing(
     """
     if problem:
         logger.warning("Traces are off: %s", problem)
-    opened = nullcontext(NO_TRACING)
-    if wanted is not None:
-        try:
-            # Takes 100 ms that nobody should pay who does not trace.
-            opened = import_module("kagami_proto.tracing_sdk").open_sdk(
-                wanted, dict(attributes or {}), _EXPORTERS[wanted.protocol]
-            )
-        except (ImportError, ValueError, OSError) as error:
-            logger.warning("Traces are off: %s", error)
-    with opened as tracing:
+    with ExitStack() as stack:
+        tracing = NO_TRACING
+        if wanted is not None:
+            try:
+                # Takes 100 ms that nobody should pay who does not trace.
+                sdk = import_module("kagami_proto.tracing_sdk")
+                opened = sdk.open_sdk(wanted, dict(attributes or {}), _EXPORTERS[wanted.protocol])
+                tracing = stack.enter_context(opened)
+            except (ImportError, ValueError, OSError) as error:
+                logger.warning("Traces are off: %s", error)
         yield tracing
 
 

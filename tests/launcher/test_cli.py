@@ -63,6 +63,8 @@ TABLE = [
     ("payload-limit", "7", 7, 2_000_000),
     ("enable-prefill-logprobs", None, True, False),
     ("graceful-termination-timeout", "7", 7, 90),
+    ("otlp-include-content", None, True, False),
+    ("otlp-step-spans", None, True, False),
 ]
 
 
@@ -311,4 +313,6 @@ GOLDEN = r"""Args {
     payload_limit: 2000000,
     enable_prefill_logprobs: false,
     graceful_termination_timeout: 90,
+    otlp_include_content: false,
+    otlp_step_spans: false,
 }"""

@@ -138,8 +138,6 @@ UNUSED = {
     "--disable-custom-kernels": None,
     "--rope-scaling": "linear",
     "--rope-factor": "2",
-    "--otlp-endpoint": "http://x",
-    "--otlp-service-name": "x",
     "--ngrok-authtoken": "x",
     "--ngrok-edge": "x",
     "--usage-stats": "off",
