@@ -134,7 +134,7 @@ class _Service(trace_service_pb2_grpc.TraceServiceServicer):
     def __init__(self, collector: Collector) -> None:
         self._collector = collector
 
-    def Export(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
+    def Export(self, request: Any, context: grpc.ServicerContext) -> Any:
         if self._collector.refuses:
             context.abort(grpc.StatusCode.PERMISSION_DENIED, "not with this key")
         headers = {str(key): str(value) for key, value in context.invocation_metadata()}
@@ -144,7 +144,7 @@ class _Service(trace_service_pb2_grpc.TraceServiceServicer):
 
 def _http_server(collector: Collector) -> ThreadingHTTPServer:
     class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:  # noqa: N802
+        def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["content-length"]))
             is_known = self.path == "/v1/traces" and not collector.refuses
             if is_known:
