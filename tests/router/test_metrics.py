@@ -74,7 +74,7 @@ DECODES = Step(
     num_decodes=2,
     num_prefill_tokens=0,
     num_samples=2,
-    num_preempted=0,
+    preempted=[],
     num_kv_tokens=10,
 )
 PREFILL = replace(DECODES, new_sequences=[NEW], num_decodes=0, num_prefill_tokens=2)
@@ -208,7 +208,7 @@ def test_a_failed_step_has_no_duration() -> None:
 
 def test_a_step_tells_who_joined_and_who_left() -> None:
     metrics = warm()
-    metrics.step_sent(replace(MIXED, num_preempted=2))
+    metrics.step_sent(replace(MIXED, preempted=[None] * 2))
     metrics.step_sent(PREFILL)
     metrics.step_sent(DECODES)
     found = parsed(metrics)
