@@ -58,6 +58,16 @@ class Generation:
         return math.fsum(token.logprob for token in self.tokens) / len(self.tokens)
 
 
+@dataclass(slots=True, eq=False)
+class Tally:
+    """When one call came in, and what its generations have brought so far (monotonic seconds)."""
+
+    received: float
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    first_token: float | None = None
+
+
 class Infer:
     """Hands out permits and runs generations."""
 
@@ -89,30 +99,31 @@ class Infer:
 
     @asynccontextmanager
     async def stream(
-        self, request: ValidRequest, received: float
+        self, request: ValidRequest, tally: Tally
     ) -> AsyncIterator[AsyncIterator[Events]]:
-        """The events of one generation that came in at `received`.
+        """The events of one generation of the call that keeps `tally`.
 
         Each turn brings all events that are ready. Raises `GenerationFailed`, or
         `IncompleteGeneration` where the server stops before the end.
         """
         describe_request(request)
+        tally.prompt_tokens += len(request.prompt_ids)
         self._metrics.request_validated(len(request.prompt_ids), request.stopping.max_new_tokens)
         try:
             async with asyncio.timeout(None) as deadline:
                 self._deadlines.add(deadline)
                 try:
                     async with self._loop.submit(request) as events:
-                        yield self._observe(events, received)
+                        yield self._observe(events, tally)
                 finally:
                     self._deadlines.discard(deadline)
         except TimeoutError:
             raise IncompleteGeneration("the server was stopped before the last token") from None
 
-    async def collect(self, request: ValidRequest, received: float) -> Generation:
+    async def collect(self, request: ValidRequest, tally: Tally) -> Generation:
         """The whole of one generation."""
         collected: list[StreamEvent] = []
-        async with self.stream(request, received) as turns:
+        async with self.stream(request, tally) as turns:
             async for events in turns:
                 collected.extend(events)
         end = collected[-1].end
@@ -128,15 +139,13 @@ class Infer:
             prefill=collected[0].prefill,
         )
 
-    async def collect_all(
-        self, requests: Sequence[ValidRequest], received: float
-    ) -> list[Generation]:
+    async def collect_all(self, requests: Sequence[ValidRequest], tally: Tally) -> list[Generation]:
         """Several generations at once, in their order; the first failure fails them all."""
         if len(requests) == 1:
-            return [await self.collect(requests[0], received)]
+            return [await self.collect(requests[0], tally)]
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(self.collect(one, received)) for one in requests]
+                tasks = [group.create_task(self.collect(one, tally)) for one in requests]
         except* KagamiError as failed:
             error: BaseException = failed
         else:
@@ -145,17 +154,17 @@ class Infer:
 
     @asynccontextmanager
     async def stream_all(
-        self, requests: Sequence[ValidRequest], received: float
+        self, requests: Sequence[ValidRequest], tally: Tally
     ) -> AsyncIterator[AsyncIterator[list[tuple[int, StreamEvent]]]]:
         """Several generations as one stream of (index of the request, event)."""
         if len(requests) == 1:
-            async with self.stream(requests[0], received) as turns:
+            async with self.stream(requests[0], tally) as turns:
                 yield _numbered(turns)
             return
         queue: asyncio.Queue[tuple[int, Events] | None] = asyncio.Queue()
 
         async def pump(index: int, request: ValidRequest) -> None:
-            async with self.stream(request, received) as turns:
+            async with self.stream(request, tally) as turns:
                 async for events in turns:
                     queue.put_nowait((index, events))
             queue.put_nowait(None)
@@ -197,9 +206,7 @@ class Infer:
         """Generations that are admitted and not over."""
         return self._max_permits - self._free_permits
 
-    async def _observe(
-        self, events: AsyncIterator[Events], received: float
-    ) -> AsyncIterator[Events]:
+    async def _observe(self, events: AsyncIterator[Events], tally: Tally) -> AsyncIterator[Events]:
         """Pass the events on and tell the metrics: one observation a turn, not one a token."""
         last = 0.0
         async for turn in events:
@@ -207,10 +214,13 @@ class Infer:
             if last:
                 self._metrics.tokens_arrived(now - last, len(turn))
             else:
-                self._metrics.first_token_arrived(now - received)
+                self._metrics.first_token_arrived(now - tally.received)
+                if tally.first_token is None:
+                    tally.first_token = now
+            tally.generated_tokens += len(turn)
             last = now
             if (end := turn[-1].end) is not None:
-                self._metrics.generation_finished(_stats_of(end, received))
+                self._metrics.generation_finished(_stats_of(end, tally.received))
             yield turn
 
 

@@ -4,7 +4,7 @@ import pytest
 from tests.fakes.fake_loop import FakeLoop
 
 from kagami_proto.errors import IncompleteGeneration, Overloaded, Unavailable
-from kagami_router.infer import Infer
+from kagami_router.infer import Infer, Tally
 from kagami_router.metrics import Metrics
 from kagami_router.requests import SamplingParams, StoppingParams, ValidRequest
 
@@ -32,7 +32,7 @@ async def test_all_or_none_of_the_permits_are_taken() -> None:
 
 
 async def test_collect_is_the_stream_in_one_piece() -> None:
-    generation = await infer_over(FakeLoop()).collect(REQUEST, 0.0)
+    generation = await infer_over(FakeLoop()).collect(REQUEST, Tally(0.0))
     assert generation.end.generated_text == " failed:"
     assert [token.text for token in generation.tokens] == [" failed", ":"]
     assert generation.seed is None
@@ -41,7 +41,7 @@ async def test_collect_is_the_stream_in_one_piece() -> None:
 async def test_streams_together_carry_their_index() -> None:
     infer = infer_over(FakeLoop())
     seen = []
-    async with infer.stream_all([REQUEST, REQUEST], 0.0) as turns:
+    async with infer.stream_all([REQUEST, REQUEST], Tally(0.0)) as turns:
         async for turn in turns:
             seen += [(index, event.token.text) for index, event in turn]
     assert sorted(seen) == [(0, " failed"), (0, ":"), (1, " failed"), (1, ":")]
@@ -50,7 +50,7 @@ async def test_streams_together_carry_their_index() -> None:
 async def test_leaving_streams_together_cancels_them() -> None:
     loop = FakeLoop()
     loop.gate.clear()
-    task = asyncio.ensure_future(infer_over(loop).collect_all([REQUEST, REQUEST], 0.0))
+    task = asyncio.ensure_future(infer_over(loop).collect_all([REQUEST, REQUEST], Tally(0.0)))
     await loop.entered.wait()
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -65,7 +65,7 @@ async def test_draining_waits_for_what_runs_and_refuses_what_comes() -> None:
 
     async def work() -> str:
         with infer.permits():
-            return (await infer.collect(REQUEST, 0.0)).end.generated_text
+            return (await infer.collect(REQUEST, Tally(0.0))).end.generated_text
 
     running = asyncio.ensure_future(work())
     await loop.entered.wait()
@@ -86,7 +86,7 @@ async def test_the_deadline_ends_what_still_runs() -> None:
 
     async def work() -> None:
         with infer.permits():
-            await infer.collect(REQUEST, 0.0)
+            await infer.collect(REQUEST, Tally(0.0))
 
     running = asyncio.ensure_future(work())
     await loop.entered.wait()

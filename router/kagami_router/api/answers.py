@@ -3,48 +3,53 @@
 One HTTP call is one `Call`, whatever number of generations it runs.
 """
 
-import logging
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from operator import truediv
 from typing import NamedTuple
 
 from aiohttp import web
 
-from kagami_router.api.middleware import request_id
+from kagami_router.api.call_log import TALLY, duration, log_answered, origin_of
+from kagami_router.infer import Tally
 from kagami_router.request_trace import describe_answer
 from kagami_router.requests import End, ValidRequest
-
-logger = logging.getLogger(__name__)
 
 TRACES_CONTENT = web.AppKey("traces_content", bool)
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One HTTP call: its ids, and when it came in (monotonic and wall seconds).
+    """One HTTP call: when it came in, what it brought, what its log line names.
 
-    `id` is ours and goes into the ids of answers; `request_id` may be the client's own.
+    `id` is ours and goes into the ids of answers; the client's own may be in `origin`.
     """
 
     id: str
-    request_id: str
-    received: float
+    tally: Tally
     created: int
+    """Seconds since the epoch."""
     traces_content: bool
     """Whether its texts go into its span."""
+    origin: Mapping[str, object]
+    """What its log line says of where it came from."""
+
+    @property
+    def received(self) -> float:
+        """When its body was read, in monotonic seconds."""
+        return self.tally.received
 
     @classmethod
     def of(cls, request: web.Request) -> "Call":
         """The call that starts with `request`, now."""
         return cls(
             secrets.token_hex(12),
-            request_id(request),
-            time.monotonic(),
+            request.setdefault(TALLY, Tally(time.monotonic())),
             int(time.time()),
             request.app[TRACES_CONTENT],
+            origin_of(request),
         )
 
 
@@ -153,29 +158,25 @@ def log_success(call: Call, finished: Sequence[Finished]) -> None:
     describe_answer(finished, call.received, with_content=call.traces_content)
     times = Times.of(call, finished)
     sampling = finished[0].request.sampling
-    logger.info(
-        "Success",
-        extra={
-            "total_time": _duration(times.total),
-            "validation_time": _duration(times.validation),
-            "queue_time": _duration(times.queue),
-            "inference_time": _duration(times.inference),
-            "time_per_token": _duration(times.per_token),
+    ends = [one.end for one in finished]
+    first_token = min(end.timings.first_token for end in ends)
+    log_answered(
+        {
+            "total_time": duration(times.total),
+            "validation_time": duration(times.validation),
+            "queue_time": duration(times.queue),
+            "inference_time": duration(times.inference),
+            "time_per_token": duration(times.per_token),
             "seed": sampling.seed if sampling.do_sample else None,
+            "time_to_first_token": duration(first_token - call.received),
             "prompt_tokens": sum(len(one.request.prompt_ids) for one in finished),
-            "generated_tokens": sum(one.end.num_generated for one in finished),
-            "request_id": call.request_id,
+            "cached_tokens": sum(end.cached_tokens for end in ends),
+            "generated_tokens": sum(end.num_generated for end in ends),
+            "finish_reason": ",".join(end.finish_reason.value for end in ends),
         },
+        call.origin,
     )
 
 
 def _milliseconds(seconds: float) -> str:
     return str(int(seconds * 1000))
-
-
-def _duration(seconds: float) -> str:
-    """`1.234567891s`, `286.497811ms` or `12.5µs`, as Rust prints a duration."""
-    for unit, factor in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
-        if seconds * factor >= 1:
-            return f"{seconds * factor:.6f}".rstrip("0").rstrip(".") + unit
-    return f"{seconds * 1e9:.0f}ns"

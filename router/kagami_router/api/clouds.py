@@ -55,7 +55,7 @@ async def vertex(request: web.Request) -> web.StreamResponse:
     with front.infer.permits(len(body.instances)):
         asked = [await _ask(front, index, one) for index, one in enumerate(body.instances)]
         valid = [await _validated(front, call, one) for one in asked]
-        generations = await front.infer.collect_all(valid, call.received)
+        generations = await front.infer.collect_all(valid, call.tally)
     finished = [Finished(one.request, one.end) for one in generations]
     log_success(call, finished)
     texts = [

@@ -104,9 +104,7 @@ async def _whole(
     front.validation.check_best_of(params)
     with front.infer.permits(params.num_samples):
         valid = await front.validation.validate(prompt, params, add_special_tokens=True)
-        generations = await front.infer.collect_all(
-            samples(valid, params.num_samples), call.received
-        )
+        generations = await front.infer.collect_all(samples(valid, params.num_samples), call.tally)
     best, *others = sorted(generations, key=lambda one: one.mean_logprob, reverse=True)
     is_full = full_text_default if wire.return_full_text is None else wire.return_full_text
     prefix = prompt if is_full else ""
@@ -132,7 +130,7 @@ async def _stream(
         events = _EventWriter(call, valid, prompt if is_full else "", wire.details)
         return await sse.respond(
             request,
-            front.infer.stream(valid, call.received),
+            front.infer.stream(valid, call.tally),
             render=events.render,
             last=events.last,
             headers=stream_headers(front.compute_type, call, [valid]),

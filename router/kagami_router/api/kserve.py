@@ -73,7 +73,7 @@ async def infer(request: web.Request) -> web.StreamResponse:
             await front.validation.validate(prompt, params, add_special_tokens=True)
             for prompt in prompts
         ]
-        generations = await front.infer.collect_all(valid, call.received)
+        generations = await front.infer.collect_all(valid, call.tally)
     finished = [Finished(one.request, one.end) for one in generations]
     log_success(call, finished)
     outputs = [

@@ -8,7 +8,6 @@ import asyncio
 import hmac
 import logging
 import re
-import secrets
 from typing import TypeVar
 
 import msgspec
@@ -35,7 +34,14 @@ from kagami_proto.errors import (
 )
 from kagami_proto.span_names import EventName, Key
 from kagami_proto.tracing import mark_failed
-from kagami_router.api.error_shapes import Family, error_body, error_status, error_text
+from kagami_router.api.call_log import origin_of, so_far
+from kagami_router.api.error_shapes import (
+    Family,
+    error_body,
+    error_kind,
+    error_status,
+    error_text,
+)
 from kagami_router.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -43,12 +49,8 @@ logger = logging.getLogger(__name__)
 
 # Where a stream leaves the `err` label of what its status line could not tell any more.
 FAILURE_CAUSE = web.RequestKey("failure_cause", str)
-
-# The id of a request: the client's own, or one of ours; in the answer, the log, and the ids in it.
-REQUEST_ID = web.RequestKey("request_id", str)
 # Where a path serves several families, what the body turned out to be.
 FAMILY = web.RequestKey("family", Family)
-_CLIENTS_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
 class InternalError(KagamiError):
@@ -57,14 +59,6 @@ class InternalError(KagamiError):
 
 class UnreadableBody(NotJson):
     """The body broke off, or is not coded as its headers say."""
-
-
-def request_id(request: web.Request) -> str:
-    """The id of this request: the client's `x-request-id` where it is a sane one."""
-    if REQUEST_ID not in request:
-        given = request.headers.get("x-request-id", "")
-        request[REQUEST_ID] = given if _CLIENTS_ID.fullmatch(given) else secrets.token_hex(12)
-    return request[REQUEST_ID]
 
 
 def family_of(request: web.Request) -> Family:
@@ -88,18 +82,22 @@ def report(request: web.Request, error: Exception) -> KagamiError:
         error = MalformedBody("The request body is nested too deeply")
     mark_failed(trace.get_current_span(), error)
     if not isinstance(error, KagamiError):
-        logger.error("Internal error", extra=_place(request), exc_info=error)
+        logger.error("Internal error", extra=_fields(request, error), exc_info=error)
         return InternalError("Internal error")
-    if not isinstance(error, Unhealthy | Unavailable):
-        is_theirs = isinstance(error, InvalidRequest | NotFound | Overloaded | Unauthorized)
+    is_probe = request.method in (hdrs.METH_GET, hdrs.METH_HEAD)
+    if not isinstance(error, Unhealthy | Unavailable) or not is_probe:
+        is_theirs = isinstance(
+            error, InvalidRequest | NotFound | Overloaded | Unauthorized | Unavailable
+        )
         level = logging.WARNING if is_theirs else logging.ERROR
         hint = {"limit": "--max-concurrent-requests"} if isinstance(error, Overloaded) else {}
-        logger.log(level, "%s", error_text(error), extra={**_place(request), **hint})
+        logger.log(level, "%s", error_text(error), extra={**_fields(request, error), **hint})
     return error
 
 
-def _place(request: web.Request) -> dict[str, str]:
-    return {"path": request.path, "request_id": request_id(request)}
+def _fields(request: web.Request, error: BaseException) -> dict[str, object]:
+    kind = error_kind(error) if isinstance(error, KagamiError) else "internal"
+    return {"error_type": kind, **so_far(request), **origin_of(request)}
 
 
 def failure_cause(error: BaseException) -> str:
@@ -154,7 +152,10 @@ async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
 
 def report_dropped(request: web.Request) -> None:
     """Write the one log line of a call whose client did not wait for its end."""
-    logger.info("The connection was closed before the end", extra=_place(request))
+    logger.info(
+        "The connection was closed before the end",
+        extra={"error_type": "dropped", **so_far(request), **origin_of(request)},
+    )
     trace.get_current_span().add_event(EventName.CANCELLED)
     trace.get_current_span().set_attribute(Key.ERROR_TYPE, "cancelled")
 

@@ -69,13 +69,13 @@ async def respond(
             stream = _Stream(call, valid, writer)
             return await sse.respond(
                 request,
-                front.infer.stream(valid, call.received),
+                front.infer.stream(valid, call.tally),
                 render=stream.render,
                 last=stream.last,
                 failed=stream.failed,
                 headers=stream_headers(front.compute_type, call, [valid]),
             )
-        generation = await front.infer.collect(valid, call.received)
+        generation = await front.infer.collect(valid, call.tally)
         if len(generation.tokens) <= INLINE_TOKENS:
             answer = writer.whole(generation)
         else:

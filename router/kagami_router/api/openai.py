@@ -153,12 +153,12 @@ async def respond(
             )
             return await sse.respond(
                 request,
-                _prompts_first(form, front.infer.stream_all(requests, call.received)),
+                _prompts_first(form, front.infer.stream_all(requests, call.tally)),
                 render=chunks.render,
                 last=chunks.last,
                 headers=stream_headers(front.compute_type, call, valid),
             )
-        generations = await front.infer.collect_all(requests, call.received)
+        generations = await front.infer.collect_all(requests, call.tally)
         if not form.shows_output:
             generations = [_without_output(one) for one in generations]
         choices = await _choices(form, generations)

@@ -4,8 +4,8 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from aiohttp import hdrs, web
 
+from kagami_router.api.call_log import request_id
 from kagami_router.api.error_shapes import Family
-from kagami_router.api.middleware import request_id
 from kagami_router.api.request_span import TRACE_HEADERS
 
 EXPOSED_HEADERS = (

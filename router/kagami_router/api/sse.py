@@ -72,8 +72,9 @@ async def respond(
                     touch()
                     await response.write(render(turn))
         ending = last()
-        await response.write(ending)
-        await response.write_eof()
+        with suppress(ConnectionError):  # everything was said, and is in the log as answered
+            await response.write(ending)
+            await response.write_eof()
     except ConnectionError:  # the client is gone, and the write was the first to see it
         request[FAILURE_CAUSE] = "dropped"
         report_dropped(request)
