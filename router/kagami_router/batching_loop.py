@@ -347,8 +347,9 @@ class BatchingLoop:
 
     def _see_times(self, step: Step, results: StepResults, now: float) -> None:
         """Tell the traces of a step, and count the device's time for all who were in it."""
+        failed = {failure.sequence_id for failure in results.failures}
         for work in step.work if self._traces else ():
-            if traced := self._traces.get(work.sequence.id):
+            if (traced := self._traces.get(work.sequence.id)) and work.sequence.id not in failed:
                 traced.stepped(work, step, results, now)
         for new in step.new_sequences:
             if (started := self._generations.get(new.id)) and started.device_before_s is None:

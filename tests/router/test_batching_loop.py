@@ -11,6 +11,7 @@ from tests.fakes.byte_tokenizer import byte_tokenizer
 from tests.fakes.fake_shard import EOS, FakeShard, Request, generated
 
 from kagami_proto.errors import GenerationFailed, ShardLost
+from kagami_proto.tracing import NO_TRACING, Tracing
 from kagami_router.batching_loop import MAX_FAILED_STEPS, BatchingLoop, GenerationStream
 from kagami_router.metrics import StepReport
 from kagami_router.requests import (
@@ -73,7 +74,7 @@ def new_request(prompt: bytes = PROMPT, max_new_tokens: int = 8, **changes: obje
 
 @asynccontextmanager
 async def serving(
-    folder: Path, *, num_blocks: int = 64, eos_every: int = 0
+    folder: Path, *, num_blocks: int = 64, eos_every: int = 0, tracing: Tracing = NO_TRACING
 ) -> AsyncIterator[Served]:
     async with (
         FakeShard(str(folder / "s"), num_blocks=num_blocks, eos_every=eos_every) as shard,
@@ -98,6 +99,7 @@ async def serving(
             tokenizer=byte_tokenizer(),
             eos_token_ids=info.eos_token_ids,
             metrics=metrics,
+            tracing=tracing,
         )
         running = asyncio.ensure_future(loop.run())
         try:
@@ -128,6 +130,22 @@ async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(10):
         while not condition():  # noqa: ASYNC110 - the loop itself is what is watched
             await asyncio.sleep(0)
+
+
+async def test_the_shards_forget_a_sequence_that_was_the_last(tmp_path: Path) -> None:
+    async with serving(tmp_path) as served:
+        await collect(served.loop.submit(new_request()))
+        await until(lambda: served.loop.idle and not served.shard.engine.ids)
+        assert all(step.work for step, *_ in served.metrics.finished)
+
+
+async def test_the_device_time_of_a_request_is_that_of_its_steps(tmp_path: Path) -> None:
+    async with serving(tmp_path) as served:
+        await collect(served.loop.submit(new_request()))
+        before = len(served.metrics.finished)
+        end = end_of(await collect(served.loop.submit(new_request(b"another"))))
+        mine = served.metrics.finished[before:]
+    assert end.timings.device_s == pytest.approx(sum(one.device_ns for _, one, _ in mine) / 1e9)
 
 
 async def test_a_request_gets_its_tokens_and_its_end(tmp_path: Path) -> None:
