@@ -10,6 +10,7 @@ from aiohttp import ClientResponse, ClientSession, web
 from tests.fakes.fake_loop import COLON, EOS, FAILED, FakeLoop
 from tokenizers import decoders, models, pre_tokenizers, processors
 
+from kagami_proto.tracing import NO_TRACING, Tracing
 from kagami_router.api.connections import Runner
 from kagami_router.api.routes import make_app
 from kagami_router.api.schemas import Info
@@ -113,6 +114,8 @@ async def serving(
     payload_limit: int = 2_000_000,
     aip_routes: tuple[str | None, str | None] = (None, None),
     compile_grammar: CompileGrammar | None = None,
+    tracing: Tracing = NO_TRACING,
+    traces_content: bool = False,
 ) -> AsyncIterator[FakeServer]:
     loop = loop or FakeLoop()
     template = template or ChatTemplate(TEMPLATE, TOKENS)
@@ -121,7 +124,7 @@ async def serving(
         tokenizer = Tokenizer(byte_tokenizer(), threads)
         front = Front(
             infer=Infer(loop, metrics, max_concurrent_requests=max_concurrent_requests),
-            validation=Validation(tokenizer, limits, compile_grammar),
+            validation=Validation(tokenizer, limits, compile_grammar, tracer=tracing.tracer),
             tokenizer=tokenizer,
             decoder=ScriptedDecoder(tokenizer.backend, frozenset({1})),
             template=template,
@@ -129,6 +132,7 @@ async def serving(
             info=info(limits),
             compute_type="1-fake",
             is_healthy=lambda: loop.is_healthy,
+            tracer=tracing.tracer,
         )
         door = Door(metrics)
         if is_open:
@@ -139,6 +143,8 @@ async def serving(
             allowed_origins=origins,
             key=key,
             aip_routes=aip_routes,
+            tracing=tracing,
+            traces_content=traces_content,
         )
         runner = Runner(app, shutdown_timeout=0.1)
         await runner.setup()
