@@ -1,8 +1,12 @@
-"""8-bit weights with 8-bit activations (W8A8): LLM.int8's matmul without its outliers.
+"""8-bit weights with 8-bit activations (W8A8).
 
 A scale for each output channel, symmetric, by its largest value; activations are quantized row by
-row as they come (arXiv:2211.10438, "per-token dynamic"). Integers are multiplied, so the result
-is exact up to these two roundings.
+row as they come. Integers are multiplied, so the result is exact up to these two roundings.
+
+A few columns of a model's activations are many times larger than the rest, and one scale for all
+leaves the rest few steps. What is quantized at load is therefore turned: by a Hadamard matrix H in
+blocks of columns, orthogonal and its own inverse, `x W' = (x H) (W H)'`, which spreads the large
+columns over their block (arXiv:2404.00456, and README.md for what it gains).
 """
 
 from collections.abc import Sequence
@@ -15,39 +19,46 @@ from kagami_shard.quantization.base import quantize_activations, take_columns, t
 from kagami_shard.weights.sharding import Span
 
 _MAX = 127
+# The blocks that are turned: as wide as this, if that divides the columns.
+_WIDEST_TURN = 512
 
 
 @dataclass(frozen=True, slots=True)
 class Int8Weight:
-    """`values * scales[:, None]`."""
+    """`values * scales[:, None]`, turned back."""
 
     values: Tensor
     """`[out, in]` int8"""
     scales: Tensor
     """`[out]` float32"""
+    turn: int = 1
+    """Columns of a block that is turned, a power of two; 1: none is"""
 
     @property
     def shape(self) -> tuple[int, int]:
         return self.values.shape[0], self.values.shape[1]
 
     def linear(self, hidden: Tensor) -> Tensor:
-        """Activations that are not finite give rows that are not."""
-        values, scale = quantize_activations(hidden)
+        values, scale = quantize_activations(turned(hidden.float(), self.turn))
         return (int_matmul(values, self.values) * scale * self.scales).to(hidden.dtype)
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
-        return (self.values.float() * self.scales[:, None]).to(dtype)
+        return turned(self.values.float() * self.scales[:, None], self.turn).to(dtype)
 
     def rows(self, spans: Sequence[Span]) -> "Int8Weight":
-        return Int8Weight(take_rows(self.values, spans), take_rows(self.scales, spans))
+        scales = take_rows(self.scales, spans)
+        return Int8Weight(take_rows(self.values, spans), scales, self.turn)
 
     def columns(self, span: Span) -> "Int8Weight":
-        return Int8Weight(take_columns(self.values, span), self.scales)
+        if span[0] % self.turn or span[1] % self.turn:
+            return quantize_int8(self.dequantized(torch.float32)[:, slice(*span)])
+        return Int8Weight(take_columns(self.values, span), self.scales, self.turn)
 
-    def above(self, other: "Int8Weight") -> "Int8Weight":
-        return Int8Weight(
-            torch.cat((self.values, other.values)), torch.cat((self.scales, other.scales))
-        )
+    def above(self, other: "Int8Weight") -> "Int8Weight | None":
+        if self.turn != other.turn:
+            return None
+        values = torch.cat((self.values, other.values))
+        return Int8Weight(values, torch.cat((self.scales, other.scales)), self.turn)
 
 
 def int_matmul(left: Tensor, right: Tensor) -> Tensor:
@@ -58,9 +69,32 @@ def int_matmul(left: Tensor, right: Tensor) -> Tensor:
 
 
 def quantize_int8(matrix: Tensor) -> Int8Weight:
-    """The nearest 8-bit weight of `matrix` `[out, in]`."""
-    matrix = matrix.float()
+    """The nearest 8-bit weight of `matrix` `[out, in]`, turned as far as its columns divide."""
+    turn = widest_turn(matrix.shape[1])
+    matrix = turned(matrix.float(), turn)
     largest = matrix.abs().amax(dim=1)
     scales = torch.where(largest == 0, 1.0, largest / _MAX)
     values = (matrix / scales[:, None]).round_().clamp_(-_MAX, _MAX)
-    return Int8Weight(values.to(torch.int8), scales)
+    return Int8Weight(values.to(torch.int8), scales, turn)
+
+
+def widest_turn(num_columns: int) -> int:
+    """The largest power of two that divides `num_columns`, up to `_WIDEST_TURN`."""
+    return min(num_columns & -num_columns, _WIDEST_TURN)
+
+
+def turned(matrix: Tensor, turn: int) -> Tensor:
+    """`matrix` `[rows, in]` with every `turn` columns multiplied by the Hadamard matrix.
+
+    In Sylvester's order, scaled to be orthogonal: log2(turn) rounds of sums and differences.
+    """
+    if turn == 1:
+        return matrix
+    rows, columns = matrix.shape
+    width = 1
+    while width < turn:
+        low, high = matrix.reshape(rows, columns // (2 * width), 2, width).unbind(2)
+        matrix = torch.stack((low + high, low - high), dim=2)
+        width *= 2
+    result: Tensor = matrix.reshape(rows, columns) * turn**-0.5
+    return result

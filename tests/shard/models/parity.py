@@ -29,9 +29,12 @@ def our_logits(
     tokens: list[list[int]],
     dtype: torch.dtype = torch.float32,
     parallel: TensorParallel | None = None,
+    quantize: str | None = None,
 ) -> list[Tensor]:
     """Three sequences, run in chunks, in decodes and in both at once."""
-    model = load_model(folder, dtype=dtype, device=torch.device("cpu"), parallel=parallel)
+    model = load_model(
+        folder, dtype=dtype, device=torch.device("cpu"), parallel=parallel, quantize=quantize
+    )
     runner = Runner(model, dtype=dtype)
     a, b, c = (runner.add(each) for each in tokens)
     seen: dict[int, list[Tensor]] = {id(a): [], id(b): [], id(c): []}
