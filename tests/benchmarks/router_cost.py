@@ -63,13 +63,23 @@ class Counter(asyncio.Protocol):
         self._done.set_result(self._events)
 
 
+class Cpu(NamedTuple):
+    """Seconds in Python and libraries, and in the kernel for them."""
+
+    user: float
+    system: float
+
+
 class Cost(NamedTuple):
-    """What one load took."""
+    """What one load took; CPU time by the name of the thread."""
 
     events: int
     wall_s: float
-    cpu_s: float
-    by_thread: dict[str, float]
+    threads: dict[str, Cpu]
+
+    @property
+    def cpu_s(self) -> float:
+        return sum(cpu.user + cpu.system for cpu in self.threads.values())
 
 
 def message(port: int, path: str, body: object) -> bytes:
@@ -99,14 +109,14 @@ async def load(
     return events
 
 
-def cpu_by_thread(pid: int) -> dict[str, float]:
-    found: dict[str, float] = {}
+def cpu_by_thread(pid: int) -> dict[str, Cpu]:
+    found: dict[str, Cpu] = {}
     for task in Path(f"/proc/{pid}/task").iterdir():
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # a thread that just ended
             name, _, rest = (task / "stat").read_text().partition("(")[2].rpartition(")")
-            fields = rest.split()
-            seconds = (int(fields[11]) + int(fields[12])) * TICK_S
-            found[name] = found.get(name, 0.0) + seconds
+            user, system = (int(ticks) * TICK_S for ticks in rest.split()[11:13])
+            before = found.get(name, Cpu(0, 0))
+            found[name] = Cpu(before.user + user, before.system + system)
     return found
 
 
@@ -114,8 +124,11 @@ def measured(pid: int, work: Callable[[], int]) -> Cost:
     before, start = cpu_by_thread(pid), time.perf_counter()
     events = work()
     wall = time.perf_counter() - start
-    spent = {name: s - before.get(name, 0.0) for name, s in cpu_by_thread(pid).items()}
-    return Cost(events, wall, sum(spent.values()), spent)
+    spent = {}
+    for name, after in cpu_by_thread(pid).items():
+        user, system = before.get(name, Cpu(0, 0))
+        spent[name] = Cpu(after.user - user, after.system - system)
+    return Cost(events, wall, spent)
 
 
 def free_port() -> int:
@@ -149,7 +162,9 @@ def wait_until_healthy(port: int) -> None:
 
 def report(title: str, cost: Cost, per: str, number: int) -> None:
     threads = ", ".join(
-        f"{name} {1e6 * s / number:.2f}" for name, s in cost.by_thread.items() if s > 0
+        f"{name} {1e6 * cpu.user / number:.2f} + {1e6 * cpu.system / number:.2f} kernel"
+        for name, cpu in cost.threads.items()
+        if sum(cpu) > 0
     )
     print(
         f"{title}: {number} {per}s in {cost.wall_s:.2f} s, {number / cost.wall_s:,.0f} a second;"
