@@ -192,6 +192,9 @@ class WarmupResponse(_message.Message):
     BLOCK_SIZE_FIELD_NUMBER: _builtins.int
     KV_BYTES_FIELD_NUMBER: _builtins.int
     ELAPSED_NS_FIELD_NUMBER: _builtins.int
+    WEIGHT_BYTES_FIELD_NUMBER: _builtins.int
+    KV_TOKEN_BYTES_FIELD_NUMBER: _builtins.int
+    READ_BANDWIDTH_FIELD_NUMBER: _builtins.int
     num_blocks: _builtins.int
     """blocks 1 .. num_blocks-1 may be given to sequences; 0 is scratch"""
     block_size: _builtins.int
@@ -199,6 +202,12 @@ class WarmupResponse(_message.Message):
     kv_bytes: _builtins.int
     """size of the KV cache"""
     elapsed_ns: _builtins.int
+    weight_bytes: _builtins.int
+    """of weights that every step reads whole, on this shard"""
+    kv_token_bytes: _builtins.int
+    """KV cache of one token over all layers, on this shard"""
+    read_bandwidth: _builtins.int
+    """bytes a second that the memory was read with; 0 = not measured"""
     def __init__(
         self,
         *,
@@ -206,10 +215,13 @@ class WarmupResponse(_message.Message):
         block_size: _builtins.int = ...,
         kv_bytes: _builtins.int = ...,
         elapsed_ns: _builtins.int = ...,
+        weight_bytes: _builtins.int = ...,
+        kv_token_bytes: _builtins.int = ...,
+        read_bandwidth: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "elapsed_ns", b"elapsed_ns", "kv_bytes", b"kv_bytes", "num_blocks", b"num_blocks"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "elapsed_ns", b"elapsed_ns", "kv_bytes", b"kv_bytes", "kv_token_bytes", b"kv_token_bytes", "num_blocks", b"num_blocks", "read_bandwidth", b"read_bandwidth", "weight_bytes", b"weight_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -505,6 +517,8 @@ class StepResult(_message.Message):
     OUT_OF_MEMORY_FIELD_NUMBER: _builtins.int
     HOST_NS_FIELD_NUMBER: _builtins.int
     DEVICE_NS_FIELD_NUMBER: _builtins.int
+    SAMPLING_NS_FIELD_NUMBER: _builtins.int
+    ADMISSION_NS_FIELD_NUMBER: _builtins.int
     SPANS_DROPPED_FIELD_NUMBER: _builtins.int
     number: _builtins.int
     error: _builtins.str
@@ -514,6 +528,10 @@ class StepResult(_message.Message):
     """taking the step from the queue to its results, as the host saw it"""
     device_ns: _builtins.int
     """forward pass and sampling on the device"""
+    sampling_ns: _builtins.int
+    """of device_ns: choosing the tokens"""
+    admission_ns: _builtins.int
+    """of host_ns: dropping, admitting, granting"""
     spans_dropped: _builtins.int
     """spans that this shard could not export since it started"""
     @_builtins.property
@@ -548,11 +566,13 @@ class StepResult(_message.Message):
         out_of_memory: _builtins.bool = ...,
         host_ns: _builtins.int = ...,
         device_ns: _builtins.int = ...,
+        sampling_ns: _builtins.int = ...,
+        admission_ns: _builtins.int = ...,
         spans_dropped: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_ns", b"device_ns", "error", b"error", "failures", b"failures", "host_ns", b"host_ns", "ids", b"ids", "logprobs", b"logprobs", "number", b"number", "out_of_memory", b"out_of_memory", "prompt_logprobs", b"prompt_logprobs", "spans_dropped", b"spans_dropped", "token_ids", b"token_ids", "top_tokens", b"top_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admission_ns", b"admission_ns", "device_ns", b"device_ns", "error", b"error", "failures", b"failures", "host_ns", b"host_ns", "ids", b"ids", "logprobs", b"logprobs", "number", b"number", "out_of_memory", b"out_of_memory", "prompt_logprobs", b"prompt_logprobs", "sampling_ns", b"sampling_ns", "spans_dropped", b"spans_dropped", "token_ids", b"token_ids", "top_tokens", b"top_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -195,6 +195,9 @@ async def _prepare(
             pool_tokens=pool_tokens,
             max_step_tokens=_max_step_tokens(args),
             max_batch_size=_max_batch_size(args),
+            weight_bytes=pool.weight_bytes,
+            kv_token_bytes=pool.kv_token_bytes,
+            bandwidth=pool.bandwidth,
         ),
         scheduler.stats,
     )

@@ -231,5 +231,5 @@ class StateSeries:
         )
         self.spans_dropped = new.counter(
             "tgi_trace_spans_dropped_total",
-            "Spans that the router could not give to the trace collector",
+            "Spans that router and shards could not give to the trace collector",
         )

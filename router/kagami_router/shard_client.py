@@ -80,6 +80,11 @@ class Pool:
     kv_bytes: int
     """On one shard."""
     elapsed_s: float
+    weight_bytes: int
+    """On the shard that has most"""
+    kv_token_bytes: int
+    bandwidth: float
+    """Bytes a second, of the slowest shard; 0: not measured"""
 
 
 class StepStream:
@@ -226,6 +231,9 @@ class ShardGroup:
             block_size=smallest.block_size,
             kv_bytes=smallest.kv_bytes,
             elapsed_s=max(pool.elapsed_ns for pool in pools) / 1e9,
+            weight_bytes=max(pool.weight_bytes for pool in pools),
+            kv_token_bytes=max(pool.kv_token_bytes for pool in pools),
+            bandwidth=float(min(pool.read_bandwidth for pool in pools)),
         )
 
     async def compile_grammar(self, grammar: Grammar) -> None:
@@ -367,6 +375,8 @@ def results_from_pb(messages: Sequence[pb.StepResult]) -> StepResults:
         out_of_memory=any(message.out_of_memory for message in messages),
         host_ns=max(message.host_ns for message in messages),
         device_ns=max(message.device_ns for message in messages),
+        sampling_ns=max(message.sampling_ns for message in messages),
+        admission_ns=max(message.admission_ns for message in messages),
         spans_dropped=sum(message.spans_dropped for message in messages),
     )
 

@@ -17,6 +17,7 @@ import torch
 
 from kagami_proto.errors import InvalidRequest
 from kagami_shard.attention.base import Attention
+from kagami_shard.bandwidth import Probe, ReadCost, read_cost
 from kagami_shard.batch import ForwardBatch
 from kagami_shard.device import to_device
 from kagami_shard.distributed import Alone, TensorParallel
@@ -82,7 +83,11 @@ class Launched(NamedTuple):
     prompt_scores: Scores | None
     failures: dict[int, str]
     started_ns: int
-    device_events: tuple[torch.cuda.Event, torch.cuda.Event] | None
+    device_events: tuple[torch.cuda.Event, torch.cuda.Event, torch.cuda.Event] | None
+    """Before the forward pass, before the sampling, behind it"""
+    admission_ns: int
+    sampling_ns: int
+    """On the host, which is the device on a CPU"""
     launched_ns: int
 
 
@@ -101,7 +106,9 @@ class Engine:
         parallel: TensorParallel | None = None,
         grammars: Grammars | None = None,
         watermark: Watermark | None = None,
+        probe: Probe | None = None,
     ) -> None:
+        """`probe` measures the bandwidth of the memory at the warm-up; None: nobody asks."""
         self._model = model
         self._attention = attention
         self._dtype = dtype
@@ -113,6 +120,9 @@ class Engine:
         self._states: dict[int, GenerationState] = {}
         self.block_size = block_size
         self.cache: KVCache | None = None
+        self.read_cost = ReadCost(0, 0, 0.0)
+        """Known when warm"""
+        self._probe = probe
 
     # ------------------------------------------------------------------ warm-up
 
@@ -125,7 +135,9 @@ class Engine:
         """
         if self.cache is None:
             with self._parallel.together():
+                bandwidth = self._probe(self._device) if self._probe else 0.0
                 self.cache = self._measured_cache(limits)
+                self.read_cost = read_cost(self._model, self._model.layers, self._dtype, bandwidth)
         return self.cache
 
     def _measured_cache(self, limits: Limits) -> KVCache:
@@ -232,21 +244,27 @@ class Engine:
         started_ns = time.perf_counter_ns()
         assert self.cache is not None, "warm up before the first step"
         failures = self._apply(step)
+        admission_ns = time.perf_counter_ns() - started_ns
         items = self._items(step.work, failures)
         samples = [item for item in items if item.end == item.state.num_known]
         prompts = [item for item in items if _prompt_rows(item)]
         if not items:
-            return _nothing(step.number, failures, started_ns)
+            return _nothing(step.number, failures, started_ns, admission_ns)
         events = self._mark_start()
         batch = self._build(items, samples, prompts)
         with self._filling(samples) as masks:
             logits = self._model.forward(batch, self._attention.prepare(batch, self.cache))
-        drawn = self._draw(logits[: len(samples)], samples, masks.result())
+        banned = masks.result()
+        drawing_ns = time.perf_counter_ns()
+        if events:
+            events[1].record()
+        drawn = self._draw(logits[: len(samples)], samples, banned)
         prompt_scores = self._prompt_scores(logits[len(samples) :], prompts) if prompts else None
         for row, item in enumerate(samples):
             item.state.expect(Pending(drawn.token_ids, row))
         if events:
-            events[1].record()
+            events[2].record()
+        launched_ns = time.perf_counter_ns()
         return Launched(
             step.number,
             samples,
@@ -256,7 +274,9 @@ class Engine:
             failures,
             started_ns,
             events,
-            time.perf_counter_ns(),
+            admission_ns,
+            launched_ns - drawing_ns,
+            launched_ns,
         )
 
     def _filling(self, items: Sequence[Item]) -> AbstractContextManager[Future[Banned | None]]:
@@ -299,6 +319,7 @@ class Engine:
                 failures[item.state.id] = NOT_FINITE
                 self._quarantine(item.state)
         finished_ns = time.perf_counter_ns()
+        device_ns, sampling_ns = _device_times(launched)
         return StepResult(
             number=launched.number,
             ids=[launched.items[row].state.id for row in kept],
@@ -308,7 +329,9 @@ class Engine:
             prompt_logprobs=_split_prompt_logprobs(launched),
             failures=failures,
             host_ns=finished_ns - launched.started_ns,
-            device_ns=self._device_ns(launched),
+            device_ns=device_ns,
+            sampling_ns=sampling_ns,
+            admission_ns=launched.admission_ns,
         )
 
     def _apply(self, step: Step) -> dict[int, str]:
@@ -442,19 +465,21 @@ class Engine:
             for other in self._states.values():
                 other.has_failed = other.has_failed or not bad.isdisjoint(other.blocks)
 
-    def _mark_start(self) -> tuple[torch.cuda.Event, torch.cuda.Event] | None:
+    def _mark_start(self) -> tuple[torch.cuda.Event, torch.cuda.Event, torch.cuda.Event] | None:
         if self._device.type != "cuda":
             return None
-        events = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
-        events[0].record()
-        return events
+        start, drawing, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
+        start.record()
+        return start, drawing, end
 
-    def _device_ns(self, launched: Launched) -> int:
-        if launched.device_events is None:
-            return launched.launched_ns - launched.started_ns
-        start, end = launched.device_events
-        end.synchronize()
-        return int(start.elapsed_time(end) * 1e6)
+
+def _device_times(launched: Launched) -> tuple[int, int]:
+    """Nanoseconds on the device: forward pass and sampling, and of these the sampling."""
+    if launched.device_events is None:
+        return launched.launched_ns - launched.started_ns, launched.sampling_ns
+    start, drawing, end = launched.device_events
+    end.synchronize()
+    return int(start.elapsed_time(end) * 1e6), int(drawing.elapsed_time(end) * 1e6)
 
 
 def _warmup_sequence(number: int, length: int) -> NewSequence:
@@ -473,11 +498,23 @@ def _prompt_rows(item: Item) -> int:
     return max(0, min(item.end, item.state.num_prompt_tokens - 1) - item.position)
 
 
-def _nothing(number: int, failures: dict[int, str], started_ns: int) -> Launched:
+def _nothing(number: int, failures: dict[int, str], started_ns: int, admission_ns: int) -> Launched:
     """A step in which nothing is left to compute."""
     empty = torch.empty(0)
     drawn = Drawn(empty.long(), empty, empty.long()[:, None], empty[:, None])
-    return Launched(number, [], drawn, [], None, failures, started_ns, None, time.perf_counter_ns())
+    return Launched(
+        number,
+        [],
+        drawn,
+        [],
+        None,
+        failures,
+        started_ns,
+        None,
+        admission_ns,
+        0,
+        time.perf_counter_ns(),
+    )
 
 
 def _top_tokens(launched: Launched, kept: Sequence[int]) -> list[TopTokens]:

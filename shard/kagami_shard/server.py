@@ -20,6 +20,7 @@ from kagami_proto.generate_pb2_grpc import add_TextGenerationServiceServicer_to_
 from kagami_proto.span_names import Key, SpanName
 from kagami_proto.tracing import context_of, open_tracing, span
 from kagami_shard.attention.select import select_attention
+from kagami_shard.bandwidth import read_bandwidth
 from kagami_shard.cli import ServeArgs
 from kagami_shard.distributed import connect
 from kagami_shard.engine import Engine
@@ -137,6 +138,7 @@ def _load(args: ServeArgs) -> tuple[Engine, pb.InfoResponse]:
             eos_token_ids=eos_token_ids(args.model_folder),
         ),
         watermark=Watermark(args.watermark_gamma, args.watermark_delta),
+        probe=read_bandwidth,
     )
     logger.info(
         "Model loaded",

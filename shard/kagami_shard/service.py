@@ -95,6 +95,9 @@ class TextGenerationService(generate_pb2_grpc.TextGenerationServiceServicer):
             block_size=cache.block_size,
             kv_bytes=cache.num_bytes,
             elapsed_ns=time.monotonic_ns() - started,
+            weight_bytes=self._engine.read_cost.weight_bytes,
+            kv_token_bytes=self._engine.read_cost.kv_token_bytes,
+            read_bandwidth=int(self._engine.read_cost.bandwidth),
         )
 
     async def CompileGrammar(
@@ -265,6 +268,8 @@ def result_to_pb(result: StepResult, spans_dropped: int = 0) -> pb.StepResult:
         out_of_memory=result.out_of_memory,
         host_ns=result.host_ns,
         device_ns=result.device_ns,
+        sampling_ns=result.sampling_ns,
+        admission_ns=result.admission_ns,
         spans_dropped=spans_dropped,
     )
 

@@ -82,3 +82,7 @@ class StepResult:
     out_of_memory: bool = False
     host_ns: int = 0
     device_ns: int = 0
+    sampling_ns: int = 0
+    """Of `device_ns`"""
+    admission_ns: int = 0
+    """Of `host_ns`: dropping, admitting, granting"""

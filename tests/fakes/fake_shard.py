@@ -251,7 +251,13 @@ class FakeShard(generate_pb2_grpc.TextGenerationServiceServicer):
 
     async def Warmup(self, request: pb.WarmupRequest, context: object) -> pb.WarmupResponse:
         return pb.WarmupResponse(
-            num_blocks=self._num_blocks, block_size=self._block_size, kv_bytes=1, elapsed_ns=10**9
+            num_blocks=self._num_blocks,
+            block_size=self._block_size,
+            kv_bytes=1,
+            elapsed_ns=10**9,
+            weight_bytes=10**6,
+            kv_token_bytes=10,
+            read_bandwidth=10**10,
         )
 
     async def CompileGrammar(
@@ -295,6 +301,8 @@ class FakeShard(generate_pb2_grpc.TextGenerationServiceServicer):
             out_of_memory=result.out_of_memory,
             host_ns=2_000_000,
             device_ns=1_000_000,
+            sampling_ns=200_000,
+            admission_ns=100_000,
         )
         if result.error:
             return answer

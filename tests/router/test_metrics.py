@@ -1,6 +1,4 @@
-import asyncio
 import re
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -290,37 +288,3 @@ def test_dropped_spans_are_counted() -> None:
     metrics = Metrics()
     metrics.watch_spans(lambda: 3)
     assert parsed(metrics)["tgi_trace_spans_dropped_total"] == {"": 3}
-
-
-# What promtool's linter says of names that TGI has given.
-NO_SUFFIX = 'counter metrics should have "_total" suffix'
-HISTOGRAMS_SUFFIX = 'non-histogram and non-summary metrics should not have "_count" suffix'
-HINTS = {
-    "tgi_request_count": [NO_SUFFIX, HISTOGRAMS_SUFFIX],
-    "tgi_request_success": [NO_SUFFIX],
-    "tgi_request_failure": [NO_SUFFIX],
-    "tgi_batch_concat": [NO_SUFFIX],
-    "tgi_batch_inference_count": [NO_SUFFIX, HISTOGRAMS_SUFFIX],
-    "tgi_batch_inference_success": [NO_SUFFIX],
-    "tgi_batch_inference_failure": [NO_SUFFIX],
-}
-
-
-async def test_promtool_finds_nothing_wrong_but_tgis_names() -> None:
-    promtool = shutil.which("promtool")
-    if promtool is None:
-        pytest.skip("promtool (Debian's package prometheus) is not installed")
-    metrics = warm()
-    check = await asyncio.create_subprocess_exec(
-        promtool,
-        *("check", "metrics"),
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
-    )
-    said, _ = await check.communicate(metrics.render().encode())
-    found: dict[str, list[str]] = {}
-    for line in said.decode().splitlines():
-        name, _, hint = line.partition(" ")
-        found.setdefault(name, []).append(hint)
-    assert found == HINTS

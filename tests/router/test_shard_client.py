@@ -118,6 +118,23 @@ async def test_the_smallest_pool_counts(tmp_path: Path) -> None:
             max_step_tokens=8, max_batch_size=1, max_total_tokens=8, max_pool_tokens=0
         )
         assert (pool.num_blocks, pool.elapsed_s) == (10, 1.0)
+        assert (pool.weight_bytes, pool.kv_token_bytes, pool.bandwidth) == (10**6, 10, 1e10)
+
+
+async def test_a_shard_is_up_from_its_first_answer_to_the_end_of_its_stream(tmp_path: Path) -> None:
+    async with (
+        FakeShard(str(tmp_path / "0")) as first,
+        FakeShard(str(tmp_path / "1")) as second,
+        ShardGroup([first.address, second.address]) as group,
+    ):
+        assert group.are_up() == [False, False]
+        await group.wait_ready()
+        assert group.are_up() == [True, True]
+        async with group.open_steps() as steps:
+            await second.kill()
+            with pytest.raises(ShardLost):
+                await steps.receive()
+            assert group.are_up() == [True, False]
 
 
 async def test_every_shard_gets_every_step(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from tokenizers.models import BPE
 
 from kagami_proto.errors import InvalidRequest
 from kagami_shard.attention.sdpa import SdpaAttention
+from kagami_shard.bandwidth import Probe
 from kagami_shard.distributed import Group, TensorParallel
 from kagami_shard.engine import NOT_FINITE, Engine, Limits
 from kagami_shard.sampling.grammar import Grammar, GrammarKind, Grammars
@@ -28,6 +29,7 @@ def new_engine(
     model: TinyModel | None = None,
     parallel: TensorParallel | None = None,
     grammars: Grammars | None = None,
+    probe: Probe | None = None,
 ) -> Engine:
     engine = Engine(
         model or TinyModel(),
@@ -37,6 +39,7 @@ def new_engine(
         block_size=BLOCK,
         parallel=parallel,
         grammars=grammars,
+        probe=probe,
     )
     engine.warmup(Limits(128, 8, 100, 400))
     return engine
@@ -317,6 +320,28 @@ def test_warmup_sizes_the_pool_once() -> None:
 
     assert again is engine.cache
     assert again.num_blocks == 1 + 400 // BLOCK
+
+
+def test_a_probe_is_asked_once_and_told_with_what_a_step_reads() -> None:
+    asked: list[torch.device] = []
+
+    def probe(device: torch.device) -> float:
+        asked.append(device)
+        return 1e9
+
+    engine = new_engine(probe=probe)
+    engine.warmup(Limits(8, 1, 10, 10))
+
+    assert asked == [torch.device("cpu")]
+    assert engine.read_cost.bandwidth == 1e9
+    assert engine.read_cost.weight_bytes > 0
+
+
+def test_a_step_tells_its_parts_of_the_time() -> None:
+    result = run(new_engine(), Step(1, [new_sequence()], (), [Work(1, 0, 11)], {1: [1, 2, 3, 4]}))
+
+    assert 0 < result.sampling_ns < result.device_ns <= result.host_ns
+    assert 0 < result.admission_ns < result.host_ns
 
 
 def test_ranks_draw_what_rank_0_draws() -> None:

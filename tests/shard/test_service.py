@@ -89,6 +89,9 @@ async def test_warmup_tells_the_pool(stub: TextGenerationServiceStub) -> None:
 
     assert (answer.num_blocks, answer.block_size) == (26, 4)
     assert answer.kv_bytes == 26 * 4 * 2 * 2 * 8 * 4
+    assert answer.kv_token_bytes == 2 * 2 * 8 * 4
+    assert answer.weight_bytes > 0
+    assert answer.read_bandwidth == 0, "this engine has no probe"
 
 
 async def test_two_steps_in_flight_are_answered_in_order(stub: TextGenerationServiceStub) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
-from aiohttp import web
+from aiohttp import hdrs, web
 from opentelemetry import trace
 
 from kagami_proto.errors import NotFound, Unavailable, Unhealthy
@@ -33,6 +33,7 @@ from kagami_router.validation import Validation
 # The release whose behaviour clients find here; some refuse to work below 2.1.
 TGI_VERSION = "3.3.7"
 MAX_NAME_SHOWN = 100
+PROMETHEUS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +154,8 @@ def _model(front: Front) -> Model:
 
 async def metrics(request: web.Request) -> web.Response:
     """The Prometheus text, from the first moment on."""
-    return web.Response(text=request.app[DOOR].metrics.render())
+    text = request.app[DOOR].metrics.render()
+    return web.Response(body=text.encode(), headers={hdrs.CONTENT_TYPE: PROMETHEUS_TYPE})
 
 
 async def tokenize(request: web.Request) -> web.Response:
