@@ -163,7 +163,9 @@ class LauncherArgs:
     )
     hostname: str = _flag("0.0.0.0", str, _SERVER, "address to listen on")
     port: int = _flag(3000, _port, _SERVER, "port to listen on", short="-p")
-    prometheus_port: int = _flag(9000, _port, _SERVER, "port of a second metrics page")
+    prometheus_port: int = _flag(
+        9000, _port, _SERVER, "second port for /metrics, opened only if given"
+    )
     shard_uds_path: str = _flag(
         "/tmp/text-generation-server", str, _SHARD, "prefix of the shards' sockets"
     )

@@ -2,9 +2,11 @@ import time
 from dataclasses import dataclass
 from types import SimpleNamespace
 
+import pytest
 import torch
 from torch import Tensor
 
+from kagami_shard import bandwidth
 from kagami_shard.bandwidth import read_bandwidth, read_cost, weight_bytes
 from kagami_shard.kv_cache import LayerShape
 from kagami_shard.layers.embedding import Embedding, Head
@@ -51,6 +53,11 @@ def test_a_token_costs_its_keys_and_values_in_every_layer() -> None:
     layers = (LayerShape(2, 8, 8), LayerShape(2, 8, 4))
     cost = read_cost(Model(TABLE), layers, torch.bfloat16, 1e9)
     assert (cost.kv_token_bytes, cost.bandwidth) == (2 * (32 + 24), 1e9)
+
+
+def test_without_memory_for_a_buffer_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bandwidth, "_CPU_BYTES", 1 << 60)
+    assert read_bandwidth(torch.device("cpu")) == 0
 
 
 def test_the_bandwidth_is_one_that_a_machine_can_have_and_soon_known() -> None:
