@@ -58,6 +58,10 @@ class ServeArgs:
     num_threads: int
     """0: torch's own choice, or this rank's share of it"""
     block_size: int
+    native: bool
+    """Whether the CPU's own kernels may serve"""
+    cache_folder: Path
+    """Where what was built for this machine is kept"""
     version: str
     tracing: TracingPlan | None
     """None: no traces"""
@@ -108,6 +112,8 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> ServeArgs:
             watermark_delta=float(environ.get("WATERMARK_DELTA", "2")),
             num_threads=int(environ.get("OMP_NUM_THREADS", "0")),
             block_size=args.block_size,
+            native=environ.get("KAGAMI_NATIVE", "1") != "0",
+            cache_folder=cache_folder(environ),
             version=version("kagami-tgi"),
             tracing=wanted,
             tracing_problem=problem,
@@ -123,6 +129,12 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> ServeArgs:
     if not 0 <= parsed.rank < parsed.world_size:
         parser.error(f"RANK {parsed.rank} is not below WORLD_SIZE {parsed.world_size}")
     return parsed
+
+
+def cache_folder(environ: Mapping[str, str]) -> Path:
+    """The XDG Base Directory Specification's, and ours in it."""
+    base = environ.get("XDG_CACHE_HOME") or Path(environ.get("HOME") or "/tmp", ".cache")
+    return Path(base, "kagami", "native")
 
 
 def process_arguments() -> ServeArgs:

@@ -27,7 +27,7 @@ from kagami_shard.memory import pool_bytes
 from kagami_shard.models.base import Model
 from kagami_shard.sampling.grammar import Banned, Grammar, Grammars, nothing_to_fill
 from kagami_shard.sampling.logprobs import Scores, score
-from kagami_shard.sampling.sampler import Drawn, SamplingParameters, draw
+from kagami_shard.sampling.sampler import Choose, Drawn, SamplingParameters, draw
 from kagami_shard.sampling.watermark import Watermark
 from kagami_shard.step import (
     NewSequence,
@@ -117,12 +117,25 @@ class Engine:
         self._parallel = parallel or Alone()
         self._grammars = grammars
         self._watermark = watermark or Watermark()
+        self._choose: Choose | None = None
         self._states: dict[int, GenerationState] = {}
         self.block_size = block_size
         self.cache: KVCache | None = None
         self.read_cost = ReadCost(0, 0, 0.0)
         """Known when warm"""
         self._probe = probe
+
+    @property
+    def model(self) -> Model:
+        return self._model
+
+    @property
+    def attention_name(self) -> str:
+        return self._attention.name
+
+    def use(self, model: Model, attention: Attention, choose: Choose) -> None:
+        """From the next step on compute the same model in another way; the cache stays."""
+        self._model, self._attention, self._choose = model, attention, choose
 
     # ------------------------------------------------------------------ warm-up
 
@@ -292,7 +305,7 @@ class Engine:
         A draw reads a running sum, which a GPU may round differently each time: rank 0's counts.
         """
         rows = [item.state.row() for item in items]
-        drawn = draw(logits, rows, banned=banned, watermark=self._watermark)
+        drawn = draw(logits, rows, banned=banned, watermark=self._watermark, choose=self._choose)
         if any(item.state.sampling.do_sample for item in items):
             return drawn._replace(token_ids=self._parallel.broadcast(drawn.token_ids))
         return drawn

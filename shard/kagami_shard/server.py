@@ -27,6 +27,7 @@ from kagami_shard.engine import Engine
 from kagami_shard.memory import is_out_of_memory
 from kagami_shard.models.base import Model
 from kagami_shard.models.registry import load_model
+from kagami_shard.native.select import LaterSwitch, switch_to_native
 from kagami_shard.sampling.grammar import Grammars
 from kagami_shard.sampling.watermark import Watermark
 from kagami_shard.sequence_traces import SequenceTraces
@@ -56,7 +57,7 @@ def serve(args: ServeArgs) -> int:
                 {Key.RANK: args.rank, Key.WORLD_SIZE: args.world_size},
                 context=context_of(args.start_traceparent),
             ):
-                engine, facts = thread.submit(_load, args).result()
+                engine, facts, later = thread.submit(_load, args).result()
         # The process's border: whatever stops the load is the last thing that this process says.
         except Exception as error:
             if is_out_of_memory(error):
@@ -70,6 +71,8 @@ def serve(args: ServeArgs) -> int:
         overlap = facts.device_type == "cuda" and args.world_size == 1
         traces = SequenceTraces(tracing, rank=args.rank, has_step_spans=args.otlp_step_spans)
         with Worker(engine, thread, overlap=overlap, traces=traces) as worker:
+            if later is not None:
+                later.start(worker.call)
             service = TextGenerationService(engine, worker, facts, tracing.tracer)
             try:
                 code = asyncio.run(_serve(socket, service, worker))
@@ -96,7 +99,7 @@ def _end_now(socket: Path, code: int) -> NoReturn:
     os._exit(code)
 
 
-def _load(args: ServeArgs) -> tuple[Engine, pb.InfoResponse]:
+def _load(args: ServeArgs) -> tuple[Engine, pb.InfoResponse, LaterSwitch | None]:
     started = time.monotonic()
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
@@ -153,7 +156,16 @@ def _load(args: ServeArgs) -> tuple[Engine, pb.InfoResponse]:
             "gigabytes_per_second": round(model.bytes_loaded / 1e9 / reading_s, 2),
         },
     )
-    return engine, _facts(args, model, attention=attention.name, device=device)
+    later = None
+    if args.native and args.world_size == 1:
+        later = switch_to_native(
+            engine,
+            dtype=dtype,
+            device=device,
+            cache=args.cache_folder,
+            num_threads=torch.get_num_threads(),
+        )
+    return engine, _facts(args, model, attention=engine.attention_name, device=device), later
 
 
 def _facts(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from kagami_shard.attention.base import Attention
 from kagami_shard.attention.sdpa import SdpaAttention
 from kagami_shard.batch import ForwardBatch
 from kagami_shard.kv_cache import KVCache, blocks_for
@@ -65,6 +66,7 @@ class Runner:
         num_blocks: int = 64,
         block_size: int = 4,
         dtype: torch.dtype = torch.float32,
+        attention: Attention | None = None,
     ) -> None:
         self._model = model
         self._block_size = block_size
@@ -77,7 +79,7 @@ class Runner:
         )
         self._free = list(range(1, num_blocks))
         random.Random(0).shuffle(self._free)
-        self._attention = SdpaAttention()
+        self._attention = attention or SdpaAttention()
 
     def add(self, tokens: Items[int]) -> FakeSequence:
         """A sequence with blocks for all its tokens."""

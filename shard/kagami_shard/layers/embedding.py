@@ -11,19 +11,19 @@ from kagami_shard.layers.linear import Projection
 class Embedding:
     """Rows of a table, times a factor."""
 
-    __slots__ = ("_multiplier", "weight")
+    __slots__ = ("multiplier", "weight")
 
     def __init__(self, weight: Tensor, multiplier: float = 1.0) -> None:
         self.weight = weight
         # Rounded to the weights' dtype as Gemma was trained; Granite's factor (12) is exact.
-        self._multiplier = None
+        self.multiplier = None
         if multiplier != 1.0:
-            self._multiplier = torch.tensor(multiplier, dtype=weight.dtype, device=weight.device)
+            self.multiplier = torch.tensor(multiplier, dtype=weight.dtype, device=weight.device)
 
     def __call__(self, input_ids: Tensor) -> Tensor:
         """`[num_tokens]` to `[num_tokens, hidden]`."""
         hidden = self._rows(input_ids)
-        return hidden if self._multiplier is None else hidden * self._multiplier
+        return hidden if self.multiplier is None else hidden * self.multiplier
 
     def _rows(self, input_ids: Tensor) -> Tensor:
         return embedding(input_ids, self.weight)
@@ -55,7 +55,7 @@ class ShardedEmbedding(Embedding):
 class Head:
     """The last matmul, `[num_rows, hidden]` to float32 logits `[num_rows, vocab_size]`."""
 
-    __slots__ = ("_divisor", "_project", "_softcap", "vocab_size")
+    __slots__ = ("divisor", "project", "softcap", "vocab_size")
 
     def __init__(
         self,
@@ -66,19 +66,19 @@ class Head:
         softcap: float | None = None,
     ) -> None:
         self.vocab_size = vocab_size
-        self._project = project
-        self._divisor = divisor
-        self._softcap = softcap
+        self.project = project
+        self.divisor = divisor
+        self.softcap = softcap
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        return self._finish(self._project(hidden))
+        return self._finish(self.project(hidden))
 
     def _finish(self, output: Tensor) -> Tensor:
         logits = output.float()
-        if self._divisor != 1.0:
-            logits = logits / self._divisor
-        if self._softcap is not None:
-            logits = self._softcap * torch.tanh(logits / self._softcap)
+        if self.divisor != 1.0:
+            logits = logits / self.divisor
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
         return logits
 
 
@@ -104,5 +104,5 @@ class ShardedHead(Head):
         self._parallel = parallel
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        output = self._parallel.all_gather(self._project(hidden))
+        output = self._parallel.all_gather(self.project(hidden))
         return self._finish(output[:, : self.vocab_size])

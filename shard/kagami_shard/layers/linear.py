@@ -1,11 +1,12 @@
 """Matrix products with weights."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 from torch.nn.functional import linear
 
 from kagami_shard.distributed import TensorParallel
+from kagami_shard.native.memory import PackedWeight, Packer
 from kagami_shard.quantization.base import DenseWeight, Weight
 
 
@@ -13,6 +14,20 @@ class Projection(Protocol):
     """`[num_tokens, in]` to `[num_tokens, out]`; packed and quantized weights are others."""
 
     def __call__(self, hidden: Tensor) -> Tensor: ...
+
+
+@runtime_checkable
+class Packable(Protocol):
+    """A projection that the CPU's library can compute, too."""
+
+    @property
+    def out_features(self) -> int: ...
+
+    def pack(self, packer: Packer, *, gated: bool = False) -> PackedWeight:
+        """The weight as the library reads it; the projection gives its own away.
+
+        With `gated` the two halves of the output are a gate and what it opens.
+        """
 
 
 class Linear:
@@ -26,6 +41,15 @@ class Linear:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         return linear(hidden, self.weight, self.bias)
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.shape[0]
+
+    def pack(self, packer: Packer, *, gated: bool = False) -> PackedWeight:
+        packed = packer.pack(self.weight, self.bias, gated=gated)
+        self.weight = self.weight.new_empty(0)
+        return packed
 
 
 class QuantizedLinear:

@@ -30,27 +30,27 @@ ACTIVATIONS: Mapping[str, Activation] = MappingProxyType(
 class GatedMLP:
     """`down(activation(gate) * up)`; gate and up are the two halves of one matmul."""
 
-    __slots__ = ("_activation", "_down", "_gate_up")
+    __slots__ = ("activation", "down", "gate_up")
 
     def __init__(self, gate_up: Projection, down: Projection, activation: Activation) -> None:
-        self._gate_up = gate_up
-        self._down = down
-        self._activation = activation
+        self.gate_up = gate_up
+        self.down = down
+        self.activation = activation
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        gate, up = self._gate_up(hidden).chunk(2, dim=-1)
-        return self._down(self._activation(gate) * up)
+        gate, up = self.gate_up(hidden).chunk(2, dim=-1)
+        return self.down(self.activation(gate) * up)
 
 
 class MLP:
     """`down(activation(up))`."""
 
-    __slots__ = ("_activation", "_down", "_up")
+    __slots__ = ("activation", "down", "up")
 
     def __init__(self, up: Projection, down: Projection, activation: Activation) -> None:
-        self._up = up
-        self._down = down
-        self._activation = activation
+        self.up = up
+        self.down = down
+        self.activation = activation
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        return self._down(self._activation(self._up(hidden)))
+        return self.down(self.activation(self.up(hidden)))

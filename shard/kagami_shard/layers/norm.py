@@ -18,16 +18,16 @@ class Norm(Protocol):
 class RMSNorm:
     """`x / rms(x) * (center + weight)` (arXiv:1910.07467); Gemma's checkpoints center at one."""
 
-    __slots__ = ("_dtype", "_eps", "weight")
+    __slots__ = ("_dtype", "eps", "weight")
 
     def __init__(self, weight: Tensor, eps: float, *, center: float = 0.0) -> None:
         self.weight = weight.float() + center
-        self._eps = eps
+        self.eps = eps
         self._dtype = weight.dtype
 
     def __call__(self, hidden: Tensor) -> Tensor:
         exact = hidden.float()
-        scale = torch.rsqrt(exact.square().mean(-1, keepdim=True) + self._eps)
+        scale = torch.rsqrt(exact.square().mean(-1, keepdim=True) + self.eps)
         return (exact * scale * self.weight).to(self._dtype)
 
 
@@ -55,18 +55,35 @@ class ShardedRMSNorm:
 class LayerNorm:
     """Mean and variance, with weight and bias (arXiv:1607.06450)."""
 
-    __slots__ = ("_bias", "_dtype", "_eps", "weight")
+    __slots__ = ("_dtype", "bias", "eps", "weight")
 
     def __init__(self, weight: Tensor, bias: Tensor, eps: float) -> None:
         self.weight = weight.float()
-        self._bias = bias.float()
-        self._eps = eps
+        self.bias = bias.float()
+        self.eps = eps
         self._dtype = weight.dtype
 
     def __call__(self, hidden: Tensor) -> Tensor:
         exact = hidden.float()
-        normed = layer_norm(exact, exact.shape[-1:], self.weight, self._bias, self._eps)
+        normed = layer_norm(exact, exact.shape[-1:], self.weight, self.bias, self.eps)
         return normed.to(self._dtype)
+
+
+class FullNorm:
+    """Queries over all their heads together, keys over theirs (OLMo 2, arXiv:2501.00656)."""
+
+    __slots__ = ("_num_heads", "of_key", "of_query")
+
+    def __init__(self, num_heads: int, of_query: Norm, of_key: Norm) -> None:
+        self._num_heads = num_heads
+        self.of_query = of_query
+        self.of_key = of_key
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """`[num_tokens, num_heads + num_kv_heads, head_dim]`"""
+        query, key = hidden.tensor_split((self._num_heads,), dim=1)
+        normed = (self.of_query(query.flatten(1)), self.of_key(key.flatten(1)))
+        return torch.cat(normed, dim=1).view(hidden.shape)
 
 
 class Rounding:

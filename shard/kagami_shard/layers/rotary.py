@@ -45,14 +45,15 @@ class RotaryEmbedding:
     """Frequencies of one rope on a device."""
 
     def __init__(self, spec: RopeSpec, device: torch.device) -> None:
-        frequencies, self._attention_factor = KINDS[spec.kind](spec)
-        self._frequencies = frequencies.to(device)
+        frequencies, self.attention_factor = KINDS[spec.kind](spec)
+        self.frequencies = frequencies.to(device)
+        """`[rotary_dim / 2]` float32"""
 
     def rotation(self, positions: Tensor, dtype: torch.dtype) -> Rotation:
         """The tables for `positions`, `[num_tokens]`: float32 until the last step."""
-        angles = positions[:, None].float() * self._frequencies
-        cos = (angles.cos() * self._attention_factor).to(dtype)
-        sin = (angles.sin() * self._attention_factor).to(dtype)
+        angles = positions[:, None].float() * self.frequencies
+        cos = (angles.cos() * self.attention_factor).to(dtype)
+        sin = (angles.sin() * self.attention_factor).to(dtype)
         return Rotation(
             torch.cat((cos, cos), dim=-1)[:, None],
             torch.cat((-sin, sin), dim=-1)[:, None],

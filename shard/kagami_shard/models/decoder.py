@@ -10,7 +10,6 @@ all hold the stream: two sums a layer, one for the embedding, one gathering of t
 """
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -24,8 +23,17 @@ from kagami_shard.kv_cache import LayerShape
 from kagami_shard.layers.embedding import Embedding, Head, ShardedEmbedding, ShardedHead
 from kagami_shard.layers.linear import Projection, RowLinear, projection
 from kagami_shard.layers.mlp import ACTIVATIONS, MLP, GatedMLP
-from kagami_shard.layers.norm import LayerNorm, Norm, RMSNorm, Rounding, ShardedRMSNorm, no_norm
-from kagami_shard.layers.rotary import RotaryEmbedding, Rotation, rotate
+from kagami_shard.layers.norm import (
+    FullNorm,
+    LayerNorm,
+    Norm,
+    RMSNorm,
+    Rounding,
+    ShardedRMSNorm,
+    no_norm,
+)
+from kagami_shard.layers.rotary import RotaryEmbedding
+from kagami_shard.models.ops import Ops, SelfAttention, T, TorchOps
 from kagami_shard.models.spec import ModelSpec, NormKind, QKNorm
 from kagami_shard.quantization.base import DenseWeight, Weight
 from kagami_shard.quantization.source import LinearSource, Scheme
@@ -91,18 +99,19 @@ class Decoder:
 
     def forward(self, batch: ForwardBatch, attend: AttentionStep) -> Tensor:
         """Logits after `batch.logits_rows`: `[num_rows, vocab_size]` float32."""
-        hidden = self._embedding(batch.input_ids)
-        rotations = [rope.rotation(batch.positions, hidden.dtype) for rope in self._ropes]
-        hidden = hidden.float()
+        return self.run(TorchOps(batch, attend, self._ropes))
+
+    def run(self, ops: Ops[T]) -> T:
+        """The whole step in the verbs of `ops`; what they give for the logits."""
+        hidden = ops.embed(self._embedding)
         for layer in self._layers:
-            hidden = layer(hidden, rotations, attend)
-        return self._head(self._norm(hidden.index_select(0, batch.logits_rows)))
+            hidden = layer(hidden, ops)
+        return ops.logits(hidden, self._norm, self._head)
 
-
-class _Block(Protocol):
-    """The mlp half, gated or not."""
-
-    def __call__(self, hidden: Tensor) -> Tensor: ...
+    @property
+    def ropes(self) -> Sequence[RotaryEmbedding]:
+        """Those that `SelfAttention.rope` counts."""
+        return self._ropes
 
 
 class _Loader:
@@ -217,6 +226,22 @@ class _Loader:
             bias=spec.qkv_bias,
         )
 
+    def attention(self, index: int, layer: str) -> SelfAttention:
+        spec = self._spec
+        return SelfAttention(
+            self.heads.num_heads,
+            self.heads.num_kv_heads,
+            spec.head_dim,
+            spec.layers[index].rope,
+            self.qk_norm(layer),
+            AttentionSpec(
+                layer=index,
+                scale=spec.attention_scale,
+                window=spec.layers[index].window,
+                softcap=spec.attention_softcap,
+            ),
+        )
+
     def output(self, layer: str) -> Projection:
         columns = self._of_heads(self.heads.queries)
         return self._row_linear(
@@ -255,7 +280,7 @@ class _Loader:
                 return self._rms_norm(torch.cat((weight_of_query, weight_of_key)))
             case QKNorm.FULL:
                 heads = self.heads
-                return _FullNorm(
+                return FullNorm(
                     heads.num_heads,
                     self._full_norm(of_query, heads.queries, spec.num_heads),
                     self._full_norm(of_key, heads.keys, spec.num_kv_heads * heads.copies),
@@ -272,7 +297,7 @@ class _Loader:
             parallel=self._parallel,
         )
 
-    def mlp(self, layer: str) -> _Block:
+    def mlp(self, layer: str) -> GatedMLP | MLP:
         spec = self._spec
         if (activation := ACTIVATIONS.get(spec.activation)) is None:
             raise UnsupportedModel(
@@ -298,58 +323,19 @@ class _Layer:
     def __init__(self, spec: ModelSpec, index: int, load: _Loader) -> None:
         names = spec.names
         layer = f"{load.prefix}layers.{index}."
-        self._rope = spec.layers[index].rope
         self._multiplier = spec.residual_multiplier
         self._before_attention = load.norm_before(layer, names.before_attention)
-        self._attention = _SelfAttention(spec, index, layer, load)
+        self._qkv = load.qkv(layer)
+        self._attention = load.attention(index, layer)
+        self._output = load.output(layer)
         self._after_attention = load.norm_after(layer, names.after_attention)
         self._before_mlp = load.norm_before(layer, names.before_mlp)
         self._mlp = load.mlp(layer)
         self._after_mlp = load.norm_after(layer, names.after_mlp)
 
-    def __call__(self, hidden: Tensor, rotations: list[Rotation], attend: AttentionStep) -> Tensor:
-        update = self._attention(self._before_attention(hidden), rotations[self._rope], attend)
-        hidden = hidden.add(self._after_attention(update), alpha=self._multiplier)
-        update = self._mlp(self._before_mlp(hidden))
-        return hidden.add(self._after_mlp(update), alpha=self._multiplier)
-
-
-class _SelfAttention:
-    """One matmul for query, key and value; norms and turns of query and key in one go."""
-
-    def __init__(self, spec: ModelSpec, index: int, layer: str, load: _Loader) -> None:
-        self._num_heads = load.heads.num_heads
-        self._num_kv_heads = load.heads.num_kv_heads
-        self._head_dim = spec.head_dim
-        self._qkv = load.qkv(layer)
-        self._output = load.output(layer)
-        self._qk_norm = load.qk_norm(layer)
-        self._spec = AttentionSpec(
-            layer=index,
-            scale=spec.attention_scale,
-            window=spec.layers[index].window,
-            softcap=spec.attention_softcap,
-        )
-
-    def __call__(self, hidden: Tensor, rotation: Rotation, attend: AttentionStep) -> Tensor:
-        num_tokens = hidden.shape[0]
-        heads = self._qkv(hidden).view(num_tokens, -1, self._head_dim)
-        query_key, value = heads.tensor_split((self._num_heads + self._num_kv_heads,), dim=1)
-        query_key = rotate(self._qk_norm(query_key), rotation)
-        query, key = query_key.tensor_split((self._num_heads,), dim=1)
-        return self._output(attend(query, key, value, self._spec).view(num_tokens, -1))
-
-
-class _FullNorm:
-    """Queries over all their heads together, keys over theirs (OLMo 2, arXiv:2501.00656)."""
-
-    def __init__(self, num_heads: int, of_query: Norm, of_key: Norm) -> None:
-        self._num_heads = num_heads
-        self._of_query = of_query
-        self._of_key = of_key
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        """`[num_tokens, num_heads + num_kv_heads, head_dim]`"""
-        query, key = hidden.tensor_split((self._num_heads,), dim=1)
-        normed = (self._of_query(query.flatten(1)), self._of_key(key.flatten(1)))
-        return torch.cat(normed, dim=1).view(hidden.shape)
+    def __call__(self, hidden: T, ops: Ops[T]) -> T:
+        qkv = ops.linear(ops.norm(hidden, self._before_attention), self._qkv)
+        update = ops.linear(ops.attend(qkv, self._attention), self._output)
+        hidden = ops.add(hidden, update, self._after_attention, self._multiplier)
+        update = ops.mlp(ops.norm(hidden, self._before_mlp), self._mlp)
+        return ops.add(hidden, update, self._after_mlp, self._multiplier)

@@ -7,7 +7,7 @@ Logprobs are those of the unprocessed distribution (TGI's, taken after filtering
 null where top_p is set).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -82,15 +82,26 @@ class Drawn(NamedTuple):
     top_logprobs: Tensor
 
 
+Choose = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""The most likely id of each row, `[num_rows]` int64, and its logprob"""
+
+
 def draw(
     logits: Tensor,
     rows: Sequence[Row],
     *,
     banned: Banned | None = None,
     watermark: Watermark = _WATERMARK,
+    choose: Choose | None = None,
 ) -> Drawn:
-    """Draw one token per row of `logits`, `[num_rows, vocab_size]` float32, left unchanged."""
+    """Draw one token per row of `logits`, `[num_rows, vocab_size]` float32, left unchanged.
+
+    `choose` serves steps in which every row only wants its most likely token.
+    """
     processed = _processed(logits, rows, banned, watermark)
+    if choose is not None and processed is logits and _are_greedy(rows):
+        token_ids, logprobs = choose(logits)
+        return Drawn(token_ids, logprobs, token_ids[:, None][:, :0], logits[:, :0])
     token_ids = processed.argmax(-1)
     is_there = torch.ones_like(token_ids, dtype=torch.bool)
     sampled = [index for index, row in enumerate(rows) if row.parameters.do_sample]
@@ -101,6 +112,10 @@ def draw(
     scores = score(logits, token_ids, max((row.top_n for row in rows), default=0))
     logprobs = scores.logprobs.masked_fill(~is_there, float("nan")) if sampled else scores.logprobs
     return Drawn(token_ids, logprobs, scores.top_ids, scores.top_logprobs)
+
+
+def _are_greedy(rows: Sequence[Row]) -> bool:
+    return not any(row.parameters.do_sample or row.top_n for row in rows)
 
 
 def _processed(

@@ -35,13 +35,17 @@ def our_logits(
     model = load_model(
         folder, dtype=dtype, device=torch.device("cpu"), parallel=parallel, quantize=quantize
     )
-    runner = Runner(model, dtype=dtype)
+    return run_in_steps(Runner(model, dtype=dtype), tokens)
+
+
+def run_in_steps(runner: Runner, tokens: list[list[int]]) -> list[Tensor]:
+    """The logits after every token of three sequences."""
     a, b, c = (runner.add(each) for each in tokens)
     seen: dict[int, list[Tensor]] = {id(a): [], id(b): [], id(c): []}
 
     def step(*work: tuple[object, int]) -> None:
         for (sequence, _), logits in zip(work, runner.step(*work), strict=True):
-            seen[id(sequence)].append(logits)
+            seen[id(sequence)].append(logits.clone())  # a tape's are valid until the next step
 
     step((a, 7))
     step((a, 1), (b, 5), (c, 2))

@@ -195,7 +195,7 @@ def test_longrope_is_chosen_by_the_longest_sequence(save_checkpoint: Callable[..
     config = Phi3Config(**TINY, rope_parameters=rope, original_max_position_embeddings=8)
     folder, _ = save_checkpoint(config)
     short, long = load(folder, max_length=8), load(folder)
-    frequencies = [model._ropes[0]._frequencies for model in (short, long)]  # type: ignore[attr-defined]
+    frequencies = [model._ropes[0].frequencies for model in (short, long)]  # type: ignore[attr-defined]
     assert torch.equal(frequencies[0], 2 * frequencies[1])
 
 

@@ -1,0 +1,405 @@
+// Paged attention (arXiv:2309.06180) with rope, the norms of queries and keys, and the write into
+// the cache in one op. A running softmax over tiles of the cache (FlashAttention, arXiv:2205.14135):
+// a tile of keys and values is packed as weights are, then both products are panels (panel.h).
+//
+// The rows that share a tile are the heads of a KV group, times the tokens of a prompt's chunk: a
+// decode and a chunk differ in the number of rows only.
+#include <math.h>
+
+#include "simd.h"
+#include "step.h"
+
+namespace kg {
+namespace {
+
+constexpr int64_t kTile = kPanel;   // tokens of the cache at a time
+constexpr int64_t kMaxRows = 64;    // rows that attend together
+constexpr int64_t kMaxHeadDim = 256;
+// Decodes with few sequences are cut along the cache, so that all threads have something to read.
+constexpr int64_t kCutTokens = 256;
+
+struct Shape {
+  int64_t group, depth, blocks;  // queries of a KV head; head_dim padded; blocks of 16 of that
+  int64_t width;                 // of a token in the cache, all heads
+  explicit Shape(const kg_attention& spec)
+      : group(spec.num_heads / spec.num_kv_heads),
+        depth(round_up(spec.head_dim, kDepth)),
+        blocks(depth / kBlock),
+        width((int64_t)spec.num_kv_heads * spec.head_dim) {}
+};
+
+struct Scratch {  // one thread's, laid out in its kScratchBytes
+  kg_bf16 *queries, *keys, *values, *weights;
+  float *scores, *sums, *product, *largest, *total;
+  Scratch(char* base, const Shape& shape) {
+    auto take = [&base](int64_t bytes) {
+      char* taken = base;
+      base += round_up(bytes, 64);
+      return taken;
+    };
+    queries = (kg_bf16*)take(kMaxRows * shape.depth * 2);
+    keys = (kg_bf16*)take(kTile * shape.depth * 2);
+    values = (kg_bf16*)take(kTile * shape.depth * 2);
+    weights = (kg_bf16*)take(kMaxRows * kTile * 2);
+    scores = (float*)take(kMaxRows * kTile * 4);
+    sums = (float*)take(kMaxRows * shape.depth * 4);
+    product = (float*)take(kAmxRows * kPanel * 4);
+    largest = (float*)take(kMaxRows * 4);
+    total = (float*)take(kMaxRows * 4);
+  }
+};
+static_assert(kMaxRows * kMaxHeadDim * 6 + kTile * kMaxHeadDim * 4 + kMaxRows * kTile * 6 +
+                      kAmxRows * kPanel * 4 + kMaxRows * 8 + 9 * 64 <=
+                  kScratchBytes,
+              "a thread's scratch is too small");
+
+float mean_square(const float* x, int64_t count) {
+  __m512 sum = _mm512_setzero_ps();
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const __m512 value = _mm512_maskz_loadu_ps(lanes(count - i), x + i);
+    sum = _mm512_fmadd_ps(value, value, sum);
+  }
+  return _mm512_reduce_add_ps(sum) / (float)count;
+}
+
+void scale_by(float* x, const float* weight, float factor, int64_t count) {
+  const __m512 by = _mm512_set1_ps(factor);
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const __mmask16 mask = lanes(count - i);
+    const __m512 w = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, weight + i), by);
+    _mm512_mask_storeu_ps(x + i, mask, _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x + i), w));
+  }
+}
+
+void norm_queries_and_keys(const kg_attention& spec, float* heads) {
+  const int64_t dim = spec.head_dim, num_heads = spec.num_heads + spec.num_kv_heads;
+  if (spec.qk_norm == KG_NORM_HEADS) {
+    for (int64_t at = 0; at < num_heads * dim; at += dim)
+      scale_by(heads + at, spec.qk_weight + at,
+               1.f / sqrtf(mean_square(heads + at, dim) + spec.eps), dim);
+  } else if (spec.qk_norm == KG_NORM_ALL) {
+    const int64_t of_queries = spec.num_heads * dim, of_keys = spec.num_kv_heads * dim;
+    scale_by(heads, spec.qk_weight, 1.f / sqrtf(mean_square(heads, of_queries) + spec.eps),
+             of_queries);
+    scale_by(heads + of_queries, spec.qk_weight + of_queries,
+             1.f / sqrtf(mean_square(heads + of_queries, of_keys) + spec.eps), of_keys);
+  }
+}
+
+// Dimension i turns with i + half.
+void turn(float* head, const float* table, int64_t half) {
+  for (int64_t i = 0; i < half; i += kLanes) {
+    const __mmask16 mask = lanes(half - i);
+    const __m512 a = _mm512_maskz_loadu_ps(mask, head + i);
+    const __m512 b = _mm512_maskz_loadu_ps(mask, head + half + i);
+    const __m512 cosine = _mm512_maskz_loadu_ps(mask, table + i);
+    const __m512 sine = _mm512_maskz_loadu_ps(mask, table + half + i);
+    const __m512 first = _mm512_fmsub_ps(a, cosine, _mm512_mul_ps(b, sine));
+    _mm512_mask_storeu_ps(head + i, mask, first);
+    const __m512 second = _mm512_fmadd_ps(b, cosine, _mm512_mul_ps(a, sine));
+    _mm512_mask_storeu_ps(head + half + i, mask, second);
+  }
+}
+
+void round_to(kg_bf16* to, const float* from, int64_t count) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const __mmask16 mask = lanes(count - i);
+    store_bf16(to + i, mask, _mm512_maskz_loadu_ps(mask, from + i));
+  }
+}
+
+struct Attention {
+  const Step& step;
+  const kg_op& op;
+  const kg_attention& spec;
+  const kg_batch& batch;
+  const Shape shape;
+  const int thread;
+
+  Attention(const Step& step, const kg_op& op, int thread)
+      : step(step),
+        op(op),
+        spec(*(const kg_attention*)op.params),
+        batch(*step.batch),
+        shape(spec),
+        thread(thread) {}
+
+  int64_t slot(int64_t sequence, int64_t position) const {
+    const int64_t block =
+        batch.block_tables[sequence * batch.table_width + position / batch.block_size];
+    return block * batch.block_size + position % batch.block_size;
+  }
+
+  float* heads_of(int64_t token) const {
+    return step.row<float>(step.buffer(op.in), token, batch.num_tokens, thread);
+  }
+
+  // Queries stay in their row, turned and rounded: bf16 in the first half of their floats.
+  const kg_bf16* query(int64_t token, int64_t head) const {
+    return (const kg_bf16*)heads_of(token) + head * spec.head_dim;
+  }
+
+  void write_token(int64_t sequence, int64_t token, int64_t position) const {
+    float* heads = heads_of(token);
+    const int64_t dim = spec.head_dim, of_queries = spec.num_heads * dim;
+    norm_queries_and_keys(spec, heads);
+    const float* table = step.row<float>(step.buffer(op.index), token, batch.num_tokens, thread);
+    for (int64_t head = 0; head < spec.num_heads + spec.num_kv_heads; head++)
+      turn(heads + head * dim, table, spec.rotary_half);
+    const int64_t at = slot(sequence, position) * shape.width;
+    round_to(batch.keys[spec.layer] + at, heads + of_queries, shape.width);
+    round_to(batch.values[spec.layer] + at, heads + of_queries + shape.width, shape.width);
+    round_to((kg_bf16*)heads, heads, of_queries);
+  }
+
+  void write(Part tokens) const {
+    int64_t sequence = 0;
+    for (int64_t token = tokens.begin; token < tokens.end; token++) {
+      while (sequence + 1 < batch.num_sequences && step.first_tokens[sequence + 1] <= token)
+        sequence++;
+      const int64_t first = batch.kv_lens[sequence] - batch.query_lens[sequence];
+      write_token(sequence, token, first + token - step.first_tokens[sequence]);
+    }
+  }
+
+  void prefetch(const Attending& item, int64_t begin) const {
+    const int64_t end = std::min<int64_t>(begin + kTile, item.end);
+    for (int64_t position = begin; position < end; position++) {
+      const int64_t at =
+          slot(item.sequence, position) * shape.width + item.kv_head * spec.head_dim;
+      for (int64_t i = 0; i < spec.head_dim; i += 32) {
+        _mm_prefetch((const char*)(batch.keys[spec.layer] + at + i), _MM_HINT_T0);
+        _mm_prefetch((const char*)(batch.values[spec.layer] + at + i), _MM_HINT_T0);
+      }
+    }
+  }
+
+  // Keys as the weight of queries @ keys.T: 2 blocks of 16 tokens, [depth / 2][16][2] each.
+  // Values as that of weights @ values: blocks of 16 dimensions, [16 pairs of tokens][16][2].
+  // Tokens behind the end become zeros, for a weight of 0 does not undo what is no number.
+  void pack(const Attending& item, int64_t begin, const Scratch& scratch) const {
+    const kg_bf16 *keys[kTile], *values[kTile];
+    const int64_t count = std::min<int64_t>(kTile, item.end - begin);
+    for (int64_t i = 0; i < count; i++) {
+      const int64_t at =
+          slot(item.sequence, begin + i) * shape.width + item.kv_head * spec.head_dim;
+      keys[i] = batch.keys[spec.layer] + at;
+      values[i] = batch.values[spec.layer] + at;
+    }
+    for (int64_t first = 0; first < kTile; first += kBlock)
+      for (int64_t column = 0; column < shape.depth; column += 32) {
+        const int64_t left = spec.head_dim - column;
+        const __mmask32 mask = left >= 32 ? 0xffffffffu : (__mmask32)((1u << left) - 1);
+        __m512i rows[kBlock];
+        for (int64_t i = 0; i < kBlock; i++)
+          rows[i] = first + i < count ? _mm512_maskz_loadu_epi16(mask, keys[first + i] + column)
+                                      : _mm512_setzero_si512();
+        transpose(rows);
+        kg_bf16* to = scratch.keys + first * shape.depth + column * kBlock;
+        for (int64_t i = 0; i < kBlock; i++) _mm512_storeu_si512(to + i * 32, rows[i]);
+      }
+    for (int64_t pair = 0; pair < kTile / 2; pair++) {
+      const int64_t i = 2 * pair;
+      for (int64_t block = 0; block < shape.blocks; block++) {
+        const __mmask16 mask = lanes(spec.head_dim - block * kBlock);
+        const __mmask16 of_even = i < count ? mask : 0, of_odd = i + 1 < count ? mask : 0;
+        const __m256i even = _mm256_maskz_loadu_epi16(of_even, values[i] + block * kBlock);
+        const __m256i odd = _mm256_maskz_loadu_epi16(of_odd, values[i + 1] + block * kBlock);
+        const __m512i both = _mm512_or_si512(
+            _mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
+        _mm512_storeu_si512(scratch.values + block * kBlock * kTile + pair * 32, both);
+      }
+    }
+  }
+
+  // Each row's query, times all tokens of the tile; each row's weights, times two blocks of values.
+  template <class Use>
+  void multiply(int64_t rows, const kg_bf16* x, int64_t stride, const kg_bf16* weight,
+                int64_t block_stride, int64_t k, float* product, Use use) const {
+    const Kernel kernel = kernel_for(rows, step.pool->use_amx);
+    const int64_t passes = (rows + kernel.max_rows - 1) / kernel.max_rows;
+    for (int64_t pass = 0; pass < passes; pass++) {
+      const Part part = part_of(rows, pass, passes);
+      kernel.run({weight, block_stride, x + part.begin * stride, stride,
+                  (int)(part.end - part.begin), k, product, nullptr, 0});
+      for (int64_t row = part.begin; row < part.end; row++)
+        use(row, product + (row - part.begin) * kPanel);
+    }
+  }
+
+  // Which of the tile's tokens the token at `position` sees.
+  uint32_t seen(const Attending& item, int64_t begin, int64_t position) const {
+    const int64_t last = std::min<int64_t>(position, item.end - 1);
+    const int64_t first = spec.window ? std::max<int64_t>(0, position - spec.window + 1) : 0;
+    const int64_t low = std::max<int64_t>(first - begin, 0);
+    const int64_t high = std::min<int64_t>(last - begin + 1, kTile);
+    if (low >= high) return 0;
+    return (uint32_t)((1ull << high) - (1ull << low));
+  }
+
+  // One row's share of a tile: scores to weights, and what was summed before to the new scale.
+  void soften(const Scratch& scratch, int64_t row, const float* scores, uint32_t mask) const {
+    const __m512 scale = _mm512_set1_ps(spec.scale);
+    __m512 x[2];
+    __m512 largest = _mm512_set1_ps(scratch.largest[row]);
+    for (int half = 0; half < 2; half++) {
+      x[half] = _mm512_mul_ps(_mm512_loadu_ps(scores + half * kLanes), scale);
+      if (spec.softcap != 0) x[half] = activate(KG_SOFTCAP, x[half], spec.softcap);
+      const __mmask16 of_half = (__mmask16)(mask >> (half * kLanes));
+      largest = _mm512_mask_max_ps(largest, of_half, largest, x[half]);
+    }
+    const float top = _mm512_reduce_max_ps(largest);
+    __m512 total = _mm512_setzero_ps();
+    for (int half = 0; half < 2; half++) {
+      const __mmask16 of_half = (__mmask16)(mask >> (half * kLanes));
+      const __m512 weight =
+          _mm512_maskz_mov_ps(of_half, exp(_mm512_sub_ps(x[half], _mm512_set1_ps(top))));
+      total = _mm512_add_ps(total, weight);
+      store_bf16(scratch.weights + row * kTile + half * kLanes, weight);
+    }
+    const float before = expf(scratch.largest[row] - top);
+    scratch.total[row] = scratch.total[row] * before + _mm512_reduce_add_ps(total);
+    if (top == scratch.largest[row]) return;
+    scratch.largest[row] = top;
+    float* sums = scratch.sums + row * shape.depth;
+    for (int64_t i = 0; i < shape.depth; i += kLanes)
+      _mm512_storeu_ps(sums + i, _mm512_mul_ps(_mm512_loadu_ps(sums + i), _mm512_set1_ps(before)));
+  }
+
+  void attend(const Attending& item, const Scratch& scratch) const {
+    const int64_t rows = item.num_rows * shape.group;
+    const int64_t token = step.first_tokens[item.sequence] + item.first_row;
+    const int64_t position = batch.kv_lens[item.sequence] - batch.query_lens[item.sequence] +
+                             item.first_row;
+    for (int64_t row = 0; row < rows; row++) {
+      kg_bf16* to = scratch.queries + row * shape.depth;
+      const int64_t head = item.kv_head * shape.group + row % shape.group;
+      memcpy(to, query(token + row / shape.group, head), spec.head_dim * 2);
+      memset(to + spec.head_dim, 0, (shape.depth - spec.head_dim) * 2);
+      scratch.largest[row] = -1e30f;  // finite: nothing seen yet must not become inf - inf
+      scratch.total[row] = 0;
+    }
+    memset(scratch.sums, 0, rows * shape.depth * 4);
+    for (int64_t begin = item.begin; begin < item.end; begin += kTile) {
+      pack(item, begin, scratch);
+      prefetch(item, begin + kTile);
+      multiply(rows, scratch.queries, shape.depth, scratch.keys, kBlock * shape.depth, shape.depth,
+               scratch.product, [&](int64_t row, const float* scores) {
+                 soften(scratch, row, scores, seen(item, begin, position + row / shape.group));
+               });
+      for (int64_t block = 0; block < shape.blocks; block += 2)
+        multiply(rows, scratch.weights, kTile, scratch.values + block * kBlock * kTile,
+                 kBlock * kTile, kTile, scratch.product, [&](int64_t row, const float* product) {
+                   float* sums = scratch.sums + row * shape.depth + block * kBlock;
+                   for (int half = 0; half < kPanel; half += kLanes)
+                     _mm512_storeu_ps(sums + half, _mm512_add_ps(_mm512_loadu_ps(sums + half),
+                                                                 _mm512_loadu_ps(product + half)));
+                 });
+    }
+    if (item.partial >= 0)
+      keep(item, scratch, rows);
+    else
+      for (int64_t row = 0; row < rows; row++)
+        finish(token + row / shape.group, item.kv_head * shape.group + row % shape.group,
+               scratch.sums + row * shape.depth, scratch.total[row]);
+  }
+
+  void finish(int64_t token, int64_t head, const float* sums, float total) const {
+    kg_bf16* out = step.row<kg_bf16>(step.buffer(op.out), token, batch.num_tokens, thread);
+    const __m512 by = _mm512_set1_ps(1.f / total);
+    for (int64_t i = 0; i < spec.head_dim; i += kLanes)
+      store_bf16(out + head * spec.head_dim + i, lanes(spec.head_dim - i),
+                 _mm512_mul_ps(_mm512_loadu_ps(sums + i), by));
+  }
+
+  // Of a decode that was cut: [group][depth] sums, then largest, then total.
+  float* partial(int64_t index) const { return step.partials + index * partial_floats(spec); }
+
+  void keep(const Attending& item, const Scratch& scratch, int64_t rows) const {
+    float* to = partial(item.partial);
+    memcpy(to, scratch.sums, rows * shape.depth * 4);
+    memcpy(to + rows * shape.depth, scratch.largest, rows * 4);
+    memcpy(to + rows * (shape.depth + 1), scratch.total, rows * 4);
+  }
+
+  void merge(const Attending& first, const Scratch& scratch) const {
+    const int64_t rows = shape.group, stride = partial_floats(spec);
+    const float* parts = partial(first.partial);
+    for (int64_t row = 0; row < rows; row++) {
+      float top = -1e30f, total = 0;
+      for (int32_t i = 0; i < first.num_partials; i++)
+        top = std::max(top, parts[i * stride + rows * shape.depth + row]);
+      float* sums = scratch.sums;
+      memset(sums, 0, shape.depth * 4);
+      for (int32_t i = 0; i < first.num_partials; i++) {
+        const float* part = parts + i * stride;
+        const float factor = expf(part[rows * shape.depth + row] - top);
+        total += part[rows * (shape.depth + 1) + row] * factor;
+        for (int64_t d = 0; d < shape.depth; d++) sums[d] += part[row * shape.depth + d] * factor;
+      }
+      finish(step.first_tokens[first.sequence], first.kv_head * rows + row, sums, total);
+    }
+  }
+};
+
+}  // namespace
+
+int64_t partial_floats(const kg_attention& spec) {
+  const Shape shape(spec);
+  return round_up(shape.group * (shape.depth + 2), kLanes);
+}
+
+// Items are taken one after the other by whoever is free, the longest first: chunks from their
+// last tokens backwards, then decodes (the engine sorts them by length).
+void plan_attention(const kg_batch& batch, const kg_attention& spec, int num_threads, Plan& plan) {
+  auto& items = plan.items;
+  items.clear();
+  const Shape shape(spec);
+  const int64_t at_once = std::max<int64_t>(1, kMaxRows / shape.group);
+  auto start = [&spec](int64_t position) {
+    return (int32_t)(spec.window ? std::max<int64_t>(0, position - spec.window + 1) : 0);
+  };
+  for (int64_t sequence = batch.num_sequences - 1; sequence >= batch.num_decodes; sequence--) {
+    const int64_t count = batch.query_lens[sequence], before = batch.kv_lens[sequence] - count;
+    for (int64_t row = (count - 1) / at_once * at_once; row >= 0; row -= at_once) {
+      const int64_t rows = std::min(at_once, count - row);
+      for (int32_t head = 0; head < spec.num_kv_heads; head++)
+        items.push_back({(int32_t)sequence, head, (int32_t)row, (int32_t)rows, start(before + row),
+                         (int32_t)(before + row + rows), -1, 0});
+    }
+  }
+  const bool cuts = num_threads > 1 &&
+                    batch.num_decodes * spec.num_kv_heads < 4 * num_threads &&
+                    batch.num_decodes == batch.num_sequences;
+  plan.num_partials = 0;
+  for (int64_t sequence = batch.num_decodes - 1; sequence >= 0; sequence--) {
+    const int32_t end = (int32_t)batch.kv_lens[sequence], begin = start(end - 1);
+    const int32_t parts = cuts ? (int32_t)std::max<int64_t>(1, (end - begin) / kCutTokens) : 1;
+    for (int32_t head = 0; head < spec.num_kv_heads; head++)
+      for (int32_t part = 0; part < parts; part++) {
+        const Part range = part_of((end - begin + kTile - 1) / kTile, part, parts);
+        items.push_back({(int32_t)sequence, head, 0, 1, (int32_t)(begin + range.begin * kTile),
+                         (int32_t)std::min<int64_t>(end, begin + range.end * kTile),
+                         parts > 1 ? (int32_t)plan.num_partials++ : -1, part == 0 && parts > 1 ? parts : 0});
+      }
+  }
+}
+
+bool attend(const Step& step, const kg_op& op, const Plan& plan, int thread) {
+  const Attention attention(step, op, thread);
+  const Scratch scratch(step.scratch[thread], attention.shape);
+  attention.write(part_of(step.batch->num_tokens, thread, step.pool->num_threads));
+  if (thread == 0) step.next_item->store(0, std::memory_order_relaxed);
+  step.pool->barrier();
+  const auto& items = plan.items;
+  const int64_t count = (int64_t)items.size();
+  for (int64_t i; (i = step.next_item->fetch_add(1, std::memory_order_relaxed)) < count;)
+    attention.attend(items[i], scratch);
+  if (!plan.num_partials) return true;
+  step.pool->barrier();
+  for (int64_t i = thread; i < count; i += step.pool->num_threads)
+    if (items[i].num_partials) attention.merge(items[i], scratch);
+  return true;
+}
+
+}  // namespace kg

@@ -1,0 +1,102 @@
+"""The library against torch at load: every verb of a decoder over a small step with chunks.
+
+A compiler's bug, a processor's, or a library of another build must not make wrong tokens quietly.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch.nn.functional import silu
+
+from kagami_shard.attention.base import AttentionSpec
+from kagami_shard.attention.cpu import CpuAttention
+from kagami_shard.attention.sdpa import SdpaAttention
+from kagami_shard.batch import ForwardBatch
+from kagami_shard.graphs import record
+from kagami_shard.kv_cache import KVCache, LayerShape
+from kagami_shard.layers.embedding import Embedding, Head
+from kagami_shard.layers.linear import Linear
+from kagami_shard.layers.mlp import GatedMLP
+from kagami_shard.layers.norm import RMSNorm, no_norm
+from kagami_shard.layers.rotary import RopeSpec, RotaryEmbedding
+from kagami_shard.models.ops import Ops, SelfAttention, T, TorchOps
+from kagami_shard.models.recorded import replay_into
+from kagami_shard.native.runtime import Runtime
+
+_HEADS, _KV_HEADS, _DIM, _WIDTH, _VOCAB = 6, 2, 32, 96, 80
+_BLOCK = 8
+_TOLERANCE = 0.05
+"""Of the largest logit: rounding to bf16 between the ops makes 0.01"""
+
+
+class _Sample:
+    """One random layer."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        generator = torch.Generator().manual_seed(0)
+
+        def random(*shape: int) -> torch.Tensor:
+            values: torch.Tensor = torch.randn(shape, generator=generator) / shape[-1] ** 0.5
+            return values.bfloat16().to(dtype)
+
+        heads = (_HEADS + 2 * _KV_HEADS) * _DIM
+        self._embedding = Embedding(random(_VOCAB, _WIDTH))
+        self._qkv = Linear(random(heads, _WIDTH))
+        self._output = Linear(random(_WIDTH, _HEADS * _DIM), random(_WIDTH))
+        self._mlp = GatedMLP(Linear(random(128, _WIDTH)), Linear(random(_WIDTH, 64)), silu)
+        self._norm = RMSNorm(random(_WIDTH), 1e-5, center=1.0)
+        self._head = Head(Linear(random(_VOCAB, _WIDTH)), _VOCAB)
+        self.ropes = [RotaryEmbedding(RopeSpec(_DIM, 1e4, 64, 64), torch.device("cpu"))]
+        self._attention = SelfAttention(
+            _HEADS, _KV_HEADS, _DIM, 0, no_norm, AttentionSpec(0, _DIM**-0.5)
+        )
+
+    def run(self, ops: Ops[T]) -> T:
+        hidden = ops.embed(self._embedding)
+        qkv = ops.linear(ops.norm(hidden, self._norm), self._qkv)
+        update = ops.linear(ops.attend(qkv, self._attention), self._output)
+        hidden = ops.add(hidden, update, no_norm, 1.0)
+        update = ops.mlp(ops.norm(hidden, self._norm), self._mlp)
+        return ops.logits(ops.add(hidden, update, no_norm, 1.0), self._norm, self._head)
+
+
+def agrees_with_torch(runtime: Runtime) -> bool:
+    """Whether the library computes what torch does, up to rounding."""
+    exact, sample = _Sample(torch.float32), _Sample(torch.bfloat16)
+    tape = record(sample, runtime)
+    caches = [_cache(torch.float32), _cache(torch.bfloat16)]
+    for lens in ([(0, 37)], [(37, 1), (0, 9)]):
+        batch = _batch(lens)
+        step = SdpaAttention().prepare(batch, caches[0])
+        expected = exact.run(TorchOps(batch, step, exact.ropes))
+        logits = torch.empty_like(expected)
+        replay_into(tape, batch, CpuAttention().prepare(batch, caches[1]), logits)
+        if not (logits - expected).abs().max() < _TOLERANCE * expected.abs().max():
+            return False
+    return True
+
+
+def _cache(dtype: torch.dtype) -> KVCache:
+    layers = [LayerShape(_KV_HEADS, _DIM, _DIM)]
+    return KVCache(layers, 16, _BLOCK, dtype=dtype, device=torch.device("cpu"))
+
+
+def _batch(work: Sequence[tuple[int, int]]) -> ForwardBatch:
+    """Sequences with so many tokens in the cache, and so many more."""
+    tables = torch.tensor([[3, 1, 8, 5, 9], [2, 7, 0, 0, 0]])[: len(work)]
+    positions = [p for before, count in work for p in range(before, before + count)]
+    owners = [i for i, (_, count) in enumerate(work) for _ in range(count)]
+    slots = [
+        int(tables[i, p // _BLOCK]) * _BLOCK + p % _BLOCK
+        for i, p in zip(owners, positions, strict=True)
+    ]
+    return ForwardBatch(
+        input_ids=torch.arange(len(positions)) * 7 % _VOCAB,
+        positions=torch.tensor(positions),
+        slots=torch.tensor(slots),
+        block_tables=tables,
+        query_lens=tuple(count for _, count in work),
+        kv_lens=tuple(before + count for before, count in work),
+        num_decodes=sum(count == 1 for _, count in work),
+        logits_rows=torch.arange(len(positions)),
+    )

@@ -1,0 +1,133 @@
+// The C interface of the CPU's library: what Python sees of it (library.py mirrors these structs).
+//
+// A step is a *tape*: a list of ops over numbered buffers, recorded once for a model and replayed
+// in one call per step, whatever the step's size is. Rows of a buffer are tokens (or the rows that
+// logits are wanted for); a buffer is numbered by its place in the list given to kg_tape_new.
+// Nothing here allocates during a replay, except the first one that is larger than all before.
+#pragma once
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef uint16_t kg_bf16;
+
+enum { KG_BF16 = 0 };  // kg_linear.kind: other formats of weights are other rows of kinds.h
+
+enum {  // kg_op.code            in        out       params           index
+  KG_EMBED,     //               ids       float32   kg_embedding
+  KG_ROPE,      //               positions float32   kg_rope          [num_tokens, cos | sin]
+  KG_NORM,      //               float32   bf16      kg_norm
+  KG_ADD_NORM,  //               float32   float32   kg_norm          out += alpha * norm(in)
+  KG_LINEAR,    //               bf16      epilogue  kg_linear
+  KG_ATTEND,    //               float32   bf16      kg_attention     buffer of the rope's tables
+};
+
+enum {  // kg_op.epilogue of KG_LINEAR, y = x @ W.T + bias
+  KG_STORE_FLOAT,  // out = act(alpha * y), float32
+  KG_STORE_BF16,   // out = act(y), bf16
+  KG_ADD,          // out += alpha * y, float32
+  KG_GATED,        // out = act(gate) * up, bf16; gate and up interleaved by 16 (kg_pack)
+};
+
+enum { KG_NO_ACTIVATION, KG_SILU, KG_GELU, KG_GELU_TANH, KG_RELU, KG_SOFTCAP };
+
+enum { KG_ROUND, KG_RMS, KG_LAYER_NORM };            // kg_norm.kind
+enum { KG_NO_QK_NORM, KG_NORM_HEADS, KG_NORM_ALL };  // kg_attention.qk_norm
+
+enum { KG_LOGITS = -1 };  // as a buffer: kg_batch.logits
+
+typedef struct {
+  int32_t kind;
+  int32_t rows, columns;  // of the weight, as the checkpoint has it: [out, in]
+  const void* weight;     // packed
+  const float* scales;    // what the kind needs, or NULL
+  const float* bias;      // float32, in the order of the packed rows, padded to 32; or NULL
+} kg_linear;
+
+typedef struct {
+  int32_t width;
+  int32_t is_packed;   // 1: the packed weight of a tied head, 0: rows one after the other
+  const void* weight;  // bf16
+  float multiplier;
+} kg_embedding;
+
+typedef struct {
+  int32_t half;  // rotary_dim / 2
+  float factor;  // on cos and sin
+  const float* frequencies;
+} kg_rope;
+
+typedef struct {
+  int32_t kind;
+  int32_t width;
+  float eps;
+  int32_t gathers;  // 1: row i of `in` is kg_batch.rows[i]
+  const float* weight;
+  const float* bias;
+} kg_norm;
+
+typedef struct {
+  int32_t layer;  // index into the cache
+  int32_t num_heads, num_kv_heads, head_dim, rotary_half;
+  int32_t window;  // 0: none
+  int32_t qk_norm;
+  float scale, softcap, eps;  // softcap 0: none
+  const float* qk_weight;     // [num_heads + num_kv_heads, head_dim]
+} kg_attention;
+
+typedef struct {
+  int32_t code, in, out, index, epilogue, activation;
+  float alpha, bound;  // bound: of KG_SOFTCAP
+  const void* params;
+} kg_op;
+
+typedef struct {
+  int32_t columns, item_size;
+  int32_t is_replicated;  // small steps give each thread a copy of its own (KG_NORM's output)
+  int32_t reserved;
+} kg_buffer;
+
+typedef struct {  // one step; see batch.py and kv_cache.py
+  int64_t num_tokens, num_rows, num_sequences, num_decodes, table_width;
+  const int64_t *input_ids, *positions, *rows, *block_tables, *query_lens, *kv_lens;
+  kg_bf16* const* keys;  // per layer [num_blocks, block_size, num_kv_heads, head_dim]
+  kg_bf16* const* values;
+  int64_t block_size;
+  float* logits;  // [num_rows, vocab_size]
+} kg_batch;
+
+typedef struct kg_pool kg_pool;
+typedef struct kg_tape kg_tape;
+
+int kg_cpu_is_supported(void);  // AVX-512 with bf16; the only call that any x86-64 may make
+int kg_has_amx(void);           // and this process may use it
+
+// Threads, the caller counted. At a barrier a thread looks `spins` times before it sleeps.
+kg_pool* kg_pool_new(int num_threads, int spins, int use_amx);
+void kg_pool_delete(kg_pool*);
+
+int64_t kg_packed_bytes(int kind, int64_t rows, int64_t columns);
+// bf16 [rows, columns] into the order that `kind`'s kernels read. With `gated` the upper half of
+// the rows is the gate, the lower half `up`: they come to lie in turns of 16.
+void kg_pack(int kind, const kg_bf16* weight, int64_t rows, int64_t columns, int gated, void* packed);
+void kg_unpack(int kind, const void* packed, int64_t rows, int64_t columns, int gated, kg_bf16* weight);
+int64_t kg_padded_rows(int64_t rows, int gated);
+
+void* kg_huge_alloc(int64_t bytes);  // zeros, aligned to 2 MiB, on huge pages; NULL: no memory
+void kg_huge_free(void*, int64_t bytes);
+
+// Copies ops and buffers; params must outlive the tape.
+kg_tape* kg_tape_new(kg_pool*, const kg_op*, int num_ops, const kg_buffer*, int num_buffers);
+void kg_tape_delete(kg_tape*);
+int kg_replay(kg_tape*, const kg_batch*);  // 0, or 1: no memory for the buffers of such a step
+const void* kg_tape_buffer(kg_tape*, int buffer, int64_t* row_bytes);  // for tests, after a replay
+
+// Greedy rows: the most likely id of each row of `logits` and its log probability.
+void kg_greedy(kg_pool*, const float* logits, int64_t num_rows, int64_t vocab_size, int64_t* ids,
+               float* logprobs);
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,49 @@
+// The one inner kernel: some rows of activations times a panel of 32 columns.
+//
+// Linear layers are this over a packed weight, attention is this over a tile of keys or values
+// packed on the spot. A packed panel is two blocks of 16 columns, each [k / 2][16][2] bf16: what
+// `vdpbf16ps` multiplies with a broadcast pair of activations, and what an AMX B tile (16 pairs
+// of rows) wants. So one layout serves both kinds of processor.
+#pragma once
+#include "ops.h"
+
+namespace kg {
+
+constexpr int kBlock = 16;         // columns of a block
+constexpr int kPanel = 2 * kBlock;  // columns of a panel
+constexpr int kDepth = 32;          // k is padded to this: the depth of an AMX tile
+
+struct Panel {
+  const kg_bf16* weight;
+  int64_t block_stride;  // from one block to the next, in elements
+  const kg_bf16* x;
+  int64_t x_stride;  // in elements
+  int rows;
+  int64_t k;               // a multiple of kDepth
+  float* out;              // [rows][kPanel]
+  const char* next;        // where to prefetch from meanwhile, or null
+  int64_t next_lines;      // cache lines of it, for every 2 columns of k at most 2
+};
+
+using PanelKernel = void (*)(const Panel&);
+
+struct Kernel {
+  PanelKernel run;
+  int max_rows;
+};
+
+void panel_avx512(const Panel&);
+void panel_amx(const Panel&);
+constexpr int kAvx512Rows = 8, kAmxRows = 32;
+// Up to so many rows the vector unit keeps up with the memory, and needs no tiles set up.
+constexpr int kFewRows = 4;
+
+inline Kernel kernel_for(int64_t rows, bool use_amx) {
+  if (use_amx && rows > kFewRows) return {panel_amx, kAmxRows};
+  return {panel_avx512, kAvx512Rows};
+}
+
+bool has_amx();        // asks the kernel for the tiles' state, too
+void release_tiles();  // the thread's; a thread with live tiles is slow to switch
+
+}  // namespace kg

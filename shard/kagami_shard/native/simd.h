@@ -1,0 +1,127 @@
+// AVX-512 pieces shared by the kernels: conversions and the few functions activations need.
+#pragma once
+#include <immintrin.h>
+#include <string.h>
+
+#include <initializer_list>
+
+#include "ops.h"
+
+namespace kg {
+
+constexpr int kLanes = 16;
+
+inline int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
+
+// The lowest `count` lanes; any count.
+inline __mmask16 lanes(int64_t count) {
+  return count >= kLanes ? 0xffff : count <= 0 ? 0 : (__mmask16)((1u << count) - 1);
+}
+
+inline float to_float(kg_bf16 value) {
+  uint32_t bits = (uint32_t)value << 16;
+  float result;
+  memcpy(&result, &bits, 4);
+  return result;
+}
+
+inline __m512 widen(__m256i halves) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+}
+inline __m512 load_bf16(const kg_bf16* p) { return widen(_mm256_loadu_si256((const __m256i*)p)); }
+inline __m512 load_bf16(const kg_bf16* p, __mmask16 mask) {
+  return widen(_mm256_maskz_loadu_epi16(mask, p));
+}
+inline __m256i narrow(__m512 value) { return (__m256i)_mm512_cvtneps_pbh(value); }
+inline void store_bf16(kg_bf16* p, __m512 value) { _mm256_storeu_si256((__m256i*)p, narrow(value)); }
+inline void store_bf16(kg_bf16* p, __mmask16 mask, __m512 value) {
+  _mm256_mask_storeu_epi16(p, mask, narrow(value));
+}
+
+// exp with a relative error under 2e-7: 2^n times a polynomial on [-ln2/2, ln2/2]. NaN stays NaN,
+// because min and max give their second operand then.
+inline __m512 exp(__m512 x) {
+  x = _mm512_min_ps(_mm512_set1_ps(88.7f), _mm512_max_ps(_mm512_set1_ps(-104.f), x));
+  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504089f)), 0);
+  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693145752f), x);  // ln 2 in two parts
+  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(1.42860677e-6f), r);
+  __m512 p = _mm512_set1_ps(1.f / 720);
+  for (float coefficient : {1.f / 120, 1.f / 24, 1.f / 6, 0.5f, 1.f, 1.f})
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(coefficient));
+  return _mm512_scalef_ps(p, n);
+}
+
+inline __m512 sigmoid(__m512 x) {
+  const __m512 one = _mm512_set1_ps(1.f);
+  return _mm512_div_ps(one, _mm512_add_ps(one, exp(_mm512_sub_ps(_mm512_setzero_ps(), x))));
+}
+
+inline __m512 tanh(__m512 x) {  // 2 sigmoid(2x) - 1
+  const __m512 two = _mm512_set1_ps(2.f);
+  return _mm512_fmsub_ps(two, sigmoid(_mm512_mul_ps(two, x)), _mm512_set1_ps(1.f));
+}
+
+// Abramowitz and Stegun 7.1.26: absolute error under 1.5e-7.
+inline __m512 erf(__m512 x) {
+  const __m512 one = _mm512_set1_ps(1.f), size = _mm512_abs_ps(x);
+  const __m512 t = _mm512_div_ps(one, _mm512_fmadd_ps(size, _mm512_set1_ps(0.3275911f), one));
+  __m512 p = _mm512_set1_ps(1.061405429f);
+  for (float coefficient : {-1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f})
+    p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(coefficient));
+  const __m512 tail = exp(_mm512_sub_ps(_mm512_setzero_ps(), _mm512_mul_ps(size, size)));
+  const __m512 result = _mm512_fnmadd_ps(_mm512_mul_ps(p, t), tail, one);
+  const __mmask16 negative = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ);
+  return _mm512_mask_sub_ps(result, negative, _mm512_setzero_ps(), result);
+}
+
+inline __m512 activate(int activation, __m512 x, float bound) {
+  const __m512 half = _mm512_set1_ps(0.5f), one = _mm512_set1_ps(1.f);
+  switch (activation) {
+    case KG_SILU:
+      return _mm512_mul_ps(x, sigmoid(x));
+    case KG_GELU: {
+      const __m512 inner = erf(_mm512_mul_ps(x, _mm512_set1_ps(0.70710678f)));
+      return _mm512_mul_ps(_mm512_mul_ps(half, x), _mm512_add_ps(one, inner));
+    }
+    case KG_GELU_TANH: {  // x * sigmoid(2 * sqrt(2 / pi) * (x + 0.044715 x^3))
+      const __m512 square = _mm512_mul_ps(x, x);
+      const __m512 cubic = _mm512_fmadd_ps(square, _mm512_set1_ps(0.044715f), one);
+      const __m512 scaled = _mm512_mul_ps(x, _mm512_set1_ps(1.5957691216f));
+      return _mm512_mul_ps(x, sigmoid(_mm512_mul_ps(scaled, cubic)));
+    }
+    case KG_RELU:
+      return _mm512_max_ps(_mm512_setzero_ps(), x);
+    case KG_SOFTCAP: {
+      const __m512 cap = _mm512_set1_ps(bound);
+      return _mm512_mul_ps(cap, tanh(_mm512_div_ps(x, cap)));
+    }
+    default:
+      return x;
+  }
+}
+
+// 16 rows of 16 x 32 bits become 16 columns.
+inline void transpose(__m512i r[16]) {
+  __m512i t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  for (int half = 0; half < 16; half += 8)
+    for (int i = 0; i < 4; i++) {
+      t[half + i] = _mm512_shuffle_i32x4(r[half + i], r[half + i + 4], 0x88);
+      t[half + i + 4] = _mm512_shuffle_i32x4(r[half + i], r[half + i + 4], 0xdd);
+    }
+  for (int i = 0; i < 8; i++) {
+    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+  }
+}
+
+}  // namespace kg

@@ -1,0 +1,81 @@
+// What the ops of a tape are given: the step, the thread, and where buffers lie.
+#pragma once
+#include <algorithm>
+#include <atomic>
+#include <vector>
+
+#include "ops.h"
+#include "panel.h"
+#include "pool.h"
+
+namespace kg {
+
+// Steps of at most so many rows give each thread its own copy of a norm's output: computing it
+// twice is cheaper than waiting for the other half.
+constexpr int64_t kReplicatedRows = 16;
+
+struct Part {
+  int64_t begin, end;
+};
+
+// Part `index` of `count` equal ones of `total` things.
+inline Part part_of(int64_t total, int64_t index, int64_t count) {
+  return {total * index / count, total * (index + 1) / count};
+}
+
+struct Buffer {
+  char* base;
+  int64_t row_bytes;
+  int64_t columns;
+  bool is_replicated;
+};
+
+// A tile of keys or values being attended to by one sequence's rows; see attention.cpp.
+struct Attending {
+  int32_t sequence, kv_head;
+  int32_t first_row, num_rows;  // tokens of the sequence's chunk
+  int32_t begin, end;           // tokens of the cache
+  int32_t partial;              // where to leave an unfinished result, or -1
+  int32_t num_partials;         // set on the first of a group: how many to merge
+};
+
+struct Plan {  // what the threads attend to in one step, the same for all layers with one window
+  std::vector<Attending> items;
+  int64_t num_partials;
+};
+
+struct Step {
+  const kg_batch* batch;
+  kg_pool* pool;
+  const Buffer* buffers;
+  const int64_t* first_tokens;  // [num_sequences], of each sequence in the flat batch
+  std::atomic<int64_t>* next_item;
+  char* const* scratch;  // of each thread
+  float* partials;
+
+  const Buffer& buffer(int index) const { return buffers[index]; }
+  bool replicates(const Buffer& buffer, int64_t rows) const {
+    return buffer.is_replicated && rows <= kReplicatedRows;
+  }
+  // Row `row` as `thread` sees it.
+  template <class T>
+  T* row(const Buffer& buffer, int64_t row, int64_t rows, int thread) const {
+    const int64_t first = replicates(buffer, rows) ? thread * kReplicatedRows : 0;
+    return (T*)(buffer.base + (first + row) * buffer.row_bytes);
+  }
+};
+
+constexpr int64_t kScratchBytes = 1 << 18;
+
+// Each runs on every thread; true: the threads must meet before the next op.
+bool embed(const Step&, const kg_op&, int thread);
+bool rope(const Step&, const kg_op&, int thread);
+bool norm(const Step&, const kg_op&, int thread);
+bool add_norm(const Step&, const kg_op&, int thread);
+bool linear(const Step&, const kg_op&, const kg_op* next_linear, int thread);
+bool attend(const Step&, const kg_op&, const Plan&, int thread);
+
+void plan_attention(const kg_batch&, const kg_attention&, int num_threads, Plan&);
+int64_t partial_floats(const kg_attention&);
+
+}  // namespace kg

@@ -1,0 +1,188 @@
+// The tape: buffers that grow with the largest step, and the replay on all threads.
+#include <sys/mman.h>
+
+#include <memory>
+#include <new>
+
+#include "simd.h"
+#include "step.h"
+
+namespace {
+
+using namespace kg;
+
+constexpr int64_t kHugePage = 2 << 20;
+constexpr int64_t kSpareBytes = 64 << 10;  // kernels prefetch beyond the end
+
+int64_t mapped_bytes(int64_t bytes) { return round_up(bytes + kSpareBytes, kHugePage); }
+
+struct Memory {  // freed with its owner
+  char* base = nullptr;
+  int64_t bytes = 0;
+  ~Memory() { kg_huge_free(base, bytes); }
+  bool reserve(int64_t wanted) {
+    if (wanted <= bytes) return true;
+    kg_huge_free(base, bytes);
+    base = (char*)kg_huge_alloc(wanted);
+    bytes = base ? wanted : 0;
+    return base != nullptr;
+  }
+};
+
+}  // namespace
+
+struct kg_tape {
+  kg_pool* pool;
+  std::vector<kg_op> ops;
+  std::vector<const kg_op*> next_linear;  // of each op, the linear layer that comes after it
+  std::vector<kg_buffer> shapes;
+  std::vector<Buffer> buffers;
+  std::vector<int64_t> first_tokens;
+  std::vector<int> plan_of;  // of each op, or -1
+  std::vector<Plan> plans;
+  std::vector<const kg_attention*> planned;
+  std::vector<char*> scratch;
+  int64_t max_rows = 0;
+  Memory rows, threads, partials;
+  std::atomic<int64_t> next_item{0};
+
+  bool grow(const kg_batch& batch) {
+    const int64_t wanted = std::max(
+        {batch.num_tokens, batch.num_rows, kReplicatedRows * pool->num_threads});
+    if (wanted <= max_rows) return true;
+    int64_t bytes = 0;
+    std::vector<int64_t> offsets;
+    for (const auto& buffer : buffers) {
+      offsets.push_back(bytes);
+      bytes += round_up(buffer.row_bytes * wanted, 4096) + 64;
+    }
+    max_rows = 0;
+    if (!rows.reserve(bytes)) return false;
+    for (size_t i = 0; i < buffers.size(); i++) buffers[i].base = rows.base + offsets[i];
+    max_rows = wanted;
+    return true;
+  }
+
+  bool prepare(const kg_batch& batch) {
+    first_tokens.resize(batch.num_sequences);
+    int64_t token = 0;
+    for (int64_t i = 0; i < batch.num_sequences; i++) {
+      first_tokens[i] = token;
+      token += batch.query_lens[i];
+    }
+    if (!grow(batch)) return false;
+    int64_t floats = 0;
+    for (size_t i = 0; i < plans.size(); i++) {
+      plan_attention(batch, *planned[i], pool->num_threads, plans[i]);
+      floats = std::max(floats, plans[i].num_partials * partial_floats(*planned[i]));
+    }
+    return !floats || partials.reserve(floats * 4);
+  }
+
+  // The ops that look alike to a plan share it.
+  int plan_for(const kg_attention& spec) {
+    for (size_t i = 0; i < planned.size(); i++)
+      if (planned[i]->window == spec.window && planned[i]->num_heads == spec.num_heads &&
+          planned[i]->num_kv_heads == spec.num_kv_heads)
+        return (int)i;
+    planned.push_back(&spec);
+    plans.emplace_back();
+    return (int)plans.size() - 1;
+  }
+
+  void run(const Step& step, int thread) {
+    for (size_t i = 0; i < ops.size(); i++)
+      if (run(step, i, thread)) pool->barrier();
+  }
+
+  bool run(const Step& step, size_t index, int thread) {
+    const kg_op& op = ops[index];
+    switch (op.code) {
+      case KG_EMBED:
+        return embed(step, op, thread);
+      case KG_ROPE:
+        return rope(step, op, thread);
+      case KG_NORM:
+        return norm(step, op, thread);
+      case KG_ADD_NORM:
+        return add_norm(step, op, thread);
+      case KG_LINEAR:
+        return linear(step, op, next_linear[index], thread);
+      default:
+        return attend(step, op, plans[plan_of[index]], thread);
+    }
+  }
+};
+
+extern "C" kg_tape* kg_tape_new(kg_pool* pool, const kg_op* ops, int num_ops,
+                                const kg_buffer* shapes, int num_buffers) {
+  auto tape = std::make_unique<kg_tape>();
+  tape->pool = pool;
+  tape->ops.assign(ops, ops + num_ops);
+  tape->next_linear.resize(num_ops);
+  const kg_op* next = nullptr;
+  for (int i = num_ops - 1; i >= 0; i--) {
+    tape->next_linear[i] = next;
+    if (tape->ops[i].code == KG_LINEAR) next = &tape->ops[i];
+  }
+  for (const auto& op : tape->ops)
+    tape->plan_of.push_back(
+        op.code == KG_ATTEND ? tape->plan_for(*(const kg_attention*)op.params) : -1);
+  for (int i = 0; i < num_buffers; i++) {
+    const kg_buffer& shape = shapes[i];
+    // Rows a multiple of 4 KiB apart would share the same few sets of the first cache.
+    int64_t row_bytes = round_up(shape.columns, kDepth) * shape.item_size;
+    row_bytes = round_up(row_bytes, 64);
+    if (row_bytes % 1024 == 0) row_bytes += 64;
+    tape->buffers.push_back({nullptr, row_bytes, shape.columns, shape.is_replicated != 0});
+  }
+  if (!tape->threads.reserve(kScratchBytes * pool->num_threads)) return nullptr;
+  for (int i = 0; i < pool->num_threads; i++)
+    tape->scratch.push_back(tape->threads.base + i * kScratchBytes);
+  return tape.release();
+}
+
+extern "C" void kg_tape_delete(kg_tape* tape) { delete tape; }
+
+extern "C" int kg_replay(kg_tape* tape, const kg_batch* batch) {
+  if (!tape->prepare(*batch)) return 1;
+  const Step step{batch,
+                  tape->pool,
+                  tape->buffers.data(),
+                  tape->first_tokens.data(),
+                  &tape->next_item,
+                  tape->scratch.data(),
+                  (float*)tape->partials.base};
+  auto job = [&](int thread) { tape->run(step, thread); };
+  tape->pool->run(job);
+  return 0;
+}
+
+extern "C" const void* kg_tape_buffer(kg_tape* tape, int buffer, int64_t* row_bytes) {
+  *row_bytes = tape->buffers[buffer].row_bytes;
+  return tape->buffers[buffer].base;
+}
+
+extern "C" void* kg_huge_alloc(int64_t bytes) {
+  // A page more than asked for, to begin at a huge page's border; the rest is given back.
+  const int64_t size = mapped_bytes(bytes), total = size + kHugePage;
+  char* base = (char*)mmap(nullptr, total, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (base == (char*)MAP_FAILED) return nullptr;
+  char* start = (char*)round_up((int64_t)base, kHugePage);
+  if (start > base) munmap(base, start - base);
+  if (base + total > start + size) munmap(start + size, base + total - start - size);
+  madvise(start, size, MADV_HUGEPAGE);
+  return start;
+}
+
+extern "C" void kg_huge_free(void* base, int64_t bytes) {
+  if (base) munmap(base, mapped_bytes(bytes));
+}
+
+extern "C" int kg_cpu_is_supported(void) {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512bf16");
+}
+
+extern "C" int kg_has_amx(void) { return has_amx(); }

@@ -1,0 +1,13 @@
+"""Where the CPU's library cannot run, its tests are left out."""
+
+import pytest
+
+from kagami_shard.native.build import find_compiler
+from kagami_shard.native.cpu import cpu_is_supported
+
+
+def needs_library() -> None:
+    if not cpu_is_supported():
+        pytest.skip("the processor has no AVX-512 with bf16")
+    if find_compiler() is None:
+        pytest.skip("no compiler")

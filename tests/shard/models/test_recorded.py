@@ -1,0 +1,56 @@
+"""Families as a tape of the CPU's library."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tests.fakes.batches import Runner
+from tests.fakes.native import needs_library
+from tests.shard.models.parity import expected_logits, prompts, run_in_steps
+from tests.shard.models.test_decoder import CONFIGS
+
+from kagami_shard import cli
+from kagami_shard.attention.cpu import CpuAttention
+from kagami_shard.models.decoder import Decoder
+from kagami_shard.models.recorded import RecordedDecoder
+from kagami_shard.models.registry import load_model
+from kagami_shard.native.build import build
+from kagami_shard.native.library import Library
+from kagami_shard.native.runtime import Runtime
+
+
+@pytest.fixture(scope="module")
+def runtime() -> Runtime:
+    needs_library()
+    return Runtime(Library(build(cli.cache_folder(os.environ))), 2)
+
+
+def recorded(folder: Path, runtime: Runtime) -> RecordedDecoder:
+    decoder = load_model(folder, dtype=torch.bfloat16, device=torch.device("cpu"))
+    assert isinstance(decoder, Decoder)
+    return RecordedDecoder(decoder, runtime)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_recorded_family_is_as_near_as_bfloat16_can_be(
+    name: str, runtime: Runtime, save_checkpoint: Callable[..., tuple]
+) -> None:
+    folder, reference = save_checkpoint(CONFIGS[name])
+    tokens = prompts(reference.config.get_text_config().vocab_size)
+    runner = Runner(recorded(folder, runtime), dtype=torch.bfloat16, attention=CpuAttention())
+    ours = torch.cat(run_in_steps(runner, tokens))
+    expected = torch.cat([expected_logits(reference, each) for each in tokens])
+    assert (ours - expected).norm() / expected.norm() < 0.05
+
+
+def test_a_step_larger_than_all_before_grows_the_buffers(
+    runtime: Runtime, save_checkpoint: Callable[..., tuple]
+) -> None:
+    folder, _ = save_checkpoint(CONFIGS["llama"])
+    runner = Runner(recorded(folder, runtime), dtype=torch.bfloat16, attention=CpuAttention())
+    first, second = runner.add(range(3)), runner.add([*range(3), *range(50)])
+    few = runner.step((first, 3))[0].clone()
+    many = runner.step((second, 53))[0]
+    assert torch.equal(few, many[:3])

@@ -1,0 +1,352 @@
+"""Every op of the library against its twin in torch, over random shapes.
+
+A *program* is written in the verbs of `Ops`: `TorchOps` computes it in float32, the library from
+the same values, all of which bf16 can hold. What it brings comes out through a head that copies.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tests.fakes.batches import FakeSequence, build_batch
+from torch import Tensor
+
+from kagami_shard.attention.base import AttentionSpec
+from kagami_shard.attention.cpu import CpuAttention
+from kagami_shard.attention.sdpa import SdpaAttention
+from kagami_shard.batch import ForwardBatch
+from kagami_shard.graphs import record
+from kagami_shard.kv_cache import KVCache, LayerShape
+from kagami_shard.layers.embedding import Embedding, Head
+from kagami_shard.layers.linear import Linear
+from kagami_shard.layers.mlp import ACTIVATIONS, MLP, GatedMLP
+from kagami_shard.layers.norm import FullNorm, LayerNorm, RMSNorm, Rounding, no_norm
+from kagami_shard.layers.rotary import RopeSpec, RotaryEmbedding
+from kagami_shard.models.ops import Ops, SelfAttention, T, TorchOps
+from kagami_shard.models.recorded import replay_into
+from kagami_shard.native.runtime import Runtime
+
+CPU = torch.device("cpu")
+BLOCK_SIZE = 4
+# Of the largest value: a few roundings to bf16.
+NEAR = 0.02
+
+quick = settings(
+    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+sizes = st.integers(1, 70)
+seeds = st.integers(0, 99)
+
+
+class Weights:
+    """Random values that bf16 can hold, the same for every dtype."""
+
+    def __init__(self, seed: int, dtype: torch.dtype) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
+        self.dtype = dtype
+
+    def vector(self, size: int) -> Tensor:
+        return self.matrix(1, size)[0]
+
+    def matrix(self, rows: int, columns: int, scale: float = 1.0) -> Tensor:
+        values = torch.randn((rows, columns), generator=self._generator) * scale
+        return values.bfloat16().to(self.dtype)
+
+    def linear(self, rows: int, columns: int, *, bias: bool = True) -> Linear:
+        weight = self.matrix(rows, columns, columns**-0.5)
+        return Linear(weight, self.vector(rows) if bias else None)
+
+
+class Program:
+    """A body of verbs between an embedding of `width` columns and the logits."""
+
+    def __init__(
+        self,
+        weights: Weights,
+        width: int,
+        body: Callable[[Ops[Any], Any], Any],
+        *,
+        head: Head | None = None,
+        multiplier: float = 1.0,
+        rope: RopeSpec | None = None,
+        heads: LayerShape = LayerShape(1, 2, 2),  # noqa: B008
+    ) -> None:
+        self.embedding = Embedding(weights.matrix(64, width), multiplier)
+        self._round = Rounding(weights.dtype)
+        self._body = body
+        self._head = head
+        self._width = width
+        self._dtype = weights.dtype
+        self.ropes = [] if rope is None else [RotaryEmbedding(rope, CPU)]
+        self.heads = heads
+
+    def run(self, ops: Ops[T]) -> T:
+        hidden = self._body(ops, ops.embed(self.embedding))
+        head = self._head or Head(Linear(torch.eye(self._width, dtype=self._dtype)), self._width)
+        return ops.logits(hidden, self._round, head)
+
+
+Make = Callable[[Weights], Program]
+
+
+def prompt(count: int) -> ForwardBatch:
+    """A prompt of `count` tokens."""
+    blocks = list(range(1, 2 + count // BLOCK_SIZE))
+    sequence = FakeSequence([7 * i % 64 for i in range(count)], blocks)
+    return build_batch([(sequence, count)], BLOCK_SIZE, all_rows=True)
+
+
+def is_near(runtime: Runtime, make: Make, seed: int, *batches: ForwardBatch) -> bool:
+    """Whether the library's steps bring what torch's bring, each on a cache of its own."""
+    exact, rounded = (make(Weights(seed, t)) for t in (torch.float32, torch.bfloat16))
+    tape = record(rounded, runtime)
+    caches = [
+        KVCache([exact.heads], 64, BLOCK_SIZE, dtype=dtype, device=CPU)
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+    for batch in batches:
+        step = SdpaAttention().prepare(batch, caches[0])
+        expected = exact.run(TorchOps(batch, step, exact.ropes))
+        ours = torch.full_like(expected, float("nan"))
+        replay_into(tape, batch, CpuAttention().prepare(batch, caches[1]), ours)
+        if not (ours - expected).abs().max() <= NEAR * expected.abs().max().clamp(min=1.0):
+            return False
+    return True
+
+
+@quick
+@given(st.integers(1, 40), sizes, sizes, st.booleans(), seeds)
+def test_a_head_is_torchs(
+    runtime: Runtime, count: int, width: int, out: int, bias: bool, seed: int
+) -> None:
+    def make(weights: Weights) -> Program:
+        linear = weights.linear(out, width, bias=bias)
+        head = Head(linear, out, divisor=3.0)
+        return Program(weights, width, lambda ops, hidden: hidden, head=head)
+
+    assert is_near(runtime, make, seed, prompt(count))
+
+
+def test_logits_are_capped_and_an_embedding_is_scaled(runtime: Runtime) -> None:
+    def make(weights: Weights) -> Program:
+        head = Head(weights.linear(33, 24), 33, softcap=2.0)
+        return Program(weights, 24, lambda ops, hidden: hidden, head=head, multiplier=1.5)
+
+    assert is_near(runtime, make, 0, prompt(9))
+
+
+def test_a_tied_head_is_read_by_both_ends(runtime: Runtime) -> None:
+    def make(weights: Weights) -> Program:
+        program = Program(weights, 40, lambda ops, hidden: hidden)
+        program._head = Head(Linear(program.embedding.weight), 64)
+        return program
+
+    assert is_near(runtime, make, 0, prompt(9))
+
+
+@quick
+@given(st.integers(1, 40), sizes, st.floats(0.1, 2.0), seeds)
+def test_a_linear_layer_adds_to_the_stream(
+    runtime: Runtime, count: int, width: int, factor: float, seed: int
+) -> None:
+    def make(weights: Weights) -> Program:
+        linear = weights.linear(width, width)
+
+        def body(ops: Ops[Any], hidden: Any) -> Any:
+            update = ops.linear(ops.norm(hidden, Rounding(weights.dtype)), linear)
+            return ops.add(hidden, update, no_norm, factor)
+
+        return Program(weights, width, body)
+
+    assert is_near(runtime, make, seed, prompt(count))
+
+
+@quick
+@given(
+    st.integers(1, 40),
+    sizes,
+    sizes,
+    st.sampled_from(["silu", "gelu", "gelu_pytorch_tanh", "relu"]),
+    st.booleans(),
+    seeds,
+)
+def test_an_mlp_is_torchs(
+    runtime: Runtime, count: int, width: int, inner: int, name: str, gated: bool, seed: int
+) -> None:
+    def make(weights: Weights) -> Program:
+        up, down = weights.linear(inner * (1 + gated), width), weights.linear(width, inner)
+        mlp = (GatedMLP if gated else MLP)(up, down, ACTIVATIONS[name])
+
+        def body(ops: Ops[Any], hidden: Any) -> Any:
+            return ops.mlp(ops.norm(hidden, Rounding(weights.dtype)), mlp)
+
+        return Program(weights, width, body)
+
+    assert is_near(runtime, make, seed, prompt(count))
+
+
+@quick
+@given(st.integers(1, 40), sizes, st.sampled_from(["rms", "centered", "layer"]), seeds)
+def test_norms_are_torchs(runtime: Runtime, count: int, width: int, kind: str, seed: int) -> None:
+    def make(weights: Weights) -> Program:
+        weight, bias = weights.vector(width), weights.vector(width)
+        norm = {
+            "rms": RMSNorm(weight, 1e-5),
+            "centered": RMSNorm(weight, 1e-5, center=1.0),
+            "layer": LayerNorm(weight, bias, 1e-5),
+        }[kind]
+        linear = weights.linear(width, width)
+
+        def body(ops: Ops[Any], hidden: Any) -> Any:
+            return ops.add(hidden, ops.linear(ops.norm(hidden, norm), linear), norm, 0.5)
+
+        return Program(weights, width, body)
+
+    # LayerNorm of few values divides by a variance that rounding made.
+    assert width < 8 or is_near(runtime, make, seed, prompt(count))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layer's attention."""
+
+    num_kv_heads: int = 2
+    group: int = 3
+    dim: int = 16
+    rotary: int = 16
+    window: int | None = None
+    softcap: float | None = None
+    qk_norm: str = "none"
+
+    @property
+    def num_heads(self) -> int:
+        return self.num_kv_heads * self.group
+
+    @property
+    def width(self) -> int:
+        return (self.num_heads + 2 * self.num_kv_heads) * self.dim
+
+    def norm(self, weights: Weights) -> Any:
+        num_heads, num_kv_heads, dim = self.num_heads, self.num_kv_heads, self.dim
+        match self.qk_norm:
+            case "heads":
+                return RMSNorm(weights.matrix(num_heads + num_kv_heads, dim), 1e-5)
+            case "all":
+                of_query = RMSNorm(weights.vector(num_heads * dim), 1e-5)
+                return FullNorm(
+                    num_heads, of_query, RMSNorm(weights.vector(num_kv_heads * dim), 1e-5)
+                )
+            case _:
+                return no_norm
+
+    def program(self, weights: Weights) -> Program:
+        spec = AttentionSpec(0, self.dim**-0.5, window=self.window, softcap=self.softcap)
+        attention = SelfAttention(
+            self.num_heads, self.num_kv_heads, self.dim, 0, self.norm(weights), spec
+        )
+        output = weights.linear(self.width, self.num_heads * self.dim, bias=False)
+        return Program(
+            weights,
+            self.width,
+            lambda ops, hidden: ops.linear(ops.attend(hidden, attention), output),
+            rope=RopeSpec(self.rotary, 1e4, 64, 64),
+            heads=LayerShape(self.num_kv_heads, self.dim, self.dim),
+        )
+
+
+def steps_of(work: Sequence[tuple[int, int]], seed: int) -> list[ForwardBatch]:
+    """Prompts of so many tokens, then as many more of each; single tokens come first."""
+    work = sorted(work, key=lambda each: each[1] > 1)
+    blocks = list(range(1, 64))
+    random.Random(seed).shuffle(blocks)
+    sequences = []
+    for before, new in work:
+        count = -(-(before + new) // BLOCK_SIZE)
+        tokens = [(11 * i + before) % 64 for i in range(before + new)]
+        sequences.append(FakeSequence(tokens, [blocks.pop() for _ in range(count)]))
+    batches = []
+    for sequence, (before, _) in zip(sequences, work, strict=True):
+        if before:
+            batches.append(build_batch([(sequence, before)], BLOCK_SIZE, all_rows=True))
+            sequence.computed = before
+    mixed = [(sequence, new) for sequence, (_, new) in zip(sequences, work, strict=True)]
+    batches.append(build_batch(mixed, BLOCK_SIZE, all_rows=True))
+    return batches
+
+
+MIXED = [(5, 1), (0, 1), (13, 1), (0, 37), (6, 5), (34, 4)]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(),
+        Case(dim=8, rotary=6, group=1),
+        Case(dim=80, rotary=80, num_kv_heads=1),
+        Case(dim=256, rotary=64, num_kv_heads=1, group=2),
+        Case(num_kv_heads=1, group=64, dim=4, rotary=4),
+        Case(window=3),
+        Case(window=1),
+        Case(softcap=1.5),
+        Case(window=5, softcap=0.7),
+        Case(qk_norm="heads"),
+        Case(qk_norm="all"),
+    ],
+    ids=str,
+)
+def test_chunks_and_decodes_attend_as_in_torch(runtime: Runtime, case: Case) -> None:
+    assert is_near(runtime, case.program, 0, *steps_of(MIXED, 0))
+
+
+def test_a_long_decode_is_cut_among_the_threads(runtime: Runtime) -> None:
+    steps = steps_of([(200, 1)], 0)
+    long = FakeSequence([i % 64 for i in range(249)], list(range(1, 64)))
+    first = build_batch([(long, 240)], BLOCK_SIZE)
+    long.computed = 240
+    assert is_near(runtime, Case().program, 0, *steps, first, build_batch([(long, 1)], BLOCK_SIZE))
+
+
+@quick
+@given(
+    work=st.lists(st.tuples(st.integers(0, 20), st.integers(1, 20)), min_size=1, max_size=5),
+    case=st.builds(
+        Case,
+        num_kv_heads=st.integers(1, 3),
+        group=st.integers(1, 5),
+        dim=st.sampled_from([16, 32, 48]),
+        window=st.none() | st.integers(1, 24),
+        softcap=st.none() | st.floats(0.5, 5),
+        qk_norm=st.sampled_from(["none", "heads", "all"]),
+    ),
+    seed=seeds,
+)
+def test_any_attention_is_torchs(
+    runtime: Runtime, work: list[tuple[int, int]], case: Case, seed: int
+) -> None:
+    assert is_near(runtime, case.program, seed, *steps_of(work, seed))
+
+
+@quick
+@given(st.integers(1, 9), st.integers(1, 300), seeds)
+def test_greedy_rows_are_argmax_and_its_logprob(
+    runtime: Runtime, count: int, vocab_size: int, seed: int
+) -> None:
+    logits = Weights(seed, torch.float32).matrix(count, vocab_size, 5.0)
+    ids, logprobs = runtime.choose(logits)
+    assert (ids == logits.argmax(-1)).all()
+    torch.testing.assert_close(logprobs, logits.log_softmax(-1).amax(-1), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_greedy_row_without_a_distribution_has_no_finite_logprob(
+    runtime: Runtime, value: float
+) -> None:
+    logits = torch.zeros(2, 40)
+    logits[1, 17] = value
+    _, logprobs = runtime.choose(logits)
+    assert logprobs.isfinite().tolist() == [True, False]
