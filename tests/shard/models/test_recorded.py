@@ -2,17 +2,19 @@
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from tests.fakes.batches import Runner
+from tests.fakes.batches import FakeSequence, Runner, build_batch
 from tests.fakes.native import needs_library
 from tests.shard.models.parity import expected_logits, prompts, run_in_steps
 from tests.shard.models.test_decoder import CONFIGS
 
 from kagami_shard import cli
 from kagami_shard.attention.cpu import CpuAttention
+from kagami_shard.kv_cache import KVCache
 from kagami_shard.models.decoder import Decoder
 from kagami_shard.models.recorded import RecordedDecoder
 from kagami_shard.models.registry import load_model
@@ -54,3 +56,14 @@ def test_a_step_larger_than_all_before_grows_the_buffers(
     few = runner.step((first, 3))[0].clone()
     many = runner.step((second, 53))[0]
     assert torch.equal(few, many[:3])
+
+
+def test_a_chunk_in_the_middle_of_a_prompt_wants_no_logits(
+    runtime: Runtime, save_checkpoint: Callable[..., tuple]
+) -> None:
+    folder, _ = save_checkpoint(CONFIGS["llama"])
+    model = recorded(folder, runtime)
+    cache = KVCache(model.layers, 16, 4, dtype=torch.bfloat16, device=torch.device("cpu"))
+    batch = build_batch([(FakeSequence([5] * 20, [3, 1, 2, 4, 6]), 20)], 4)
+    silent = replace(batch, logits_rows=batch.logits_rows[:0])
+    assert model.forward(silent, CpuAttention().prepare(silent, cache)).shape == (0, 99)
