@@ -19,7 +19,11 @@ HOMES = {
     "transformers": ("shard/", "launcher/kagami_launcher/convert"),
     "huggingface_hub": ("launcher/kagami_launcher/download/",),
     "gguf": ("launcher/kagami_launcher/convert",),
-    "aiohttp": ("router/kagami_router/api/", "router/kagami_router/app.py"),
+    "aiohttp": (
+        "router/kagami_router/api/",
+        "router/kagami_router/app.py",
+        "router/kagami_router/benchmark/",
+    ),
     "grpc": (
         "proto/",
         "router/kagami_router/shard_client.py",

@@ -1,0 +1,1 @@
+"""`text-generation-benchmark`: drives a server over HTTP and says how fast it is."""
