@@ -103,10 +103,7 @@ class Key(enum.StrEnum):
     BETWEEN_STEPS_MS = "kagami.between_steps_ms"
     RANK = "kagami.rank"
     WORLD_SIZE = "kagami.world_size"
-    ENDED_BY = "kagami.ended_by"
     MODEL_ID = "kagami.model.id"
-    DEVICE = "kagami.device"
-    GIGABYTES = "kagami.gigabytes"
     KV_BLOCKS = "kagami.kv.blocks"
 
 

@@ -38,7 +38,11 @@ def describe_request(request: ValidRequest) -> None:
 
 
 def describe_answer(
-    finished: Sequence[tuple[ValidRequest, End]], received: float, *, with_content: bool
+    finished: Sequence[tuple[ValidRequest, End]],
+    *,
+    answer_id: str,
+    received: float,
+    with_content: bool,
 ) -> None:
     """Write what a call brought to the current span; its text only `with_content`."""
     span = trace.get_current_span()
@@ -50,6 +54,7 @@ def describe_answer(
         {
             Key.FINISH_REASONS: [end.finish_reason.value for end in ends],
             Key.CHOICE_COUNT: len(ends),
+            Key.RESPONSE_ID: answer_id,
             Key.INPUT_TOKENS: sum(len(request.prompt_ids) for request, _ in finished),
             Key.OUTPUT_TOKENS: sum(end.num_generated for end in ends),
             Key.CACHED_INPUT_TOKENS: sum(end.cached_tokens for end in ends),

@@ -155,7 +155,12 @@ def _times_headers(call: Call, finished: Sequence[Finished]) -> dict[str, str]:
 
 def log_success(call: Call, finished: Sequence[Finished]) -> None:
     """The one line of a call that was answered in full; times in TGI's words and form."""
-    describe_answer(finished, call.received, with_content=call.traces_content)
+    describe_answer(
+        finished,
+        answer_id=call.id,
+        received=call.received,
+        with_content=call.traces_content,
+    )
     times = Times.of(call, finished)
     sampling = finished[0].request.sampling
     ends = [one.end for one in finished]

@@ -14,6 +14,7 @@ from opentelemetry.context import Context
 
 from kagami_proto.span_names import Key
 from kagami_proto.tracing import Tracing
+from kagami_router.api.call_log import request_id
 
 # What the client learns of its trace; set for as long as a call runs.
 TRACE_HEADERS = web.RequestKey("trace_headers", dict[str, str])
@@ -66,6 +67,7 @@ def _asked(request: web.Request, route: str) -> dict[str, str | int]:
         Key.HTTP_ROUTE: route,
         Key.URL_PATH: request.path,
         Key.URL_SCHEME: request.scheme,
+        Key.REQUEST_ID: request_id(request),
     }
     if server.host:
         attributes[Key.SERVER_ADDRESS] = server.host
