@@ -1,9 +1,13 @@
 import logging
 import re
+import shutil
+import subprocess
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
+import grpc
 import pytest
 from opentelemetry import trace
 from opentelemetry.sdk.trace import ReadableSpan
@@ -171,6 +175,29 @@ def test_headers_of_the_environment_travel(
     with open_tracing(plan({"OTEL_EXPORTER_OTLP_PROTOCOL": protocol}, endpoint)) as opened:
         opened.tracer.start_span("one").end()
     assert collector.headers[0]["x-key"] == "secret"
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="makes a certificate with openssl")
+def test_tls_with_a_certificate_of_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key, certificate = tmp_path / "key", tmp_path / "certificate"
+    subprocess.run(
+        [
+            *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1"),
+            *("-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"),
+            *("-keyout", str(key), "-out", str(certificate)),
+        ],
+        check=True,
+        capture_output=True,
+    )
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_CERTIFICATE", str(certificate))
+    pair = (key.read_bytes(), certificate.read_bytes())
+    with collecting(grpc.ssl_server_credentials([pair])) as collector:
+        endpoint = f"https://localhost:{collector.grpc_port}"
+        with open_tracing(plan(endpoint=endpoint)) as opened:
+            opened.tracer.start_span("secret").end()
+        assert collector.one("secret")
 
 
 def test_the_sampler_of_the_environment_counts(
