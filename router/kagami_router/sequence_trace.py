@@ -40,11 +40,11 @@ class _Decoding:
     """The steps that brought one token each."""
 
     steps: int = 0
-    total_ms: float = 0.0
+    total_ns: int = 0
     sequences: int = 0
     """Summed over the steps."""
-    slowest_ms: float = 0.0
-    slowest: Mapping[str, int | float] | None = None
+    slowest_ns: int = 0
+    slowest: Step | None = None
     slowest_at: float = 0.0
 
 
@@ -96,33 +96,23 @@ class SequenceTrace:
 
     def stepped(self, work: Work, step: Step, results: StepResults, now: float) -> None:
         """A step with this sequence came back."""
+        if self.is_queued:  # preempted, or failed, after this step had left
+            return
         if results.error:
-            if not self.is_queued:
-                self._event(EventName.STEP_FAILED, now, {Key.STEP_NUMBER: step.number})
-            return self._wait_again(now)
-        if self.is_queued:  # preempted after this step had left
-            return None
-        figures: dict[str, int | float] = {
-            Key.STEP_NUMBER: step.number,
-            Key.STEP_MS: results.host_ns / 1e6,
-            Key.STEP_SEQUENCES: len(step.work),
-            Key.STEP_PREFILL_TOKENS: step.num_prefill_tokens,
-        }
-        if self._decoding is not None:
-            return self._decoded(self._decoding, figures, now)
-        chunk: dict[str, int | float] = {Key.POSITION: work.position, Key.TOKENS: work.num_tokens}
-        self._event(EventName.CHUNK, now, {**chunk, **figures})
-        if work.samples:
-            self._start_decode(now)
-        return None
-
-    def _decoded(self, decoding: _Decoding, figures: Mapping[str, int | float], now: float) -> None:
-        step_ms = figures[Key.STEP_MS]
-        decoding.steps += 1
-        decoding.total_ms += step_ms
-        decoding.sequences += int(figures[Key.STEP_SEQUENCES])
-        if step_ms > decoding.slowest_ms:
-            decoding.slowest_ms, decoding.slowest, decoding.slowest_at = step_ms, figures, now
+            self._event(EventName.STEP_FAILED, now, {Key.STEP_NUMBER: step.number})
+            self._wait_again(now)
+        elif (decoding := self._decoding) is not None:
+            step_ns = results.host_ns
+            decoding.steps += 1
+            decoding.total_ns += step_ns
+            decoding.sequences += len(step.work)
+            if step_ns > decoding.slowest_ns:
+                decoding.slowest_ns, decoding.slowest, decoding.slowest_at = step_ns, step, now
+        else:
+            chunk = {Key.POSITION: work.position, Key.TOKENS: work.num_tokens}
+            self._event(EventName.CHUNK, now, {**chunk, **_figures(step, results.host_ns)})
+            if work.samples:
+                self._start_decode(now)
 
     def _start_decode(self, now: float) -> None:
         self._end(now)
@@ -164,7 +154,7 @@ class SequenceTrace:
 
     def _open(
         self,
-        name: SpanName,
+        name: str,
         now: float,
         attributes: Mapping[str, int | bool],
         kind: trace.SpanKind = trace.SpanKind.INTERNAL,
@@ -183,20 +173,30 @@ class SequenceTrace:
             self._span.set_attributes(
                 {
                     Key.STEPS: decoding.steps,
-                    Key.MEAN_STEP_MS: decoding.total_ms / steps,
-                    Key.MAX_STEP_MS: decoding.slowest_ms,
+                    Key.MEAN_STEP_MS: decoding.total_ns / steps / 1e6,
+                    Key.MAX_STEP_MS: decoding.slowest_ns / 1e6,
                     Key.MEAN_SEQUENCES: decoding.sequences / steps,
                 }
             )
             if decoding.slowest is not None:
-                self._event(EventName.SLOWEST_STEP, decoding.slowest_at, decoding.slowest)
+                figures = _figures(decoding.slowest, decoding.slowest_ns)
+                self._event(EventName.SLOWEST_STEP, decoding.slowest_at, figures)
         self._span.set_attributes(dict(attributes))
         self._span.end(self._ns(now))
 
     def _event(
-        self, name: EventName, now: float, attributes: Mapping[str, int | float | str] = {}
+        self, name: str, now: float, attributes: Mapping[str, int | float | str] = {}
     ) -> None:
         self._span.add_event(name, dict(attributes), self._ns(now))
 
     def _ns(self, now: float) -> int:
         return int((self._epoch_s + now) * 1e9)
+
+
+def _figures(step: Step, step_ns: int) -> dict[str, int | float]:
+    return {
+        Key.STEP_NUMBER: step.number,
+        Key.STEP_MS: step_ns / 1e6,
+        Key.STEP_SEQUENCES: len(step.work),
+        Key.STEP_PREFILL_TOKENS: step.num_prefill_tokens,
+    }
