@@ -37,6 +37,7 @@ from kagami_router.scheduler.step import SequenceFailed, Step, StepResults, Toke
 from kagami_router.sequence_trace import SequenceTrace, WireContext
 from kagami_router.shard_client import ShardGroup, StepStream
 from kagami_router.stopping import StopMatcher
+from kagami_router.turns import Sink
 
 logger = logging.getLogger(__name__)
 
@@ -55,12 +56,13 @@ class GenerationStream:
     Leaving the context before the end cancels the generation.
     """
 
-    __slots__ = ("_cancel", "_error", "_events", "_has_ended", "_waiter")
+    __slots__ = ("_cancel", "_error", "_events", "_has_ended", "_sink", "_waiter")
 
     def __init__(self, cancel: Callable[[], None]) -> None:
         self._cancel = cancel
         self._events: list[StreamEvent] = []
-        self._error: KagamiError | None = None
+        self._sink: Sink[tuple[StreamEvent, ...]] | None = None
+        self._error: Exception | None = None
         self._has_ended = False
         self._waiter: asyncio.Future[None] | None = None
 
@@ -79,7 +81,7 @@ class GenerationStream:
         return self
 
     async def __anext__(self) -> tuple[StreamEvent, ...]:
-        """All events since the last turn; raises `GenerationFailed` or `ShardLost`."""
+        """All events since the last turn; raises `GenerationFailed`, `ShardLost`, a sink's bug."""
         while not self._events:
             if self._error is not None:
                 raise self._error
@@ -91,14 +93,30 @@ class GenerationStream:
         self._events.clear()
         return events
 
+    def divert(self, sink: Sink[tuple[StreamEvent, ...]]) -> None:
+        """Hand events to `sink` as they come, as long as none waits to be iterated."""
+        self._sink = sink
+
     def put(self, event: StreamEvent) -> None:
         """For the loop: one more event; the one with `end` is the last."""
-        self._events.append(event)
-        if event.end is not None:
-            self._has_ended = True
+        is_last = self._has_ended = event.end is not None
+        if self._sink is None or self._events or not self._hand_over(event):
+            self._events.append(event)
+        elif not is_last:
+            return
         self._notify()
 
-    def fail(self, error: KagamiError) -> None:
+    def _hand_over(self, event: StreamEvent) -> bool:
+        assert self._sink is not None
+        try:
+            return self._sink((event,))
+        # A border: a bug in one answer's words must not stop the others' steps.
+        except Exception as error:
+            self._sink = _take_nothing_more
+            self.fail(error)
+            return True
+
+    def fail(self, error: Exception) -> None:
         """For the loop: no more events; what is there already is still delivered."""
         self._error = error
         self._notify()
@@ -108,6 +126,11 @@ class GenerationStream:
             self._waiter.set_result(None)
 
 
+def _take_nothing_more(turn: tuple[StreamEvent, ...]) -> bool:
+    """The sink of a stream whose own has failed: nothing may follow what it left out."""
+    return True
+
+
 class _Generation:
     """What the loop keeps of one sequence: its stream and its text so far."""
 
@@ -115,6 +138,7 @@ class _Generation:
         "detokenizer",
         "device_before_s",
         "first_token",
+        "is_plain",
         "sequence",
         "stop",
         "stream",
@@ -134,6 +158,7 @@ class _Generation:
         self.stop = stop
         self.texts: list[str] = []
         self.first_token: float | None = None
+        self.is_plain = False  # after its first token, where only text can be expected
         self.device_before_s: float | None = None  # of all steps before its first
 
 
@@ -155,6 +180,7 @@ class BatchingLoop:
         self._scheduler = scheduler
         self._decoder = TextDecoder(tokenizer, eos_token_ids)
         self._eos_token_ids = eos_token_ids
+        self._unlike_text = eos_token_ids.union(self._decoder.special)
         self._metrics = metrics
         self._tracing = tracing
         # Of sampled requests only.
@@ -371,9 +397,14 @@ class BatchingLoop:
 
     def _new_event(self, generation: _Generation, event: TokenSampled, now: float) -> StreamEvent:
         token_id = event.token_id
+        if generation.is_plain and not event.is_last and token_id not in self._unlike_text:
+            text = generation.detokenizer.step(token_id)
+            generation.texts.append(text)
+            return StreamEvent(Token(token_id, text, event.logprob, False))
         prefill: tuple[PrefillToken, ...] = ()
         if generation.first_token is None:
             generation.first_token = now
+            generation.is_plain = self._is_plain(generation)
             prefill = self._prefill(event.sequence)
         is_end = token_id in self._eos_token_ids and not event.sequence.request.stopping.ignore_eos
         reason = FinishReason.EOS_TOKEN if is_end else None
@@ -403,6 +434,9 @@ class BatchingLoop:
             token, tail = Token(token_id, special, event.logprob, True), shown + tail
         end = None if reason is None else self._end(generation, reason, now)
         return StreamEvent(token, top_tokens, tail, end, prefill)
+
+    def _is_plain(self, generation: _Generation) -> bool:
+        return generation.stop is None and not generation.sequence.request.top_n_tokens
 
     def _top_token(self, token_id: int, logprob: float) -> Token:
         is_special = token_id in self._decoder.special

@@ -11,12 +11,13 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from itertools import repeat
-from typing import Protocol
+from typing import Protocol, Self
 
 from kagami_proto.errors import IncompleteGeneration, KagamiError, Overloaded, Unavailable
 from kagami_router.metrics import GenerationStats, Metrics
 from kagami_router.request_trace import describe_request
 from kagami_router.requests import End, PrefillToken, StreamEvent, Token, ValidRequest
+from kagami_router.turns import Divertible, Sink
 
 Events = tuple[StreamEvent, ...]
 
@@ -114,7 +115,7 @@ class Infer:
                 self._deadlines.add(deadline)
                 try:
                     async with self._loop.submit(request) as events:
-                        yield self._observe(events, tally)
+                        yield _Observed(events, tally, self._metrics)
                 finally:
                     self._deadlines.discard(deadline)
         except TimeoutError:
@@ -159,7 +160,7 @@ class Infer:
         """Several generations as one stream of (index of the request, event)."""
         if len(requests) == 1:
             async with self.stream(requests[0], tally) as turns:
-                yield _numbered(turns)
+                yield _Numbered(turns)
             return
         queue: asyncio.Queue[tuple[int, Events] | None] = asyncio.Queue()
 
@@ -206,22 +207,50 @@ class Infer:
         """Generations that are admitted and not over."""
         return self._max_permits - self._free_permits
 
-    async def _observe(self, events: AsyncIterator[Events], tally: Tally) -> AsyncIterator[Events]:
-        """Pass the events on and tell the metrics: one observation a turn, not one a token."""
-        last = 0.0
-        async for turn in events:
-            now = time.monotonic()
-            if last:
-                self._metrics.tokens_arrived(now - last, len(turn))
-            else:
-                self._metrics.first_token_arrived(now - tally.received)
-                if tally.first_token is None:
-                    tally.first_token = now
-            tally.generated_tokens += len(turn)
-            last = now
-            if (end := turn[-1].end) is not None:
-                self._metrics.generation_finished(_stats_of(end, tally.received))
-            yield turn
+
+class _Observed:
+    """Passes the events on and tells the metrics: one observation a turn, not one a token."""
+
+    __slots__ = ("_events", "_last", "_metrics", "_tally")
+
+    def __init__(self, events: AsyncIterator[Events], tally: Tally, metrics: Metrics) -> None:
+        self._events = events
+        self._tally = tally
+        self._metrics = metrics
+        self._last = 0.0
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Events:
+        turn = await anext(self._events)
+        self._see(turn)
+        return turn
+
+    def divert(self, sink: Sink[Events]) -> None:
+        """Hand over what the stream behind it can."""
+
+        def observed(turn: Events) -> bool:
+            if not sink(turn):
+                return False
+            self._see(turn)
+            return True
+
+        if isinstance(self._events, Divertible):
+            self._events.divert(observed)
+
+    def _see(self, turn: Events) -> None:
+        now, tally = time.monotonic(), self._tally
+        if self._last:
+            self._metrics.tokens_arrived(now - self._last, len(turn))
+        else:
+            self._metrics.first_token_arrived(now - tally.received)
+            if tally.first_token is None:
+                tally.first_token = now
+        tally.generated_tokens += len(turn)
+        self._last = now
+        if (end := turn[-1].end) is not None:
+            self._metrics.generation_finished(_stats_of(end, tally.received))
 
 
 def _stats_of(end: End, received: float) -> GenerationStats:
@@ -235,11 +264,28 @@ def _stats_of(end: End, received: float) -> GenerationStats:
     )
 
 
-async def _numbered(
-    turns: AsyncIterator[Events],
-) -> AsyncIterator[list[tuple[int, StreamEvent]]]:
-    async for events in turns:
-        yield [(0, event) for event in events]
+class _Numbered:
+    """The events of the only request, each with its index."""
+
+    __slots__ = ("_turns",)
+
+    def __init__(self, turns: AsyncIterator[Events]) -> None:
+        self._turns = turns
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> list[tuple[int, StreamEvent]]:
+        return _of_the_first(await anext(self._turns))
+
+    def divert(self, sink: Sink[list[tuple[int, StreamEvent]]]) -> None:
+        """Hand over what the stream behind it can."""
+        if isinstance(self._turns, Divertible):
+            self._turns.divert(lambda turn: sink(_of_the_first(turn)))
+
+
+def _of_the_first(turn: Events) -> list[tuple[int, StreamEvent]]:
+    return [(0, event) for event in turn]
 
 
 async def _merged(

@@ -128,8 +128,7 @@ class End:
     """The stop string that ended it, if one did."""
 
 
-@dataclass(frozen=True, slots=True)
-class StreamEvent:
+class StreamEvent(NamedTuple):
     """One sampled token; `end` is set on the last one of the stream and only there.
 
     `tail` is text beside `token.text` that was held back for a stop string until this token: it

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from kagami_router.infer import Events
 from kagami_router.requests import (
@@ -49,7 +49,7 @@ def turns_of(
     events.append(
         StreamEvent(said[-1], top_tokens, tail, end(text, len(said), reason, cached_tokens, stop))
     )
-    events[0] = replace(events[0], prefill=prefill)
+    events[0] = events[0]._replace(prefill=prefill)
     return [(event,) for event in events]
 
 

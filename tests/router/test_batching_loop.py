@@ -391,3 +391,45 @@ async def test_a_device_that_fails_every_step_is_unhealthy_until_one_succeeds(
         served.shard.engine.faults.pass_error = lambda _: ""
         await collect(served.loop.submit(new_request()))
         assert served.loop.is_healthy
+
+
+async def test_a_sink_gets_what_the_iterator_would_have_brought(tmp_path: Path) -> None:
+    async with serving(tmp_path) as served:
+        taken: list[StreamEvent] = []
+        async with served.loop.submit(new_request()) as stream:
+            stream.divert(lambda turn: taken.extend(turn) is None)
+            assert [turn async for turn in stream] == []
+
+    assert [event.token.id for event in taken] == generated(PROMPT, 8)
+    assert end_of(taken).num_generated == 8
+
+
+async def test_what_a_sink_refuses_is_iterated_and_nothing_passes_it(tmp_path: Path) -> None:
+    async with serving(tmp_path) as served:
+        told: list[StreamEvent] = []
+        is_slow = False
+
+        def sink(turn: tuple[StreamEvent, ...]) -> bool:
+            nonlocal is_slow
+            is_slow = not is_slow
+            return not is_slow and told.extend(turn) is None
+
+        async with served.loop.submit(new_request()) as stream:
+            stream.divert(sink)
+            async for turn in stream:
+                told.extend(turn)
+
+    assert [event.token.id for event in told] == generated(PROMPT, 8)
+
+
+async def test_a_sink_that_raises_ends_its_own_stream_only(tmp_path: Path) -> None:
+    def broken(turn: tuple[StreamEvent, ...]) -> bool:
+        raise ZeroDivisionError
+
+    async with serving(tmp_path) as served:
+        other = asyncio.ensure_future(collect(served.loop.submit(new_request())))
+        async with served.loop.submit(new_request(b"another")) as stream:
+            stream.divert(broken)
+            with pytest.raises(ZeroDivisionError):
+                await anext(stream)
+        assert end_of(await other).num_generated == 8

@@ -150,6 +150,8 @@ class _EventWriter:
 
     def render(self, events: Events) -> bytes:
         """The events of one turn."""
+        if len(events) == 1:
+            return self._render_one(events[0])
         return b"".join([self._render_one(event) for event in events])
 
     def last(self) -> bytes:

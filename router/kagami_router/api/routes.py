@@ -19,6 +19,7 @@ from kagami_router.api import (
     openapi,
     responses,
     service,
+    sse,
 )
 from kagami_router.api.answers import TRACES_CONTENT
 from kagami_router.api.chunk_schemas import ChatChunk, CompletionChunk
@@ -267,6 +268,7 @@ def make_app(
     app = web.Application(middlewares=middlewares, client_max_size=payload_limit)
     app[DOOR] = door
     app[TRACES_CONTENT] = traces_content
+    app[sse.OUTBOX] = sse.Outbox()
     app.on_response_prepare.append(cors(allowed_origins))
     for route in routes:
         add = app.router.add_get if route.method == "GET" else app.router.add_post

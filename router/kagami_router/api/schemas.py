@@ -6,7 +6,6 @@ looks at to refuse it by name.
 """
 
 import math
-import struct
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import msgspec
@@ -466,8 +465,6 @@ class AnthropicErrorResponse(Struct, frozen=True):
 
 encode = msgspec.json.Encoder().encode
 
-_FLOAT = struct.Struct("f")
-
 
 def shortest(logprob: float) -> float | None:
     """The 64-bit float that prints with the fewest digits that name this 32-bit value.
@@ -477,8 +474,12 @@ def shortest(logprob: float) -> float | None:
     """
     if not math.isfinite(logprob):
         return None
+    mantissa, exponent = math.frexp(logprob)
+    # Half the distance to the next 32-bit value: what is nearer is read as this one. Below a power
+    # of two the values lie twice as dense.
+    nearer = math.ldexp(1.0, exponent - (26 if mantissa in (0.5, -0.5) else 25))
     for digits in ("%.7g", "%.8g"):
         rounded = float(digits % logprob)
-        if _FLOAT.unpack(_FLOAT.pack(rounded))[0] == logprob:
+        if -nearer < rounded - logprob < nearer:
             return rounded
     return float(f"{logprob:.9g}")

@@ -7,9 +7,9 @@ an event must leave when it is written.
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
-from typing import TypeVar
+from typing import Generic, TypeVar
 
-from aiohttp import web
+from aiohttp import hdrs, web
 from opentelemetry import trace
 
 from kagami_proto.errors import KagamiError
@@ -22,6 +22,7 @@ from kagami_router.api.middleware import (
     report,
     report_dropped,
 )
+from kagami_router.turns import Divertible
 
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b":\n\n"
@@ -58,6 +59,9 @@ async def respond(
 ) -> web.StreamResponse:
     """Answer with a stream: one write for each turn, then `last()`.
 
+    Turns of a stream that hands them over are written within the batching loop's pass; this task
+    sleeps until the end, or until a client reads slower than its tokens come.
+
     What fails before `turns` is entered is raised and gets a status of its own; what fails later
     becomes an event, by `failed` or else in the family's shape. A client that goes away cancels
     this task, and leaving `turns` the generation.
@@ -68,6 +72,8 @@ async def respond(
         async with turns as stream:
             await response.prepare(request)
             async with _keep_alive(response, keep_alive_s) as touch:
+                if isinstance(stream, Divertible):
+                    stream.divert(_Direct(request, response, render, touch))
                 async for turn in stream:
                     touch()
                     await response.write(render(turn))
@@ -88,6 +94,66 @@ async def respond(
             await response.write(told)
             await response.write_eof()
     return response
+
+
+class _Direct(Generic[_Turn]):
+    """Writes a turn to its connection at once, unless bytes still wait there.
+
+    Goes past aiohttp's writer, which is three coroutines deep and as dear as all else that is done
+    for a token; what it would add is the frame of a chunk (RFC 9112, section 7.1).
+    """
+
+    __slots__ = ("_is_chunked", "_outbox", "_render", "_touch", "_transport")
+
+    def __init__(
+        self,
+        request: web.Request,
+        response: web.StreamResponse,
+        render: Callable[[_Turn], bytes],
+        touch: Callable[[], None],
+    ) -> None:
+        self._transport = request.transport
+        self._outbox = request.app[OUTBOX]
+        self._is_chunked = response.headers.get(hdrs.TRANSFER_ENCODING) == "chunked"
+        self._render = render
+        self._touch = touch
+
+    def __call__(self, turn: _Turn) -> bool:
+        transport = self._transport
+        if transport is None or transport.is_closing() or transport.get_write_buffer_size():
+            return False
+        if data := self._render(turn):
+            self._outbox.put(
+                transport, b"%x\r\n%b\r\n" % (len(data), data) if self._is_chunked else data
+            )
+        self._touch()
+        return True
+
+
+class Outbox:
+    """What one pass of the loop says to all clients, written in a row when the pass is over.
+
+    A client that waits is woken by the first bytes; as long as more come it need not be woken
+    again, and that is half of what a write costs.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[asyncio.WriteTransport, bytes]] = []
+
+    def put(self, transport: asyncio.WriteTransport, data: bytes) -> None:
+        """Write `data` soon, and before any task goes on that is woken from now on."""
+        if not self._waiting:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._waiting.append((transport, data))
+
+    def _flush(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for transport, data in waiting:
+            if not transport.is_closing():
+                transport.write(data)
+
+
+OUTBOX = web.AppKey("outbox", Outbox)
 
 
 @asynccontextmanager

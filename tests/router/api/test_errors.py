@@ -338,7 +338,7 @@ async def test_the_times_of_several_prompts_are_summed_as_in_tgi() -> None:
         timings = Timings(now, now, now, now + 0.5)
         (event,) = turns_of([FAILED])[0]
         assert event.end is not None
-        return [(replace(event, end=replace(event.end, timings=timings)),)]
+        return [(event._replace(end=replace(event.end, timings=timings)),)]
 
     async with serving(FakeLoop(half_a_second)) as server:
         async with server.post("/v1/completions", {"prompt": ["a", "b", "c"]}) as response:
