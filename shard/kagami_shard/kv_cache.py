@@ -11,6 +11,7 @@ block is the router's business. Block 0 is scratch: padding reads and writes the
 import math
 import mmap
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 import torch
@@ -91,9 +92,14 @@ class KVCache:
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Zeros, because masked reads of slots never written must be finite (0 x NaN is NaN).
 
-    On the CPU they are fresh pages of the kernel, which take no memory until they are written.
+    On the CPU they are fresh pages of the kernel, which take no memory until they are written;
+    huge ones, because a step reads blocks all over them.
     """
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+    size = math.prod(shape) * dtype.itemsize
+    # Private: the kernel gives huge pages to no shared memory by default.
+    pages = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel without them
+        pages.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(pages, dtype=dtype).view(shape)

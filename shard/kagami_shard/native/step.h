@@ -30,13 +30,14 @@ struct Buffer {
   bool is_replicated;
 };
 
-// A tile of keys or values being attended to by one sequence's rows; see attention.cpp.
+// Rows of one sequence that attend together to a stretch of its cache; see attention.cpp.
 struct Attending {
-  int32_t sequence, kv_head;
+  int32_t sequence;
+  int32_t head, num_heads;      // of keys and values
   int32_t first_row, num_rows;  // tokens of the sequence's chunk
   int32_t begin, end;           // tokens of the cache
   int32_t partial;              // where to leave an unfinished result, or -1
-  int32_t num_partials;         // set on the first of a group: how many to merge
+  int32_t num_partials;         // set on the first of a group: how many to merge, else 0
 };
 
 struct Plan {  // what the threads attend to in one step, the same for all layers with one window
