@@ -14,12 +14,13 @@ from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
+from kagami_launcher import notify
 from kagami_launcher.cli import flags
 from kagami_launcher.plan import Devices
 
 # Children get the flags by argv, or by what the plan adds: a variable that the launcher's command
-# line overrode must not reach them behind its back.
-_FLAG_VARIABLES = frozenset(item.name.upper() for item, _ in flags())
+# line overrode must not reach them behind its back. Nor do they speak to systemd.
+_NOT_FOR_CHILDREN = frozenset(item.name.upper() for item, _ in flags()).union(notify.VARIABLES)
 # In TGI's order: the first that is set counts.
 DEVICE_VARIABLES = ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "ZE_AFFINITY_MASK")
 _ALWAYS: Mapping[str, str] = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONUNBUFFERED": "1"}
@@ -54,7 +55,7 @@ def for_download(base: Mapping[str, str], additions: Mapping[str, str]) -> dict[
 
 
 def _without_flags(base: Mapping[str, str]) -> dict[str, str]:
-    return {key: value for key, value in base.items() if key not in _FLAG_VARIABLES}
+    return {key: value for key, value in base.items() if key not in _NOT_FOR_CHILDREN}
 
 
 def find_command(name: str, base: Mapping[str, str]) -> str | None:

@@ -8,23 +8,20 @@ ROUTER ─not found─► 1    RUN ─a child ends─► 1    a stop signal, any
 Every way out stops the router before the shards: it needs all of them to finish running streams.
 """
 
-import errno
-import fcntl
 import logging
 import os
-import socket
-import stat
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, closing
 from pathlib import Path
 
 from opentelemetry.trace import Span, Tracer, get_current_span
 
-from kagami_launcher import cli, environment, hub, hub_cache, plan
+from kagami_launcher import cli, environment, hub, hub_cache, plan, pulse, sockets
 from kagami_launcher.cli import Invocation
 from kagami_launcher.hub import ModelSource
+from kagami_launcher.notify import Notifier, NotifySettings, own_settings
 from kagami_launcher.plan import Devices, LaunchFailed, RouterPlan, ShardPlan
 from kagami_launcher.supervisor import (
     Child,
@@ -58,7 +55,6 @@ _STARTUP_GRACE_S = 2.0
 _BROKEN_GRACE_S = 5.0
 # A router that lost its shard may be gone before it: the shard's own end follows within this time.
 _SHARD_ENDS_WITHIN_S = 1.0
-_MAX_SOCKET_PATH = 107  # sun_path of unix(7), less its terminator
 
 
 class Stopped(Exception):
@@ -73,15 +69,16 @@ def run(invocation: Invocation) -> int:
     wanted, problem = plan.trace_plan(invocation)
     with (
         open_tracing(wanted, problem=problem) as tracing,
+        closing(Notifier(own_settings(invocation.environ))) as notifier,
         ExitStack() as held,
         Supervisor(output) as supervisor,
         supervisor.signals(),
     ):
-        launch = Launch(invocation, supervisor, tracing.tracer)
+        launch = Launch(invocation, supervisor, tracing.tracer, notifier)
         try:
             with launch.tracing_start():
                 launch.check()
-                held.callback(os.close, _claim(f"{plan.socket_prefix(invocation.args)}-0"))
+                held.callback(os.close, sockets.claim(f"{plan.socket_prefix(invocation.args)}-0"))
                 source = launch.prepare()
                 shard_plans, router_plan = launch.plan(source)
                 launch.start_shards(shard_plans)
@@ -100,9 +97,16 @@ class Launch:
     """One run: what has been started so far, and how it goes on from there."""
 
     def __init__(
-        self, invocation: Invocation, supervisor: Supervisor, tracer: Tracer = NO_TRACING.tracer
+        self,
+        invocation: Invocation,
+        supervisor: Supervisor,
+        tracer: Tracer = NO_TRACING.tracer,
+        notifier: Notifier | None = None,
     ) -> None:
         self._invocation = invocation
+        self._notifier = notifier or Notifier(NotifySettings())
+        self._doing = "Starting"
+        self._sockets: list[str] = []
         self._tracer = tracer
         self._supervisor = supervisor
         self._downloader: Child | None = None
@@ -176,6 +180,7 @@ class Launch:
             trust_remote_code=args.trust_remote_code,
         ):
             return False
+        self._say(f"Downloading {args.model_id}")
         with span(self._tracer, SpanName.DOWNLOAD):
             self._downloader = self._supervisor.start(
                 "download",
@@ -188,6 +193,7 @@ class Launch:
 
     def _convert(self, source: ModelSource) -> None:
         log.info("Converting %s to safetensors in %s", source.origin, source.folder)
+        self._say(f"Converting {self._invocation.args.model_id}")
         with span(self._tracer, SpanName.CONVERT):
             self._converter = self._supervisor.start(
                 "download",
@@ -238,6 +244,8 @@ class Launch:
 
     def start_shards(self, shards: Sequence[ShardPlan]) -> None:
         """Start all shards at once and wait until every one's `Health` answers."""
+        self._say(f"Loading {self._invocation.args.model_id}")
+        self._sockets = [shard.socket for shard in shards]
         with span(self._tracer, SpanName.START_SHARDS, {Key.WORLD_SIZE: len(shards)}):
             self._start_shards(shards)
 
@@ -256,6 +264,7 @@ class Launch:
             if not waiting:
                 return
             self._raise_if_over(self._supervisor.next_event(_POLL_S))
+            self._say_again()
             waited_s = (time.monotonic_ns() - started) / 1e9
             if waited_s >= next_word_s:
                 for shard in waiting:
@@ -267,7 +276,7 @@ class Launch:
 
     def _start_shard(self, shard: ShardPlan) -> None:
         command = self._command(shard.argv, "ShardCannotStart")
-        _clear_socket(shard.socket)
+        sockets.clear(shard.socket)
         log.info("Starting shard", extra=_about(shard))
         env = environment.for_shard(
             self._invocation.environ, {**shard.environment, **_trace_context()}
@@ -283,6 +292,7 @@ class Launch:
 
     def start_router(self, router: RouterPlan) -> None:
         """Start the router and wait until it serves; it says `Connected` itself then."""
+        self._say("Warming up")
         with span(self._tracer, SpanName.START_ROUTER):
             self._start_router(router)
 
@@ -296,14 +306,44 @@ class Launch:
         self._router = self._start("webserver", command, env, voice, "WebserverCannotStart")
         while not self._router.has_connected:
             self._raise_if_over(self._supervisor.next_event(_POLL_S))
+            self._say_again()
 
     def watch(self) -> None:
-        """Wait until a child ends or a signal comes: one of the two is raised."""
+        """Wait until a child ends or a signal comes: one of the two is raised.
+
+        Meanwhile the service manager hears whether the model makes progress.
+        """
+        was_alive = True
+        self._notifier.serving("Serving", is_ready=True)
         while True:
-            self._raise_if_over(self._supervisor.next_event(None))
+            self._raise_if_over(self._supervisor.next_event(self._notifier.wait_s))
+            if not self._notifier.is_due:
+                continue
+            is_alive, status = pulse.feel(self._own_host, self._invocation.args.port, self._sockets)
+            if was_alive and not is_alive:
+                log.warning("The service manager is not told that all is well: %s", status)
+            self._notifier.serving(status, is_alive=is_alive)
+            was_alive = is_alive
+
+    @property
+    def _own_host(self) -> str:
+        """Where the router can be asked from here."""
+        address = cli.listen_address(self._invocation.args.hostname)
+        return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address, address)
+
+    def _say(self, what: str) -> None:
+        """Tell the service manager what the start is at."""
+        self._doing = what
+        self._notifier.starting(what)
+
+    def _say_again(self) -> None:
+        """Before its patience ends."""
+        if self._notifier.is_due:
+            self._notifier.starting(self._doing)
 
     def stop(self) -> None:
         """End whatever runs: the router first, with time to finish its streams, then all shards."""
+        self._notifier.stopping()
         is_serving = self._router is not None and self._router.has_connected
         full_s = float(self._invocation.args.graceful_termination_timeout)
         is_broken = any(not (shard.is_running or shard.was_asked_to_end) for shard in self._shards)
@@ -323,8 +363,9 @@ class Launch:
 
     def _await_end(self, child: Child) -> None:
         while child.is_running:
-            if isinstance(self._supervisor.next_event(None), StopAsked):
+            if isinstance(self._supervisor.next_event(self._notifier.wait_s), StopAsked):
                 raise Stopped
+            self._say_again()
 
     def _raise_if_over(self, event: ChildEnded | StopAsked | None) -> None:
         match event:
@@ -373,74 +414,6 @@ def _trace_context() -> dict[str, str]:
 
 def _about(shard: ShardPlan) -> dict[str, object]:
     return {"span": "shard-manager", "rank": shard.rank}
-
-
-def _claim(path: str) -> int:
-    """Keep other launchers off this socket for as long as the returned descriptor is open.
-
-    The socket itself cannot do that: it appears when the shard has loaded, and gRPC replaces one
-    that is there. The lock is the kernel's, so that `kill -9` releases it; its file stays.
-    """
-    if len(os.fsencode(path)) > _MAX_SOCKET_PATH:
-        raise LaunchFailed("ShardCannotStart", f"{path} is too long for a socket's path")
-    lock = f"{path}.lock"
-    try:
-        descriptor = _open_lock(lock)
-    except OSError as error:
-        raise _cannot_use(lock, error) from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(descriptor)
-        if isinstance(error, BlockingIOError):
-            raise LaunchFailed(
-                "ShardCannotStart",
-                f"another launcher uses {path}: choose another --shard-uds-path",
-            ) from error
-        raise _cannot_use(lock, error) from error
-    return descriptor
-
-
-def _open_lock(path: str) -> int:
-    # To read, which every user may: in /tmp the file may be one that another user left, and Linux
-    # opens that neither for writing nor with a plain O_CREAT (fs.protected_regular).
-    with suppress(FileExistsError):
-        descriptor = os.open(path, os.O_RDONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        os.fchmod(descriptor, 0o644)  # whatever the umask
-        return descriptor
-    return os.open(path, os.O_RDONLY)
-
-
-def _cannot_use(path: str, error: OSError) -> LaunchFailed:
-    return LaunchFailed(
-        "ShardCannotStart", f"cannot use {path}: {error.strerror}: choose another --shard-uds-path"
-    )
-
-
-def _clear_socket(path: str) -> None:
-    """Remove the socket of an earlier run; one that may still be served belongs to somebody."""
-    try:
-        _remove_stale(path)
-    except FileNotFoundError:
-        pass
-    except OSError as error:
-        raise _cannot_use(path, error) from error
-
-
-def _remove_stale(path: str) -> None:
-    mode = os.lstat(path).st_mode
-    if not stat.S_ISSOCK(mode):
-        raise LaunchFailed("ShardCannotStart", f"{path} exists and is not a socket")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.settimeout(_PROBE_TIMEOUT_S)
-        code = probe.connect_ex(path)
-    if code == 0:
-        raise LaunchFailed(
-            "ShardCannotStart", f"another process serves {path}: choose another --shard-uds-path"
-        )
-    if code != errno.ECONNREFUSED:  # only that says that nobody listens
-        raise OSError(code, os.strerror(code))
-    os.unlink(path)
 
 
 def _duration(nanoseconds: int) -> str:

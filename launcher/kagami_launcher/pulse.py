@@ -1,0 +1,51 @@
+"""Whether a served model makes progress: what the watchdog is fed with.
+
+The router's /health is false once a step is overdue, but with nothing to do it has no step to
+judge by: so every shard is asked, too. A stopped or hung process answers neither.
+"""
+
+import http.client
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from kagami_proto.health import is_healthy
+
+_TIMEOUT_S = 3.0
+_SHOWN = {"tgi_requests_running": "running", "tgi_requests_waiting": "waiting"}
+
+
+class Pulse(NamedTuple):
+    """Is it alive, and a line that says so."""
+
+    is_alive: bool
+    status: str
+
+
+def feel(host: str, port: int, sockets: Sequence[str]) -> Pulse:
+    """Ask router and shards; takes `_TIMEOUT_S` for each that does not answer."""
+    for rank, path in enumerate(sockets):
+        if not is_healthy(f"unix://{path}", _TIMEOUT_S):
+            return Pulse(False, f"Shard {rank} does not answer")
+    try:
+        status, _ = _get(host, port, "/health")
+        if status != http.client.OK:
+            return Pulse(False, "Steps make no progress")
+        _, text = _get(host, port, "/metrics")
+    except (OSError, http.client.HTTPException) as error:
+        return Pulse(False, f"The router does not answer: {error or type(error).__name__}")
+    return Pulse(True, f"Serving: {_counts(text)}")
+
+
+def _get(host: str, port: int, path: str) -> tuple[int, str]:
+    connection = http.client.HTTPConnection(host, port, timeout=_TIMEOUT_S)
+    try:
+        connection.request("GET", path)
+        answer = connection.getresponse()
+        return answer.status, answer.read().decode()
+    finally:
+        connection.close()
+
+
+def _counts(metrics: str) -> str:
+    found = dict(line.split(" ", 1) for line in metrics.splitlines() if line.startswith("tgi_requ"))
+    return ", ".join(f"{found[name]} {word}" for name, word in _SHOWN.items() if name in found)
