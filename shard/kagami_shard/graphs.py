@@ -32,6 +32,7 @@ from kagami_shard.native.library import (
     CNorm,
     Code,
     COp,
+    CQuantize,
     CRope,
     Epilogue,
     NormKind,
@@ -44,6 +45,8 @@ from kagami_shard.native.runtime import Runtime
 # What attention.cpp has room for.
 _MAX_HEAD_DIM = 256
 _MAX_GROUP = 64
+# What a thread's scratch holds as float32 (kScratchBytes).
+_MAX_QUANTIZED = (1 << 18) // 4
 
 _ACTIVATIONS: Mapping[str, Activation] = {
     "silu": Activation.SILU,
@@ -218,14 +221,29 @@ class Recorder:
         gated: bool = False,
         **fields: object,
     ) -> None:
-        projection = product.projection
+        projection, source = product.projection, product.input
+        if projection.turn:
+            source = self._quantized(source, projection.turn, gathers=output.number == LOGITS)
 
         def params() -> ctypes.Structure:
             weight = projection.pack(self._packer, gated=gated)
             self._packed[id(projection)] = weight
             return weight.struct()
 
-        self._note(Code.LINEAR, product.input, output, params, epilogue=epilogue, **fields)
+        self._note(Code.LINEAR, source, output, params, epilogue=epilogue, **fields)
+
+    def _quantized(self, source: Buffer, turn: int, *, gathers: bool) -> Buffer:
+        """`source` in 8 bits; where every thread has its own copy of it, of this too."""
+        if source.columns > _MAX_QUANTIZED:
+            raise NotRecordable(f"activations of {source.columns} columns are in 8 bits")
+        is_replicated = source == self._buffers.get("normed")
+        name = f"8 bits of {source.columns}{', replicated' if is_replicated else ''}"
+        # quantized.h: the values, padded, and a line for the scale.
+        columns = -(-source.columns // 64) * 64 + 64
+        output = self._buffer(name, columns, torch.uint8, is_replicated=is_replicated)
+        struct = CQuantize(source.columns, turn, gathers)
+        self._note(Code.QUANTIZE, source, output, partial(_same, struct))
+        return output
 
     def _finished(self, value: Value, name: str) -> Buffer:
         """As float32 in the buffer `name`."""

@@ -8,6 +8,6 @@ from kagami_shard.native.cpu import cpu_is_supported
 
 def needs_library() -> None:
     if not cpu_is_supported():
-        pytest.skip("the processor has no AVX-512 with bf16")
+        pytest.skip("the processor has no AVX-512 with bf16 and VNNI")
     if find_compiler() is None:
         pytest.skip("no compiler")

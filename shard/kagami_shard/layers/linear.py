@@ -2,12 +2,15 @@
 
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from kagami_shard.distributed import TensorParallel
 from kagami_shard.native.memory import PackedWeight, Packer
 from kagami_shard.quantization.base import DenseWeight, Weight
+from kagami_shard.quantization.grouped import GroupedWeight
+from kagami_shard.quantization.int8 import Int8Weight
 
 
 class Projection(Protocol):
@@ -22,6 +25,10 @@ class Packable(Protocol):
 
     @property
     def out_features(self) -> int: ...
+
+    @property
+    def turn(self) -> int:
+        """0: it reads bf16; else activations in 8 bits, turned so far (quantization/int8.py)."""
 
     def pack(self, packer: Packer, *, gated: bool = False) -> PackedWeight:
         """The weight as the library reads it; the projection gives its own away.
@@ -38,6 +45,8 @@ class Linear:
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.weight = weight
         self.bias = bias
+
+    turn = 0
 
     def __call__(self, hidden: Tensor) -> Tensor:
         return linear(hidden, self.weight, self.bias)
@@ -64,6 +73,34 @@ class QuantizedLinear:
     def __call__(self, hidden: Tensor) -> Tensor:
         output = self.weight.linear(hidden)
         return output if self.bias is None else output + self.bias
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def turn(self) -> int:
+        return self.weight.turn if isinstance(self.weight, Int8Weight) else 0
+
+    def pack(self, packer: Packer, *, gated: bool = False) -> PackedWeight:
+        """8 bits and regular groups of 4 as they are, everything else as bf16."""
+        match weight := self.weight:
+            case Int8Weight():
+                packed = packer.pack_int8(weight.values, weight.scales, self.bias, gated=gated)
+            case GroupedWeight(bits=4) if (group := weight.packable_group()) is not None:
+                packed = packer.pack_int4(
+                    weight.packed,
+                    weight.scales.half(),
+                    weight.zeros,
+                    self.bias,
+                    num_columns=weight.shape[1],
+                    group=group,
+                    gated=gated,
+                )
+            case _:
+                packed = packer.pack(weight.dequantized(torch.bfloat16), self.bias, gated=gated)
+        self.weight = DenseWeight(torch.empty(0, 0))
+        return packed
 
 
 class RowLinear:

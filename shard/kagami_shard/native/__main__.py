@@ -14,7 +14,9 @@ from kagami_shard.native.cpu import cpu_is_supported
 def main() -> None:
     """Build for this processor, if the library could run on it."""
     if not cpu_is_supported():
-        sys.stdout.write("CPU kernels: this processor has no AVX-512 with bf16, torch will serve\n")
+        sys.stdout.write(
+            "CPU kernels: this processor has no AVX-512 with bf16 and VNNI, torch will serve\n"
+        )
         return
     try:
         sys.stdout.write(f"CPU kernels: {build(Path(sys.argv[1]))}\n")

@@ -14,10 +14,12 @@ from pathlib import Path
 
 SOURCES = Path(__file__).parent
 COMPILERS = ("c++", "g++", "clang++")
-# Those of every processor with AVX-512 and bf16; AMX is asked for function by function.
+# Those of every processor with AVX-512, bf16 and 8-bit products (VNNI); AMX is asked for function
+# by function.
 FLAGS = (
     *("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-w"),
-    *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mfma", "-mbmi2"),
+    *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16"),
+    *("-mavx512vnni", "-mf16c", "-mfma", "-mbmi2"),
     # Threads share rows whose floats become bf16 in place.
     *("-fno-strict-aliasing", "-fno-math-errno"),
 )

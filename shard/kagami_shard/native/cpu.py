@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-_NEEDED = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16"})
+_NEEDED = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "avx512_vnni"})
 
 
 def cpu_is_supported(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:

@@ -16,6 +16,8 @@ class WeightKind(IntEnum):
     """How a packed weight is kept."""
 
     BF16 = 0
+    INT8 = 1
+    INT4 = 2
 
 
 class Code(IntEnum):
@@ -27,6 +29,7 @@ class Code(IntEnum):
     ADD_NORM = 3
     LINEAR = 4
     ATTEND = 5
+    QUANTIZE = 6
 
 
 class Epilogue(IntEnum):
@@ -74,10 +77,14 @@ class CLinear(ctypes.Structure):
         ("kind", c_int32),
         ("rows", c_int32),
         ("columns", c_int32),
+        ("group", c_int32),
         ("weight", c_void_p),
-        ("scales", c_void_p),
         ("bias", c_void_p),
     )
+
+
+class CQuantize(ctypes.Structure):
+    _fields_ = (("columns", c_int32), ("turn", c_int32), ("gathers", c_int32))
 
 
 class CEmbedding(ctypes.Structure):
@@ -168,7 +175,9 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "kg_has_amx": (c_int, ()),
     "kg_pool_new": (c_void_p, (c_int, c_int, c_int)),
     "kg_pool_delete": (None, (c_void_p,)),
-    "kg_packed_bytes": (c_int64, (c_int, c_int64, c_int64)),
+    "kg_packed_bytes": (c_int64, (POINTER(CLinear),)),
+    "kg_pack_int8": (None, (POINTER(CLinear), c_void_p, c_void_p, c_int, c_void_p)),
+    "kg_pack_int4": (None, (POINTER(CLinear), c_void_p, c_void_p, c_void_p, c_int, c_void_p)),
     "kg_pack": (None, (c_int, c_void_p, c_int64, c_int64, c_int, c_void_p)),
     "kg_unpack": (None, (c_int, c_void_p, c_int64, c_int64, c_int, c_void_p)),
     "kg_padded_rows": (c_int64, (c_int64, c_int)),

@@ -1,6 +1,8 @@
 // Linear layers over packed weights, and the packing.
 #include <string.h>
 
+#include "quantized.h"
+#include "rows.h"
 #include "simd.h"
 #include "step.h"
 
@@ -8,15 +10,6 @@ namespace kg {
 namespace {
 
 int64_t padded_depth(int64_t columns) { return round_up(columns, kDepth); }
-
-// The row of the weight that lies at row `packed` of the panels; -1: padding.
-int64_t source_row(int64_t packed, int64_t rows, bool gated) {
-  if (!gated) return packed < rows ? packed : -1;
-  const int64_t panel = packed / kPanel, lane = packed % kPanel;
-  const int64_t index = panel * kBlock + lane % kBlock;
-  if (index >= rows / 2) return -1;
-  return lane < kBlock ? index : rows / 2 + index;
-}
 
 kg_bf16* packed_pair(const void* packed, int64_t row, int64_t column, int64_t depth) {
   const int64_t block = row / kBlock * kBlock * depth;
@@ -89,6 +82,56 @@ int64_t num_panels(const kg_linear& weight, bool gated) {
   return kg_padded_rows(weight.rows, gated) / kPanel;
 }
 
+// What a thread keeps from step to step, as large as the largest layer so far.
+struct Spare {
+  std::vector<char> memory;
+  char* take(int64_t bytes) {
+    if ((int64_t)memory.size() < bytes + 64) memory.resize(bytes + 64);
+    return (char*)round_up((int64_t)memory.data(), 64);
+  }
+};
+thread_local Spare spare;
+
+struct Layer {  // what all panels of a linear layer have in common
+  const kg_linear& weight;
+  Kernel kernel;  // of bf16 panels
+  bool use_amx;
+  int64_t depth, rows;
+  const char* x;
+  int64_t x_bytes;  // from row to row
+  kg_bf16* unpacked = nullptr;
+  float* sums = nullptr;
+};
+
+// Up to how many rows go through a panel at once.
+int max_rows(const Layer& layer) {
+  if (layer.weight.kind == KG_INT8) return layer.use_amx ? kInt8AmxRows : kInt8Rows;
+  if (layer.sums) return kInt4Rows;
+  return layer.kernel.max_rows;
+}
+
+void compute(const Layer& layer, const char* packed, Part rows, const char* next, int64_t lines,
+             float* out) {
+  const char* x = layer.x + rows.begin * layer.x_bytes;
+  const int count = (int)(rows.end - rows.begin);
+  if (layer.weight.kind == KG_INT8) {
+    const Int8Panel panel{packed, (const uint8_t*)x, layer.x_bytes, count, layer.depth, out, next,
+                          lines};
+    return layer.use_amx && layer.rows > kFewRows ? panel_int8_amx(panel) : panel_int8(panel);
+  }
+  const kg_bf16* halves = (const kg_bf16*)x;
+  if (layer.sums) {
+    const float* sums = layer.sums + rows.begin * num_groups(layer.weight);
+    const Int4Panel panel{&layer.weight, packed, halves, layer.x_bytes / 2, count, sums, out, next,
+                          lines};
+    return panel_int4(panel);
+  }
+  const kg_bf16* weight = layer.unpacked ? layer.unpacked : (const kg_bf16*)packed;
+  const Panel panel{weight, kBlock * layer.depth, halves, layer.x_bytes / 2, count, layer.depth,
+                    out, next, lines};
+  layer.kernel.run(panel);
+}
+
 }  // namespace
 
 // Panels are dealt to the threads in runs, each run one forward stream; all rows of the step go
@@ -102,40 +145,36 @@ bool linear(const Step& step, const kg_op& op, const kg_op* next_op, int thread)
   if (!rows) return false;  // a chunk in the middle of a prompt wants no logits
   void* out = is_logits ? (void*)step.batch->logits : step.buffer(op.out).base;
   const int64_t out_bytes = is_logits ? weight.rows * 4 : step.buffer(op.out).row_bytes;
-  const int64_t depth = padded_depth(weight.columns), panel_size = kPanel * depth;
   const int num_threads = step.pool->num_threads;
   const Part panels = part_of(num_panels(weight, op.epilogue == KG_GATED), thread, num_threads);
-  const Kernel kernel = kernel_for(rows, step.pool->use_amx);
-  const int64_t passes = (rows + kernel.max_rows - 1) / kernel.max_rows;
-  const int64_t fetching = std::min<int64_t>(passes, 2), lines = panel_size / 32 / fetching;
-  const kg_bf16* x = step.row<kg_bf16>(in, 0, rows, thread);
-  const int64_t x_stride = in.row_bytes / 2;
+  const bool use_amx = step.pool->use_amx;
+  Layer layer{weight, kernel_for(rows, use_amx), use_amx, depth_of(weight), rows,
+              step.row<char>(in, 0, rows, thread), in.row_bytes};
+  if (weight.kind == KG_INT4 && rows <= max_code_rows(use_amx)) {
+    layer.sums = (float*)spare.take(num_groups(weight) * rows * 4);
+    sum_groups(weight, (const kg_bf16*)layer.x, in.row_bytes / 2, (int)rows, layer.sums);
+  } else if (weight.kind == KG_INT4) {
+    layer.unpacked = (kg_bf16*)spare.take(kPanel * layer.depth * 2);
+  }
+  const int64_t panel_bytes = panel_bytes_of(weight);
+  const int64_t passes = (rows + max_rows(layer) - 1) / max_rows(layer);
+  const int64_t fetching = std::min<int64_t>(passes, 2), lines = panel_bytes / 64 / fetching;
 
   const char* after = nullptr;  // this thread's first panel of the next linear layer
   if (next_op) {
     const kg_linear& next = *(const kg_linear*)next_op->params;
     const int64_t count = num_panels(next, next_op->epilogue == KG_GATED);
-    const int64_t first = part_of(count, thread, num_threads).begin;
-    after = (const char*)next.weight + first * kPanel * padded_depth(next.columns) * 2;
+    after = (const char*)next.weight + part_of(count, thread, num_threads).begin * panel_bytes_of(next);
   }
-  // Others may still make their copies of x from the rows that this is about to add to.
-  if (op.epilogue == KG_ADD && step.replicates(in, rows)) step.pool->barrier();
   alignas(64) float sums[kAmxRows * kPanel];
   for (int64_t index = panels.begin; index < panels.end; index++) {
-    const kg_bf16* packed = (const kg_bf16*)weight.weight + index * panel_size;
-    const char* next = index + 1 < panels.end ? (const char*)(packed + panel_size) : after;
+    const char* packed = (const char*)weight.weight + index * panel_bytes;
+    const char* next = index + 1 < panels.end ? packed + panel_bytes : after;
+    if (layer.unpacked) unpack_int4(weight, packed, layer.unpacked);
     for (int64_t pass = 0; pass < passes; pass++) {
       const Part part = part_of(rows, pass, passes);
-      Panel panel{packed,
-                  kBlock * depth,
-                  x + part.begin * x_stride,
-                  x_stride,
-                  (int)(part.end - part.begin),
-                  depth,
-                  sums,
-                  next && pass < fetching ? next + pass * lines * 64 : nullptr,
-                  lines};
-      kernel.run(panel);
+      compute(layer, packed, part, next && pass < fetching ? next + pass * lines * 64 : nullptr,
+              lines, sums);
       store(op, weight, {sums, part.begin, part.end - part.begin, index * kPanel}, out, out_bytes);
     }
   }
@@ -150,9 +189,9 @@ extern "C" int64_t kg_padded_rows(int64_t rows, int gated) {
   return gated ? 2 * round_up(rows / 2, kBlock) : round_up(rows, kPanel);
 }
 
-extern "C" int64_t kg_packed_bytes(int, int64_t rows, int64_t columns) {
+extern "C" int64_t kg_packed_bytes(const kg_linear* layer) {
   // Gate and up are padded apart from one another, which may take a block more.
-  return round_up(rows + kPanel, kPanel) * padded_depth(columns) * 2;
+  return round_up(layer->rows + kPanel, kPanel) / kPanel * panel_bytes_of(*layer);
 }
 
 extern "C" void kg_pack(int, const kg_bf16* weight, int64_t rows, int64_t columns, int gated,

@@ -5,6 +5,7 @@ one behind the other in the order of their use, so that a step reads one forward
 """
 
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,7 +59,8 @@ class PackedWeight:
     """Which owns the address"""
     bias: Tensor | None = None
     """float32, in the order of the packed rows, padded"""
-    scales: Tensor | None = None
+    group: int = 0
+    """Of INT4: columns that share a scale"""
 
     def struct(self) -> CLinear:
         """For an op's `params`; holds pointers into this weight."""
@@ -66,8 +68,8 @@ class PackedWeight:
             kind=self.kind,
             rows=self.rows,
             columns=self.columns,
+            group=self.group,
             weight=self.address,
-            scales=pointer(self.scales),
             bias=pointer(self.bias),
         )
 
@@ -82,16 +84,64 @@ class Packer:
     def pack(self, weight: Tensor, bias: Tensor | None, *, gated: bool = False) -> PackedWeight:
         """A bf16 weight, `[out, in]`; with `gated` its halves are a gate and what it opens."""
         assert weight.dtype == torch.bfloat16
-        library, kind = self.library, WeightKind.BF16
         rows, columns = weight.shape
-        address = self.arena.take(library.kg_packed_bytes(kind, rows, columns))
+        packed = self._take(WeightKind.BF16, (rows, columns), 0, bias, gated=gated)
         weight = weight.contiguous()
-        library.kg_pack(kind, pointer(weight), rows, columns, gated, address)
+        self.library.kg_pack(packed.kind, pointer(weight), rows, columns, gated, packed.address)
+        return packed
+
+    def pack_int8(
+        self, values: Tensor, scales: Tensor, bias: Tensor | None, *, gated: bool = False
+    ) -> PackedWeight:
+        """int8 `[out, in]`, and float32 scales `[out]`."""
+        packed = self._take(WeightKind.INT8, values.shape, 0, bias, gated=gated)
+        values, scales = values.contiguous(), scales.contiguous()
+        self.library.kg_pack_int8(
+            packed.struct(), pointer(values), pointer(scales), gated, packed.address
+        )
+        return packed
+
+    def pack_int4(
+        self,
+        codes: Tensor,
+        scales: Tensor,
+        zeros: Tensor,
+        bias: Tensor | None,
+        *,
+        num_columns: int,
+        group: int,
+        gated: bool = False,
+    ) -> PackedWeight:
+        """Codes two in a byte, `[out, in / 2]`, float16 scales and zeros `[out, num_groups]`.
+
+        `group` is a multiple of 32.
+        """
+        shape = (codes.shape[0], num_columns)
+        packed = self._take(WeightKind.INT4, shape, group, bias, gated=gated)
+        codes, scales, zeros = codes.contiguous(), scales.contiguous(), zeros.contiguous()
+        self.library.kg_pack_int4(
+            packed.struct(), pointer(codes), pointer(scales), pointer(zeros), gated, packed.address
+        )
+        return packed
+
+    def _take(
+        self,
+        kind: WeightKind,
+        shape: Sequence[int],
+        group: int,
+        bias: Tensor | None,
+        *,
+        gated: bool,
+    ) -> PackedWeight:
+        """Room for a weight, with its bias in order."""
+        rows, columns = shape
+        layout = CLinear(kind=kind, rows=rows, columns=columns, group=group)
+        address = self.arena.take(self.library.kg_packed_bytes(layout))
         packed_bias = None
         if bias is not None:
-            padded = library.kg_padded_rows(rows, gated)
+            padded = self.library.kg_padded_rows(rows, gated)
             packed_bias = in_packed_order(bias.float(), padded, gated=gated)
-        return PackedWeight(kind, rows, columns, address, self.arena, packed_bias)
+        return PackedWeight(kind, rows, columns, address, self.arena, packed_bias, group)
 
 
 def in_packed_order(rows: Tensor, padded: int, *, gated: bool) -> Tensor:

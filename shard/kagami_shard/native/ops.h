@@ -13,15 +13,16 @@ extern "C" {
 
 typedef uint16_t kg_bf16;
 
-enum { KG_BF16 = 0 };  // kg_linear.kind: other formats of weights are other rows of kinds.h
+enum { KG_BF16, KG_INT8, KG_INT4 };  // kg_linear.kind; see quantized.h
 
 enum {  // kg_op.code            in        out       params           index
   KG_EMBED,     //               ids       float32   kg_embedding
   KG_ROPE,      //               positions float32   kg_rope          [num_tokens, cos | sin]
   KG_NORM,      //               float32   bf16      kg_norm
   KG_ADD_NORM,  //               float32   float32   kg_norm          out += alpha * norm(in)
-  KG_LINEAR,    //               bf16      epilogue  kg_linear
+  KG_LINEAR,    //               bf16 (1)  epilogue  kg_linear        (1) 8 bits if it is KG_INT8
   KG_ATTEND,    //               float32   bf16      kg_attention     buffer of the rope's tables
+  KG_QUANTIZE,  //               bf16      8 bits    kg_quantize      what a KG_INT8 layer reads
 };
 
 enum {  // kg_op.epilogue of KG_LINEAR, y = x @ W.T + bias
@@ -41,8 +42,8 @@ enum { KG_LOGITS = -1 };  // as a buffer: kg_batch.logits
 typedef struct {
   int32_t kind;
   int32_t rows, columns;  // of the weight, as the checkpoint has it: [out, in]
+  int32_t group;          // of KG_INT4: columns that share a scale, a multiple of 32
   const void* weight;     // packed
-  const float* scales;    // what the kind needs, or NULL
   const float* bias;      // float32, in the order of the packed rows, padded to 32; or NULL
 } kg_linear;
 
@@ -67,6 +68,12 @@ typedef struct {
   const float* weight;
   const float* bias;
 } kg_norm;
+
+typedef struct {
+  int32_t columns;
+  int32_t turn;     // columns of a block that is turned by a Hadamard matrix; 1: none
+  int32_t gathers;  // 1: as many rows as logits are wanted for
+} kg_quantize;
 
 typedef struct {
   int32_t layer;  // index into the cache
@@ -108,7 +115,13 @@ int kg_has_amx(void);           // and this process may use it
 kg_pool* kg_pool_new(int num_threads, int spins, int use_amx);
 void kg_pool_delete(kg_pool*);
 
-int64_t kg_packed_bytes(int kind, int64_t rows, int64_t columns);
+int64_t kg_packed_bytes(const kg_linear*);  // `weight` and `bias` are not looked at
+// int8 [rows, columns] with float scales [rows]; 4-bit codes [rows, columns / 2] uint8, the even
+// column low, with float16 scales and zeros [rows, groups].
+void kg_pack_int8(const kg_linear*, const int8_t* values, const float* scales, int gated,
+                  void* packed);
+void kg_pack_int4(const kg_linear*, const uint8_t* codes, const uint16_t* scales,
+                  const uint16_t* zeros, int gated, void* packed);
 // bf16 [rows, columns] into the order that `kind`'s kernels read. With `gated` the upper half of
 // the rows is the gate, the lower half `up`: they come to lie in turns of 16.
 void kg_pack(int kind, const kg_bf16* weight, int64_t rows, int64_t columns, int gated, void* packed);

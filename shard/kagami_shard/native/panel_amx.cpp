@@ -3,6 +3,7 @@
 #include <string.h>
 
 #include "panel.h"
+#include "quantized.h"
 #include "simd.h"
 
 #ifdef KG_EMULATE_TILES
@@ -12,7 +13,7 @@
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
-#define KG_AMX __attribute__((target("amx-tile,amx-bf16")))
+#define KG_AMX __attribute__((target("amx-tile,amx-bf16,amx-int8")))
 #endif
 
 namespace kg {
@@ -98,7 +99,32 @@ KG_AMX void multiply_both(const Panel& panel) {  // 17 to 32 rows
   _tile_stored(SUM_11, out + 16 * kPanel + kBlock, kPanel * 4);
 }
 
+KG_AMX void multiply_int8(const Int8Panel& panel, int32_t* sums) {
+  _tile_zero(SUM_00);
+  _tile_zero(SUM_01);
+  const char *first = panel.weight, *second = first + kBlock * panel.depth;
+  const char* next = panel.next;
+  const int64_t lines = next ? panel.next_lines / (panel.depth / kDepth8) : 0;
+  for (int64_t k = 0; k < panel.depth; k += kDepth8, first += 1024, second += 1024) {
+    for (int64_t line = 0; line < lines; line++, next += 64) _mm_prefetch(next, _MM_HINT_T1);
+    _tile_loadd(WEIGHT_0, first, 64);
+    _tile_loadd(WEIGHT_1, second, 64);
+    _tile_loadd(X_0, panel.x + k, panel.x_stride);
+    _tile_dpbusd(SUM_00, X_0, WEIGHT_0);
+    _tile_dpbusd(SUM_01, X_0, WEIGHT_1);
+  }
+  _tile_stored(SUM_00, sums, kPanel * 4);
+  _tile_stored(SUM_01, sums + kBlock, kPanel * 4);
+}
+
 }  // namespace
+
+void panel_int8_amx(const Int8Panel& panel) {
+  configure(panel.rows);
+  alignas(64) int32_t sums[kInt8AmxRows * kPanel];
+  multiply_int8(panel, sums);
+  finish_int8(panel, sums);
+}
 
 void panel_amx(const Panel& panel) {
   configure(panel.rows);
@@ -123,8 +149,8 @@ bool has_amx() { return true; }
 bool has_amx() {
   unsigned a, b, c, d;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
-  if ((d & (kBf16 | kTile)) != (kBf16 | kTile)) return false;
+  constexpr unsigned kNeeded = 1u << 22 | 1u << 24 | 1u << 25;  // bf16, tiles, int8
+  if ((d & kNeeded) != kNeeded) return false;
   constexpr int kRequestPermission = 0x1023, kTileData = 18;  // arch_prctl(2), XSTATE component
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }

@@ -81,7 +81,7 @@ def _check(model: Model, dtype: torch.dtype, device: torch.device) -> Decoder:
     if dtype is not torch.bfloat16:
         raise Unavailable(f"the dtype is {str(dtype).removeprefix('torch.')}, not bfloat16")
     if not cpu_is_supported():
-        raise Unavailable("the processor has no AVX-512 with bf16")
+        raise Unavailable("the processor has no AVX-512 with bf16 and VNNI")
     if not isinstance(model, Decoder):
         raise Unavailable(f"model type {model.model_type} runs in transformers' own code")
     return model

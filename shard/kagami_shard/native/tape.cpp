@@ -4,6 +4,7 @@
 #include <memory>
 #include <new>
 
+#include "quantized.h"
 #include "simd.h"
 #include "step.h"
 
@@ -35,6 +36,7 @@ struct kg_tape {
   kg_pool* pool;
   std::vector<kg_op> ops;
   std::vector<const kg_op*> next_linear;  // of each op, the linear layer that comes after it
+  std::vector<char> must_meet;  // after each op: see meet_before_writes
   std::vector<kg_buffer> shapes;
   std::vector<Buffer> buffers;
   std::vector<int64_t> first_tokens;
@@ -79,6 +81,18 @@ struct kg_tape {
     return !floats || partials.reserve(floats * 4);
   }
 
+  // A norm of few rows is every thread's own, and nobody waits: the layer that follows must not
+  // write what another thread's norm still reads.
+  void meet_before_writes() {
+    must_meet.assign(ops.size(), 0);
+    for (size_t i = 0; i < ops.size(); i++) {
+      if (ops[i].code != KG_NORM) continue;
+      size_t next = i + 1;
+      while (next < ops.size() && ops[next].code == KG_QUANTIZE) next++;
+      if (next < ops.size() && ops[next].out == ops[i].in) must_meet[next - 1] = 1;
+    }
+  }
+
   // The ops that look alike to a plan share it.
   int plan_for(const kg_attention& spec) {
     for (size_t i = 0; i < planned.size(); i++)
@@ -92,7 +106,7 @@ struct kg_tape {
 
   void run(const Step& step, int thread) {
     for (size_t i = 0; i < ops.size(); i++)
-      if (run(step, i, thread)) pool->barrier();
+      if (run(step, i, thread) || must_meet[i]) pool->barrier();
   }
 
   bool run(const Step& step, size_t index, int thread) {
@@ -106,6 +120,8 @@ struct kg_tape {
         return norm(step, op, thread);
       case KG_ADD_NORM:
         return add_norm(step, op, thread);
+      case KG_QUANTIZE:
+        return quantize(step, op, thread);
       case KG_LINEAR:
         return linear(step, op, next_linear[index], thread);
       default:
@@ -125,6 +141,7 @@ extern "C" kg_tape* kg_tape_new(kg_pool* pool, const kg_op* ops, int num_ops,
     tape->next_linear[i] = next;
     if (tape->ops[i].code == KG_LINEAR) next = &tape->ops[i];
   }
+  tape->meet_before_writes();
   for (const auto& op : tape->ops)
     tape->plan_of.push_back(
         op.code == KG_ATTEND ? tape->plan_for(*(const kg_attention*)op.params) : -1);
@@ -182,7 +199,7 @@ extern "C" void kg_huge_free(void* base, int64_t bytes) {
 extern "C" int kg_cpu_is_supported(void) {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512bf16");
+         __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
 }
 
 extern "C" int kg_has_amx(void) { return has_amx(); }

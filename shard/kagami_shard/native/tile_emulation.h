@@ -54,6 +54,20 @@ inline void emulated_multiply(int sum, int left, int right) {
   }
 }
 
+// Bytes without sign times bytes with one, four at a time.
+inline void emulated_multiply_bytes(int sum, int left, int right) {
+  for (int row = 0; row < tiles[sum].rows; row++) {
+    int32_t sums[16];
+    memcpy(sums, tiles[sum].bytes[row], 64);
+    for (int quad = 0; quad < tiles[left].row_bytes / 4; quad++)
+      for (int column = 0; column < tiles[sum].row_bytes / 4; column++)
+        for (int i = 0; i < 4; i++)
+          sums[column] += tiles[left].bytes[row][quad * 4 + i] *
+                          (int8_t)tiles[right].bytes[quad][column * 4 + i];
+    memcpy(tiles[sum].bytes[row], sums, 64);
+  }
+}
+
 }  // namespace kg
 
 // immintrin.h has them as macros, too.
@@ -61,9 +75,11 @@ inline void emulated_multiply(int sum, int left, int right) {
 #undef _tile_loadd
 #undef _tile_stored
 #undef _tile_dpbf16ps
+#undef _tile_dpbusd
 #define _tile_loadconfig(config) kg::emulated_config(config)
 #define _tile_release() kg::emulated_release()
 #define _tile_zero(tile) kg::emulated_zero(tile)
 #define _tile_loadd(tile, base, stride) kg::emulated_load(tile, base, stride)
 #define _tile_stored(tile, base, stride) kg::emulated_store(tile, base, stride)
 #define _tile_dpbf16ps(sum, left, right) kg::emulated_multiply(sum, left, right)
+#define _tile_dpbusd(sum, left, right) kg::emulated_multiply_bytes(sum, left, right)

@@ -40,7 +40,7 @@ def test_no_compiler_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize(
     ("flags", "is_supported"),
     [
-        ("avx512f avx512bw avx512vl avx512dq avx512_bf16", True),
+        ("avx512f avx512bw avx512vl avx512dq avx512_bf16 avx512_vnni", True),
         ("avx512f avx2", False),
         ("", False),
     ],

@@ -1,0 +1,85 @@
+// Weights in 8 and 4 bits into the order that their kernels read.
+#include <string.h>
+
+#include "quantized.h"
+#include "rows.h"
+#include "simd.h"
+
+using namespace kg;
+
+namespace kg {
+
+int64_t depth_of(const kg_linear& weight) {
+  switch (weight.kind) {
+    case KG_INT8:
+      return round_up(weight.columns, kDepth8);
+    default:
+      return round_up(weight.columns, kDepth);
+  }
+}
+
+int64_t panel_bytes_of(const kg_linear& weight) {
+  switch (weight.kind) {
+    case KG_INT8:
+      return kPanel * (depth_of(weight) + 8);
+    case KG_INT4:
+      return kPanel / kBlock * int4_block_bytes(weight);
+    default:
+      return kPanel * depth_of(weight) * 2;
+  }
+}
+
+}  // namespace kg
+
+extern "C" void kg_pack_int8(const kg_linear* layer, const int8_t* values, const float* scales,
+                             int gated, void* packed) {
+  const int64_t depth = depth_of(*layer), columns = layer->columns;
+  char* panel = (char*)packed;
+  for (int64_t first = 0; first < kg_padded_rows(layer->rows, gated);
+       first += kPanel, panel += panel_bytes_of(*layer)) {
+    memset(panel, 0, panel_bytes_of(*layer));
+    float* panel_scales = (float*)(panel + kPanel * depth);
+    int32_t* offsets = (int32_t*)(panel_scales + kPanel);
+    for (int64_t i = 0; i < kPanel; i++) {
+      const int64_t source = source_row(first + i, layer->rows, gated != 0);
+      if (source < 0) continue;
+      const int8_t* row = values + source * columns;
+      char* to = panel + i / kBlock * kBlock * depth + i % kBlock * 4;
+      int32_t sum = 0;
+      for (int64_t column = 0; column < columns; column++) {
+        to[column / 4 * 4 * kBlock + column % 4] = row[column];
+        sum += row[column];
+      }
+      panel_scales[i] = scales[source];
+      offsets[i] = -128 * sum;
+    }
+  }
+}
+
+extern "C" void kg_pack_int4(const kg_linear* layer, const uint8_t* codes, const uint16_t* scales,
+                             const uint16_t* zeros, int gated, void* packed) {
+  const int64_t groups = num_groups(*layer), columns = layer->columns;
+  char* block = (char*)packed;
+  for (int64_t first = 0; first < kg_padded_rows(layer->rows, gated); first += kBlock)
+    for (int64_t group = 0; group < groups; group++) {
+      const int64_t bytes = kGroupHeader + num_steps(*layer, group) * kStepBytes;
+      memset(block, 0, bytes);
+      for (int64_t i = 0; i < kBlock; i++) {
+        const int64_t source = source_row(first + i, layer->rows, gated != 0);
+        if (source < 0) continue;
+        ((uint16_t*)block)[i] = scales[source * groups + group];
+        ((uint16_t*)block)[kBlock + i] = zeros[source * groups + group];
+        const int64_t begin = group * layer->group;
+        const int64_t end = std::min(columns, begin + layer->group);
+        for (int64_t column = begin; column < end; column++) {
+          const int64_t place = column - begin, pair = place % kDepth / 2;
+          uint8_t code = codes[source * ((columns + 1) / 2) + column / 2];
+          code = column % 2 ? code >> 4 : code & 15;
+          char* step = block + kGroupHeader + place / kDepth * kStepBytes;
+          char* byte = step + pair % (kDepth / 4) * 32 + i * 2 + column % 2;
+          *byte = (char)(*byte | (pair >= kDepth / 4 ? code << 4 : code));
+        }
+      }
+      block += bytes;
+    }
+}
