@@ -49,8 +49,9 @@ class Launcher:
         return self.process.returncode, self.seen + stdout.decode(), stderr.decode()
 
     def happened(self) -> list[str]:
-        """What the children did, in order."""
-        return [line.split()[0] for line in self.events.read_text().splitlines()]
+        """The children's starts and ends, in order."""
+        events = [line.split()[0] for line in self.events.read_text().splitlines()]
+        return [event for event in events if event != "router-serves"]
 
     def child_pids(self) -> list[int]:
         return [int(line.split()[1]) for line in self.events.read_text().splitlines()]

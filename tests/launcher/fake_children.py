@@ -1,7 +1,7 @@
 """A shard and a router to start instead of the real ones; the environment says how they behave.
 
 FAKE_SHARD: serve (default), die, hang (never ready), deaf (never ready, ignores SIGTERM), crash
-(ready, then SIGKILLs itself), fail (ready, ends with an error 0.3 s after a router started),
+(ready; SIGKILLs itself 0.3 s after a router serves), fail (ready; ends with an error 0.3 s after one started),
 stuck (ready, ignores SIGTERM); FAKE_SHARD_1 for rank 1 alone. FAKE_ROUTER: serve (default), busy,
 leave (exit 0 after Connected), deaf, talk. FAKE_EVENTS: a file that gets a line for each start and
 end, in order.
@@ -66,15 +66,16 @@ def shard(argv: list[str]) -> int:
     server.add_insecure_port(address)
     server.start()
     say("INFO", f"Server started at {address}")
-    if mode == "crash":
-        threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGKILL)).start()
     if mode == "stuck":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if mode == "fail":
+    if mode in ("crash", "fail"):
         events = Path(os.environ["FAKE_EVENTS"])
-        while "router-start" not in events.read_text():
+        awaited = "router-serves" if mode == "crash" else "router-start"
+        while awaited not in events.read_text():
             stop.wait(0.02)
         stop.wait(0.3)
+        if mode == "crash":
+            os.kill(os.getpid(), signal.SIGKILL)
         say("ERROR", "the GPU is lost")
         return 1
     stop.wait()
@@ -97,6 +98,7 @@ def router(argv: list[str]) -> int:
     if mode == "deaf":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     say("INFO", "Connected", "text_generation_router")
+    note("router-serves")
     if mode == "leave":
         return 0
     stop.wait()
