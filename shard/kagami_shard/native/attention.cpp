@@ -13,7 +13,7 @@
 namespace kg {
 namespace {
 
-constexpr int64_t kTile = kPanel;   // tokens of the cache at a time
+constexpr int64_t kTile = 2 * kPanel;  // tokens of the cache at a time
 constexpr int64_t kMaxRows = 64;    // rows that attend together
 constexpr int64_t kMaxHeadDim = 256;
 // Decodes with few sequences are cut along the cache, so that all threads have something to read.
@@ -31,7 +31,7 @@ struct Shape {
 
 struct Scratch {  // one thread's, laid out in its kScratchBytes
   kg_bf16 *queries, *keys, *values, *weights;
-  float *scores, *sums, *product, *largest, *total;
+  float *scores, *sums, *largest, *total;
   Scratch(char* base, const Shape& shape) {
     auto take = [&base](int64_t bytes) {
       char* taken = base;
@@ -44,13 +44,12 @@ struct Scratch {  // one thread's, laid out in its kScratchBytes
     weights = (kg_bf16*)take(kMaxRows * kTile * 2);
     scores = (float*)take(kMaxRows * kTile * 4);
     sums = (float*)take(kMaxRows * shape.depth * 4);
-    product = (float*)take(kAmxRows * kPanel * 4);
     largest = (float*)take(kMaxRows * 4);
     total = (float*)take(kMaxRows * 4);
   }
 };
 static_assert(kMaxRows * kMaxHeadDim * 6 + kTile * kMaxHeadDim * 4 + kMaxRows * kTile * 6 +
-                      kAmxRows * kPanel * 4 + kMaxRows * 8 + 9 * 64 <=
+                      kMaxRows * 8 + 8 * 64 <=
                   kScratchBytes,
               "a thread's scratch is too small");
 
@@ -196,8 +195,8 @@ struct Attention {
   void pack(const Places& tile, const Places& next, int64_t head, const Scratch& scratch) const {
     const kg_bf16* keys = batch.keys[spec.layer] + head * spec.head_dim;
     const kg_bf16* values = batch.values[spec.layer] + head * spec.head_dim;
-    const int64_t count = tile.count;
-    for (int64_t first = 0; first < kTile; first += kBlock)
+    const int64_t count = tile.count, padded = round_up(count, kPanel);
+    for (int64_t first = 0; first < padded; first += kBlock)
       for (int64_t column = 0; column < shape.depth; column += 32) {
         const int64_t left = spec.head_dim - column;
         const __mmask32 mask = left >= 32 ? 0xffffffffu : (__mmask32)((1u << left) - 1);
@@ -212,7 +211,7 @@ struct Attention {
         kg_bf16* to = scratch.keys + first * shape.depth + column * kBlock;
         for (int64_t i = 0; i < kBlock; i++) _mm512_storeu_si512(to + i * 32, rows[i]);
       }
-    for (int64_t i = 0; i < kTile; i += 2) {
+    for (int64_t i = 0; i < padded; i += 2) {
       prefetch(batch.values[spec.layer], next, head, {i, i + 2});
       const kg_bf16* first = i < count ? values + tile.at[i] : values;
       const kg_bf16* second = i + 1 < count ? values + tile.at[i + 1] : values;
@@ -228,50 +227,49 @@ struct Attention {
     }
   }
 
-  // Each row's query, times all tokens of the tile; each row's weights, times two blocks of values.
-  template <class Use>
-  void multiply(int64_t rows, const kg_bf16* x, int64_t stride, const kg_bf16* weight,
-                int64_t block_stride, int64_t k, float* product, Use use) const {
+  // Rows times a panel of 32 columns, `out` rows `out_stride` floats apart.
+  void multiply(int64_t rows, Panel panel) const {
     const Kernel kernel = kernel_for(rows, step.pool->use_amx);
     const int64_t passes = (rows + kernel.max_rows - 1) / kernel.max_rows;
+    const kg_bf16* x = panel.x;
+    float* out = panel.out;
     for (int64_t pass = 0; pass < passes; pass++) {
       const Part part = part_of(rows, pass, passes);
-      kernel.run({weight, block_stride, x + part.begin * stride, stride,
-                  (int)(part.end - part.begin), k, product, nullptr, 0});
-      for (int64_t row = part.begin; row < part.end; row++)
-        use(row, product + (row - part.begin) * kPanel);
+      panel.x = x + part.begin * panel.x_stride;
+      panel.out = out + part.begin * panel.out_stride;
+      panel.rows = (int)(part.end - part.begin);
+      kernel.run(panel);
     }
   }
 
   // Which of the tile's tokens the token at `position` sees.
-  uint32_t seen(const Attending& item, int64_t begin, int64_t position) const {
+  uint64_t seen(const Attending& item, int64_t begin, int64_t position) const {
     const int64_t last = std::min<int64_t>(position, item.end - 1);
     const int64_t first = spec.window ? std::max<int64_t>(0, position - spec.window + 1) : 0;
     const int64_t low = std::max<int64_t>(first - begin, 0);
     const int64_t high = std::min<int64_t>(last - begin + 1, kTile);
     if (low >= high) return 0;
-    return (uint32_t)((1ull << high) - (1ull << low));
+    return (~0ull >> (64 - high)) & (~0ull << low);
   }
 
   // One row's share of a tile: scores to weights, and what was summed before to the new scale.
-  void soften(const Scratch& scratch, int64_t row, const float* scores, uint32_t mask) const {
+  void soften(const Scratch& scratch, int64_t row, int64_t count, uint64_t mask) const {
     const __m512 scale = _mm512_set1_ps(spec.scale);
-    __m512 x[2];
+    float* scores = scratch.scores + row * kTile;
     __m512 largest = _mm512_set1_ps(scratch.largest[row]);
-    for (int half = 0; half < 2; half++) {
-      x[half] = _mm512_mul_ps(_mm512_loadu_ps(scores + half * kLanes), scale);
-      if (spec.softcap != 0) x[half] = activate(KG_SOFTCAP, x[half], spec.softcap);
-      const __mmask16 of_half = (__mmask16)(mask >> (half * kLanes));
-      largest = _mm512_mask_max_ps(largest, of_half, largest, x[half]);
+    for (int64_t i = 0; i < count; i += kLanes) {
+      __m512 x = _mm512_mul_ps(_mm512_loadu_ps(scores + i), scale);
+      if (spec.softcap != 0) x = activate(KG_SOFTCAP, x, spec.softcap);
+      largest = _mm512_mask_max_ps(largest, (__mmask16)(mask >> i), largest, x);
+      _mm512_storeu_ps(scores + i, x);
     }
     const float top = _mm512_reduce_max_ps(largest);
     __m512 total = _mm512_setzero_ps();
-    for (int half = 0; half < 2; half++) {
-      const __mmask16 of_half = (__mmask16)(mask >> (half * kLanes));
-      const __m512 weight =
-          _mm512_maskz_mov_ps(of_half, exp(_mm512_sub_ps(x[half], _mm512_set1_ps(top))));
+    for (int64_t i = 0; i < count; i += kLanes) {
+      const __m512 x = _mm512_sub_ps(_mm512_loadu_ps(scores + i), _mm512_set1_ps(top));
+      const __m512 weight = _mm512_maskz_mov_ps((__mmask16)(mask >> i), exp(x));
       total = _mm512_add_ps(total, weight);
-      store_bf16(scratch.weights + row * kTile + half * kLanes, weight);
+      store_bf16(scratch.weights + row * kTile + i, weight);
     }
     const float sum = _mm512_reduce_add_ps(total);
     if (top == scratch.largest[row]) {
@@ -329,22 +327,19 @@ struct Attention {
   void attend_tile(const Attending& item, int64_t begin, int64_t position, const Scratch& scratch,
                    Part rows) const {
     const int64_t count = rows.end - rows.begin;
-    multiply(count, scratch.queries + rows.begin * shape.depth, shape.depth, scratch.keys,
-             kBlock * shape.depth, shape.depth, scratch.product,
-             [&](int64_t row, const float* scores) {
-               soften(scratch, rows.begin + row, scores,
-                      seen(item, begin, position + row / shape.group));
-             });
+    const int64_t tokens = round_up(std::min<int64_t>(kTile, item.end - begin), kPanel);
+    const kg_bf16* queries = scratch.queries + rows.begin * shape.depth;
+    for (int64_t i = 0; i < tokens; i += kPanel)
+      multiply(count, {scratch.keys + i * shape.depth, kBlock * shape.depth, queries, shape.depth,
+                       0, shape.depth, scratch.scores + rows.begin * kTile + i, kTile, false,
+                       nullptr, 0});
+    for (int64_t row = 0; row < count; row++)
+      soften(scratch, rows.begin + row, tokens, seen(item, begin, position + row / shape.group));
+    const kg_bf16* weights = scratch.weights + rows.begin * kTile;
     for (int64_t block = 0; block < shape.blocks; block += 2)
-      multiply(count, scratch.weights + rows.begin * kTile, kTile,
-               scratch.values + block * kBlock * kTile, kBlock * kTile, kTile, scratch.product,
-               [&](int64_t row, const float* product) {
-                 float* sums =
-                     scratch.sums + (rows.begin + row) * shape.depth + block * kBlock;
-                 for (int half = 0; half < kPanel; half += kLanes)
-                   _mm512_storeu_ps(sums + half, _mm512_add_ps(_mm512_loadu_ps(sums + half),
-                                                               _mm512_loadu_ps(product + half)));
-               });
+      multiply(count, {scratch.values + block * kBlock * kTile, kBlock * kTile, weights, kTile, 0,
+                       tokens, scratch.sums + rows.begin * shape.depth + block * kBlock,
+                       shape.depth, true, nullptr, 0});
   }
 
   void finish(int64_t token, int64_t head, const float* sums, float total) const {

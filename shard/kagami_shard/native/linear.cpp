@@ -128,7 +128,7 @@ void compute(const Layer& layer, const char* packed, Part rows, const char* next
   }
   const kg_bf16* weight = layer.unpacked ? layer.unpacked : (const kg_bf16*)packed;
   const Panel panel{weight, kBlock * layer.depth, halves, layer.x_bytes / 2, count, layer.depth,
-                    out, next, lines};
+                    out, kPanel, false, next, lines};
   layer.kernel.run(panel);
 }
 

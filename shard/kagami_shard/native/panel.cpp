@@ -20,6 +20,11 @@ template <int kRows, int kPrefetch>
 void multiply(const Panel& panel) {
   __m512 sum[kRows][2];
   for (int r = 0; r < kRows; r++) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
+  if (panel.adds)
+    for (int r = 0; r < kRows; r++) {
+      sum[r][0] = _mm512_loadu_ps(panel.out + r * panel.out_stride);
+      sum[r][1] = _mm512_loadu_ps(panel.out + r * panel.out_stride + kBlock);
+    }
   const kg_bf16 *first = panel.weight, *second = panel.weight + panel.block_stride;
   const kg_bf16* x = panel.x;
   const int64_t stride = panel.x_stride, pairs = panel.k / 2;
@@ -35,8 +40,8 @@ void multiply(const Panel& panel) {
     }
   }
   for (int r = 0; r < kRows; r++) {
-    _mm512_storeu_ps(panel.out + r * kPanel, sum[r][0]);
-    _mm512_storeu_ps(panel.out + r * kPanel + kBlock, sum[r][1]);
+    _mm512_storeu_ps(panel.out + r * panel.out_stride, sum[r][0]);
+    _mm512_storeu_ps(panel.out + r * panel.out_stride + kBlock, sum[r][1]);
   }
 }
 

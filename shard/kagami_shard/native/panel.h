@@ -20,7 +20,9 @@ struct Panel {
   int64_t x_stride;  // in elements
   int rows;
   int64_t k;               // a multiple of kDepth
-  float* out;              // [rows][kPanel]
+  float* out;              // [rows][kPanel], rows `out_stride` floats apart
+  int64_t out_stride;
+  bool adds;               // to what is there
   const char* next;        // where to prefetch from meanwhile, or null
   int64_t next_lines;      // cache lines of it, for every 2 columns of k at most 2
 };

@@ -55,8 +55,14 @@ KG_AMX void configure(int rows) {
 }
 
 KG_AMX void multiply_lower(const Panel& panel) {  // 1 to 16 rows
-  _tile_zero(SUM_00);
-  _tile_zero(SUM_01);
+  const int64_t out_bytes = panel.out_stride * 4;
+  if (panel.adds) {
+    _tile_loadd(SUM_00, panel.out, out_bytes);
+    _tile_loadd(SUM_01, panel.out + kBlock, out_bytes);
+  } else {
+    _tile_zero(SUM_00);
+    _tile_zero(SUM_01);
+  }
   const kg_bf16 *first = panel.weight, *second = panel.weight + panel.block_stride;
   const char* next = panel.next;
   const int64_t lines = next ? panel.next_lines / (panel.k / kDepth) : 0;
@@ -68,15 +74,24 @@ KG_AMX void multiply_lower(const Panel& panel) {  // 1 to 16 rows
     _tile_dpbf16ps(SUM_00, X_0, WEIGHT_0);
     _tile_dpbf16ps(SUM_01, X_0, WEIGHT_1);
   }
-  _tile_stored(SUM_00, panel.out, kPanel * 4);
-  _tile_stored(SUM_01, panel.out + kBlock, kPanel * 4);
+  _tile_stored(SUM_00, panel.out, out_bytes);
+  _tile_stored(SUM_01, panel.out + kBlock, out_bytes);
 }
 
 KG_AMX void multiply_both(const Panel& panel) {  // 17 to 32 rows
-  _tile_zero(SUM_00);
-  _tile_zero(SUM_01);
-  _tile_zero(SUM_10);
-  _tile_zero(SUM_11);
+  const int64_t out_bytes = panel.out_stride * 4;
+  float *upper_out = panel.out, *lower_out = panel.out + 16 * panel.out_stride;
+  if (panel.adds) {
+    _tile_loadd(SUM_00, upper_out, out_bytes);
+    _tile_loadd(SUM_01, upper_out + kBlock, out_bytes);
+    _tile_loadd(SUM_10, lower_out, out_bytes);
+    _tile_loadd(SUM_11, lower_out + kBlock, out_bytes);
+  } else {
+    _tile_zero(SUM_00);
+    _tile_zero(SUM_01);
+    _tile_zero(SUM_10);
+    _tile_zero(SUM_11);
+  }
   const kg_bf16 *first = panel.weight, *second = panel.weight + panel.block_stride;
   const kg_bf16* lower = panel.x + 16 * panel.x_stride;
   const char* next = panel.next;
@@ -92,11 +107,10 @@ KG_AMX void multiply_both(const Panel& panel) {  // 17 to 32 rows
     _tile_dpbf16ps(SUM_10, X_1, WEIGHT_0);
     _tile_dpbf16ps(SUM_11, X_1, WEIGHT_1);
   }
-  float* out = panel.out;
-  _tile_stored(SUM_00, out, kPanel * 4);
-  _tile_stored(SUM_01, out + kBlock, kPanel * 4);
-  _tile_stored(SUM_10, out + 16 * kPanel, kPanel * 4);
-  _tile_stored(SUM_11, out + 16 * kPanel + kBlock, kPanel * 4);
+  _tile_stored(SUM_00, upper_out, out_bytes);
+  _tile_stored(SUM_01, upper_out + kBlock, out_bytes);
+  _tile_stored(SUM_10, lower_out, out_bytes);
+  _tile_stored(SUM_11, lower_out + kBlock, out_bytes);
 }
 
 KG_AMX void multiply_int8(const Int8Panel& panel, int32_t* sums) {
