@@ -199,7 +199,7 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=256)
     parser.add_argument("--requests", type=int, help="default: as many as streams")
     parser.add_argument("--prompt", type=int, default=16, help="words")
-    parser.add_argument("--output", type=int, default=1000, help="tokens")
+    parser.add_argument("--output", type=int, default=2000, help="tokens")
     parser.add_argument("--step-ms", type=float, default=0.0, help="of the null shard")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--profile", help="write a cProfile of the router here")

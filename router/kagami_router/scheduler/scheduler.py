@@ -438,33 +438,30 @@ class Scheduler:
                 )
         self._confirm(step)
         self._isolation.step_succeeded()
-        for sample in results.samples:
-            sequence = self._sequences.get(sample.sequence_id)
+        for sequence_id, token_id, logprob, top_tokens in results.samples:
+            sequence = self._sequences.get(sequence_id)
             if sequence is None:
                 continue
-            log = sequence.log
-            log.ids.append(sample.token_id)
-            is_last = log.num_generated >= sequence.request.stopping.max_new_tokens
+            ids = sequence.log.ids
+            ids.append(token_id)
+            is_last = len(ids) > sequence.max_kv_tokens
             if is_last:
                 self._end(sequence)
-            events.append(
-                TokenSampled(sequence, sample.token_id, sample.logprob, sample.top_tokens, is_last)
-            )
+            events.append(TokenSampled(sequence, token_id, logprob, top_tokens, is_last))
         if len(results.samples) < step.num_samples:
             self._fail_unanswered(step, results, events)
         return events
 
     def _confirm(self, step: Step) -> None:
         """Move confirmed positions on, and give full blocks to the prefix cache."""
-        block_size = self._config.block_size
-        for work in step.work:
-            sequence = work.sequence
+        block_size, prefix_caching = self._config.block_size, self._config.prefix_caching
+        for sequence, position, num_tokens, _, _ in step.work:
             if sequence.status is not Status.RUNNING:
                 continue
-            end = work.position + work.num_tokens
+            end = position + num_tokens
             sequence.num_confirmed = end
             num_full = end // block_size
-            if num_full > work.position // block_size and self._config.prefix_caching:
+            if num_full > position // block_size and prefix_caching:
                 self._cache.insert(sequence.path, sequence.log.ids, sequence.blocks, num_full)
 
     def _step_failed(self, step: Step, results: StepResults) -> list[Event]:
