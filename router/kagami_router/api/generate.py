@@ -137,6 +137,10 @@ async def _stream(
         )
 
 
+# Nearly every event of a stream: a `StreamResponse` of a token and nothing else.
+_PLAIN_EVENT = b'data: {"index":%d,"token":%b,"generated_text":null,"details":null}\n\n'
+
+
 class _EventWriter:
     """Writes the events of one native stream."""
 
@@ -162,6 +166,11 @@ class _EventWriter:
     def _render_one(self, event: StreamEvent) -> bytes:
         self._index += 1
         token, end = event.token, event.end
+        if end is None and not event.tail and not event.top_tokens:
+            return _PLAIN_EVENT % (
+                self._index,
+                encode(TokenOut(token.id, token.text, shortest(token.logprob), token.special)),
+            )
         text = f"{event.tail}{token.text}" if token.special else f"{token.text}{event.tail}"
         generated_text, details = None, None
         if end is not None:

@@ -71,11 +71,11 @@ async def respond(
     try:
         async with turns as stream:
             await response.prepare(request)
-            async with _keep_alive(response, keep_alive_s) as touch:
+            async with _keep_alive(response, keep_alive_s) as pulse:
                 if isinstance(stream, Divertible):
-                    stream.divert(_Direct(request, response, render, touch))
+                    stream.divert(_Direct(request, response, render, pulse))
                 async for turn in stream:
-                    touch()
+                    pulse.last_write = pulse.now()
                     await response.write(render(turn))
         ending = last()
         with suppress(ConnectionError):  # everything was said, and is in the log as answered
@@ -103,20 +103,20 @@ class _Direct(Generic[_Turn]):
     for a token; what it would add is the frame of a chunk (RFC 9112, section 7.1).
     """
 
-    __slots__ = ("_is_chunked", "_outbox", "_render", "_touch", "_transport")
+    __slots__ = ("_is_chunked", "_outbox", "_pulse", "_render", "_transport")
 
     def __init__(
         self,
         request: web.Request,
         response: web.StreamResponse,
         render: Callable[[_Turn], bytes],
-        touch: Callable[[], None],
+        pulse: "_Pulse",
     ) -> None:
         self._transport = request.transport
         self._outbox = request.app[OUTBOX]
         self._is_chunked = response.headers.get(hdrs.TRANSFER_ENCODING) == "chunked"
         self._render = render
-        self._touch = touch
+        self._pulse = pulse
 
     def __call__(self, turn: _Turn) -> bool:
         transport = self._transport
@@ -126,7 +126,7 @@ class _Direct(Generic[_Turn]):
             self._outbox.put(
                 transport, b"%x\r\n%b\r\n" % (len(data), data) if self._is_chunked else data
             )
-        self._touch()
+        self._pulse.last_write = self._pulse.now()
         return True
 
 
@@ -156,31 +156,34 @@ class Outbox:
 OUTBOX = web.AppKey("outbox", Outbox)
 
 
+class _Pulse:
+    """When a stream was written to last, in the loop's time."""
+
+    __slots__ = ("last_write", "now")
+
+    def __init__(self, now: Callable[[], float]) -> None:
+        self.now = now
+        self.last_write = now()
+
+
 @asynccontextmanager
-async def _keep_alive(
-    response: web.StreamResponse, interval_s: float
-) -> AsyncIterator[Callable[[], None]]:
+async def _keep_alive(response: web.StreamResponse, interval_s: float) -> AsyncIterator[_Pulse]:
     """Write a comment whenever nothing was written for `interval_s`.
 
     The timer looks back when it fires, instead of being restarted by each event.
     """
-    loop = asyncio.get_running_loop()
-    last_write = loop.time()
-
-    def touch() -> None:
-        nonlocal last_write
-        last_write = loop.time()
+    pulse = _Pulse(asyncio.get_running_loop().time)
 
     async def comment() -> None:
         with suppress(ConnectionError):
             while True:
-                await asyncio.sleep(last_write + interval_s - loop.time())
-                if loop.time() - last_write >= interval_s:
-                    touch()
+                await asyncio.sleep(pulse.last_write + interval_s - pulse.now())
+                if pulse.now() - pulse.last_write >= interval_s:
+                    pulse.last_write = pulse.now()
                     await response.write(KEEP_ALIVE)
 
     timer = asyncio.ensure_future(comment())  # ends with this context
     try:
-        yield touch
+        yield pulse
     finally:
         timer.cancel()

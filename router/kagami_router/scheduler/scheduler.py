@@ -201,7 +201,7 @@ class Scheduler:
     ) -> None:
         block_size = self._config.block_size
         for sequence in sequences:
-            if draft.is_full:
+            if draft.tokens <= 0 or draft.room <= 0:
                 return
             position = sequence.num_scheduled
             if (
