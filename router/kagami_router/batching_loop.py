@@ -100,21 +100,18 @@ class GenerationStream:
     def put(self, event: StreamEvent) -> None:
         """For the loop: one more event; the one with `end` is the last."""
         is_last = self._has_ended = event.end is not None
-        if self._sink is None or self._events or not self._hand_over(event):
+        is_taken = False
+        if self._sink is not None and not self._events:
+            try:
+                is_taken = self._sink((event,))
+            # A border: a bug in one answer's words must not stop the others' steps.
+            except Exception as error:
+                self._sink, is_taken = _take_nothing_more, True
+                self.fail(error)
+        if not is_taken:
             self._events.append(event)
-        elif not is_last:
-            return
-        self._notify()
-
-    def _hand_over(self, event: StreamEvent) -> bool:
-        assert self._sink is not None
-        try:
-            return self._sink((event,))
-        # A border: a bug in one answer's words must not stop the others' steps.
-        except Exception as error:
-            self._sink = _take_nothing_more
-            self.fail(error)
-            return True
+        if is_last or not is_taken:
+            self._notify()
 
     def fail(self, error: Exception) -> None:
         """For the loop: no more events; what is there already is still delivered."""

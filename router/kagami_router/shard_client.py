@@ -294,19 +294,24 @@ def _info_from_pb(info: pb.InfoResponse) -> ShardInfo:
     )
 
 
+_NONE: tuple[tuple[()], ...] = ((),) * 5
+
+
 def step_to_pb(step: Step, contexts: Mapping[int, WireContext] = {}) -> pb.Step:
     """Records become columns."""
+    sequences, positions, counts, blocks, _ = zip(*step.work, strict=True) if step.work else _NONE
+    ids = [sequence.id for sequence in sequences]
     return pb.Step(
         number=step.number,
         new_sequences=[_new_to_pb(new, contexts.get(new.id)) for new in step.new_sequences],
         drop_ids=step.drop_ids,
-        ids=[work.sequence.id for work in step.work],
-        positions=[work.position for work in step.work],
-        counts=[work.num_tokens for work in step.work],
+        ids=ids,
+        positions=positions,
+        counts=counts,
         grants=[
-            pb.BlockGrant(id=work.sequence.id, blocks=work.blocks)
-            for work in step.work
-            if work.blocks
+            pb.BlockGrant(id=sequence_id, blocks=given)
+            for sequence_id, given in zip(ids, blocks, strict=True)
+            if given
         ],
     )
 
