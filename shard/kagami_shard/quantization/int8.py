@@ -9,6 +9,7 @@ blocks of columns, orthogonal and its own inverse, `x W' = (x H) (W H)'`, which 
 columns over their block (arXiv:2404.00456, and README.md for what it gains).
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,6 +22,8 @@ from kagami_shard.weights.sharding import Span
 _MAX = 127
 # The blocks that are turned: as wide as this, if that divides the columns.
 _WIDEST_TURN = 512
+# Rows quantized at a time: the float32 temporaries stay small beside the weights.
+_CHUNK_ROWS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +76,18 @@ def int_matmul(left: Tensor, right: Tensor) -> Tensor:
 def quantize_int8(matrix: Tensor) -> Int8Weight:
     """The nearest 8-bit weight of `matrix` `[out, in]`, turned as far as its columns divide."""
     turn = widest_turn(matrix.shape[1])
+    parts = [_quantize(rows, turn) for rows in matrix.split(_CHUNK_ROWS)]
+    values, scales = (torch.cat(each) for each in zip(*parts, strict=True))
+    return Int8Weight(values, scales, turn)
+
+
+def _quantize(matrix: Tensor, turn: int) -> tuple[Tensor, Tensor]:
+    """Values and scales."""
     matrix = turned(matrix.float(), turn)
     largest = matrix.abs().amax(dim=1)
     scales = torch.where(largest == 0, 1.0, largest / _MAX)
     values = (matrix / scales[:, None]).round_().clamp_(-_MAX, _MAX)
-    return Int8Weight(values.to(torch.int8), scales, turn)
+    return values.to(torch.int8), scales
 
 
 def widest_turn(num_columns: int) -> int:
@@ -86,17 +96,18 @@ def widest_turn(num_columns: int) -> int:
 
 
 def turned(matrix: Tensor, turn: int) -> Tensor:
-    """`matrix` `[rows, in]` with every `turn` columns multiplied by the Hadamard matrix.
-
-    In Sylvester's order, scaled to be orthogonal: log2(turn) rounds of sums and differences.
-    """
+    """`matrix` `[rows, in]` with every `turn` columns multiplied by the Hadamard matrix."""
     if turn == 1:
         return matrix
     rows, columns = matrix.shape
-    width = 1
-    while width < turn:
-        low, high = matrix.reshape(rows, columns // (2 * width), 2, width).unbind(2)
-        matrix = torch.stack((low + high, low - high), dim=2)
-        width *= 2
-    result: Tensor = matrix.reshape(rows, columns) * turn**-0.5
-    return result
+    blocks = matrix.reshape(rows * columns // turn, turn)
+    product: Tensor = blocks @ _hadamard(turn, matrix.device)
+    return product.view(rows, columns)
+
+
+def _hadamard(turn: int, device: torch.device) -> Tensor:
+    """Sylvester's, scaled to be orthogonal."""
+    matrix = torch.ones(1, 1, device=device)
+    while len(matrix) < turn:
+        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
+    return matrix / math.sqrt(turn)
