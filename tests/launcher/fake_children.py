@@ -2,7 +2,8 @@
 
 FAKE_SHARD: serve (default), die, hang (never ready), deaf (never ready, ignores SIGTERM), crash
 (ready; SIGKILLs itself 0.3 s after a router serves), fail (ready; ends with an error 0.3 s after
-one started), stuck (ready, ignores SIGTERM); FAKE_SHARD_1 for rank 1 alone. FAKE_ROUTER: serve (default), busy,
+one started), stuck (ready, ignores SIGTERM); FAKE_SHARD_1 for rank 1 alone.
+FAKE_ROUTER: serve (default), busy,
 leave (exit 0 after Connected), deaf, talk. FAKE_EVENTS: a file that gets a line for each start and
 end, in order.
 """
