@@ -7,8 +7,8 @@ forms, both of which TGI's operators know:
     {"timestamp":"…Z","level":"INFO","target":"…","message":"…","fields":{"message":"…",…},"span":{…}}
 
 Values given through `extra=` become `key=value` behind the text and members of `fields`; the key
-`span` (a name such as "download") stands before the target. What is said inside a span ends with
-its `trace_id`.
+`span` (a name such as "download") stands before the target. A line about a request
+(`request_id`) that is traced ends with its `trace_id`.
 """
 
 import json
@@ -99,7 +99,7 @@ class _Formatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         extra = {key: value for key, value in vars(record).items() if key not in _STANDARD}
-        if trace_id := current_trace_id():
+        if "request_id" in extra and (trace_id := current_trace_id()):
             extra["trace_id"] = trace_id
         message = record.getMessage()
         if record.exc_info:
