@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 # Of the specification's "Batch Span Processor".
 _DEFAULT_QUEUE, _DEFAULT_BATCH, _DEFAULT_DELAY_MS = 2048, 512, 5000
 # A collector that stalls may hold up the end of a process for this long, and no longer.
-CLOSE_TIMEOUT_S = 2.0
+CLOSE_TIMEOUT_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)

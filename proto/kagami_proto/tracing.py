@@ -112,9 +112,11 @@ def _protocol(environ: Mapping[str, str]) -> str | None:
     return None
 
 
-class _Dropped(Protocol):
+class _Export(Protocol):
     @property
     def dropped(self) -> int: ...
+
+    def shutdown(self) -> None: ...
 
 
 class ChosenIds(Protocol):
@@ -139,7 +141,7 @@ class Tracing:
     """Records whatever it is told: for those who have looked at the sampled flag themselves."""
     ids: ChosenIds | None = None
     propagator: TextMapPropagator = field(default_factory=TraceContextTextMapPropagator)
-    export: _Dropped | None = None
+    export: _Export | None = None
 
     @property
     def is_on(self) -> bool:
@@ -149,6 +151,11 @@ class Tracing:
     def spans_dropped(self) -> int:
         """Spans of this process that no collector has seen."""
         return self.export.dropped if self.export is not None else 0
+
+    def close(self) -> None:
+        """Export what is queued; for a process that ends without leaving its contexts."""
+        if self.export is not None:
+            self.export.shutdown()
 
 
 NO_TRACING = Tracing()
@@ -161,7 +168,7 @@ def open_tracing(
     *,
     problem: str = "",
 ) -> Iterator[Tracing]:
-    """Trace inside this context, to its end with what is queued (two seconds at most).
+    """Trace inside this context, to its end with what is queued (one second at most).
 
     `attributes` are of the process (the resource). What is wrong with the plan, or was with what
     it should have been made of, is logged, and costs the traces and nothing else.

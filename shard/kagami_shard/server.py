@@ -83,6 +83,7 @@ def serve(args: ServeArgs) -> int:
                 worker.stop()
                 if wait((worker.ended,), timeout=_GRACE_S).not_done:
                     logger.warning("A step was not finished: it waits for a rank that is gone")
+                tracing.close()
                 _end_now(socket, code)
     socket.unlink(missing_ok=True)
     return code

@@ -17,6 +17,9 @@ from kagami_proto.tracing_sdk import Ids
 class _Export:
     dropped = 0
 
+    def shutdown(self) -> None:
+        pass
+
 
 @dataclass(eq=False)
 class Traced:

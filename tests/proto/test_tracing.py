@@ -275,7 +275,7 @@ def test_a_stalled_collector_delays_nobody_and_loses_are_counted() -> None:
     assert exporter.exported + lost == 1000
 
 
-def test_an_end_waits_for_a_stalled_collector_two_seconds_at_most(
+def test_an_end_waits_for_a_stalled_collector_a_short_time_only(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("kagami_proto.span_export.CLOSE_TIMEOUT_S", 0.1)
