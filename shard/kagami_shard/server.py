@@ -1,6 +1,7 @@
 """Build the engine, bind the socket, wait for a signal, stop."""
 
 import asyncio
+import gc
 import json
 import logging
 import os
@@ -67,6 +68,10 @@ def serve(args: ServeArgs) -> int:
             else:
                 logger.exception("Error when initializing model: %s", error)
             return 1
+        # What the imports and the model have made stays: no collection needs to look through it
+        # again (m: 3 % of a native step's time).
+        gc.collect()
+        gc.freeze()
         socket = Path(f"{args.uds_path}-{args.rank}").absolute()
         overlap = facts.device_type == "cuda" and args.world_size == 1
         traces = SequenceTraces(tracing, rank=args.rank, has_step_spans=args.otlp_step_spans)

@@ -1,0 +1,56 @@
+"""`python -m tests.shard.native.sanitized LIBRARY`: every op once, for test_sanitizers.py."""
+
+import sys
+from pathlib import Path
+
+import torch
+from tests.shard.native.test_ops import MIXED, Case, Program, Weights, is_near, prompt, steps_of
+
+from kagami_shard.layers.mlp import ACTIVATIONS, MLP, GatedMLP
+from kagami_shard.layers.norm import LayerNorm, no_norm
+from kagami_shard.native.check import agrees_with_torch
+from kagami_shard.native.library import Library
+from kagami_shard.native.runtime import Runtime
+
+CASES = (
+    Case(),
+    Case(dim=8, rotary=6, group=1),
+    Case(dim=80, rotary=80, num_kv_heads=1),
+    Case(dim=256, rotary=64, num_kv_heads=1, group=2),
+    Case(window=5, softcap=0.7, qk_norm="heads"),
+    Case(qk_norm="all"),
+)
+
+
+def mlps(weights: Weights, *, gated: bool) -> Program:
+    width, inner = 37, 50
+    up, down = weights.linear(inner * (1 + gated), width), weights.linear(width, inner)
+    mlp = (GatedMLP if gated else MLP)(up, down, ACTIVATIONS["gelu"])
+    norm = LayerNorm(weights.vector(width), weights.vector(width), 1e-5)
+    return Program(
+        weights,
+        width,
+        lambda ops, hidden: ops.add(hidden, ops.mlp(ops.norm(hidden, norm), mlp), no_norm, 0.5),
+    )
+
+
+def main() -> None:
+    library = Library(Path(sys.argv[1]))
+    for num_threads, use_amx in ((1, False), (2, False), (2, True)):
+        runtime = Runtime(library, num_threads, use_amx=use_amx)
+        assert agrees_with_torch(runtime)
+        for case in CASES:
+            assert is_near(runtime, case.program, 0, *steps_of(MIXED, 0)), case
+        for gated in (False, True):
+            for count in (1, 5, 21):
+                assert is_near(
+                    runtime, lambda weights, g=gated: mlps(weights, gated=g), 0, prompt(count)
+                )
+        assert is_near(runtime, Case().program, 0, *steps_of([(200, 1)], 0))
+        runtime.choose(torch.randn(3, 77))
+    sys.stdout.write("ok\n")
+
+
+if __name__ == "__main__":
+    with torch.inference_mode():
+        main()
