@@ -25,6 +25,8 @@ class Arena:
         self._chunks: list[tuple[int, int]] = []
         self._next = 0
         self._end = 0
+        self.num_bytes = 0
+        """Handed out so far"""
         weakref.finalize(self, _free, library, self._chunks)
 
     def take(self, num_bytes: int) -> int:
@@ -39,6 +41,7 @@ class Arena:
             self._next, self._end = start, start + size
         address = self._next
         self._next += num_bytes
+        self.num_bytes += num_bytes
         return address
 
 
