@@ -46,11 +46,11 @@ async def test_a_seed_draws_the_same_after_a_preemption_and_in_another_server(
     server: Server, small_server: Server
 ) -> None:
     alone = await text_alone(server)
-    before = small_server.metric("tgi_preemptions")
+    before = small_server.metric("tgi_preemptions_total")
 
     answers = await generate_together(small_server.url, [*[PROMPT] * 8, *OTHERS[:8]], **SAMPLED)
 
-    assert small_server.metric("tgi_preemptions") > before
+    assert small_server.metric("tgi_preemptions_total") > before
     assert {answer["generated_text"] for answer in answers[:8]} == {alone}
 
 
@@ -59,11 +59,11 @@ async def test_a_pool_too_small_for_all_completes_all_with_the_same_greedy_outpu
 ) -> None:
     prompts = [f"{prompt} {number}" for number in range(4) for prompt in OTHERS[:4]]
     expected = await generate_together(server.url, prompts, max_new_tokens=100)  # room for all
-    before = small_server.metric("tgi_preemptions")
+    before = small_server.metric("tgi_preemptions_total")
 
     answers = await generate_together(small_server.url, prompts, max_new_tokens=100)
 
-    assert small_server.metric("tgi_preemptions") > before
+    assert small_server.metric("tgi_preemptions_total") > before
     assert [token_ids(a) for a in answers] == [token_ids(e) for e in expected]
 
 

@@ -91,12 +91,12 @@ async def first_token_seconds(url: str, num_clients: int) -> list[float]:
 
 
 async def test_a_shared_prefix_is_computed_once(server: Server, tmp_path: Path) -> None:
-    before = server.metric("tgi_prefix_hit_tokens")
+    before = server.metric("tgi_prefix_hit_tokens_total")
     cached = await first_token_seconds(server.url, 16)
-    hits = server.metric("tgi_prefix_hit_tokens") - before
+    hits = server.metric("tgi_prefix_hit_tokens_total") - before
     with running(tmp_path, "--dtype", "float32", environ={"PREFIX_CACHING": "0"}) as plain:
         uncached = await first_token_seconds(plain.url, 5)
-        assert plain.metric("tgi_prefix_hit_tokens") == 0
+        assert plain.metric("tgi_prefix_hit_tokens_total") == 0
 
     assert hits >= 15 * 960
     # A ratio on one machine in one run, far from its border (seen: more than 10).
@@ -105,7 +105,7 @@ async def test_a_shared_prefix_is_computed_once(server: Server, tmp_path: Path) 
 
 async def test_16_clients_at_once_compute_a_shared_prefix_once(server: Server) -> None:
     prefix = " ".join(f"Line {n} of the shared text." for n in range(150))
-    before = server.metric("tgi_prefix_hit_tokens")
+    before = server.metric("tgi_prefix_hit_tokens_total")
 
     async with aiohttp.ClientSession() as session:
         await asyncio.gather(
@@ -115,4 +115,4 @@ async def test_16_clients_at_once_compute_a_shared_prefix_once(server: Server) -
             )
         )
 
-    assert server.metric("tgi_prefix_hit_tokens") - before >= 15 * 1000
+    assert server.metric("tgi_prefix_hit_tokens_total") - before >= 15 * 1000

@@ -28,7 +28,8 @@ def test_gaps_are_counted_by_size_and_each_once() -> None:
 
 async def test_the_live_screen_shows_rows_progress_and_histogram() -> None:
     screen = io.StringIO()
-    console = Console(file=screen, force_terminal=True, width=160)
+    environ = {"TERM": "xterm"}  # a dumb terminal has 80 columns, whatever is asked for
+    console = Console(file=screen, force_terminal=True, width=160, _environ=environ)
     with Live(console=console, auto_refresh=False) as live:
         view = LiveView(live)
         view.add(ROW)
