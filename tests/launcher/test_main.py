@@ -310,10 +310,10 @@ def test_a_stuck_shard_does_not_keep_a_broken_tree_alive(launch: Launch) -> None
 
 
 def test_a_shard_that_is_not_ready_is_the_one_named(launch: Launch) -> None:
-    options = {"FAKE_SHARD_1": "hang", "KAGAMI_STARTUP_TIMEOUT": "6"}
+    options = {"FAKE_SHARD_1": "hang", "KAGAMI_STARTUP_TIMEOUT": "4"}
     code, stdout, _ = launch("--num-shard", "2", "--master-port", free_port(), **options).finish()
     assert code == 1
-    assert "Shard 1 is not ready after 6 s" in stdout
+    assert "Shard 1 is not ready after 4 s" in stdout
 
 
 def test_a_busy_master_port_is_said_before_any_work(launch: Launch) -> None:
