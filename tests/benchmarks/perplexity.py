@@ -3,25 +3,54 @@
 python tests/benchmarks/perplexity.py FOLDER [--quantize none int8 int4 …] [--max-tokens N]
 
 FOLDER is a model's folder as the launcher makes it (the embedded model lies in the hub cache). The
-text is cut into windows that are scored one by one, every token but a window's first.
+text is cut into windows that are scored one by one, every token but a window's first: in torch, and
+where the CPU's library can run in the native step that serves, from the same loaded weights.
 """
 
 import argparse
 import math
+import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tests.fakes.batches import Runner
 from tokenizers import Tokenizer
 from torch.nn.functional import cross_entropy
 
+from kagami_shard import cli
+from kagami_shard.attention.base import Attention
+from kagami_shard.attention.cpu import CpuAttention
+from kagami_shard.attention.sdpa import SdpaAttention
 from kagami_shard.models.base import Model
+from kagami_shard.models.decoder import Decoder
+from kagami_shard.models.recorded import RecordedDecoder
 from kagami_shard.models.registry import load_model
+from kagami_shard.native.build import build, find_compiler
+from kagami_shard.native.cpu import cpu_is_supported
+from kagami_shard.native.library import Library
+from kagami_shard.native.runtime import Runtime
 
 TEXT = Path(__file__).parents[1] / "texts" / "devils_dictionary.txt"
 WINDOW = 512
+DTYPE = torch.bfloat16
+
+
+class Perplexities(NamedTuple):
+    """Of one model, by what computes it."""
+
+    torch: float
+    native: float
+    """NaN where the library cannot run"""
+
+
+def native_runtime() -> Runtime | None:
+    """The library as a shard loads it, on all cores; None where it cannot run."""
+    if not cpu_is_supported() or find_compiler() is None:
+        return None
+    return Runtime(Library(build(cli.cache_folder(os.environ))), os.cpu_count() or 1)
 
 
 def windows(folder: Path, max_tokens: int) -> Iterator[list[int]]:
@@ -33,22 +62,40 @@ def windows(folder: Path, max_tokens: int) -> Iterator[list[int]]:
         yield ids[first : first + WINDOW]
 
 
-def perplexity(model: Model, folder: Path, max_tokens: int, dtype: torch.dtype) -> float:
+def perplexity(model: Model, attention: Attention, texts: Iterable[list[int]]) -> float:
     """Of all scored tokens together."""
     loss, count = 0.0, 0
-    for ids in windows(folder, max_tokens):
-        runner = Runner(model, num_blocks=2 + WINDOW // 32, block_size=32, dtype=dtype)
+    for ids in texts:
+        num_blocks = 2 + WINDOW // 32
+        runner = Runner(
+            model, num_blocks=num_blocks, block_size=32, dtype=DTYPE, attention=attention
+        )
         (logits,) = runner.step((runner.add(ids), len(ids)))
-        loss += float(cross_entropy(logits[:-1], torch.tensor(ids[1:]), reduction="sum"))
+        targets = torch.tensor(ids[1:])
+        loss += float(cross_entropy(logits[:-1].float(), targets, reduction="sum"))
         count += len(ids) - 1
     return math.exp(loss / count)
 
 
-def measure(folder: Path, quantize: str | None, max_tokens: int) -> float:
-    """The perplexity of the model in `folder` in bfloat16, under a value of --quantize."""
-    dtype = torch.bfloat16
-    model = load_model(folder, dtype=dtype, device=torch.device("cpu"), quantize=quantize)
-    return perplexity(model, folder, max_tokens, dtype)
+def measure(
+    folder: Path,
+    quantize: str | None,
+    runtime: Runtime | None,
+    *,
+    torch_tokens: int,
+    native_tokens: int,
+) -> Perplexities:
+    """Of the model in `folder` in bfloat16 under a value of --quantize, on so much of the text."""
+    model = load_model(folder, dtype=DTYPE, device=torch.device("cpu"), quantize=quantize)
+    reference = perplexity(model, SdpaAttention(), windows(folder, torch_tokens))
+    if runtime is None:
+        return Perplexities(reference, math.nan)
+    assert isinstance(model, Decoder)
+    # Takes the weights: the model above computes no more.
+    recorded = RecordedDecoder(model, runtime)
+    return Perplexities(
+        reference, perplexity(recorded, CpuAttention(), windows(folder, native_tokens))
+    )
 
 
 def main() -> None:
@@ -57,13 +104,23 @@ def main() -> None:
     parser.add_argument("--quantize", nargs="+", default=["none", "int8", "int4", "fp8"])
     parser.add_argument("--max-tokens", type=int, default=1 << 30)
     args = parser.parse_args()
-    base = None
+    base, runtime = None, native_runtime()
     for scheme in args.quantize:
         started = time.monotonic()
-        value = measure(args.folder, None if scheme == "none" else scheme, args.max_tokens)
-        base = base or value
-        change = 100 * (value / base - 1)
-        print(f"{scheme:20} {value:9.4f} {change:+7.3f} %  {time.monotonic() - started:5.1f} s")
+        quantize = None if scheme == "none" else scheme
+        found = measure(
+            args.folder,
+            quantize,
+            runtime,
+            torch_tokens=args.max_tokens,
+            native_tokens=args.max_tokens,
+        )
+        base = base or found
+        columns = [
+            f"{name} {value:9.4f} {100 * (value / first - 1):+7.3f} %"
+            for name, value, first in zip(found._fields, found, base, strict=True)
+        ]
+        print(f"{scheme:20} {'   '.join(columns)}  {time.monotonic() - started:5.1f} s")
 
 
 if __name__ == "__main__":
