@@ -45,6 +45,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
         has_own_usage=False,
         choices=writer.choices,
         chunk_choices=writer.chunk_choices,
+        plain_choice=writer.plain_choice,
     )
     return await openai.respond(
         request, call, body, plan=plan, prompts=[prepared.prompt], form=form

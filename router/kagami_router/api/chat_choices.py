@@ -24,6 +24,7 @@ from kagami_router.requests import FinishReason, StreamEvent
 from kagami_router.tool_parser import CallArguments, CallStart, Delta, TextDelta
 
 _NULL = b"null"
+_PLAIN_CHOICE = (b'{"index":%d,"delta":{"content":', b'},"logprobs":null,"finish_reason":null}')
 _TOOL_CALLS = "tool_calls"
 _TOOL_CALLS_JSON = encode(_TOOL_CALLS)
 
@@ -40,6 +41,11 @@ class ChoiceWriter:
         self._decoder = decoder  # None: no logprobs
         self._parsers: dict[int, AnswerParser] = {}
         self._started: set[int] = set()
+
+    @property
+    def plain_choice(self) -> tuple[bytes, bytes] | None:
+        """A choice around its text, in every chunk but the first and the last."""
+        return None if self._decoder is not None or self._prepared.has_tools else _PLAIN_CHOICE
 
     def choices(self, generations: Sequence[Generation]) -> list[ChatChoice]:
         """Those of a whole answer."""

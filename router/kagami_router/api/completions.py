@@ -25,6 +25,7 @@ from kagami_router.requests import PrefillToken, StreamEvent
 from kagami_router.validation import TokenPrompt
 
 _COMPLETION = msgspec.json.Decoder(CompletionRequest)
+_PLAIN_CHOICE = (b'{"index":%d,"text":', b',"logprobs":null,"finish_reason":null}')
 _PROMPT_FORMS = "expected a text, token ids, or a list of texts or of lists of token ids"
 
 
@@ -56,7 +57,8 @@ async def completions(request: web.Request) -> web.StreamResponse:
         choices=writer.choices,
         chunk_choices=writer.chunk_choices,
         shows_output=shows_output,
-        take_prompt=writer.take_prompt,
+        take_prompt=writer.take_prompt if plan.params.prompt_logprobs else None,
+        plain_choice=writer.plain_choice,
     )
     return await openai.respond(request, call, body, plan=plan, prompts=prompts, form=form)
 
@@ -117,6 +119,11 @@ class _ChoiceWriter:
             finish_reason,
         )
         return [choice]
+
+    @property
+    def plain_choice(self) -> tuple[bytes, bytes] | None:
+        """A choice around its text, in every chunk but the first and the last."""
+        return _PLAIN_CHOICE if self._decoder is None and self._shows_output else None
 
     def take_prompt(self, index: int, tokens: Sequence[PrefillToken]) -> None:
         """The prompt's logprobs, before the first chunk of a choice."""

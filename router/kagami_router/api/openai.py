@@ -80,6 +80,9 @@ class Form:
     chunk_choices: Callable[[int, StreamEvent, bytes], Sequence[bytes]]
     """The JSON of a choice, one for each chunk of an event: its index, the event, its finish
     reason's JSON."""
+    plain_choice: tuple[bytes, bytes] | None = None
+    """The JSON of a choice before (`%d`: its index) and behind the text it adds, in a chunk that
+    is neither its first nor its last; None: `chunk_choices` writes those as well."""
     shows_output: bool = True
     """False: what was generated to come to the prompt's logprobs is neither shown nor counted."""
     take_prompt: Callable[[int, Sequence[PrefillToken]], None] | None = None
@@ -227,9 +230,13 @@ class _ChunkWriter:
         self._num_samples = num_samples
         self._wants_usage = wants_usage
         self._finished: dict[int, Finished] = {}
+        # By the index of a choice that has begun: what stands around its text.
+        self._frames: dict[int, tuple[bytes, bytes]] = {}
 
     def render(self, turn: Sequence[tuple[int, StreamEvent]]) -> bytes:
         """The chunks of one turn."""
+        if len(turn) == 1:
+            return self._chunks(*turn[0])
         return b"".join([self._chunks(index, event) for index, event in turn])
 
     def last(self) -> bytes:
@@ -243,6 +250,18 @@ class _ChunkWriter:
         return self._head + b'"choices":[],"usage":%b}\n\n' % usage + ending
 
     def _chunks(self, index: int, event: StreamEvent) -> bytes:
+        if event.end is None and (frame := self._frames.get(index)):
+            return b"".join((frame[0], encode(text_of(event)), frame[1]))
+        chunks = self._full_chunks(index, event)
+        if self._form.plain_choice is not None:
+            before, behind = self._form.plain_choice
+            self._frames[index] = (
+                b'%b"choices":[%b' % (self._head, before % index),
+                behind + b'],"usage":null}\n\n',
+            )
+        return chunks
+
+    def _full_chunks(self, index: int, event: StreamEvent) -> bytes:
         finish_reason, usage = _NULL, _NULL
         if event.end is not None:
             end = event.end if self._form.shows_output else _end_without_output(event.end)
