@@ -49,9 +49,8 @@ check: lint types ## format, lint, types and the fast tests
 gpu-check: ## run the tests that need a CUDA device, with the python that is there
 	PYTHONPATH=.:proto:router:shard:launcher $(PYTHON) -m pytest -q -m gpu tests/shard
 
-# Others beside it: make bench BENCH='--peer vllm=http://127.0.0.1:8101/v1/completions --json bench.json'
-bench: $(STAMP) ## serve the embedded model and measure it on four workloads; BENCH=flags, SERVE=flags
-	PYTHONPATH=. $(BIN)/python tests/benchmarks/embedded.py $(BENCH) -- $(SERVE)
+bench: $(STAMP) ## measure our server beside the peers that are installed; BENCH=flags
+	PYTHONPATH=. $(BIN)/python -m tests.benchmarks.side_by_side $(BENCH)
 
 run: $(STAMP) ## serve the embedded model on port $(PORT)
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/text-generation-launcher --port $(PORT)

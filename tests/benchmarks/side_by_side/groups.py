@@ -1,0 +1,190 @@
+"""One kind of weights: its servers are started, driven in turn, and ended."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import msgspec
+from tests.benchmarks.side_by_side import peers, servers
+from tests.benchmarks.side_by_side.bars import Measured
+from tests.benchmarks.side_by_side.memory import PeakMemory
+from tests.benchmarks.side_by_side.servers import NotStarted, Running
+from tests.integration.conftest import free_port
+
+from kagami_launcher import hub, hub_cache
+from kagami_router.benchmark.figures import Row
+from kagami_router.benchmark.report import Report
+from kagami_router.benchmark.workload import NAMED
+
+ALL = tuple(NAMED)
+ANSWER_LIMIT_S, RUN_LIMIT_S = 180, 120
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Servers that are compared with one another."""
+
+    weights: str
+    flags: tuple[str, ...]
+    """Our launcher's."""
+    workloads: tuple[str, ...]
+    """Ours."""
+    peers: Mapping[str, tuple[str, ...]]
+    """Which workloads each peer takes part in."""
+
+
+# llama.cpp's slots do not share prompts and prefill slowly: W3 alone would take minutes.
+GROUPS: Mapping[str, Group] = {
+    group.weights: group
+    for group in (
+        Group("bf16", (), ALL, {"vllm-bf16": ALL, "openvino-bf16": ALL}),
+        Group("8bit", ("--quantize", "int8"), ALL, {"vllm-w8a8": ALL, "llamacpp-q8_0": ("W1",)}),
+        Group("4bit", ("--quantize", "int4"), ("W1",), {"llamacpp-q4_0": ("W1",)}),
+    )
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What holds for all groups."""
+
+    root: Path
+    """The peers' folder."""
+    model: str
+    folder: Path | None
+    """The model's; None: the embedded one."""
+    workloads: tuple[str, ...]
+    rounds: int
+    peers: tuple[str, ...]
+    """Those that may take part."""
+    launcher_flags: tuple[str, ...]
+    logs: Path
+
+
+def measure(group: Group, settings: Settings, memory: PeakMemory, notes: list[str]) -> Measured:
+    """All figures of a group; raises `NotStarted` where our own server does not start."""
+    names = [name for name in group.peers if name in settings.peers]
+    installed, lacking = peers.find(settings.root, settings.model, names)
+    notes += lacking
+    starts: dict[str, float] = {}
+    peaks: dict[str, int] = {}
+    rows: list[Row] = []
+    with ExitStack() as stack:
+        ours = _start_ours(group, settings, memory, stack, starts)
+        others = [
+            server
+            for peer in installed
+            if (server := _start_peer(peer, settings, memory, stack, notes)) is not None
+        ]
+        starts |= {server.name: server.start_s for server in others}
+        for workload in group.workloads:
+            if workload in settings.workloads:
+                taking_part = [one for one in others if workload in group.peers[one.name]]
+                rows += _drive(workload, [ours, *taking_part], settings, notes)
+        peaks = {one.name: memory.peak(one.session) for one in (ours, *others)}
+    return Measured(group.weights, ours.name, rows, starts, peaks)
+
+
+def _start_ours(
+    group: Group,
+    settings: Settings,
+    memory: PeakMemory,
+    stack: ExitStack,
+    starts: dict[str, float],
+) -> Running:
+    """Start as often as there are rounds, for a median; the last one stays."""
+    flags = (*group.flags, *settings.launcher_flags)
+
+    def start() -> AbstractContextManager[Running]:
+        plan = servers.our_plan(group.weights, flags, settings.folder, settings.logs)
+        _tell(f"{plan.name}: start")
+        return servers.running(plan, settings.logs, memory)
+
+    times = []
+    for _ in range(settings.rounds - 1):
+        with start() as server:
+            times.append(server.start_s)
+    ours = stack.enter_context(start())
+    starts[ours.name] = median([*times, ours.start_s])
+    return ours
+
+
+def _start_peer(
+    peer: peers.Installed,
+    settings: Settings,
+    memory: PeakMemory,
+    stack: ExitStack,
+    notes: list[str],
+) -> Running | None:
+    """None where it does not start: the others are measured without it."""
+    port, num_threads = free_port(), len(os.sched_getaffinity(0))
+    plan = servers.Plan(
+        name=peer.peer.name,
+        command=peer.command(port=port, num_threads=num_threads),
+        environment=peer.environment(os.environ, num_threads=num_threads),
+        port=port,
+        limit_s=peer.peer.start_limit_s,
+    )
+    _tell(f"{plan.name}: start")
+    try:
+        return stack.enter_context(servers.running(plan, settings.logs, memory))
+    except NotStarted as error:
+        notes.append(str(error))
+        _tell(str(error))
+        return None
+
+
+def _drive(
+    workload: str, targets: Sequence[Running], settings: Settings, notes: list[str]
+) -> list[Row]:
+    """One workload on every server in turn, by our own benchmark."""
+    result = settings.logs / f"{targets[0].name}-{workload}.json"
+    first, *others = targets
+    command = [
+        *(sys.executable, "-m", "kagami_router.benchmark"),
+        *("--url", first.url, "--name", first.name),
+        *(part for one in others for part in ("--peer", f"{one.name}={one.url}")),
+        *("--tokenizer-name", str(_tokenizer(settings.folder)), "--workload", workload),
+        *("--runs", str(settings.rounds), "--json", str(result)),
+        *("--duration", str(RUN_LIMIT_S), "--timeout", str(ANSWER_LIMIT_S)),
+    ]
+    subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
+    if not result.is_file():
+        notes.append(f"{workload} of {first.name}: the benchmark wrote no result")
+        return []
+    rows = msgspec.json.decode(result.read_bytes(), type=Report).rows
+    notes += unequal(rows)
+    return rows
+
+
+def unequal(rows: Sequence[Row]) -> list[str]:
+    """Where servers did not do the same work: requests that failed, other counts of tokens."""
+    notes = []
+    for row in rows:
+        place = f"{row.target} {row.workload.name}"
+        if row.num_succeeded < row.num_requests:
+            notes.append(f"{place}: {row.num_succeeded} of {row.num_requests} requests succeeded")
+        if row.num_succeeded:
+            prompt, output = row.prompt_tokens / row.num_succeeded, row.workload.output
+            made = row.output_tokens / row.num_succeeded
+            wanted = row.workload.prefix_tokens + row.workload.prompt.low
+            if (prompt, made) != (wanted, output.low):
+                notes.append(f"{place}: {prompt:g} tokens in and {made:g} out, on average")
+    return notes
+
+
+def _tokenizer(folder: Path | None) -> Path:
+    """The embedded model's folder is there once it has been served."""
+    if folder is not None:
+        return folder
+    cache = hub_cache.cache_folder(None, os.environ)
+    return hub.resolve(hub.EMBEDDED_MODEL_ID, revision=None, cache=cache).folder
+
+
+def _tell(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
