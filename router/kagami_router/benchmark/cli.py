@@ -41,6 +41,8 @@ class BenchmarkArgs:
     runs: int
     warmups: int
     duration_s: float
+    pause_s: float
+    """Before each run."""
     timeout_s: float
     model: str | None
     tokenizer: Path | None
@@ -163,6 +165,7 @@ def parse(
         runs=given.runs or (3 if given.workload else 10),
         warmups=given.warmups,
         duration_s=given.duration,
+        pause_s=given.pause,
         timeout_s=given.timeout,
         model=given.model,
         tokenizer=given.tokenizer_name,
@@ -315,6 +318,13 @@ def _add_bounds(parser: argparse.ArgumentParser) -> None:
         type=_positive,
         default=120.0,
         help="seconds after which a run sends nothing more (default: 120)",
+    )
+    group.add_argument(
+        "--pause",
+        type=_positive,
+        default=0.0,
+        help="seconds before each run: some servers keep a core busy for a while behind their last"
+        " answer, which the next one would pay for (default: 0)",
     )
     group.add_argument(
         "--timeout", type=_positive, default=300.0, help="seconds for one answer (default: 300)"

@@ -5,6 +5,7 @@ Servers take turns within each round, so that whatever else the machine does fal
 
 import asyncio
 import sys
+from asyncio import sleep
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -124,6 +125,7 @@ async def _run_once(
     bodies = [
         msgspec.json.encode(to_body(prompt, asking)) for prompt in words.prompts(workload, seed)
     ]
+    await sleep(args.pause_s)
     run = Run(len(bodies))
     title = f"{server.target.name}  {workload.name}: {workload.describe()}"
     stage = f"run {number + 1} of {args.runs}" if number >= 0 else "warm-up"

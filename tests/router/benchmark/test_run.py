@@ -1,7 +1,7 @@
 import asyncio
 import json
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -89,6 +89,25 @@ async def test_servers_are_measured_in_turn_with_the_same_prompts() -> None:
     assert [(row.target, row.num_succeeded) for row in rows] == [("server", 2), ("other", 0)]
     assert rows[1].errors == {"the answer had no token": 2}
     assert one.bodies == other.bodies
+
+
+async def test_a_pause_lies_before_every_run() -> None:
+    pauses: list[float] = []
+
+    async with sse_server(lambda _: []) as server:
+        server.clock.looked.wait = _at_once
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("kagami_router.benchmark.run.sleep", _noting(pauses))
+            await measured("--url", server.url, "-b", "1", "-r", "2", "-w", "1", "--pause", "7")
+
+    assert pauses == [7, 7, 7]
+
+
+def _noting(pauses: list[float]) -> Callable[[float], Awaitable[None]]:
+    async def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+
+    return sleep
 
 
 async def _at_once() -> bool:
