@@ -13,11 +13,8 @@
 namespace kg {
 namespace {
 
-constexpr int64_t kTile = 2 * kPanel;  // tokens of the cache at a time
-constexpr int64_t kMaxRows = 64;    // rows that attend together
 constexpr int64_t kMaxHeadDim = 256;
-// Decodes with few sequences are cut along the cache, so that all threads have something to read.
-constexpr int64_t kCutTokens = 64;
+constexpr float kLog2e = 1.44269504089f;
 
 struct Shape {
   int64_t group, depth, blocks;  // queries of a KV head; head_dim padded; blocks of 16 of that
@@ -31,7 +28,7 @@ struct Shape {
 
 struct Scratch {  // one thread's, laid out in its kScratchBytes
   kg_bf16 *queries, *keys, *values, *weights;
-  float *scores, *sums, *largest, *total;
+  float *scores, *sums, *largest, *totals;
   Scratch(char* base, const Shape& shape) {
     auto take = [&base](int64_t bytes) {
       char* taken = base;
@@ -45,11 +42,11 @@ struct Scratch {  // one thread's, laid out in its kScratchBytes
     scores = (float*)take(kMaxRows * kTile * 4);
     sums = (float*)take(kMaxRows * shape.depth * 4);
     largest = (float*)take(kMaxRows * 4);
-    total = (float*)take(kMaxRows * 4);
+    totals = (float*)take(kMaxRows * kLanes * 4);
   }
 };
 static_assert(kMaxRows * kMaxHeadDim * 6 + kTile * kMaxHeadDim * 4 + kMaxRows * kTile * 6 +
-                      kMaxRows * 8 + 8 * 64 <=
+                      kMaxRows * (kLanes + 1) * 4 + 8 * 64 <=
                   kScratchBytes,
               "a thread's scratch is too small");
 
@@ -118,16 +115,20 @@ struct Attention {
   const kg_op& op;
   const kg_attention& spec;
   const kg_batch& batch;
+  const Plan& plan;
   const Shape shape;
   const int thread;
+  const float to_log2;  // from a score to the exponent of 2 in its weight
 
-  Attention(const Step& step, const kg_op& op, int thread)
+  Attention(const Step& step, const kg_op& op, const Plan& plan, int thread)
       : step(step),
         op(op),
         spec(*(const kg_attention*)op.params),
         batch(*step.batch),
+        plan(plan),
         shape(spec),
-        thread(thread) {}
+        thread(thread),
+        to_log2(spec.softcap != 0 ? kLog2e : kLog2e * spec.scale) {}
 
   int64_t slot(int64_t sequence, int64_t position) const {
     const int64_t block =
@@ -253,55 +254,75 @@ struct Attention {
   }
 
   // One row's share of a tile: scores to weights, and what was summed before to the new scale.
+  // `largest` is a score as it comes, before `spec.scale`.
   void soften(const Scratch& scratch, int64_t row, int64_t count, uint64_t mask) const {
-    const __m512 scale = _mm512_set1_ps(spec.scale);
     float* scores = scratch.scores + row * kTile;
+    if (spec.softcap != 0) cap(scores, count);
     __m512 largest = _mm512_set1_ps(scratch.largest[row]);
-    for (int64_t i = 0; i < count; i += kLanes) {
-      __m512 x = _mm512_mul_ps(_mm512_loadu_ps(scores + i), scale);
-      if (spec.softcap != 0) x = activate(KG_SOFTCAP, x, spec.softcap);
-      largest = _mm512_mask_max_ps(largest, (__mmask16)(mask >> i), largest, x);
-      _mm512_storeu_ps(scores + i, x);
-    }
+    for (int64_t i = 0; i < count; i += kLanes)
+      largest = _mm512_mask_max_ps(largest, (__mmask16)(mask >> i), largest,
+                                   _mm512_loadu_ps(scores + i));
     const float top = _mm512_reduce_max_ps(largest);
+    const __m512 factor = _mm512_set1_ps(to_log2), shift = _mm512_set1_ps(top * to_log2);
     __m512 total = _mm512_setzero_ps();
     for (int64_t i = 0; i < count; i += kLanes) {
-      const __m512 x = _mm512_sub_ps(_mm512_loadu_ps(scores + i), _mm512_set1_ps(top));
-      const __m512 weight = _mm512_maskz_mov_ps((__mmask16)(mask >> i), exp(x));
+      const __m512 x = _mm512_fmsub_ps(_mm512_loadu_ps(scores + i), factor, shift);
+      const __m512 weight = _mm512_maskz_mov_ps((__mmask16)(mask >> i), power_of_2(x));
       total = _mm512_add_ps(total, weight);
       store_bf16(scratch.weights + row * kTile + i, weight);
     }
-    const float sum = _mm512_reduce_add_ps(total);
+    float* totals = scratch.totals + row * kLanes;
     if (top == scratch.largest[row]) {
-      scratch.total[row] += sum;
+      _mm512_storeu_ps(totals, _mm512_add_ps(_mm512_loadu_ps(totals), total));
       return;
     }
-    const float before = expf(scratch.largest[row] - top);
-    scratch.total[row] = scratch.total[row] * before + sum;
+    const __m512 before = _mm512_set1_ps(exp2f((scratch.largest[row] - top) * to_log2));
+    _mm512_storeu_ps(totals, _mm512_fmadd_ps(_mm512_loadu_ps(totals), before, total));
     scratch.largest[row] = top;
     float* sums = scratch.sums + row * shape.depth;
     for (int64_t i = 0; i < shape.depth; i += kLanes)
-      _mm512_storeu_ps(sums + i, _mm512_mul_ps(_mm512_loadu_ps(sums + i), _mm512_set1_ps(before)));
+      _mm512_storeu_ps(sums + i, _mm512_mul_ps(_mm512_loadu_ps(sums + i), before));
+  }
+
+  void cap(float* scores, int64_t count) const {
+    const __m512 scale = _mm512_set1_ps(spec.scale);
+    for (int64_t i = 0; i < count; i += kLanes) {
+      const __m512 x = _mm512_mul_ps(_mm512_loadu_ps(scores + i), scale);
+      _mm512_storeu_ps(scores + i, activate(KG_SOFTCAP, x, spec.softcap));
+    }
+  }
+
+  // The token of a row of the item; `of_head` rows are of one KV head: tokens, then queries of a group.
+  int64_t token_of(const Attending& item, int64_t row, int64_t of_head) const {
+    const int64_t index = row % of_head / shape.group;
+    if (item.num_members) return step.first_tokens[member(item, index).sequence];
+    return step.first_tokens[item.sequence] + item.first_row + index;
+  }
+
+  int64_t query_head(const Attending& item, int64_t row, int64_t of_head) const {
+    return (item.head + row / of_head) * shape.group + row % shape.group;
+  }
+
+  const Member& member(const Attending& item, int64_t index) const {
+    return plan.members[item.first_member + index];
   }
 
   // `next` is what this thread likely does then: its first tile is fetched at the end of this one.
   void attend(const Attending& item, const Attending* next, const Scratch& scratch) const {
-    const int64_t of_head = item.num_rows * shape.group, rows = of_head * item.num_heads;
-    const int64_t token = step.first_tokens[item.sequence] + item.first_row;
-    const int64_t position = batch.kv_lens[item.sequence] - batch.query_lens[item.sequence] +
-                             item.first_row;
-    // Row: KV head, then token, then query of the group.
-    auto token_of = [&](int64_t row) { return row % of_head / shape.group; };
-    auto query_head = [&](int64_t row) {
-      return (item.head + row / of_head) * shape.group + row % shape.group;
-    };
+    const int64_t count = item.num_members ? item.num_members : item.num_rows;
+    const int64_t of_head = count * shape.group, rows = of_head * item.num_heads;
+    // Of the first row; decodes see all of a stretch that they share.
+    const int64_t position = item.num_members ? item.end
+                                              : batch.kv_lens[item.sequence] -
+                                                    batch.query_lens[item.sequence] + item.first_row;
     for (int64_t row = 0; row < rows; row++) {
       kg_bf16* to = scratch.queries + row * shape.depth;
-      memcpy(to, query(token + token_of(row), query_head(row)), spec.head_dim * 2);
+      memcpy(to, query(token_of(item, row, of_head), query_head(item, row, of_head)),
+             spec.head_dim * 2);
       memset(to + spec.head_dim, 0, (shape.depth - spec.head_dim) * 2);
       scratch.largest[row] = -1e30f;  // finite: nothing seen yet must not become inf - inf
-      scratch.total[row] = 0;
     }
+    memset(scratch.totals, 0, rows * kLanes * 4);
     memset(scratch.sums, 0, rows * shape.depth * 4);
     Places tile = places(item, item.begin);
     for (int64_t begin = item.begin; begin < item.end; begin += kTile) {
@@ -315,12 +336,17 @@ struct Attention {
       }
       tile = coming;
     }
-    if (item.partial >= 0)
-      keep(item, scratch, rows);
-    else
-      for (int64_t row = 0; row < rows; row++)
-        finish(token + token_of(row), query_head(row), scratch.sums + row * shape.depth,
-               scratch.total[row]);
+    for (int64_t row = 0; row < rows; row++) {
+      const int64_t head = query_head(item, row, of_head);
+      const float* sums = scratch.sums + row * shape.depth;
+      const float total = _mm512_reduce_add_ps(_mm512_loadu_ps(scratch.totals + row * kLanes));
+      const int64_t slot = item.num_members ? member(item, row % of_head / shape.group).slot
+                                            : item.slot;
+      if (slot < 0)
+        finish(token_of(item, row, of_head), head, sums, total);
+      else
+        keep({slot, head}, sums, scratch.largest[row], total);
+    }
   }
 
   // The packed tile, for the rows of its head; the first of them is of the token at `position`.
@@ -350,98 +376,66 @@ struct Attention {
                  _mm512_mul_ps(_mm512_loadu_ps(sums + i), by));
   }
 
-  // Of a decode that was cut: [rows][depth] sums, then largest, then total.
-  float* partial(int64_t index) const { return step.partials + index * partial_floats(spec); }
-
-  void keep(const Attending& item, const Scratch& scratch, int64_t rows) const {
-    float* to = partial(item.partial);
-    memcpy(to, scratch.sums, rows * shape.depth * 4);
-    memcpy(to + rows * shape.depth, scratch.largest, rows * 4);
-    memcpy(to + rows * (shape.depth + 1), scratch.total, rows * 4);
+  // A slot has the unfinished results of all heads: [num_heads][depth] sums, then the largest
+  // scores, then the totals.
+  struct Kept {
+    int64_t slot, head;
+  };
+  float* slot_at(int64_t slot) const { return step.partials + slot * partial_floats(spec); }
+  float& largest_of(Kept kept) const {
+    return slot_at(kept.slot)[spec.num_heads * shape.depth + kept.head];
+  }
+  float& total_of(Kept kept) const {
+    return slot_at(kept.slot)[spec.num_heads * (shape.depth + 1) + kept.head];
   }
 
-  void merge(const Attending& first, const Scratch& scratch) const {
-    const int64_t rows = shape.group * first.num_heads, stride = partial_floats(spec);
-    const float* parts = partial(first.partial);
-    for (int64_t row = 0; row < rows; row++) {
-      float top = -1e30f, total = 0;
-      for (int32_t i = 0; i < first.num_partials; i++)
-        top = std::max(top, parts[i * stride + rows * shape.depth + row]);
-      float* sums = scratch.sums;
-      memset(sums, 0, shape.depth * 4);
-      for (int32_t i = 0; i < first.num_partials; i++) {
-        const float* part = parts + i * stride;
-        const float factor = expf(part[rows * shape.depth + row] - top);
-        total += part[rows * (shape.depth + 1) + row] * factor;
-        for (int64_t d = 0; d < shape.depth; d++) sums[d] += part[row * shape.depth + d] * factor;
-      }
-      finish(step.first_tokens[first.sequence], first.head * shape.group + row, sums, total);
+  void keep(Kept kept, const float* sums, float largest, float total) const {
+    memcpy(slot_at(kept.slot) + kept.head * shape.depth, sums, shape.depth * 4);
+    largest_of(kept) = largest;
+    total_of(kept) = total;
+  }
+
+  void merge(const Merging& merging, int64_t head, float* sums) const {
+    const int64_t end = merging.first_slot + merging.num_slots;
+    float top = -1e30f, total = 0;
+    for (int64_t slot = merging.first_slot; slot < end; slot++)
+      top = std::max(top, largest_of({slot, head}));
+    memset(sums, 0, shape.depth * 4);
+    for (int64_t slot = merging.first_slot; slot < end; slot++) {
+      const float factor = exp2f((largest_of({slot, head}) - top) * to_log2);
+      total += total_of({slot, head}) * factor;
+      const float* part = slot_at(slot) + head * shape.depth;
+      for (int64_t d = 0; d < shape.depth; d++) sums[d] += part[d] * factor;
     }
+    finish(step.first_tokens[merging.sequence], head, sums, total);
   }
 };
 
 }  // namespace
 
 int64_t partial_floats(const kg_attention& spec) {
-  const Shape shape(spec);
-  return round_up(kMaxRows * (shape.depth + 2), kLanes);
-}
-
-// Items are taken one after the other by whoever is free, the longest first: chunks from their
-// last tokens backwards, then decodes (the engine sorts them by length).
-void plan_attention(const kg_batch& batch, const kg_attention& spec, int num_threads, Plan& plan) {
-  auto& items = plan.items;
-  items.clear();
-  const Shape shape(spec);
-  const int64_t at_once = std::max<int64_t>(1, kMaxRows / shape.group);
-  auto start = [&spec](int64_t position) {
-    return (int32_t)(spec.window ? std::max<int64_t>(0, position - spec.window + 1) : 0);
-  };
-  for (int64_t sequence = batch.num_sequences - 1; sequence >= batch.num_decodes; sequence--) {
-    const int64_t count = batch.query_lens[sequence], before = batch.kv_lens[sequence] - count;
-    for (int64_t row = (count - 1) / at_once * at_once; row >= 0; row -= at_once) {
-      const int64_t rows = std::min(at_once, count - row);
-      for (int32_t head = 0; head < spec.num_kv_heads; head++)
-        items.push_back({(int32_t)sequence, head, 1, (int32_t)row, (int32_t)rows, start(before + row),
-                         (int32_t)(before + row + rows), -1, 0});
-    }
-  }
-  const int32_t heads_at_once =
-      (int32_t)std::min<int64_t>(spec.num_kv_heads, std::max<int64_t>(1, kMaxRows / shape.group));
-  const bool cuts = num_threads > 1 && batch.num_decodes < 4 * num_threads &&
-                    batch.num_decodes == batch.num_sequences;
-  plan.num_partials = 0;
-  for (int64_t sequence = batch.num_decodes - 1; sequence >= 0; sequence--) {
-    const int32_t end = (int32_t)batch.kv_lens[sequence], begin = start(end - 1);
-    const int32_t parts = cuts ? (int32_t)std::max<int64_t>(1, (end - begin) / kCutTokens) : 1;
-    for (int32_t head = 0; head < spec.num_kv_heads; head += heads_at_once)
-      for (int32_t part = 0; part < parts; part++) {
-        const Part tiles = part_of((end - begin + kTile - 1) / kTile, part, parts);
-        const int32_t first = (int32_t)(begin + tiles.begin * kTile);
-        const int32_t last = (int32_t)std::min<int64_t>(end, begin + tiles.end * kTile);
-        items.push_back({(int32_t)sequence, head, std::min(heads_at_once, spec.num_kv_heads - head),
-                         0, 1, first, last, parts > 1 ? (int32_t)plan.num_partials++ : -1,
-                         part == 0 && parts > 1 ? parts : 0});
-      }
-  }
+  return round_up(spec.num_heads * (Shape(spec).depth + 2), kLanes);
 }
 
 bool attend(const Step& step, const kg_op& op, const Plan& plan, int thread) {
-  const Attention attention(step, op, thread);
+  const Attention attention(step, op, plan, thread);
   const Scratch scratch(step.scratch[thread], attention.shape);
-  attention.write(part_of(step.batch->num_tokens, thread, step.pool->num_threads));
+  const int num_threads = step.pool->num_threads;
+  attention.write(part_of(step.batch->num_tokens, thread, num_threads));
   if (thread == 0) step.next_item->store(0, std::memory_order_relaxed);
   step.pool->barrier();
   const auto& items = plan.items;
   const int64_t count = (int64_t)items.size();
   for (int64_t i; (i = step.next_item->fetch_add(1, std::memory_order_relaxed)) < count;) {
-    const int64_t likely = i + step.pool->num_threads;
+    const int64_t likely = i + num_threads;
     attention.attend(items[i], likely < count ? &items[likely] : nullptr, scratch);
   }
-  if (!plan.num_partials) return true;
+  if (plan.merges.empty()) return true;
   step.pool->barrier();
-  for (int64_t i = thread; i < count; i += step.pool->num_threads)
-    if (items[i].num_partials) attention.merge(items[i], scratch);
+  const int64_t num_heads = attention.spec.num_heads;
+  const Part part = part_of((int64_t)plan.merges.size() * num_heads, thread, num_threads);
+  for (int64_t i = part.begin; i < part.end; i++)
+    attention.merge(plan.merges[i / num_heads], i % num_heads, scratch.sums);
   return true;
 }
 

@@ -51,6 +51,15 @@ inline __m512 exp(__m512 x) {
   return _mm512_scalef_ps(p, n);
 }
 
+// 2^x of weights that become bf16: relative error under 4e-6, x of any size; NaN stays NaN.
+inline __m512 power_of_2(__m512 x) {
+  const __m512 n = _mm512_roundscale_ps(x, 0), r = _mm512_sub_ps(x, n);
+  __m512 p = _mm512_set1_ps(0.00957010128f);
+  for (float coefficient : {0.0559178591f, 0.240247443f, 0.693121791f, 0.999999285f})
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(coefficient));
+  return _mm512_scalef_ps(p, n);
+}
+
 inline __m512 sigmoid(__m512 x) {
   const __m512 one = _mm512_set1_ps(1.f);
   return _mm512_div_ps(one, _mm512_add_ps(one, exp(_mm512_sub_ps(_mm512_setzero_ps(), x))));

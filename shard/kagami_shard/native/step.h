@@ -14,6 +14,9 @@ namespace kg {
 // twice is cheaper than waiting for the other half.
 constexpr int64_t kReplicatedRows = 16;
 
+constexpr int64_t kTile = 2 * kPanel;  // tokens of the cache that attention reads at a time
+constexpr int64_t kMaxRows = 64;       // rows that attend together
+
 struct Part {
   int64_t begin, end;
 };
@@ -30,19 +33,30 @@ struct Buffer {
   bool is_replicated;
 };
 
-// Rows of one sequence that attend together to a stretch of its cache; see attention.cpp.
+// Rows that attend together to a stretch of the cache: tokens of one sequence's chunk, or decodes
+// that share the stretch; see plan.cpp.
 struct Attending {
-  int32_t sequence;
-  int32_t head, num_heads;      // of keys and values
-  int32_t first_row, num_rows;  // tokens of the sequence's chunk
-  int32_t begin, end;           // tokens of the cache
-  int32_t partial;              // where to leave an unfinished result, or -1
-  int32_t num_partials;         // set on the first of a group: how many to merge, else 0
+  int32_t sequence;                   // whose block table is read
+  int32_t head, num_heads;            // of keys and values
+  int32_t first_row, num_rows;        // tokens of the sequence's chunk
+  int32_t begin, end;                 // tokens of the cache
+  int32_t slot;                       // where to leave an unfinished result, or -1
+  int32_t first_member, num_members;  // in place of rows and slot: of Plan::members
+};
+
+struct Member {  // a decode, and where its share of a stretch's result goes
+  int32_t sequence, slot;
+};
+
+struct Merging {  // a decode with several unfinished results
+  int32_t sequence, first_slot, num_slots;
 };
 
 struct Plan {  // what the threads attend to in one step, the same for all layers with one window
   std::vector<Attending> items;
-  int64_t num_partials;
+  std::vector<Member> members;
+  std::vector<Merging> merges;
+  int64_t num_slots;
 };
 
 struct Step {

@@ -76,7 +76,7 @@ struct kg_tape {
     int64_t floats = 0;
     for (size_t i = 0; i < plans.size(); i++) {
       plan_attention(batch, *planned[i], pool->num_threads, plans[i]);
-      floats = std::max(floats, plans[i].num_partials * partial_floats(*planned[i]));
+      floats = std::max(floats, plans[i].num_slots * partial_floats(*planned[i]));
     }
     return !floats || partials.reserve(floats * 4);
   }

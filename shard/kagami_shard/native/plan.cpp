@@ -1,0 +1,187 @@
+// Which rows attend together, to what, and in which order.
+//
+// Decodes whose block tables begin alike (a shared prefix) attend to those blocks together: a tile is
+// packed once for all of them, and their rows make a matrix product of what were many thin ones
+// (Hydragen, arXiv:2402.05099). Each then attends to the rest of its cache alone, and the unfinished
+// results are merged. Prefixes may branch again: every branch of two or more shares its stretch.
+#include <algorithm>
+
+#include "simd.h"
+#include "step.h"
+
+namespace kg {
+namespace {
+
+// Decodes with few sequences are cut along the cache, so that all threads have something to read.
+constexpr int64_t kCutTokens = 64;
+// A shorter stretch is not worth a result to merge.
+constexpr int64_t kMinShared = 2 * kTile;
+// So many items for each thread let them end at about the same time.
+constexpr int64_t kItemsPerThread = 4;
+
+struct Planner {
+  const kg_batch& batch;
+  const kg_attention& spec;
+  const int num_threads;
+  Plan& plan;
+  const int64_t group;     // queries of a KV head
+  const int64_t at_once;   // sequences or tokens whose queries attend together
+  std::vector<int32_t> order;       // of the decodes, by their block tables
+  std::vector<int32_t> num_slots;   // of each decode
+  std::vector<int32_t> first_alone;  // the first token that each decode shares with nobody
+
+  Planner(const kg_batch& batch, const kg_attention& spec, int num_threads, Plan& plan)
+      : batch(batch),
+        spec(spec),
+        num_threads(num_threads),
+        plan(plan),
+        group(spec.num_heads / spec.num_kv_heads),
+        at_once(std::max<int64_t>(1, kMaxRows / group)),
+        num_slots(batch.num_decodes, 0),
+        first_alone(batch.num_decodes) {}
+
+  // The first token of the cache that the token at `position` sees.
+  int32_t start(int64_t position) const {
+    return (int32_t)(spec.window ? std::max<int64_t>(0, position - spec.window + 1) : 0);
+  }
+
+  void run() {
+    for (int64_t i = 0; i < batch.num_decodes; i++)
+      first_alone[i] = start(batch.kv_lens[i] - 1);
+    if (!spec.window && batch.num_decodes > 1) share();
+    for (int64_t sequence = batch.num_sequences - 1; sequence >= batch.num_decodes; sequence--)
+      add_chunk((int32_t)sequence);
+    for (int64_t sequence = batch.num_decodes - 1; sequence >= 0; sequence--)
+      add_decode((int32_t)sequence);
+    place_slots();
+  }
+
+  // ------------------------------------------------------------------ shared stretches
+
+  const int64_t* table(int32_t sequence) const {
+    return batch.block_tables + sequence * batch.table_width;
+  }
+  // Blocks that others may share: whole ones, not that of the newest token.
+  int64_t num_blocks(int32_t sequence) const {
+    return (batch.kv_lens[sequence] - 1) / batch.block_size;
+  }
+
+  void share() {
+    order.resize(batch.num_decodes);
+    for (size_t i = 0; i < order.size(); i++) order[i] = (int32_t)i;
+    std::sort(order.begin(), order.end(), [this](int32_t a, int32_t b) {
+      return std::lexicographical_compare(table(a), table(a) + num_blocks(a), table(b),
+                                          table(b) + num_blocks(b));
+    });
+    branch({0, (int64_t)order.size()}, 0, 0);
+  }
+
+  // Of decodes (by `order`) alike in their first `depth` blocks, those alike in the next one, too.
+  // Blocks from `from` on have not been attended to yet.
+  void branch(Part decodes, int64_t from, int64_t depth) {
+    for (int64_t begin = decodes.begin, end; begin < decodes.end; begin = end) {
+      end = begin + 1;
+      if (num_blocks(order[begin]) <= depth) continue;
+      const int64_t block = table(order[begin])[depth];
+      while (end < decodes.end && num_blocks(order[end]) > depth &&
+             table(order[end])[depth] == block)
+        end++;
+      if (end - begin < 2) continue;
+      const int64_t shared = common_blocks(order[begin], order[end - 1], depth);
+      const bool is_worth_it = (shared - from) * batch.block_size >= kMinShared;
+      if (is_worth_it) add_shared({begin, end}, from, shared);
+      branch({begin, end}, is_worth_it ? shared : from, shared);
+    }
+  }
+
+  // The first and the last of a sorted range have in common what all of it has.
+  int64_t common_blocks(int32_t first, int32_t last, int64_t known) const {
+    const int64_t most = std::min(num_blocks(first), num_blocks(last));
+    while (known < most && table(first)[known] == table(last)[known]) known++;
+    return known;
+  }
+
+  void add_shared(Part decodes, int64_t first_block, int64_t end_block) {
+    const int64_t begin = first_block * batch.block_size, end = end_block * batch.block_size;
+    const int64_t count = decodes.end - decodes.begin;
+    const int64_t num_items = (count + at_once - 1) / at_once * spec.num_kv_heads;
+    const int64_t wanted = (kItemsPerThread * num_threads + num_items - 1) / num_items;
+    const int64_t tiles = (end - begin + kTile - 1) / kTile, parts = std::min(wanted, tiles);
+    for (int64_t part = 0; part < parts; part++) {
+      const Part of_tiles = part_of(tiles, part, parts);
+      const int32_t first = (int32_t)(begin + of_tiles.begin * kTile);
+      const int32_t last = (int32_t)std::min(end, begin + of_tiles.end * kTile);
+      for (int64_t at = decodes.begin; at < decodes.end; at += at_once) {
+        const int32_t members = (int32_t)std::min(at_once, decodes.end - at);
+        const int32_t first_member = (int32_t)plan.members.size();
+        for (int64_t i = at; i < at + members; i++)
+          plan.members.push_back({order[i], num_slots[order[i]]++});
+        for (int32_t head = 0; head < spec.num_kv_heads; head++)
+          plan.items.push_back({order[at], head, 1, 0, 0, first, last, -1, first_member, members});
+      }
+    }
+    for (int64_t i = decodes.begin; i < decodes.end; i++) first_alone[order[i]] = (int32_t)end;
+  }
+
+  // ------------------------------------------------------------------ one sequence alone
+
+  // From the last tokens backwards: the longest first.
+  void add_chunk(int32_t sequence) {
+    const int64_t count = batch.query_lens[sequence], before = batch.kv_lens[sequence] - count;
+    for (int64_t row = (count - 1) / at_once * at_once; row >= 0; row -= at_once) {
+      const int64_t rows = std::min(at_once, count - row);
+      for (int32_t head = 0; head < spec.num_kv_heads; head++)
+        plan.items.push_back({sequence, head, 1, (int32_t)row, (int32_t)rows, start(before + row),
+                              (int32_t)(before + row + rows), -1, 0, 0});
+    }
+  }
+
+  void add_decode(int32_t sequence) {
+    const int64_t begin = first_alone[sequence], end = batch.kv_lens[sequence];
+    const bool cuts = num_threads > 1 && batch.num_decodes < kItemsPerThread * num_threads &&
+                      batch.num_decodes == batch.num_sequences;
+    const int64_t parts = cuts ? std::max<int64_t>(1, (end - begin) / kCutTokens) : 1;
+    const int64_t tiles = (end - begin + kTile - 1) / kTile;
+    const int32_t heads_at_once = (int32_t)std::min<int64_t>(spec.num_kv_heads, at_once);
+    const bool is_unfinished = parts > 1 || num_slots[sequence] > 0;
+    for (int64_t part = 0; part < parts; part++) {
+      const Part of_tiles = part_of(tiles, part, parts);
+      const int32_t first = (int32_t)(begin + of_tiles.begin * kTile);
+      const int32_t last = (int32_t)std::min(end, begin + of_tiles.end * kTile);
+      const int32_t slot = is_unfinished ? num_slots[sequence]++ : -1;
+      for (int32_t head = 0; head < spec.num_kv_heads; head += heads_at_once)
+        plan.items.push_back({sequence, head, std::min(heads_at_once, spec.num_kv_heads - head), 0,
+                              1, first, last, slot, 0, 0});
+    }
+  }
+
+  // ------------------------------------------------------------------ results to merge
+
+  // Slots were counted for each decode; now they get their place among all.
+  void place_slots() {
+    std::vector<int32_t> first_slot(batch.num_decodes);
+    for (int32_t sequence = 0; sequence < batch.num_decodes; sequence++) {
+      first_slot[sequence] = (int32_t)plan.num_slots;
+      if (!num_slots[sequence]) continue;
+      plan.merges.push_back({sequence, first_slot[sequence], num_slots[sequence]});
+      plan.num_slots += num_slots[sequence];
+    }
+    for (auto& item : plan.items)
+      if (item.slot >= 0) item.slot += first_slot[item.sequence];
+    for (auto& member : plan.members) member.slot += first_slot[member.sequence];
+  }
+};
+
+}  // namespace
+
+// Items are taken one after the other by whoever is free, the longest first: shared stretches,
+// chunks from their last tokens backwards, then decodes (the engine sorts them by length).
+void plan_attention(const kg_batch& batch, const kg_attention& spec, int num_threads, Plan& plan) {
+  plan.items.clear();
+  plan.members.clear();
+  plan.merges.clear();
+  plan.num_slots = 0;
+  Planner(batch, spec, num_threads, plan).run();
+}
+
+}  // namespace kg

@@ -1,0 +1,142 @@
+"""Steps of the engine alone, without router and client: how long a decode and a chunk take.
+
+    python tests/benchmarks/engine_steps.py [FOLDER] [--quantize int8] [--rounds 3]
+
+Without FOLDER it takes the embedded model, which the launcher must have converted once.
+"""
+
+import argparse
+import os
+import statistics
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from kagami_launcher import hub, hub_cache
+from kagami_shard.attention.select import select_attention
+from kagami_shard.engine import Engine, Limits
+from kagami_shard.models.registry import load_model
+from kagami_shard.native.select import switch_to_native
+from kagami_shard.sampling.sampler import SamplingParameters
+from kagami_shard.step import NewSequence, Step, Work
+
+_BLOCK_SIZE = 32
+_LIMITS = Limits(512, 64, 2048, 40_000)
+
+
+class Shape(NamedTuple):
+    """`num_sequences` sequences with `context` tokens in the cache compute `tokens` more each."""
+
+    name: str
+    num_sequences: int
+    context: int
+    tokens: int
+    shared: int = 0
+    """Of the context, in blocks that all sequences have in common"""
+
+
+SHAPES = (
+    Shape("decode 1 x 128", 1, 128, 1),
+    Shape("decode 1 x 1024", 1, 1024, 1),
+    Shape("decode 4 x 1024", 4, 1024, 1),
+    Shape("decode 16 x 192", 16, 192, 1),
+    Shape("decode 16 x 1100", 16, 1100, 1),
+    Shape("decode 16 x 1100, 1024 shared", 16, 1100, 1, 1024),
+    Shape("chunk 128 at 0", 1, 0, 128),
+    Shape("chunk 256 at 0", 1, 0, 256),
+    Shape("chunk 512 at 0", 1, 0, 512),
+    Shape("chunk 512 at 512", 1, 512, 512),
+    Shape("chunk 4 x 128 at 0", 4, 0, 128),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", nargs="?")
+    parser.add_argument("--quantize")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", default="", help="shapes whose name begins so")
+    args = parser.parse_args()
+    engine = _engine(Path(args.folder) if args.folder else _embedded(), args.quantize)
+    for shape in SHAPES:
+        if not shape.name.startswith(args.only):
+            continue
+        times = [_run(engine, shape) for _ in range(args.rounds)]
+        median = statistics.median(times)
+        rate = shape.num_sequences * shape.tokens / median
+        print(f"{shape.name:30} {median * 1e3:8.2f} ms  {rate:8.0f} tokens/s", flush=True)
+
+
+def _embedded() -> Path:
+    cache = hub_cache.cache_folder(None, os.environ)
+    return hub.resolve(hub.EMBEDDED_MODEL_ID, revision=None, cache=cache).folder
+
+
+def _engine(folder: Path, quantize: str | None) -> Engine:
+    model = load_model(
+        folder,
+        dtype=torch.bfloat16,
+        device=torch.device("cpu"),
+        trust_remote_code=False,
+        max_length=_LIMITS.max_total_tokens,
+        quantize=quantize,
+    )
+    engine = Engine(
+        model,
+        select_attention(),
+        dtype=torch.bfloat16,
+        device=torch.device("cpu"),
+        block_size=_BLOCK_SIZE,
+    )
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "kagami" / "native"
+    switch_to_native(
+        engine,
+        dtype=torch.bfloat16,
+        device=torch.device("cpu"),
+        cache=cache,
+        num_threads=torch.get_num_threads(),
+    )
+    engine.warmup(_LIMITS)
+    print(f"attention: {engine.attention_name}")
+    return engine
+
+
+def _run(engine: Engine, shape: Shape) -> float:
+    """Seconds of one step, the median of some."""
+    engine.reset()
+    repeats = 40 if shape.tokens == 1 else 4
+    length = shape.context + shape.tokens * (repeats if shape.tokens == 1 else 1)
+    per_sequence = -(-(length + 1) // _BLOCK_SIZE)
+    sequences = [
+        NewSequence(number, [7 + i % 911 for i in range(length)], length, SamplingParameters())
+        for number in range(shape.num_sequences)
+    ]
+    num_shared = shape.shared // _BLOCK_SIZE
+    prefix = list(range(1, 1 + num_shared))
+    grants = {
+        number: prefix + list(range(first, first + per_sequence - num_shared))
+        for number in range(shape.num_sequences)
+        for first in [1 + num_shared + number * per_sequence]
+    }
+    engine.collect(engine.launch(Step(0, new_sequences=sequences, grants=grants)))
+    for begin in range(0, shape.context, 256):
+        count = min(256, shape.context - begin)
+        _step(engine, shape, begin, count)
+    times = []
+    for repeat in range(repeats):
+        position = shape.context + (repeat if shape.tokens == 1 else 0)
+        times.append(_step(engine, shape, position, shape.tokens))
+    return statistics.median(times)
+
+
+def _step(engine: Engine, shape: Shape, position: int, count: int) -> float:
+    work = [Work(number, position, count) for number in range(shape.num_sequences)]
+    started = time.perf_counter()
+    engine.collect(engine.launch(Step(1, work=work)))
+    return time.perf_counter() - started
+
+
+if __name__ == "__main__":
+    main()
