@@ -4,7 +4,17 @@ import sys
 from pathlib import Path
 
 import torch
-from tests.shard.native.test_ops import MIXED, Case, Program, Weights, is_near, prompt, steps_of
+from tests.shard.native.test_ops import (
+    MIXED,
+    TREES,
+    Case,
+    Program,
+    Weights,
+    branching,
+    is_near,
+    prompt,
+    steps_of,
+)
 
 from kagami_shard.layers.mlp import ACTIVATIONS, MLP, GatedMLP
 from kagami_shard.layers.norm import LayerNorm, no_norm
@@ -47,6 +57,8 @@ def main() -> None:
                     runtime, lambda weights, g=gated: mlps(weights, gated=g), 0, prompt(count)
                 )
         assert is_near(runtime, Case().program, 0, *steps_of([(200, 1)], 0))
+        for tree in TREES.values():
+            assert is_near(runtime, Case().program, 0, *branching(tree, (30, 9)))
         runtime.choose(torch.randn(3, 77))
     sys.stdout.write("ok\n")
 

@@ -106,7 +106,7 @@ def is_near(runtime: Runtime, make: Make, seed: int, *batches: ForwardBatch) -> 
     exact, rounded = (make(Weights(seed, t)) for t in (torch.float32, torch.bfloat16))
     tape = record(rounded, runtime)
     caches = [
-        KVCache([exact.heads], 64, BLOCK_SIZE, dtype=dtype, device=CPU)
+        KVCache([exact.heads], 256, BLOCK_SIZE, dtype=dtype, device=CPU)
         for dtype in (torch.float32, torch.bfloat16)
     ]
     for batch in batches:
@@ -279,6 +279,41 @@ def steps_of(work: Sequence[tuple[int, int]], seed: int) -> list[ForwardBatch]:
     return batches
 
 
+def branching(
+    paths: Sequence[Sequence[tuple[str, int]]], *chunks: tuple[int, int]
+) -> list[ForwardBatch]:
+    """A decode at the end of each path, and beside them chunks: so many tokens before, so many new.
+
+    A path is stretches of so many tokens; paths share those that they begin with.
+    """
+    free = iter(range(64, 256))
+    known: dict[tuple[str, ...], list[int]] = {}
+    batches = []
+    decodes = []
+    for path in paths:
+        sequence = FakeSequence([])
+        for index, (name, count) in enumerate(path):
+            key = tuple(each for each, _ in path[: index + 1])
+            if key not in known:
+                known[key] = [next(free) for _ in range(-(-count // BLOCK_SIZE))]
+            sequence.blocks += known[key]
+            sequence.tokens += [(sum(name.encode()) + 7 * i) % 64 for i in range(count)]
+        before = len(sequence.tokens) - 1
+        batches.append(build_batch([(sequence, before)], BLOCK_SIZE))
+        sequence.computed = before
+        decodes.append((sequence, 1))
+    others = []
+    for before, new in chunks:
+        count = -(-(before + new) // BLOCK_SIZE)
+        blocks = [next(free) for _ in range(count)]
+        other = FakeSequence([(5 * i) % 64 for i in range(before + new)], blocks)
+        batches.append(build_batch([(other, before)], BLOCK_SIZE))
+        other.computed = before
+        others.append((other, new))
+    batches.append(build_batch([*decodes, *others], BLOCK_SIZE))
+    return batches
+
+
 MIXED = [(5, 1), (0, 1), (13, 1), (0, 37), (6, 5), (34, 4)]
 
 
@@ -309,6 +344,39 @@ def test_a_long_decode_is_cut_among_the_threads(runtime: Runtime) -> None:
     first = build_batch([(long, 240)], BLOCK_SIZE)
     long.computed = 240
     assert is_near(runtime, Case().program, 0, *steps, first, build_batch([(long, 1)], BLOCK_SIZE))
+
+
+ROOT, LONG, SHORT = ("root", 132), ("long", 160), ("short", 12)
+TREES = {
+    "all of two share": [[ROOT, ("x", 3)], [ROOT, ("y", 1)]],
+    "one ends where others go on": [[("x", 9)], [ROOT], [ROOT, ("y", 5)], [ROOT, ("z", 4)]],
+    "a branch shares more": [
+        [ROOT, LONG, ("x", 2)],
+        [ROOT, ("y", 70)],
+        [ROOT, LONG, ("z", 70)],
+        [("alone", 21)],
+        [ROOT, LONG, SHORT, ("v", 2)],
+        [ROOT, LONG, SHORT, ("w", 3)],
+    ],
+    "a short root, a long branch": [
+        [SHORT, ("x", 5)],
+        [SHORT, LONG, ("y", 3)],
+        [SHORT, LONG, ("z", 6)],
+    ],
+    "more than attend together": [[ROOT, (f"own {i}", 1 + i % 5)] for i in range(23)],
+}
+
+
+@pytest.mark.parametrize("case", [Case(), Case(softcap=0.7), Case(window=20)], ids=str)
+@pytest.mark.parametrize("tree", TREES)
+def test_decodes_that_share_a_prefix_attend_as_in_torch(
+    runtime: Runtime, tree: str, case: Case
+) -> None:
+    assert is_near(runtime, case.program, 0, *branching(TREES[tree]))
+
+
+def test_a_chunk_beside_decodes_with_a_prefix_attends_as_in_torch(runtime: Runtime) -> None:
+    assert is_near(runtime, Case().program, 0, *branching(TREES["a branch shares more"], (30, 9)))
 
 
 @quick
