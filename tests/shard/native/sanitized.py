@@ -15,7 +15,9 @@ from tests.shard.native.test_ops import (
     prompt,
     steps_of,
 )
+from tests.shard.native.test_quantized import QUANTIZERS, linear
 
+from kagami_shard.layers.embedding import Head
 from kagami_shard.layers.mlp import ACTIVATIONS, MLP, GatedMLP
 from kagami_shard.layers.norm import LayerNorm, no_norm
 from kagami_shard.native.check import agrees_with_torch
@@ -44,6 +46,11 @@ def mlps(weights: Weights, *, gated: bool) -> Program:
     )
 
 
+def quantized(weights: Weights, kind: str) -> Program:
+    head = Head(linear(weights, kind, 45, 75), 45)
+    return Program(weights, 75, lambda ops, hidden: hidden, head=head)
+
+
 def main() -> None:
     library = Library(Path(sys.argv[1]))
     for num_threads, use_amx in ((1, False), (2, False), (2, True)):
@@ -56,6 +63,11 @@ def main() -> None:
                 assert is_near(
                     runtime, lambda weights, g=gated: mlps(weights, gated=g), 0, prompt(count)
                 )
+        for kind in QUANTIZERS:
+            for count in (1, 21, 140):
+                assert is_near(
+                    runtime, lambda weights, k=kind: quantized(weights, k), 0, prompt(count)
+                ), (kind, count)
         assert is_near(runtime, Case().program, 0, *steps_of([(200, 1)], 0))
         for tree in TREES.values():
             assert is_near(runtime, Case().program, 0, *branching(tree, (30, 9)))

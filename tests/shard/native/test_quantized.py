@@ -7,17 +7,33 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.shard.native.test_ops import Program, Weights, is_near, prompt, quick, seeds, sizes
+from tests.shard.native.test_ops import (
+    BLOCK_SIZE,
+    CPU,
+    Program,
+    Weights,
+    is_near,
+    prompt,
+    quick,
+    seeds,
+    sizes,
+)
 from torch import Tensor
 
+from kagami_shard.attention.cpu import CpuAttention
+from kagami_shard.graphs import record
+from kagami_shard.kv_cache import KVCache, LayerShape
 from kagami_shard.layers.embedding import Head
 from kagami_shard.layers.linear import QuantizedLinear
 from kagami_shard.layers.mlp import ACTIVATIONS, GatedMLP
 from kagami_shard.layers.norm import Rounding, no_norm
 from kagami_shard.models.ops import Ops
+from kagami_shard.models.recorded import replay_into
+from kagami_shard.native.library import Library
+from kagami_shard.native.memory import Packer
 from kagami_shard.native.runtime import Runtime
 from kagami_shard.quantization.base import Groups, Weight
-from kagami_shard.quantization.fp8 import quantize_fp8
+from kagami_shard.quantization.fp8 import FP8, Fp8Weight, quantize_fp8
 from kagami_shard.quantization.grouped import GroupedWeight, make_grouped
 from kagami_shard.quantization.int4 import quantize_int4
 from kagami_shard.quantization.int8 import Int8Weight, quantize_int8
@@ -37,6 +53,24 @@ def shuffled(matrix: Tensor) -> GroupedWeight:
     return make_grouped(4, weight.codes(), weight.scales, weight.zeros, groups)
 
 
+def of_8_bits(matrix: Tensor, group: int) -> GroupedWeight:
+    """Codes over the whole range, with zeros that are no whole numbers."""
+    columns = matrix.shape[1]
+    spread = quantize_int4(matrix, group)
+    codes = spread.codes() * 17
+    groups = Groups(columns, group)
+    return make_grouped(8, codes, spread.scales.float() / 17, spread.zeros * 17, groups)
+
+
+def fp8_of_blocks(matrix: Tensor) -> Fp8Weight:
+    """A scale for each row's 32 columns, and a tenth of the values below e4m3's normal ones."""
+    rows, columns = matrix.shape
+    scales = 0.5 + torch.arange(rows * -(-columns // 32)).view(rows, -1) % 7
+    values = matrix.float().clone()
+    values[:, ::10] /= 64
+    return Fp8Weight((values).to(FP8), scales, Groups(columns, 32))
+
+
 QUANTIZERS: dict[str, Callable[[Tensor], Weight]] = {
     "int8": quantize_int8,
     "int8 not turned": not_turned,
@@ -45,8 +79,15 @@ QUANTIZERS: dict[str, Callable[[Tensor], Weight]] = {
     "int4 of a row": lambda matrix: quantize_int4(matrix, matrix.shape[1]),
     "int4 shuffled": shuffled,
     "fp8": quantize_fp8,
+    "fp8 of blocks": fp8_of_blocks,
+    "8 bits of 32": lambda matrix: of_8_bits(matrix, 32),
+    "8 bits of a row": lambda matrix: of_8_bits(matrix, matrix.shape[1]),
 }
 kinds = st.sampled_from(list(QUANTIZERS))
+
+
+def small_cache() -> KVCache:
+    return KVCache([LayerShape(1, 2, 2)], 64, BLOCK_SIZE, dtype=torch.bfloat16, device=CPU)
 
 
 def linear(
@@ -57,7 +98,7 @@ def linear(
 
 
 @quick
-@given(kinds, st.integers(1, 70), sizes, sizes, st.booleans(), seeds)
+@given(kinds, st.integers(1, 70) | st.just(140), sizes, sizes, st.booleans(), seeds)
 def test_a_quantized_head_is_torchs(
     runtime: Runtime, kind: str, count: int, width: int, out: int, bias: bool, seed: int
 ) -> None:
@@ -87,6 +128,52 @@ def test_a_quantized_mlp_is_torchs(
         return Program(weights, width, body)
 
     assert is_near(runtime, make, seed, prompt(count))
+
+
+@pytest.mark.parametrize("kind", ["float8", "grouped8"])
+@pytest.mark.parametrize("count", [1, 140])
+def test_every_code_of_8_bits_is_widened_exactly(runtime: Runtime, kind: str, count: int) -> None:
+    """Each code is a row's, and every token has a 1 in a column of its own."""
+    is_float = kind == "float8"
+    codes = torch.arange(256)[:, None].expand(256, 64).to(torch.uint8).contiguous()
+    if is_float:
+        codes[codes & 0x7F == 0x7F] = 0
+
+    def make(weights: Weights) -> Program:
+        ones = torch.ones(256, 1)
+        weight: Weight = (
+            Fp8Weight(codes.view(FP8), ones, Groups(64, 64))
+            if is_float
+            else make_grouped(8, codes, ones, 3 * ones, Groups(64, 64))
+        )
+        head = Head(QuantizedLinear(weight), 256)
+        program = Program(weights, 64, lambda ops, hidden: hidden, head=head)
+        program.embedding.weight.zero_().fill_diagonal_(1.0)
+        return program
+
+    tape = record(make(Weights(0, torch.bfloat16)), runtime)
+    batch, cache = prompt(count), small_cache()
+    ours = torch.full((count, 256), float("nan"))
+    replay_into(tape, batch, CpuAttention().prepare(batch, cache), ours)
+    expected = codes[:, 0].view(FP8).float() if is_float else codes[:, 0].float() - 3
+    assert torch.equal(ours, expected.expand(count, 256))
+
+
+@pytest.mark.parametrize("kind", ["fp8", "fp8 of blocks", "8 bits of 32", "8 bits of a row"])
+def test_8_bits_stay_8_bits_when_packed(library: Library, kind: str) -> None:
+    packer = Packer(library)
+    linear(Weights(0, torch.bfloat16), kind, 1024, 512, bias=False).pack(packer)
+    assert packer.arena.num_bytes < 1.4 * 1024 * 512
+
+
+def test_nan_in_e4m3_stays_so(runtime: Runtime) -> None:
+    def make(weights: Weights) -> Program:
+        weight = quantize_fp8(weights.matrix(9, 64))
+        weight.values.view(torch.uint8)[3, 5] = 0xFF
+        head = Head(QuantizedLinear(weight), 9)
+        return Program(weights, 64, lambda ops, hidden: hidden, head=head)
+
+    assert not is_near(runtime, make, 0, prompt(2))
 
 
 @pytest.mark.parametrize("width", [512, 576, 1024])
