@@ -9,6 +9,7 @@ from torch.nn.functional import linear
 from kagami_shard.distributed import TensorParallel
 from kagami_shard.native.memory import PackedWeight, Packer
 from kagami_shard.quantization.base import DenseWeight, Weight
+from kagami_shard.quantization.fp8 import Fp8Weight
 from kagami_shard.quantization.grouped import GroupedWeight
 from kagami_shard.quantization.int8 import Int8Weight
 
@@ -83,24 +84,37 @@ class QuantizedLinear:
         return self.weight.turn if isinstance(self.weight, Int8Weight) else 0
 
     def pack(self, packer: Packer, *, gated: bool = False) -> PackedWeight:
-        """8 bits and regular groups of 4 as they are, everything else as bf16."""
-        match weight := self.weight:
-            case Int8Weight():
-                packed = packer.pack_int8(weight.values, weight.scales, self.bias, gated=gated)
-            case GroupedWeight(bits=4) if (group := weight.packable_group()) is not None:
-                packed = packer.pack_int4(
-                    weight.packed,
-                    weight.scales.half(),
-                    weight.zeros,
-                    self.bias,
-                    num_columns=weight.shape[1],
-                    group=group,
-                    gated=gated,
-                )
-            case _:
-                packed = packer.pack(weight.dequantized(torch.bfloat16), self.bias, gated=gated)
+        """Integers, e4m3 and codes in regular groups as they are, everything else as bf16."""
+        packed = self._packed_codes(packer, gated=gated)
+        if packed is None:
+            packed = packer.pack(self.weight.dequantized(torch.bfloat16), self.bias, gated=gated)
         self.weight = DenseWeight(torch.empty(0, 0))
         return packed
+
+    def _packed_codes(self, packer: Packer, *, gated: bool) -> PackedWeight | None:
+        """None where the library has no such form."""
+        weight, bias = self.weight, self.bias
+        if isinstance(weight, Int8Weight):
+            return packer.pack_int8(weight.values, weight.scales, bias, gated=gated)
+        if not isinstance(weight, GroupedWeight | Fp8Weight):
+            return None
+        if (group := weight.packable_group()) is None:
+            return None
+        if isinstance(weight, Fp8Weight):
+            codes = weight.values.view(torch.uint8)
+            return packer.pack_bytes(codes, weight.scales, None, bias, group=group, gated=gated)
+        if weight.bits == 4:
+            return packer.pack_int4(
+                weight.packed,
+                weight.scales.half(),
+                weight.zeros,
+                bias,
+                num_columns=weight.shape[1],
+                group=group,
+                gated=gated,
+            )
+        scales, zeros = weight.scales.float(), weight.zeros.float()
+        return packer.pack_bytes(weight.packed, scales, zeros, bias, group=group, gated=gated)
 
 
 class RowLinear:

@@ -18,6 +18,8 @@ class WeightKind(IntEnum):
     BF16 = 0
     INT8 = 1
     INT4 = 2
+    FLOAT8 = 3
+    GROUPED8 = 4
 
 
 class Code(IntEnum):
@@ -178,6 +180,7 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "kg_packed_bytes": (c_int64, (POINTER(CLinear),)),
     "kg_pack_int8": (None, (POINTER(CLinear), c_void_p, c_void_p, c_int, c_void_p)),
     "kg_pack_int4": (None, (POINTER(CLinear), c_void_p, c_void_p, c_void_p, c_int, c_void_p)),
+    "kg_pack_bytes": (None, (POINTER(CLinear), c_void_p, c_void_p, c_void_p, c_int, c_void_p)),
     "kg_pack": (None, (c_int, c_void_p, c_int64, c_int64, c_int, c_void_p)),
     "kg_unpack": (None, (c_int, c_void_p, c_int64, c_int64, c_int, c_void_p)),
     "kg_padded_rows": (c_int64, (c_int64, c_int)),

@@ -99,6 +99,7 @@ struct Layer {  // what all panels of a linear layer have in common
   int64_t depth, rows;
   const char* x;
   int64_t x_bytes;  // from row to row
+  const CodeForm* codes = nullptr;  // if they are multiplied as they are
   kg_bf16* unpacked = nullptr;
   float* sums = nullptr;
 };
@@ -106,7 +107,7 @@ struct Layer {  // what all panels of a linear layer have in common
 // Up to how many rows go through a panel at once.
 int max_rows(const Layer& layer) {
   if (layer.weight.kind == KG_INT8) return layer.use_amx ? kInt8AmxRows : kInt8Rows;
-  if (layer.sums) return kInt4Rows;
+  if (layer.codes) return kCodeRows;
   return layer.kernel.max_rows;
 }
 
@@ -120,11 +121,11 @@ void compute(const Layer& layer, const char* packed, Part rows, const char* next
     return layer.use_amx && layer.rows > kFewRows ? panel_int8_amx(panel) : panel_int8(panel);
   }
   const kg_bf16* halves = (const kg_bf16*)x;
-  if (layer.sums) {
-    const float* sums = layer.sums + rows.begin * num_groups(layer.weight);
-    const Int4Panel panel{&layer.weight, packed, halves, layer.x_bytes / 2, count, sums, out, next,
-                          lines};
-    return panel_int4(panel);
+  if (layer.codes) {
+    const float* sums =
+        layer.sums ? layer.sums + rows.begin * num_groups(layer.weight) : nullptr;
+    const CodePanel panel{&layer.weight, packed, halves, layer.x_bytes / 2, count, sums, out, next};
+    return layer.codes->multiply(panel);
   }
   const kg_bf16* weight = layer.unpacked ? layer.unpacked : (const kg_bf16*)packed;
   const Panel panel{weight, kBlock * layer.depth, halves, layer.x_bytes / 2, count, layer.depth,
@@ -150,10 +151,14 @@ bool linear(const Step& step, const kg_op& op, const kg_op* next_op, int thread)
   const bool use_amx = step.pool->use_amx;
   Layer layer{weight, kernel_for(rows, use_amx), use_amx, depth_of(weight), rows,
               step.row<char>(in, 0, rows, thread), in.row_bytes};
-  if (weight.kind == KG_INT4 && rows <= max_code_rows(use_amx)) {
-    layer.sums = (float*)spare.take(num_groups(weight) * rows * 4);
-    sum_groups(weight, (const kg_bf16*)layer.x, in.row_bytes / 2, (int)rows, layer.sums);
-  } else if (weight.kind == KG_INT4) {
+  const CodeForm* form = code_form(weight.kind);
+  if (form && form->multiplies(rows, use_amx)) {
+    layer.codes = form;
+    if (form->has_zeros) {
+      layer.sums = (float*)spare.take(num_groups(weight) * rows * 4);
+      sum_groups(weight, (const kg_bf16*)layer.x, in.row_bytes / 2, (int)rows, layer.sums);
+    }
+  } else if (form) {
     layer.unpacked = (kg_bf16*)spare.take(kPanel * layer.depth * 2);
   }
   const int64_t panel_bytes = panel_bytes_of(weight);
@@ -170,7 +175,7 @@ bool linear(const Step& step, const kg_op& op, const kg_op* next_op, int thread)
   for (int64_t index = panels.begin; index < panels.end; index++) {
     const char* packed = (const char*)weight.weight + index * panel_bytes;
     const char* next = index + 1 < panels.end ? packed + panel_bytes : after;
-    if (layer.unpacked) unpack_int4(weight, packed, layer.unpacked);
+    if (layer.unpacked) form->unpack(weight, packed, layer.unpacked);
     for (int64_t pass = 0; pass < passes; pass++) {
       const Part part = part_of(rows, pass, passes);
       compute(layer, packed, part, next && pass < fetching ? next + pass * lines * 64 : nullptr,

@@ -63,7 +63,7 @@ class PackedWeight:
     bias: Tensor | None = None
     """float32, in the order of the packed rows, padded"""
     group: int = 0
-    """Of INT4: columns that share a scale"""
+    """Columns that share a scale; 0: not in groups"""
 
     def struct(self) -> CLinear:
         """For an op's `params`; holds pointers into this weight."""
@@ -123,6 +123,30 @@ class Packer:
         packed = self._take(WeightKind.INT4, shape, group, bias, gated=gated)
         codes, scales, zeros = codes.contiguous(), scales.contiguous(), zeros.contiguous()
         self.library.kg_pack_int4(
+            packed.struct(), pointer(codes), pointer(scales), pointer(zeros), gated, packed.address
+        )
+        return packed
+
+    def pack_bytes(
+        self,
+        codes: Tensor,
+        scales: Tensor,
+        zeros: Tensor | None,
+        bias: Tensor | None,
+        *,
+        group: int,
+        gated: bool = False,
+    ) -> PackedWeight:
+        """Codes of 8 bits, uint8 `[out, in]`, float32 scales and zeros `[out, num_groups]`.
+
+        With zeros they are whole numbers, without e4m3, none of them NaN. `group` is a multiple of
+        32.
+        """
+        kind = WeightKind.FLOAT8 if zeros is None else WeightKind.GROUPED8
+        packed = self._take(kind, codes.shape, group, bias, gated=gated)
+        codes, scales = codes.contiguous(), scales.contiguous()
+        zeros = None if zeros is None else zeros.contiguous()
+        self.library.kg_pack_bytes(
             packed.struct(), pointer(codes), pointer(scales), pointer(zeros), gated, packed.address
         )
         return packed

@@ -13,7 +13,7 @@ extern "C" {
 
 typedef uint16_t kg_bf16;
 
-enum { KG_BF16, KG_INT8, KG_INT4 };  // kg_linear.kind; see quantized.h
+enum { KG_BF16, KG_INT8, KG_INT4, KG_FLOAT8, KG_GROUPED8 };  // kg_linear.kind; see quantized.h
 
 enum {  // kg_op.code            in        out       params           index
   KG_EMBED,     //               ids       float32   kg_embedding
@@ -42,7 +42,7 @@ enum { KG_LOGITS = -1 };  // as a buffer: kg_batch.logits
 typedef struct {
   int32_t kind;
   int32_t rows, columns;  // of the weight, as the checkpoint has it: [out, in]
-  int32_t group;          // of KG_INT4: columns that share a scale, a multiple of 32
+  int32_t group;          // of codes: columns that share a scale, a multiple of 32
   const void* weight;     // packed
   const float* bias;      // float32, in the order of the packed rows, padded to 32; or NULL
 } kg_linear;
@@ -122,6 +122,10 @@ void kg_pack_int8(const kg_linear*, const int8_t* values, const float* scales, i
                   void* packed);
 void kg_pack_int4(const kg_linear*, const uint8_t* codes, const uint16_t* scales,
                   const uint16_t* zeros, int gated, void* packed);
+// Bytes [rows, columns], with float scales [rows, groups] and for KG_GROUPED8 zeros, else NULL:
+// e4m3 without NaN, or codes from 0 to 255.
+void kg_pack_bytes(const kg_linear*, const uint8_t* codes, const float* scales, const float* zeros,
+                   int gated, void* packed);
 // bf16 [rows, columns] into the order that `kind`'s kernels read. With `gated` the upper half of
 // the rows is the gate, the lower half `up`: they come to lie in turns of 16.
 void kg_pack(int kind, const kg_bf16* weight, int64_t rows, int64_t columns, int gated, void* packed);

@@ -22,10 +22,10 @@ int64_t panel_bytes_of(const kg_linear& weight) {
   switch (weight.kind) {
     case KG_INT8:
       return kPanel * (depth_of(weight) + 8);
-    case KG_INT4:
-      return kPanel / kBlock * int4_block_bytes(weight);
-    default:
+    case KG_BF16:
       return kPanel * depth_of(weight) * 2;
+    default:
+      return kPanel / kBlock * code_block_bytes(weight);
   }
 }
 
@@ -59,10 +59,11 @@ extern "C" void kg_pack_int8(const kg_linear* layer, const int8_t* values, const
 extern "C" void kg_pack_int4(const kg_linear* layer, const uint8_t* codes, const uint16_t* scales,
                              const uint16_t* zeros, int gated, void* packed) {
   const int64_t groups = num_groups(*layer), columns = layer->columns;
+  const CodeForm& form = *code_form(KG_INT4);
   char* block = (char*)packed;
   for (int64_t first = 0; first < kg_padded_rows(layer->rows, gated); first += kBlock)
     for (int64_t group = 0; group < groups; group++) {
-      const int64_t bytes = kGroupHeader + num_steps(*layer, group) * kStepBytes;
+      const int64_t bytes = form.header_bytes + num_steps(*layer, group) * form.step_bytes;
       memset(block, 0, bytes);
       for (int64_t i = 0; i < kBlock; i++) {
         const int64_t source = source_row(first + i, layer->rows, gated != 0);
@@ -75,7 +76,7 @@ extern "C" void kg_pack_int4(const kg_linear* layer, const uint8_t* codes, const
           const int64_t place = column - begin, pair = place % kDepth / 2;
           uint8_t code = codes[source * ((columns + 1) / 2) + column / 2];
           code = column % 2 ? code >> 4 : code & 15;
-          char* step = block + kGroupHeader + place / kDepth * kStepBytes;
+          char* step = block + form.header_bytes + place / kDepth * form.step_bytes;
           char* byte = step + pair % (kDepth / 4) * 32 + i * 2 + column % 2;
           *byte = (char)(*byte | (pair >= kDepth / 4 ? code << 4 : code));
         }

@@ -8,6 +8,11 @@
 //   KG_INT4   of either block, for each group of columns: 16 scales and 16 zeros, float16; then for
 //             each 32 columns 8 times 32 bytes, pair p of columns in the low halves and pair p + 8
 //             in the high ones: [16][2] codes each, as a bf16 panel has its values.
+//   KG_FLOAT8   the same with 16 float scales and no zeros; then 8 times 64 bytes of e4m3, pair p
+//               in the low bytes of [16][2] words and pair p + 8 in the high ones, each code turned
+//               by three bits: mmm s eeee, where the checkpoint has s eeee mmm.
+//   KG_GROUPED8 the same with 16 float scales and 16 float zeros; then [32][16] int8. Codes and
+//               zeros are 128 less than in the checkpoint.
 #pragma once
 #include "simd.h"
 #include "step.h"
@@ -15,8 +20,6 @@
 namespace kg {
 
 constexpr int kDepth8 = 64;  // columns of an int8 panel are padded to this: an AMX tile's depth
-constexpr int kStepBytes = 256;  // of 32 columns of an int4 block
-constexpr int kGroupHeader = 64;
 
 // Rows of int8 activations: u8 (128 more than the value) padded to kDepth8, then a float scale.
 inline int64_t activation_columns(int64_t columns) { return round_up(columns, kDepth8) + 64; }
@@ -29,9 +32,6 @@ inline int64_t num_steps(const kg_linear& weight) { return (weight.columns + kDe
 inline int64_t num_steps(const kg_linear& weight, int64_t group) {
   const int64_t whole = weight.group / kDepth;
   return std::min(whole, num_steps(weight) - group * whole);
-}
-inline int64_t int4_block_bytes(const kg_linear& weight) {
-  return num_groups(weight) * kGroupHeader + num_steps(weight) * kStepBytes;
 }
 
 int64_t depth_of(const kg_linear&);        // columns of its panels, padded
@@ -54,24 +54,39 @@ void panel_int8_amx(const Int8Panel&);
 // `sums` [rows][kPanel] of products, which do not know yet that activations are 128 too large.
 void finish_int8(const Int8Panel&, const int32_t* sums);
 
-constexpr int kInt4Rows = 8;
-// Up to so many rows codes are multiplied as they are; for more the panel is made bf16 first, which
-// takes as long as 24 rows do on the vector unit and longer than tiles take for 32.
-inline int64_t max_code_rows(bool use_amx) { return use_amx ? kInt4Rows : 4 * kInt4Rows; }
-struct Int4Panel {
+constexpr int kCodeRows = 8;
+
+struct CodePanel {
   const kg_linear* layer;
   const char* weight;
   const kg_bf16* x;
   int64_t x_stride;
   int rows;
-  const float* sums;  // [rows][num_groups], of each group's activations
+  const float* sums;  // [rows][num_groups], of each group's activations; where there are zeros
   float* out;         // [rows][kPanel]
   const char* next;
-  int64_t next_lines;
 };
-void panel_int4(const Int4Panel&);
+
+struct CodeForm {  // how one kind of codes is kept and multiplied; panel_codes.h
+  int64_t header_bytes, step_bytes;  // of a group, and of 32 columns, of a block
+  bool has_zeros;
+  // Up to so many rows the vector unit multiplies codes as they are; for more the panel is made
+  // bf16 first, and beside AMX for more than kCodeRows.
+  int64_t max_rows;
+  void (*multiply)(const CodePanel&);
+  void (*unpack)(const kg_linear&, const char* packed, kg_bf16* panel);
+
+  bool multiplies(int64_t rows, bool use_amx) const {
+    return rows <= (use_amx ? (int64_t)kCodeRows : max_rows);
+  }
+};
+const CodeForm* code_form(int kind);  // null: no codes
 void sum_groups(const kg_linear&, const kg_bf16* x, int64_t x_stride, int rows, float* sums);
-void unpack_int4(const kg_linear&, const char* packed, kg_bf16* panel);
+
+inline int64_t code_block_bytes(const kg_linear& weight) {
+  const CodeForm& form = *code_form(weight.kind);
+  return num_groups(weight) * form.header_bytes + num_steps(weight) * form.step_bytes;
+}
 
 bool quantize(const Step&, const kg_op&, int thread);  // KG_QUANTIZE
 

@@ -50,15 +50,13 @@ class GroupedWeight:
     def packable_group(self) -> int | None:
         """The columns of a group, if the CPU's library can read them; None if it cannot.
 
-        Its groups are neighbours, whole steps of 32, and have float16 scales.
+        Beside 4 bits it keeps scales as float16.
         """
-        size, num_columns = self.groups.size, self.groups.num_columns
-        if size >= num_columns:
-            size = -(-num_columns // 32) * 32
-        if self.groups.of_column is not None or size % 32:
-            return None
-        as_halves = self.scales.half().to(self.scales.dtype)
-        return size if torch.equal(as_halves, self.scales) else None
+        if self.bits == 4:
+            as_halves = self.scales.half().to(self.scales.dtype)
+            if not torch.equal(as_halves, self.scales):
+                return None
+        return self.groups.packable_size()
 
     def rows(self, spans: Sequence[Span]) -> "GroupedWeight":
         return GroupedWeight(

@@ -1,0 +1,67 @@
+// Codes of 8 bits into the order that panel_byte.cpp reads.
+#include <string.h>
+
+#include "panel_codes.h"
+#include "rows.h"
+
+namespace kg {
+namespace {
+
+struct Source {  // of a row
+  const uint8_t* codes;
+  const float *scales, *zeros;
+};
+
+// From s eeee mmm to mmm s eeee.
+inline uint8_t turned(uint8_t code) { return (uint8_t)(code << 5 | code >> 3); }
+// From 0..255 to what is 128 less, as int8.
+inline uint8_t centred(uint8_t code) { return code ^ 128; }
+
+// Where a group's column `place` of output `lane` lies: see quantized.h.
+inline int64_t float8_place(int64_t place, int64_t lane) {
+  const int64_t step = place / kDepth, pair = place % kDepth / 2;
+  const int64_t word = (pair % kHalfPairs * kBlock + lane) * 2 + place % 2;
+  return step * kBlock * kDepth + word * 2 + pair / kHalfPairs;
+}
+
+// Row `lane` of a block, one group after the other.
+void pack_row(const kg_linear& layer, const Source& source, int64_t lane, char* block) {
+  const bool is_float = layer.kind == KG_FLOAT8;
+  const CodeForm& form = *code_form(layer.kind);
+  for (int64_t group = 0; group < num_groups(layer); group++) {
+    float* header = (float*)block;
+    header[lane] = source.scales[group];
+    if (form.has_zeros) header[kBlock + lane] = source.zeros[group] - 128.f;
+    char* to = block + form.header_bytes;
+    const int64_t begin = group * layer.group;
+    const int64_t end = std::min<int64_t>(layer.columns, begin + layer.group);
+    for (int64_t column = begin; column < end; column++) {
+      const uint8_t code = source.codes[column];
+      const int64_t place = column - begin;
+      to[is_float ? float8_place(place, lane) : place * kBlock + lane] =
+          (char)(is_float ? turned(code) : centred(code));
+    }
+    block = to + num_steps(layer, group) * form.step_bytes;
+  }
+}
+
+}  // namespace
+}  // namespace kg
+
+using namespace kg;
+
+extern "C" void kg_pack_bytes(const kg_linear* layer, const uint8_t* codes, const float* scales,
+                              const float* zeros, int gated, void* packed) {
+  const int64_t groups = num_groups(*layer), block_bytes = code_block_bytes(*layer);
+  char* block = (char*)packed;
+  for (int64_t first = 0; first < kg_padded_rows(layer->rows, gated);
+       first += kBlock, block += block_bytes) {
+    memset(block, 0, block_bytes);
+    for (int64_t lane = 0; lane < kBlock; lane++) {
+      const int64_t row = source_row(first + lane, layer->rows, gated != 0);
+      if (row < 0) continue;
+      const float* of_row = zeros ? zeros + row * groups : nullptr;
+      pack_row(*layer, {codes + row * layer->columns, scales + row * groups, of_row}, lane, block);
+    }
+  }
+}
