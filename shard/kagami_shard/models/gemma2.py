@@ -1,8 +1,7 @@
 """Gemma 2: four norms a layer, every other layer windowed, soft caps (arXiv:2408.00118)."""
 
-from transformers import PreTrainedConfig
-
 from kagami_proto.errors import UnsupportedModel
+from kagami_shard.models.config import Config
 from kagami_shard.models.spec import ModelSpec, NormKind, WeightNames, llama_like, windows_of
 
 NAMES = WeightNames(
@@ -12,7 +11,7 @@ NAMES = WeightNames(
 )
 
 
-def spec(config: PreTrainedConfig, max_length: int, **differences: object) -> ModelSpec:
+def spec(config: Config, max_length: int, **differences: object) -> ModelSpec:
     """Gemma 2's; Gemma 3 says with `differences` what it changed."""
     if getattr(config, "use_bidirectional_attention", None):
         raise UnsupportedModel(

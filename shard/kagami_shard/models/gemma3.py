@@ -2,9 +2,8 @@
 
 from dataclasses import replace
 
-from transformers import PreTrainedConfig
-
 from kagami_shard.models import gemma2
+from kagami_shard.models.config import Config
 from kagami_shard.models.spec import LayerSpec, ModelSpec, QKNorm, rope_of
 
 # A checkpoint with a vision tower keeps the text model one level down, in either order.
@@ -13,7 +12,7 @@ PREFIXES = ("model.", "language_model.model.", "model.language_model.")
 ROPES = ("full_attention", "sliding_attention")
 
 
-def spec(config: PreTrainedConfig, max_length: int) -> ModelSpec:
+def spec(config: Config, max_length: int) -> ModelSpec:
     """Of `gemma3_text`, or of the text half of `gemma3`."""
     text = config.get_text_config()
     return gemma2.spec(

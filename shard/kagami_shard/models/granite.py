@@ -1,11 +1,10 @@
 """Granite 3: Llama with a factor at every joint (arXiv:2405.04324)."""
 
-from transformers import PreTrainedConfig
-
+from kagami_shard.models.config import Config
 from kagami_shard.models.spec import ModelSpec, llama_like
 
 
-def spec(config: PreTrainedConfig, max_length: int) -> ModelSpec:
+def spec(config: Config, max_length: int) -> ModelSpec:
     return llama_like(
         config,
         max_length,

@@ -1,11 +1,10 @@
 """Llama 1 to 3 and what copies it (SmolLM2, Yi, TinyLlama): arXiv:2307.09288, arXiv:2407.21783."""
 
-from transformers import PreTrainedConfig
-
+from kagami_shard.models.config import Config
 from kagami_shard.models.spec import ModelSpec, llama_like
 
 
-def spec(config: PreTrainedConfig, max_length: int) -> ModelSpec:
+def spec(config: Config, max_length: int) -> ModelSpec:
     return llama_like(
         config,
         max_length,

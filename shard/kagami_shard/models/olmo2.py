@@ -1,11 +1,10 @@
 """OLMo 2: norms after attention and mlp, and over whole queries and keys (arXiv:2501.00656)."""
 
-from transformers import PreTrainedConfig
-
+from kagami_shard.models.config import Config
 from kagami_shard.models.spec import ModelSpec, QKNorm, WeightNames, llama_like
 
 
-def spec(config: PreTrainedConfig, max_length: int) -> ModelSpec:
+def spec(config: Config, max_length: int) -> ModelSpec:
     return llama_like(
         config,
         max_length,

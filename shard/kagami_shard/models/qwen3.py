@@ -1,11 +1,10 @@
 """Qwen3: norms on every head of query and key (arXiv:2505.09388)."""
 
-from transformers import PreTrainedConfig
-
+from kagami_shard.models.config import Config
 from kagami_shard.models.spec import ModelSpec, QKNorm, llama_like, windows_of
 
 
-def spec(config: PreTrainedConfig, max_length: int) -> ModelSpec:
+def spec(config: Config, max_length: int) -> ModelSpec:
     return llama_like(
         config,
         max_length,

@@ -7,11 +7,11 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedConfig
 
-from kagami_proto.errors import InvalidCheckpoint, UnsupportedModel
+from kagami_proto.errors import UnsupportedModel
 from kagami_shard.distributed import Alone, TensorParallel
 from kagami_shard.models.base import Model
+from kagami_shard.models.config import Config, read_config
 from kagami_shard.models.decoder import Decoder
 from kagami_shard.quantization.select import select_scheme
 from kagami_shard.weights.checkpoint import Checkpoint
@@ -82,20 +82,8 @@ def load_model(
         )
 
 
-def _quantization_config(config: PreTrainedConfig) -> Mapping[str, Any] | None:
+def _quantization_config(config: Config) -> Mapping[str, Any] | None:
     """What config.json says of its weights; compressed-tensors once had a key of its own."""
     found = getattr(config, "quantization_config", None)
     found = found or getattr(config, "compression_config", None)
     return found if found is None or isinstance(found, Mapping) else found.to_dict()
-
-
-def read_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """config.json with transformers' defaults and names."""
-    file = folder / "config.json"
-    if not file.is_file():
-        raise InvalidCheckpoint(f"{file} does not exist")
-    try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, OSError) as error:
-        first_line = str(error).strip().partition("\n")[0]
-        raise UnsupportedModel(f"{file} cannot be read: {first_line}") from error

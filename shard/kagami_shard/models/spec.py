@@ -1,18 +1,17 @@
 """What a family is to the one decoder: a `ModelSpec`, made from config.json.
 
-Values are read through transformers' `AutoConfig`: it fills in defaults and gives old spellings
-(`rope_scaling`, `sliding_window_pattern`, `max_window_layers`) one form. A family's file holds
-one function, `spec(config)`, which starts from `llama_like` and says what differs.
+Values are those that transformers' `AutoConfig` reads (`config.py`): it fills in defaults and gives
+old spellings (`rope_scaling`, `sliding_window_pattern`, `max_window_layers`) one form. A family's
+file holds one function, `spec(config)`, which starts from `llama_like` and says what differs.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from transformers import PreTrainedConfig
-
 from kagami_proto.errors import UnsupportedModel
 from kagami_shard.layers.rotary import KINDS, RopeSpec
+from kagami_shard.models.config import Config
 
 
 class NormKind(Enum):
@@ -101,14 +100,14 @@ class ModelSpec:
     logits_divisor: float = 1.0
 
 
-def head_dim_of(config: PreTrainedConfig) -> int:
+def head_dim_of(config: Config) -> int:
     """`head_dim` where config.json gives it, else hidden size over heads."""
     return int(
         getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     )
 
 
-def rope_of(config: PreTrainedConfig, max_length: int, layer_type: str | None = None) -> RopeSpec:
+def rope_of(config: Config, max_length: int, layer_type: str | None = None) -> RopeSpec:
     """The rope of all layers, or of those of `layer_type`."""
     parameters = config.rope_parameters
     if layer_type is not None and layer_type in parameters:
@@ -128,7 +127,7 @@ def rope_of(config: PreTrainedConfig, max_length: int, layer_type: str | None = 
     )
 
 
-def windows_of(config: PreTrainedConfig) -> Sequence[int | None]:
+def windows_of(config: Config) -> Sequence[int | None]:
     """The window of every layer: by `layer_types` where a family has them, else one for all."""
     window = getattr(config, "sliding_window", None)
     layer_types = getattr(config, "layer_types", None)
@@ -138,7 +137,7 @@ def windows_of(config: PreTrainedConfig) -> Sequence[int | None]:
 
 
 def llama_like(
-    config: PreTrainedConfig,
+    config: Config,
     max_length: int,
     *,
     windows: Sequence[int | None] | None = None,

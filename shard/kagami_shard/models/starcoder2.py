@@ -1,11 +1,10 @@
 """StarCoder2: LayerNorm, biases everywhere, an mlp without gate (arXiv:2402.19173)."""
 
-from transformers import PreTrainedConfig
-
+from kagami_shard.models.config import Config
 from kagami_shard.models.spec import ModelSpec, NormKind, WeightNames, llama_like, windows_of
 
 
-def spec(config: PreTrainedConfig, max_length: int) -> ModelSpec:
+def spec(config: Config, max_length: int) -> ModelSpec:
     return llama_like(
         config,
         max_length,
