@@ -10,12 +10,15 @@ Every way out stops the router before the shards: it needs all of them to finish
 
 import logging
 import os
+import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing
+from functools import partial
 from pathlib import Path
 
+from opentelemetry.context import get_current
 from opentelemetry.trace import Span, Tracer, get_current_span
 
 from kagami_launcher import cli, environment, hub, hub_cache, plan, pulse, sockets
@@ -26,6 +29,7 @@ from kagami_launcher.plan import Devices, LaunchFailed, RouterPlan, ShardPlan
 from kagami_launcher.supervisor import (
     Child,
     ChildEnded,
+    HeldOutput,
     Output,
     StopAsked,
     Supervisor,
@@ -81,8 +85,7 @@ def run(invocation: Invocation) -> int:
                 held.callback(os.close, sockets.claim(f"{plan.socket_prefix(invocation.args)}-0"))
                 source = launch.prepare()
                 shard_plans, router_plan = launch.plan(source)
-                launch.start_shards(shard_plans)
-                launch.start_router(router_plan)
+                launch.start_children(shard_plans, router_plan)
             launch.watch()
         except LaunchFailed as failure:
             launch.stop()
@@ -113,6 +116,7 @@ class Launch:
         self._converter: Child | None = None
         self._shards: list[Child] = []  # by rank
         self._router: Child | None = None
+        self._router_output: HeldOutput | None = None
         self._devices = Devices(0)
         self._num_shard = 1
 
@@ -242,17 +246,30 @@ class Launch:
             ),
         )
 
-    def start_shards(self, shards: Sequence[ShardPlan]) -> None:
-        """Start all shards at once and wait until every one's `Health` answers."""
+    def start_children(self, shards: Sequence[ShardPlan], router: RouterPlan) -> None:
+        """Start all shards and the router at once; wait until every one's `Health` answers, then
+        until the router serves, which says `Connected` itself.
+
+        The router's imports take half a second that its shards take longer; it waits for them
+        itself. What it says is held back until then: its lines come after the shards' as ever.
+        """
         self._say(f"Loading {self._invocation.args.model_id}")
         self._sockets = [shard.socket for shard in shards]
-        with span(self._tracer, SpanName.START_SHARDS, {Key.WORLD_SIZE: len(shards)}):
-            self._start_shards(shards)
+        around = get_current()
+        with span(self._tracer, SpanName.START_ROUTER):
+            of_router = _trace_context()
+            attributes = {Key.WORLD_SIZE: len(shards)}
+            with span(self._tracer, SpanName.START_SHARDS, attributes, context=around):
+                self._start_shards(shards, partial(self._start_router, router, of_router))
+            self._say("Warming up")
+            self._hear_router()
+            self._await_router()
 
-    def _start_shards(self, shards: Sequence[ShardPlan]) -> None:
+    def _start_shards(self, shards: Sequence[ShardPlan], meanwhile: Callable[[], None]) -> None:
         started = time.monotonic_ns()
         for shard in shards:
             self._start_shard(shard)
+        meanwhile()
         waiting = list(shards)
         limit_s = self._invocation.startup_timeout_s
         next_word_s = _WAITING_EVERY_S
@@ -290,21 +307,22 @@ class Launch:
             f"unix://{shard.socket}", _PROBE_TIMEOUT_S
         )
 
-    def start_router(self, router: RouterPlan) -> None:
-        """Start the router and wait until it serves; it says `Connected` itself then."""
-        self._say("Warming up")
-        with span(self._tracer, SpanName.START_ROUTER):
-            self._start_router(router)
-
-    def _start_router(self, router: RouterPlan) -> None:
-        log.info("Starting Webserver")
+    def _start_router(self, router: RouterPlan, trace_context: Mapping[str, str]) -> None:
         command = self._command(router.argv, "WebserverCannotStart")
         env = environment.for_router(
-            self._invocation.environ, {**router.environment, **_trace_context()}
+            self._invocation.environ, {**router.environment, **trace_context}
         )
         voice = self._voice(_ROUTER_TARGET)
-        self._router = self._start("webserver", command, env, voice, "WebserverCannotStart")
-        while not self._router.has_connected:
+        output = self._router_output = self._supervisor.held_output()
+        self._router = self._start("webserver", command, env, voice, "WebserverCannotStart", output)
+
+    def _hear_router(self) -> None:
+        if self._router_output is not None and self._router_output.is_held:
+            log.info("Starting Webserver")
+            self._router_output.release()
+
+    def _await_router(self) -> None:
+        while self._router is not None and not self._router.has_connected:
             self._raise_if_over(self._supervisor.next_event(_POLL_S))
             self._say_again()
 
@@ -324,6 +342,11 @@ class Launch:
                 log.warning("The service manager is not told that all is well: %s", status)
             self._notifier.serving(status, is_alive=is_alive)
             was_alive = is_alive
+
+    @property
+    def _is_unheard(self) -> bool:
+        """Whether shards are still loading: until they have, the router is not spoken of."""
+        return self._router_output is None or self._router_output.is_held
 
     @property
     def _own_host(self) -> str:
@@ -352,7 +375,10 @@ class Launch:
         for child in (self._downloader, self._converter):
             if child:
                 self._supervisor.stop([child], grace_s)
-        if self._router:
+        if self._router and self._is_unheard:  # it has served nobody, and nobody knows of it
+            self._router.was_asked_to_end = True
+            self._router.signal_group(signal.SIGKILL)
+        elif self._router:
             self._supervisor.stop([self._router], grace_s)
         if self._shards:
             log.info("Shutting down shards")
@@ -373,13 +399,14 @@ class Launch:
                 raise Stopped
             case ChildEnded(child) if child is self._router:
                 self._raise_if_over(self._supervisor.next_event(_SHARD_ENDS_WITHIN_S))
+                self._hear_router()
                 log.error("Webserver Crashed")
                 raise LaunchFailed("WebserverFailed")
             case ChildEnded(child) if child in self._shards:
                 rank = self._shards.index(child)
                 if child.exit_code is not None and child.exit_code < 0:
                     log.error("Shard process %s", describe_end(child), extra={"rank": rank})
-                is_loading = self._router is None
+                is_loading = self._is_unheard
                 log.error("Shard %s %s", rank, "failed to start" if is_loading else "crashed")
                 raise LaunchFailed("ShardCannotStart" if is_loading else "ShardFailed")
             case _:
@@ -394,10 +421,16 @@ class Launch:
         return [path, *argv[1:]]
 
     def _start(
-        self, name: str, argv: list[str], env: Mapping[str, str], voice: Voice, variant: str
+        self,
+        name: str,
+        argv: list[str],
+        env: Mapping[str, str],
+        voice: Voice,
+        variant: str,
+        output: HeldOutput | None = None,
     ) -> Child:
         try:
-            return self._supervisor.start(name, argv, env, voice)
+            return self._supervisor.start(name, argv, env, voice, output)
         except OSError as error:
             raise LaunchFailed(variant, f"cannot start {argv[0]}: {error.strerror}") from error
 

@@ -76,6 +76,33 @@ class Output:
         """Nothing is ever held back."""
 
 
+class HeldOutput:
+    """Keeps what is written until `release`, and passes it on from then on."""
+
+    def __init__(self, output: Output) -> None:
+        self._output = output
+        self._kept: list[str] | None = []
+        self._lock = threading.Lock()
+
+    @property
+    def is_held(self) -> bool:
+        return self._kept is not None
+
+    def write(self, text: str, /) -> int:
+        with self._lock:
+            if self._kept is None:
+                return self._output.write(text)
+            self._kept.append(text)
+        return len(text)
+
+    def release(self) -> None:
+        """Pass on what was kept; a second call does nothing."""
+        with self._lock:
+            kept, self._kept = self._kept, None
+            for text in kept or ():
+                self._output.write(text)
+
+
 @dataclass(frozen=True, slots=True)
 class Voice:
     """How a child's lines appear in the launcher's log."""
@@ -111,7 +138,9 @@ class Child:
     def is_running(self) -> bool:
         return self.exit_code is None
 
-    def listen(self, voice: Voice, output: Output, ended: Callable[[ChildEnded], None]) -> None:
+    def listen(
+        self, voice: Voice, output: Output | HeldOutput, ended: Callable[[ChildEnded], None]
+    ) -> None:
         """Forward the child's lines from now on; call `ended` when it is gone."""
         readers = [
             threading.Thread(
@@ -133,7 +162,9 @@ class Child:
 
         threading.Thread(target=wait, daemon=True).start()
 
-    def _forward(self, pipe: BinaryIO, is_error: bool, voice: Voice, output: Output) -> None:
+    def _forward(
+        self, pipe: BinaryIO, is_error: bool, voice: Voice, output: Output | HeldOutput
+    ) -> None:
         for raw in pipe:
             text = raw.decode("utf-8", "backslashreplace").rstrip("\r\n")
             line = self._line(text, is_error, voice)
@@ -206,11 +237,22 @@ class Supervisor:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def start(self, name: str, argv: Sequence[str], env: Mapping[str, str], voice: Voice) -> Child:
+    def held_output(self) -> HeldOutput:
+        """For a child that nobody shall hear yet."""
+        return HeldOutput(self._output)
+
+    def start(
+        self,
+        name: str,
+        argv: Sequence[str],
+        env: Mapping[str, str],
+        voice: Voice,
+        output: HeldOutput | None = None,
+    ) -> Child:
         """Start a child; raises OSError if that fails. Only the main thread may call this."""
         child = Child(name, argv, env)
         self._children.append(child)
-        child.listen(voice, self._output, self._events.put)
+        child.listen(voice, output or self._output, self._events.put)
         return child
 
     def next_event(self, timeout_s: float | None) -> Event | None:

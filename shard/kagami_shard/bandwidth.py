@@ -135,7 +135,8 @@ def _buffer(device: torch.device) -> Tensor:
     if device.type == "cuda":
         num_bytes = min(_CUDA_BYTES, torch.cuda.mem_get_info(device)[0] // 4)
         return torch.ones(num_bytes // 4, dtype=torch.float32, device=device)
-    pages = mmap.mmap(-1, _CPU_BYTES)
+    # Private: the kernel gives huge pages to no shared memory by default.
+    pages = mmap.mmap(-1, _CPU_BYTES, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         pages.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(pages, dtype=torch.float32).fill_(1)

@@ -2,7 +2,8 @@
 
 FAKE_SHARD: serve (default), die, hang (never ready), deaf (never ready, ignores SIGTERM), crash
 (ready; SIGKILLs itself 0.3 s after a router serves), fail (ready; ends with an error 0.3 s after
-one started), stuck (ready, ignores SIGTERM); FAKE_SHARD_1 for rank 1 alone.
+one started), stuck (ready, ignores SIGTERM); FAKE_SHARD_1 for rank 1 alone. FAKE_NUM_SHARD: how
+many the router waits for.
 FAKE_ROUTER: serve (default), busy,
 leave (exit 0 after Connected), deaf, talk. FAKE_EVENTS: a file that gets a line for each start and
 end, in order.
@@ -88,6 +89,13 @@ def shard(argv: list[str]) -> int:
 def router(argv: list[str]) -> int:
     mode = os.environ.get("FAKE_ROUTER", "serve")
     stop = stop_at_sigterm()
+    # Started beside the shards, it waits for them; its warm-up gives the launcher time to see them.
+    master = argv[argv.index("--master-shard-uds-path") + 1].removesuffix("-0")
+    num_shard = int(os.environ.get("FAKE_NUM_SHARD", "1"))
+    while not all(Path(f"{master}-{rank}").exists() for rank in range(num_shard)):
+        if stop.wait(0.02):
+            return 0
+    stop.wait(0.2)
     note("router-start")
     if mode == "busy":
         sys.stderr.write("Error: Axum webserver failed: Address already in use\n")

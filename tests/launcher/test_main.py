@@ -264,7 +264,7 @@ def free_port() -> str:
 
 
 def test_shards_start_together_and_stop_after_the_router(launch: Launch) -> None:
-    launcher = launch("--num-shard", "3", "--master-port", free_port())
+    launcher = launch("--num-shard", "3", "--master-port", free_port(), FAKE_NUM_SHARD="3")
     launcher.wait_until_serving()
     launcher.process.send_signal(signal.SIGTERM)
     code, stdout, stderr = launcher.finish()
@@ -295,6 +295,13 @@ def test_one_dead_shard_of_several_is_named_and_ends_the_tree(
     code, stdout, stderr = launcher.finish()
     assert (code, stderr) == (1, f"Error: {error}\n")
     assert line in stdout
+    wait_until_dead(launcher.child_pids())
+
+
+def test_a_router_that_waits_for_a_dead_shard_is_not_heard_of(launch: Launch) -> None:
+    launcher = launch(FAKE_SHARD="die")
+    _, stdout, _ = launcher.finish()
+    assert "ebserver" not in stdout.partition("Args {")[2].partition("}\n")[2]
     wait_until_dead(launcher.child_pids())
 
 

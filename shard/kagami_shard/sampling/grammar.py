@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, NamedTuple
@@ -109,9 +110,15 @@ class Grammars:
     """
 
     def __init__(self, folder: Path, *, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
-        """Reads `tokenizer.json` of a model folder; `vocab_size` is the width of the logits."""
+        """Of the `tokenizer.json` of a model folder; `vocab_size` is the width of the logits.
+
+        The file is read for the first grammar: that takes 0.3 s and some 70 MB, which a start,
+        and a server that nobody asks for a grammar, do without.
+        """
         self._vocab_size = vocab_size
-        self._tokenizer, self._reason = _load_tokenizer(folder, vocab_size, eos_token_ids)
+        self._load = partial(_load_tokenizer, folder, vocab_size, tuple(eos_token_ids))
+        self._loaded: tuple[LLTokenizer | None, str] | None = None
+        self._loading = Lock()
         self._limits = LLParserLimits(verbose_errors=False)
         self._lock = Lock()
         self._known: OrderedDict[Grammar, Future[LLMatcher | str]] = OrderedDict()
@@ -143,6 +150,17 @@ class Grammars:
             raise InvalidRequest(compiled)
         return compiled
 
+    @property
+    def _tokenizer(self) -> LLTokenizer:
+        """The vocabulary; raises `InvalidRequest` with why this model can have no grammars."""
+        with self._loading:
+            if self._loaded is None:
+                self._loaded = self._load()
+        tokenizer, reason = self._loaded
+        if tokenizer is None:
+            raise InvalidRequest(reason)
+        return tokenizer
+
     def _settle(self, future: Future[LLMatcher | str], grammar: Grammar) -> None:
         try:
             future.set_result(self._compiled(grammar))
@@ -172,7 +190,6 @@ class Grammars:
             future.exception()  # a matcher belongs to its sequence again
 
     def _fill(self, rows: Sequence[int], matchers: Sequence[LLMatcher]) -> Banned:
-        assert self._tokenizer is not None
         num_words = -(-self._tokenizer.vocab_size // _WORD_BITS)
         words = np.zeros((len(rows), num_words), dtype=np.int32)
         row_bytes = num_words * words.itemsize
@@ -187,13 +204,12 @@ class Grammars:
         return Banned(rows, torch.from_numpy(bits[:, : self._vocab_size]).view(torch.bool))
 
     def _compiled(self, grammar: Grammar) -> LLMatcher:
-        if self._tokenizer is None:
-            raise InvalidRequest(self._reason)
+        tokenizer = self._tokenizer
         try:
             source = _to_llguidance(grammar)
         except ValueError as error:
             raise InvalidRequest(_one_line(str(error))) from error
-        matcher = LLMatcher(self._tokenizer, source, log_level=0, limits=self._limits)
+        matcher = LLMatcher(tokenizer, source, log_level=0, limits=self._limits)
         self._try_out(matcher.deep_copy())
         return matcher
 

@@ -6,7 +6,9 @@ below the other: that is how query, key and value become a single matmul. A rank
 its own rows or columns only.
 """
 
+import ctypes
 import json
+import mmap
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -112,7 +114,9 @@ class Checkpoint:
         """A copy of `name` on the CPU, in the dtype of its file."""
         tensor: Tensor = self._handle(name).get_tensor(name)
         self.bytes_loaded += tensor.nbytes
-        return tensor.clone()
+        copy = tensor.clone()
+        _drop_pages(tensor)
+        return copy
 
     def load(self, name: str, *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """A copy of `name`, cast."""
@@ -149,6 +153,7 @@ class Checkpoint:
                     part = self._handle(name).get_slice(name)[start - first : stop - first]
                     self.bytes_loaded += part.nbytes
                     result[row : row + stop - start] = part
+                    _drop_pages(part)
                     row += stop - start
                 first += shape[0]
         if row != num_rows:
@@ -161,7 +166,9 @@ class Checkpoint:
         """A copy of the columns `columns` of the matrix `name`, cast."""
         part = self._handle(name).get_slice(name)[:, slice(*columns)]
         self.bytes_loaded += part.nbytes
-        return torch.empty(part.shape, dtype=dtype, device=device).copy_(part)
+        copy = torch.empty(part.shape, dtype=dtype, device=device).copy_(part)
+        _drop_pages(part)
+        return copy
 
     def _open(self, file: Path, stack: ExitStack) -> None:
         try:
@@ -180,3 +187,20 @@ class Checkpoint:
         if (file := self._file_of.get(name)) is None:
             raise InvalidCheckpoint(f"weight {name} does not exist")
         return self._handles[file]
+
+
+def _drop_pages(part: Tensor) -> None:
+    """Let the kernel take back the pages of a file that were mapped to read `part`.
+
+    They stay in its page cache, but count as this process's memory while they are mapped: at the
+    end of a load as much as the model. `part` has been copied and is not read again, so that it
+    may have any pages that are wholly its own.
+    """
+    if not part.is_contiguous():
+        return
+    start = -(-part.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    stop = (part.data_ptr() + part.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if start < stop:
+        ctypes.CDLL(None).madvise(
+            ctypes.c_void_p(start), ctypes.c_size_t(stop - start), mmap.MADV_DONTNEED
+        )
