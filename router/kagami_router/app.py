@@ -193,7 +193,7 @@ async def _prepare(
         pool_tokens=pool_tokens,
         vocab_size=facts.vocab_size,
     )
-    scheduler = Scheduler(_scheduler_config(args, pool))
+    scheduler = Scheduler(_scheduler_config(args, pool, device_type=facts.device_type))
     metrics.model_ready(
         Capacity(
             max_input_tokens=limits.max_input_tokens,
@@ -273,7 +273,7 @@ def _max_step_tokens(args: RouterArgs) -> int:
     return max(args.max_batch_prefill_tokens, _max_batch_size(args))
 
 
-def _scheduler_config(args: RouterArgs, pool: Pool) -> SchedulerConfig:
+def _scheduler_config(args: RouterArgs, pool: Pool, *, device_type: str) -> SchedulerConfig:
     return SchedulerConfig(
         num_blocks=pool.num_blocks,
         block_size=pool.block_size,
@@ -282,6 +282,9 @@ def _scheduler_config(args: RouterArgs, pool: Pool) -> SchedulerConfig:
         waiting_served_ratio=args.waiting_served_ratio,
         max_waiting_tokens=args.max_waiting_tokens,
         prefix_caching=args.prefix_caching,
+        # On a CPU the model's threads have all cores: what runs beside a step delays it by more
+        # than it takes itself (notes/0009).
+        max_steps_in_flight=1 if device_type == "cpu" else 2,
     )
 
 

@@ -3,7 +3,7 @@
 Pure: no await, clock, socket or tensor; time comes in as an argument. The order of calls is
 
     add, cancel, finish         at any time
-    schedule() -> Step | None   as often as it gives one; at most two steps are in flight
+    schedule() -> Step | None   as often as it gives one; one or two steps are in flight
     update(results) -> events   once for each step, in order
 
 Steps run strictly in the order in which `schedule` made them. That is why a block may be given to
@@ -38,8 +38,6 @@ from kagami_router.scheduler.step import (
 )
 from kagami_router.token_log import TokenLog
 
-# One runs while the router handles the result of the one before it (design §1.4).
-MAX_STEPS_IN_FLIGHT = 2
 # TGI's defaults for whichever of the two knobs is not given while the other is.
 DEFAULT_WAITING_SERVED_RATIO = 0.3
 DEFAULT_MAX_WAITING_TOKENS = 20
@@ -50,7 +48,8 @@ class SchedulerConfig:
     """The pool and the limits of a step.
 
     `waiting_served_ratio`, `max_waiting_tokens`: when newcomers may interrupt decoding, in TGI's
-    sense; with neither they join as soon as the budget allows.
+    sense; with neither they join as soon as the budget allows. `max_steps_in_flight`: with two, one
+    runs while the router handles the result of the one before it (design §1.4).
     """
 
     num_blocks: int
@@ -60,6 +59,7 @@ class SchedulerConfig:
     waiting_served_ratio: float | None = None
     max_waiting_tokens: int | None = None
     prefix_caching: bool = True
+    max_steps_in_flight: int = 2
 
 
 class _Draft:
@@ -168,7 +168,7 @@ class Scheduler:
         to prompt chunks, oldest first, so a step's time is bounded whatever prompts come.
         """
         suspects = self._isolation.suspects()
-        if len(self._in_flight) >= (1 if suspects else MAX_STEPS_IN_FLIGHT):
+        if len(self._in_flight) >= (1 if suspects else self._config.max_steps_in_flight):
             return None
         draft = _Draft(tokens=self._isolation.max_step_tokens, room=self._isolation.max_batch_size)
         eligible = suspects or self._running
