@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 # A warm-up step on the CPU: enough to start the threads and fill the primitive caches.
 _CPU_WARMUP_TOKENS = 32
 # Without a given bound a CPU gets this many tokens of KV cache, if the memory allows.
-_CPU_POOL_TOKENS = 32_768
+_CPU_POOL_TOKENS = 24_576
 
 NOT_FINITE = "the model's output is not finite"
 

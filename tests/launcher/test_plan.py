@@ -174,8 +174,8 @@ def test_remote_code_is_pointed_out() -> None:
     ("argv", "devices", "positions", "tokens"),
     [
         ("", GPU, None, 4096),
-        ("", CPU, None, 512),
-        ("", CPU, 8192, 512),
+        ("", CPU, None, 256),
+        ("", CPU, 8192, 256),
         ("", GPU, 1024, 1024),
         ("", CPU, 64, 64),
         ("--max-batch-total-tokens 100", CPU, 8192, 100),
