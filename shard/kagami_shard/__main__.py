@@ -1,7 +1,9 @@
 """`python -m kagami_shard`, or `text-generation-server`."""
 
+import logging
 import os
 import sys
+import time
 
 from kagami_proto import logs
 from kagami_shard import cli
@@ -16,8 +18,11 @@ def main() -> None:
     logs.configure("text_generation_server", level=args.log_level, json_output=args.json_output)
     # libgomp reads it when torch is loaded; the number is from notes/0004.
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+    started = time.monotonic()
     from kagami_shard import server
 
+    seconds = round(time.monotonic() - started, 2)
+    logging.getLogger(__name__).info("Libraries imported", extra={"seconds": seconds})
     sys.exit(server.serve(args))
 
 

@@ -147,10 +147,12 @@ class Engine:
         blocks; the router uses the smallest. Raises torch.OutOfMemoryError, `RankLost`.
         """
         if self.cache is None:
+            started = time.monotonic()
             with self._parallel.together():
                 bandwidth = self._probe(self._device) if self._probe else 0.0
                 self.cache = self._measured_cache(limits)
                 self.read_cost = read_cost(self._model, self._model.layers, self._dtype, bandwidth)
+            logger.info("Warm-up done", extra={"seconds": round(time.monotonic() - started, 2)})
         return self.cache
 
     def _measured_cache(self, limits: Limits) -> KVCache:

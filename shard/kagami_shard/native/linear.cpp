@@ -199,28 +199,43 @@ extern "C" int64_t kg_packed_bytes(const kg_linear* layer) {
   return round_up(layer->rows + kPanel, kPanel) / kPanel * panel_bytes_of(*layer);
 }
 
-extern "C" void kg_pack(int, const kg_bf16* weight, int64_t rows, int64_t columns, int gated,
-                        void* packed) {
-  const int64_t depth = padded_depth(columns);
-  for (int64_t block = 0; block < kg_padded_rows(rows, gated); block += kBlock) {
-    int64_t sources[kBlock];
-    for (int64_t i = 0; i < kBlock; i++) sources[i] = source_row(block + i, rows, gated != 0);
-    kg_bf16* to = packed_pair(packed, block, 0, depth);
-    for (int64_t column = 0; column < depth; column += kDepth, to += kBlock * kDepth) {
-      const __mmask32 mask = columns - column >= kDepth
-                                 ? 0xffffffffu
-                                 : (__mmask32)((1ull << std::max<int64_t>(columns - column, 0)) - 1);
-      __m512i values[kBlock];
-      for (int64_t i = 0; i < kBlock; i++)
-        values[i] = sources[i] < 0 ? _mm512_setzero_si512()
-                                   : _mm512_maskz_loadu_epi16(
-                                         mask, weight + sources[i] * columns + column);
-      transpose(values);
-      for (int64_t i = 0; i < kBlock; i++) _mm512_storeu_si512(to + i * 32, values[i]);
-    }
+namespace {
+
+struct Source {  // of a packed weight
+  const kg_bf16* weight;
+  int64_t rows, columns;
+  bool gated;
+};
+
+void pack_block(const Source& source, int64_t block, int64_t depth, void* packed) {
+  int64_t rows[kBlock];
+  for (int64_t i = 0; i < kBlock; i++)
+    rows[i] = source_row(block + i, source.rows, source.gated);
+  kg_bf16* to = packed_pair(packed, block, 0, depth);
+  for (int64_t column = 0; column < depth; column += kDepth, to += kBlock * kDepth) {
+    const int64_t left = std::max<int64_t>(source.columns - column, 0);
+    const __mmask32 mask = left >= kDepth ? 0xffffffffu : (__mmask32)((1ull << left) - 1);
+    __m512i values[kBlock];
+    for (int64_t i = 0; i < kBlock; i++)
+      values[i] = rows[i] < 0 ? _mm512_setzero_si512()
+                              : _mm512_maskz_loadu_epi16(
+                                    mask, source.weight + rows[i] * source.columns + column);
+    transpose(values);
+    for (int64_t i = 0; i < kBlock; i++) _mm512_storeu_si512(to + i * 32, values[i]);
   }
 }
 
+}  // namespace
+
+extern "C" void kg_pack(int, const kg_bf16* weight, int64_t rows, int64_t columns, int gated,
+                        void* packed) {
+  const int64_t depth = padded_depth(columns), blocks = kg_padded_rows(rows, gated) / kBlock;
+  const Source source{weight, rows, columns, gated != 0};
+  on_all_cores(blocks, rows * columns * 2, [=](Part part) {
+    for (int64_t index = part.begin; index < part.end; index++)
+      pack_block(source, index * kBlock, depth, packed);
+  });
+}
 extern "C" void kg_unpack(int, const void* packed, int64_t rows, int64_t columns, int gated,
                           kg_bf16* weight) {
   const int64_t depth = padded_depth(columns);

@@ -29,31 +29,41 @@ int64_t panel_bytes_of(const kg_linear& weight) {
   }
 }
 
+namespace {
+
+void pack_int8_panel(const kg_linear& layer, const int8_t* values, const float* scales, bool gated,
+                     int64_t index, char* panel) {
+  const int64_t depth = depth_of(layer), columns = layer.columns;
+  memset(panel, 0, panel_bytes_of(layer));
+  float* panel_scales = (float*)(panel + kPanel * depth);
+  int32_t* offsets = (int32_t*)(panel_scales + kPanel);
+  for (int64_t i = 0; i < kPanel; i++) {
+    const int64_t source = source_row(index * kPanel + i, layer.rows, gated);
+    if (source < 0) continue;
+    const int8_t* row = values + source * columns;
+    char* to = panel + i / kBlock * kBlock * depth + i % kBlock * 4;
+    int32_t sum = 0;
+    for (int64_t column = 0; column < columns; column++) {
+      to[column / 4 * 4 * kBlock + column % 4] = row[column];
+      sum += row[column];
+    }
+    panel_scales[i] = scales[source];
+    offsets[i] = -128 * sum;
+  }
+}
+
+}  // namespace
 }  // namespace kg
 
 extern "C" void kg_pack_int8(const kg_linear* layer, const int8_t* values, const float* scales,
                              int gated, void* packed) {
-  const int64_t depth = depth_of(*layer), columns = layer->columns;
-  char* panel = (char*)packed;
-  for (int64_t first = 0; first < kg_padded_rows(layer->rows, gated);
-       first += kPanel, panel += panel_bytes_of(*layer)) {
-    memset(panel, 0, panel_bytes_of(*layer));
-    float* panel_scales = (float*)(panel + kPanel * depth);
-    int32_t* offsets = (int32_t*)(panel_scales + kPanel);
-    for (int64_t i = 0; i < kPanel; i++) {
-      const int64_t source = source_row(first + i, layer->rows, gated != 0);
-      if (source < 0) continue;
-      const int8_t* row = values + source * columns;
-      char* to = panel + i / kBlock * kBlock * depth + i % kBlock * 4;
-      int32_t sum = 0;
-      for (int64_t column = 0; column < columns; column++) {
-        to[column / 4 * 4 * kBlock + column % 4] = row[column];
-        sum += row[column];
-      }
-      panel_scales[i] = scales[source];
-      offsets[i] = -128 * sum;
-    }
-  }
+  const int64_t num_panels = kg_padded_rows(layer->rows, gated) / kPanel;
+  const int64_t bytes = (int64_t)layer->rows * layer->columns;
+  on_all_cores(num_panels, bytes, [=](Part part) {
+    for (int64_t index = part.begin; index < part.end; index++)
+      pack_int8_panel(*layer, values, scales, gated != 0, index,
+                      (char*)packed + index * panel_bytes_of(*layer));
+  });
 }
 
 extern "C" void kg_pack_int4(const kg_linear* layer, const uint8_t* codes, const uint16_t* scales,

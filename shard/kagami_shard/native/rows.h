@@ -1,6 +1,11 @@
-// Which row of a weight lies where in its panels.
+// Which row of a weight lies where in its panels, and who packs it.
 #pragma once
+#include <algorithm>
+#include <thread>
+#include <vector>
+
 #include "panel.h"
+#include "step.h"
 
 namespace kg {
 
@@ -11,6 +16,21 @@ inline int64_t source_row(int64_t packed, int64_t rows, bool gated) {
   const int64_t index = panel * kBlock + lane % kBlock;
   if (index >= rows / 2) return -1;
   return lane < kBlock ? index : rows / 2 + index;
+}
+
+constexpr int64_t kWorthThreads = 1 << 20;
+
+// `work(part)` of `count` things that have so many bytes: a large weight is packed by a thread on
+// each core that the process may use.
+template <class Work>
+void on_all_cores(int64_t count, int64_t bytes, Work work) {
+  const int64_t cores = std::max(1u, std::thread::hardware_concurrency());
+  const int64_t parts = bytes < kWorthThreads ? 1 : std::min(count, cores);
+  std::vector<std::thread> threads;
+  for (int64_t i = 1; i < parts; i++)
+    threads.emplace_back([=] { work(part_of(count, i, parts)); });
+  work(part_of(count, 0, parts));
+  for (auto& thread : threads) thread.join();
 }
 
 }  // namespace kg
