@@ -85,7 +85,11 @@ def test_a_model_that_does_not_fit_is_named_as_such(
 def test_a_shard_that_the_kernel_kills_while_it_loads_is_named(tmp_path: Path) -> None:
     process, log = launch(tmp_path, free_port())
     assert within(60, lambda: "Starting shard" in log.read_text())
-    (shard,) = descendants(process.pid)
+    (shard,) = (
+        pid
+        for pid in descendants(process.pid)
+        if b"text-generation-server" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    )
 
     os.kill(shard, signal.SIGKILL)  # what the kernel's out-of-memory killer does
 
