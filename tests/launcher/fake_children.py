@@ -10,6 +10,7 @@ end, in order.
 """
 
 import os
+import select
 import signal
 import sys
 import threading
@@ -40,8 +41,23 @@ def note(event: str) -> None:
             file.write(f"{event} {os.getpid()}\n")
 
 
-def stop_at_sigterm() -> threading.Event:
-    stop = threading.Event()
+class Stop:
+    """Set by a signal. A `threading.Event` may not be: its handler would wait for the lock that the
+    main thread holds where it begins to wait."""
+
+    def __init__(self) -> None:
+        self._reader, self._writer = os.pipe()
+
+    def set(self) -> None:
+        os.write(self._writer, b"x")
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Whether it is set, at the latest after `timeout_s`."""
+        return bool(select.select([self._reader], [], [], timeout_s)[0])
+
+
+def stop_at_sigterm() -> Stop:
+    stop = Stop()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     return stop
 
