@@ -231,11 +231,10 @@ extern "C" void kg_pack(int, const kg_bf16* weight, int64_t rows, int64_t column
                         void* packed) {
   const int64_t depth = padded_depth(columns), blocks = kg_padded_rows(rows, gated) / kBlock;
   const Source source{weight, rows, columns, gated != 0};
-  on_all_cores(blocks, rows * columns * 2, [=](Part part) {
-    for (int64_t index = part.begin; index < part.end; index++)
-      pack_block(source, index * kBlock, depth, packed);
-  });
+  on_all_cores(blocks, rows * columns * 2,
+               [=](int64_t index) { pack_block(source, index * kBlock, depth, packed); });
 }
+
 extern "C" void kg_unpack(int, const void* packed, int64_t rows, int64_t columns, int gated,
                           kg_bf16* weight) {
   const int64_t depth = padded_depth(columns);

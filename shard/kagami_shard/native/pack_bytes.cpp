@@ -53,15 +53,15 @@ using namespace kg;
 extern "C" void kg_pack_bytes(const kg_linear* layer, const uint8_t* codes, const float* scales,
                               const float* zeros, int gated, void* packed) {
   const int64_t groups = num_groups(*layer), block_bytes = code_block_bytes(*layer);
-  char* block = (char*)packed;
-  for (int64_t first = 0; first < kg_padded_rows(layer->rows, gated);
-       first += kBlock, block += block_bytes) {
+  const int64_t num_blocks = kg_padded_rows(layer->rows, gated) / kBlock;
+  on_all_cores(num_blocks, num_blocks * block_bytes, [=](int64_t index) {
+    char* block = (char*)packed + index * block_bytes;
     memset(block, 0, block_bytes);
     for (int64_t lane = 0; lane < kBlock; lane++) {
-      const int64_t row = source_row(first + lane, layer->rows, gated != 0);
+      const int64_t row = source_row(index * kBlock + lane, layer->rows, gated != 0);
       if (row < 0) continue;
       const float* of_row = zeros ? zeros + row * groups : nullptr;
       pack_row(*layer, {codes + row * layer->columns, scales + row * groups, of_row}, lane, block);
     }
-  }
+  });
 }

@@ -59,24 +59,25 @@ extern "C" void kg_pack_int8(const kg_linear* layer, const int8_t* values, const
                              int gated, void* packed) {
   const int64_t num_panels = kg_padded_rows(layer->rows, gated) / kPanel;
   const int64_t bytes = (int64_t)layer->rows * layer->columns;
-  on_all_cores(num_panels, bytes, [=](Part part) {
-    for (int64_t index = part.begin; index < part.end; index++)
-      pack_int8_panel(*layer, values, scales, gated != 0, index,
-                      (char*)packed + index * panel_bytes_of(*layer));
+  on_all_cores(num_panels, bytes, [=](int64_t index) {
+    pack_int8_panel(*layer, values, scales, gated != 0, index,
+                    (char*)packed + index * panel_bytes_of(*layer));
   });
 }
 
 extern "C" void kg_pack_int4(const kg_linear* layer, const uint8_t* codes, const uint16_t* scales,
                              const uint16_t* zeros, int gated, void* packed) {
   const int64_t groups = num_groups(*layer), columns = layer->columns;
+  const int64_t block_bytes = code_block_bytes(*layer);
+  const int64_t num_blocks = kg_padded_rows(layer->rows, gated) / kBlock;
   const CodeForm& form = *code_form(KG_INT4);
-  char* block = (char*)packed;
-  for (int64_t first = 0; first < kg_padded_rows(layer->rows, gated); first += kBlock)
+  on_all_cores(num_blocks, num_blocks * block_bytes, [=, &form](int64_t index) {
+    char* block = (char*)packed + index * block_bytes;
     for (int64_t group = 0; group < groups; group++) {
       const int64_t bytes = form.header_bytes + num_steps(*layer, group) * form.step_bytes;
       memset(block, 0, bytes);
       for (int64_t i = 0; i < kBlock; i++) {
-        const int64_t source = source_row(first + i, layer->rows, gated != 0);
+        const int64_t source = source_row(index * kBlock + i, layer->rows, gated != 0);
         if (source < 0) continue;
         ((uint16_t*)block)[i] = scales[source * groups + group];
         ((uint16_t*)block)[kBlock + i] = zeros[source * groups + group];
@@ -93,4 +94,5 @@ extern "C" void kg_pack_int4(const kg_linear* layer, const uint8_t* codes, const
       }
       block += bytes;
     }
+  });
 }

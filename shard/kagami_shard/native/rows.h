@@ -20,16 +20,19 @@ inline int64_t source_row(int64_t packed, int64_t rows, bool gated) {
 
 constexpr int64_t kWorthThreads = 1 << 20;
 
-// `work(part)` of `count` things that have so many bytes: a large weight is packed by a thread on
-// each core that the process may use.
+// `work(index)` for `count` panels or blocks of a weight of so many bytes: a large one is packed by
+// a thread on each core that the process may use.
 template <class Work>
 void on_all_cores(int64_t count, int64_t bytes, Work work) {
   const int64_t cores = std::max(1u, std::thread::hardware_concurrency());
   const int64_t parts = bytes < kWorthThreads ? 1 : std::min(count, cores);
+  const auto do_part = [=](int64_t part) {
+    const Part indices = part_of(count, part, parts);
+    for (int64_t index = indices.begin; index < indices.end; index++) work(index);
+  };
   std::vector<std::thread> threads;
-  for (int64_t i = 1; i < parts; i++)
-    threads.emplace_back([=] { work(part_of(count, i, parts)); });
-  work(part_of(count, 0, parts));
+  for (int64_t part = 1; part < parts; part++) threads.emplace_back(do_part, part);
+  do_part(0);
   for (auto& thread : threads) thread.join();
 }
 
