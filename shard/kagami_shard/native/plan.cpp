@@ -19,26 +19,34 @@ constexpr int64_t kMinShared = 2 * kTile;
 // So many items for each thread let them end at about the same time.
 constexpr int64_t kItemsPerThread = 4;
 
+int64_t num_tiles(Part tokens) { return (tokens.end - tokens.begin + kTile - 1) / kTile; }
+
+// Part `index` of `count` of a stretch of the cache, cut between its tiles.
+Part stretch_of(Part tokens, int64_t index, int64_t count) {
+  const Part tiles = part_of(num_tiles(tokens), index, count);
+  return {tokens.begin + tiles.begin * kTile,
+          std::min(tokens.end, tokens.begin + tiles.end * kTile)};
+}
+
 struct Planner {
   const kg_batch& batch;
   const kg_attention& spec;
   const int num_threads;
   Plan& plan;
-  const int64_t group;     // queries of a KV head
-  const int64_t at_once;   // sequences or tokens whose queries attend together
-  std::vector<int32_t> order;       // of the decodes, by their block tables
-  std::vector<int32_t> num_slots;   // of each decode
-  std::vector<int32_t> first_alone;  // the first token that each decode shares with nobody
+  const int64_t at_once;              // sequences or tokens whose queries attend together
+  std::vector<int32_t>& order;        // the decodes, by their block tables
+  std::vector<int32_t>& num_slots;    // of each decode
+  std::vector<int32_t>& first_alone;  // the first token that each decode shares with nobody
 
   Planner(const kg_batch& batch, const kg_attention& spec, int num_threads, Plan& plan)
       : batch(batch),
         spec(spec),
         num_threads(num_threads),
         plan(plan),
-        group(spec.num_heads / spec.num_kv_heads),
-        at_once(std::max<int64_t>(1, kMaxRows / group)),
-        num_slots(batch.num_decodes, 0),
-        first_alone(batch.num_decodes) {}
+        at_once(std::max<int64_t>(1, kMaxRows * spec.num_kv_heads / spec.num_heads)),
+        order(plan.order),
+        num_slots(plan.slots_of),
+        first_alone(plan.first_alone) {}
 
   // The first token of the cache that the token at `position` sees.
   int32_t start(int64_t position) const {
@@ -46,6 +54,8 @@ struct Planner {
   }
 
   void run() {
+    num_slots.assign(batch.num_decodes, 0);
+    first_alone.resize(batch.num_decodes);
     for (int64_t i = 0; i < batch.num_decodes; i++)
       first_alone[i] = start(batch.kv_lens[i] - 1);
     if (!spec.window && batch.num_decodes > 1) share();
@@ -102,25 +112,24 @@ struct Planner {
   }
 
   void add_shared(Part decodes, int64_t first_block, int64_t end_block) {
-    const int64_t begin = first_block * batch.block_size, end = end_block * batch.block_size;
+    const Part tokens{first_block * batch.block_size, end_block * batch.block_size};
     const int64_t count = decodes.end - decodes.begin;
     const int64_t num_items = (count + at_once - 1) / at_once * spec.num_kv_heads;
     const int64_t wanted = (kItemsPerThread * num_threads + num_items - 1) / num_items;
-    const int64_t tiles = (end - begin + kTile - 1) / kTile, parts = std::min(wanted, tiles);
+    const int64_t parts = std::min(wanted, num_tiles(tokens));
     for (int64_t part = 0; part < parts; part++) {
-      const Part of_tiles = part_of(tiles, part, parts);
-      const int32_t first = (int32_t)(begin + of_tiles.begin * kTile);
-      const int32_t last = (int32_t)std::min(end, begin + of_tiles.end * kTile);
+      const Part stretch = stretch_of(tokens, part, parts);
       for (int64_t at = decodes.begin; at < decodes.end; at += at_once) {
         const int32_t members = (int32_t)std::min(at_once, decodes.end - at);
         const int32_t first_member = (int32_t)plan.members.size();
         for (int64_t i = at; i < at + members; i++)
           plan.members.push_back({order[i], num_slots[order[i]]++});
         for (int32_t head = 0; head < spec.num_kv_heads; head++)
-          plan.items.push_back({order[at], head, 1, 0, 0, first, last, -1, first_member, members});
+          plan.items.push_back({order[at], head, 1, 0, 0, (int32_t)stretch.begin,
+                                (int32_t)stretch.end, -1, first_member, members});
       }
     }
-    for (int64_t i = decodes.begin; i < decodes.end; i++) first_alone[order[i]] = (int32_t)end;
+    for (int64_t i = decodes.begin; i < decodes.end; i++) first_alone[order[i]] = (int32_t)tokens.end;
   }
 
   // ------------------------------------------------------------------ one sequence alone
@@ -137,21 +146,19 @@ struct Planner {
   }
 
   void add_decode(int32_t sequence) {
-    const int64_t begin = first_alone[sequence], end = batch.kv_lens[sequence];
+    const Part tokens{first_alone[sequence], batch.kv_lens[sequence]};
     const bool cuts = num_threads > 1 && batch.num_decodes < kItemsPerThread * num_threads &&
                       batch.num_decodes == batch.num_sequences;
-    const int64_t parts = cuts ? std::max<int64_t>(1, (end - begin) / kCutTokens) : 1;
-    const int64_t tiles = (end - begin + kTile - 1) / kTile;
+    const int64_t parts =
+        cuts ? std::max<int64_t>(1, (tokens.end - tokens.begin) / kCutTokens) : 1;
     const int32_t heads_at_once = (int32_t)std::min<int64_t>(spec.num_kv_heads, at_once);
     const bool is_unfinished = parts > 1 || num_slots[sequence] > 0;
     for (int64_t part = 0; part < parts; part++) {
-      const Part of_tiles = part_of(tiles, part, parts);
-      const int32_t first = (int32_t)(begin + of_tiles.begin * kTile);
-      const int32_t last = (int32_t)std::min(end, begin + of_tiles.end * kTile);
+      const Part stretch = stretch_of(tokens, part, parts);
       const int32_t slot = is_unfinished ? num_slots[sequence]++ : -1;
       for (int32_t head = 0; head < spec.num_kv_heads; head += heads_at_once)
         plan.items.push_back({sequence, head, std::min(heads_at_once, spec.num_kv_heads - head), 0,
-                              1, first, last, slot, 0, 0});
+                              1, (int32_t)stretch.begin, (int32_t)stretch.end, slot, 0, 0});
     }
   }
 
@@ -159,7 +166,8 @@ struct Planner {
 
   // Slots were counted for each decode; now they get their place among all.
   void place_slots() {
-    std::vector<int32_t> first_slot(batch.num_decodes);
+    auto& first_slot = plan.first_slot;
+    first_slot.resize(batch.num_decodes);
     for (int32_t sequence = 0; sequence < batch.num_decodes; sequence++) {
       first_slot[sequence] = (int32_t)plan.num_slots;
       if (!num_slots[sequence]) continue;

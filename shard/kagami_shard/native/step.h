@@ -57,6 +57,8 @@ struct Plan {  // what the threads attend to in one step, the same for all layer
   std::vector<Member> members;
   std::vector<Merging> merges;
   int64_t num_slots;
+  // What the planner notes of each decode; kept, so that a step need not allocate.
+  std::vector<int32_t> order, slots_of, first_slot, first_alone;
 };
 
 struct Step {
