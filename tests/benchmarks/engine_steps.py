@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from tests.integration.conftest import embedded_folder
 
-from kagami_launcher import hub, hub_cache
+from kagami_shard import cli
 from kagami_shard.attention.select import select_attention
 from kagami_shard.engine import Engine, Limits
 from kagami_shard.models.registry import load_model
@@ -35,6 +36,14 @@ class Shape(NamedTuple):
     tokens: int
     shared: int = 0
     """Of the context, in blocks that all sequences have in common"""
+
+    @property
+    def num_steps(self) -> int:
+        """A decode goes on from step to step, a chunk is computed again and again."""
+        return 40 if self.tokens == 1 else 4
+
+    def position(self, step: int) -> int:
+        return self.context + (step if self.tokens == 1 else 0)
 
 
 SHAPES = (
@@ -59,7 +68,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", default="", help="shapes whose name begins so")
     args = parser.parse_args()
-    engine = _engine(Path(args.folder) if args.folder else _embedded(), args.quantize)
+    engine = _engine(Path(args.folder) if args.folder else embedded_folder(), args.quantize)
     for shape in SHAPES:
         if not shape.name.startswith(args.only):
             continue
@@ -67,11 +76,6 @@ def main() -> None:
         median = statistics.median(times)
         rate = shape.num_sequences * shape.tokens / median
         print(f"{shape.name:30} {median * 1e3:8.2f} ms  {rate:8.0f} tokens/s", flush=True)
-
-
-def _embedded() -> Path:
-    cache = hub_cache.cache_folder(None, os.environ)
-    return hub.resolve(hub.EMBEDDED_MODEL_ID, revision=None, cache=cache).folder
 
 
 def _engine(folder: Path, quantize: str | None) -> Engine:
@@ -90,12 +94,11 @@ def _engine(folder: Path, quantize: str | None) -> Engine:
         device=torch.device("cpu"),
         block_size=_BLOCK_SIZE,
     )
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "kagami" / "native"
     switch_to_native(
         engine,
         dtype=torch.bfloat16,
         device=torch.device("cpu"),
-        cache=cache,
+        cache=cli.cache_folder(os.environ),
         num_threads=torch.get_num_threads(),
     )
     engine.warmup(_LIMITS)
@@ -106,8 +109,7 @@ def _engine(folder: Path, quantize: str | None) -> Engine:
 def _run(engine: Engine, shape: Shape) -> float:
     """Seconds of one step, the median of some."""
     engine.reset()
-    repeats = 40 if shape.tokens == 1 else 4
-    length = shape.context + shape.tokens * (repeats if shape.tokens == 1 else 1)
+    length = shape.position(shape.num_steps - 1) + shape.tokens
     per_sequence = -(-(length + 1) // _BLOCK_SIZE)
     sequences = [
         NewSequence(number, [7 + i % 911 for i in range(length)], length, SamplingParameters())
@@ -124,11 +126,9 @@ def _run(engine: Engine, shape: Shape) -> float:
     for begin in range(0, shape.context, 256):
         count = min(256, shape.context - begin)
         _step(engine, shape, begin, count)
-    times = []
-    for repeat in range(repeats):
-        position = shape.context + (repeat if shape.tokens == 1 else 0)
-        times.append(_step(engine, shape, position, shape.tokens))
-    return statistics.median(times)
+    return statistics.median(
+        _step(engine, shape, shape.position(step), shape.tokens) for step in range(shape.num_steps)
+    )
 
 
 def _step(engine: Engine, shape: Shape, position: int, count: int) -> float:

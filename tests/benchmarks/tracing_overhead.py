@@ -6,16 +6,13 @@ Two servers of the embedded model stand side by side, one of them exporting to a
 process; our own benchmark sends W2 (16 clients, 128 tokens in, 128 out) to them in turn.
 """
 
-import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 from tests.fakes.collector import collecting
-from tests.integration.conftest import running
-
-from kagami_launcher import hub, hub_cache
+from tests.integration.conftest import embedded_folder, running
 
 
 def main() -> int:
@@ -26,12 +23,10 @@ def main() -> int:
         running(Path(first)) as off,
         running(Path(second), "--otlp-endpoint", collector.endpoint) as on,
     ):
-        cache = hub_cache.cache_folder(None, os.environ)
-        model = hub.resolve(hub.EMBEDDED_MODEL_ID, revision=None, cache=cache).folder
         code = subprocess.call(
             [
                 *(sys.executable, "-m", "kagami_router.benchmark", "--workload", "W2"),
-                *("--url", off.url, "--name", "off", "--tokenizer-name", str(model)),
+                *("--url", off.url, "--name", "off", "--tokenizer-name", str(embedded_folder())),
                 *("--peer", f"traced={on.url}", *sys.argv[1:]),
             ]
         )

@@ -108,7 +108,11 @@ def bf16_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture(scope="session")
 def model_folder(server: Server) -> Path:
-    """Where the launcher has put the embedded model."""
+    return embedded_folder()
+
+
+def embedded_folder() -> Path:
+    """Where the launcher has put the embedded model, once it was served."""
     from kagami_launcher import hub, hub_cache
 
     cache = hub_cache.cache_folder(None, os.environ)

@@ -14,9 +14,8 @@ from tests.benchmarks.side_by_side import peers, servers
 from tests.benchmarks.side_by_side.bars import Measured
 from tests.benchmarks.side_by_side.memory import PeakMemory
 from tests.benchmarks.side_by_side.servers import NotStarted, Running
-from tests.integration.conftest import free_port
+from tests.integration.conftest import embedded_folder, free_port
 
-from kagami_launcher import hub, hub_cache
 from kagami_router.benchmark.figures import Row
 from kagami_router.benchmark.report import Report
 from kagami_router.benchmark.workload import NAMED
@@ -153,7 +152,7 @@ def _drive(
         *(sys.executable, "-m", "kagami_router.benchmark"),
         *("--url", first.url, "--name", first.name),
         *(part for one in others for part in ("--peer", f"{one.name}={one.url}")),
-        *("--tokenizer-name", str(_tokenizer(settings.folder)), "--workload", workload),
+        *("--tokenizer-name", str(settings.folder or embedded_folder()), "--workload", workload),
         *("--runs", str(settings.rounds), "--json", str(result)),
         *("--duration", str(RUN_LIMIT_S), "--timeout", str(ANSWER_LIMIT_S)),
         *("--pause", str(PAUSE_S)),
@@ -181,14 +180,6 @@ def unequal(rows: Sequence[Row]) -> list[str]:
             if (prompt, made) != (wanted, output.low):
                 notes.append(f"{place}: {prompt:g} tokens in and {made:g} out, on average")
     return notes
-
-
-def _tokenizer(folder: Path | None) -> Path:
-    """The embedded model's folder is there once it has been served."""
-    if folder is not None:
-        return folder
-    cache = hub_cache.cache_folder(None, os.environ)
-    return hub.resolve(hub.EMBEDDED_MODEL_ID, revision=None, cache=cache).folder
 
 
 def _tell(text: str) -> None:
