@@ -1,8 +1,8 @@
-"""The launcher's life, top to bottom: check, prepare the weights, shards, router, wait, stop.
+"""The launcher's life, top to bottom: check, prepare the weights, shards and router, wait, stop.
 
 ```
 PARSE ─usage─► 2    CHECK ─refused─► 1    PREPARE ─no model─► 1    SHARDS ─one dies, too slow─► 1
-ROUTER ─not found─► 1    RUN ─a child ends─► 1    a stop signal, anywhere ─► 0
+ROUTER, beside them ─not found─► 1    RUN ─a child ends─► 1    a stop signal, anywhere ─► 0
 ```
 
 Every way out stops the router before the shards: it needs all of them to finish running streams.

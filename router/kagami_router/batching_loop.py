@@ -1,7 +1,7 @@
 """The only driver: schedule, call the shards, update, deliver.
 
 Two tasks on one event loop share the scheduler, each leaving it whole before it awaits. The
-sender asks it for steps as long as it gives one (two are in flight at most); the reader takes
+sender asks it for steps as long as it gives one (one or two are in flight); the reader takes
 results, makes text of them, and wakes the sender before it wakes any client.
 
 Ids say whether a sequence ended by EOS, text whether by a stop string; both count before length.
