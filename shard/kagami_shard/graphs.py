@@ -121,7 +121,7 @@ class Recorder:
     def embed(self, embedding: Embedding) -> Value:
         if type(embedding) is not Embedding:
             raise NotRecordable("its embedding lies on several ranks")
-        width = embedding.weight.shape[1]
+        width = embedding.source.shape[1]
         self._embedded = embedding
         stream = self._buffer("stream", width, torch.float32)
         self._note(Code.EMBED, None, stream, self._embedding)
@@ -184,7 +184,7 @@ class Recorder:
         project = head.project
         if not isinstance(project, Packable):
             raise NotRecordable(f"its head, {type(project).__name__}, has no packed form")
-        if isinstance(project, Linear) and project.weight is self._embedded.weight:
+        if isinstance(project, Linear) and project.source is self._embedded.source:
             self._tied_head = project
         last = self._finished(hidden, "update")
         product = Product(self._norm(last, norm, gathers=True), project)
@@ -278,12 +278,12 @@ class Recorder:
     # ------------------------------------------------------------------ parameters
 
     def _embedding(self) -> CEmbedding:
-        weight, multiplier = self._embedded.weight, self._embedded.multiplier
-        width = weight.shape[1]
+        embedded, multiplier = self._embedded, self._embedded.multiplier
+        width = embedded.source.shape[1]
         factor = 1.0 if multiplier is None else float(multiplier)
         if self._tied_head is None:
-            return CEmbedding(width, 0, self._pointer(weight.contiguous()), factor)
-        self._embedded.weight = weight.new_empty(0)
+            return CEmbedding(width, 0, self._pointer(embedded.weight.contiguous()), factor)
+        embedded.source = torch.empty(0)
         return CEmbedding(width, 1, self._packed[id(self._tied_head)].address, factor)
 
     def _norm_struct(self, norm: Norm, width: int, *, gathers: bool) -> CNorm:

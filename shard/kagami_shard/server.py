@@ -28,7 +28,7 @@ from kagami_shard.engine import Engine
 from kagami_shard.memory import is_out_of_memory
 from kagami_shard.models.base import Model
 from kagami_shard.models.registry import load_model
-from kagami_shard.native.select import LaterSwitch, switch_to_native
+from kagami_shard.native.select import LaterSwitch, switch_to_native, will_pack
 from kagami_shard.sampling.grammar import Grammars
 from kagami_shard.sampling.watermark import Watermark
 from kagami_shard.sequence_traces import SequenceTraces
@@ -122,6 +122,7 @@ def _load(args: ServeArgs) -> tuple[Engine, pb.InfoResponse, LaterSwitch | None]
     dtype: torch.dtype = getattr(torch, args.dtype)
     attention = select_attention()
     reading = time.monotonic()
+    is_alone = args.native and args.world_size == 1
     model = load_model(
         args.model_folder,
         dtype=dtype,
@@ -130,8 +131,8 @@ def _load(args: ServeArgs) -> tuple[Engine, pb.InfoResponse, LaterSwitch | None]
         max_length=args.max_total_tokens,
         parallel=parallel,
         quantize=args.quantize,
+        defers=is_alone and will_pack(dtype=dtype, device=device, cache=args.cache_folder),
     )
-    reading_s = time.monotonic() - reading
     engine = Engine(
         model,
         attention,
@@ -149,21 +150,8 @@ def _load(args: ServeArgs) -> tuple[Engine, pb.InfoResponse, LaterSwitch | None]
         watermark=Watermark(args.watermark_gamma, args.watermark_delta),
         probe=read_bandwidth,
     )
-    logger.info(
-        "Model loaded",
-        extra={
-            "model_type": model.model_type,
-            "dtype": args.dtype,
-            "quantization": model.quantization or "none",
-            "device": str(device),
-            "attention": attention.name,
-            "seconds": round(time.monotonic() - started, 2),
-            "gigabytes": round(model.bytes_loaded / 1e9, 3),
-            "gigabytes_per_second": round(model.bytes_loaded / 1e9 / reading_s, 2),
-        },
-    )
     later = None
-    if args.native and args.world_size == 1:
+    if is_alone:
         later = switch_to_native(
             engine,
             dtype=dtype,
@@ -171,6 +159,20 @@ def _load(args: ServeArgs) -> tuple[Engine, pb.InfoResponse, LaterSwitch | None]
             cache=args.cache_folder,
             num_threads=torch.get_num_threads(),
         )
+    reading_s = time.monotonic() - reading
+    logger.info(
+        "Model loaded",
+        extra={
+            "model_type": model.model_type,
+            "dtype": args.dtype,
+            "quantization": model.quantization or "none",
+            "device": str(device),
+            "attention": engine.attention_name,
+            "seconds": round(time.monotonic() - started, 2),
+            "gigabytes": round(model.bytes_loaded / 1e9, 3),
+            "gigabytes_per_second": round(model.bytes_loaded / 1e9 / reading_s, 2),
+        },
+    )
     return engine, _facts(args, model, attention=engine.attention_name, device=device), later
 
 

@@ -6,15 +6,16 @@ from torch.nn.functional import embedding
 
 from kagami_shard.distributed import TensorParallel
 from kagami_shard.layers.linear import Projection
+from kagami_shard.weights.stored import Matrix, tensor_of
 
 
 class Embedding:
     """Rows of a table, times a factor."""
 
-    __slots__ = ("multiplier", "weight")
+    __slots__ = ("multiplier", "source")
 
-    def __init__(self, weight: Tensor, multiplier: float = 1.0) -> None:
-        self.weight = weight
+    def __init__(self, weight: Matrix, multiplier: float = 1.0) -> None:
+        self.source = weight
         # Rounded to the weights' dtype as Gemma was trained; Granite's factor (12) is exact.
         self.multiplier = None
         if multiplier != 1.0:
@@ -24,6 +25,10 @@ class Embedding:
         """`[num_tokens]` to `[num_tokens, hidden]`."""
         hidden = self._rows(input_ids)
         return hidden if self.multiplier is None else hidden * self.multiplier
+
+    @property
+    def weight(self) -> Tensor:
+        return tensor_of(self.source)
 
     def _rows(self, input_ids: Tensor) -> Tensor:
         return embedding(input_ids, self.weight)

@@ -12,6 +12,7 @@ from kagami_shard.quantization.base import DenseWeight, Weight
 from kagami_shard.quantization.fp8 import Fp8Weight
 from kagami_shard.quantization.grouped import GroupedWeight
 from kagami_shard.quantization.int8 import Int8Weight
+from kagami_shard.weights.stored import Matrix, StoredRows, parts_of, tensor_of
 
 
 class Projection(Protocol):
@@ -41,24 +42,32 @@ class Packable(Protocol):
 class Linear:
     """`hidden @ weight.T + bias`, the weight `[out, in]` as torch keeps it."""
 
-    __slots__ = ("bias", "weight")
+    __slots__ = ("bias", "source")
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        self.weight = weight
+    def __init__(self, weight: Matrix, bias: Tensor | None = None) -> None:
+        self.source = weight
         self.bias = bias
 
     turn = 0
+
+    @property
+    def weight(self) -> Tensor:
+        return tensor_of(self.source)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         return linear(hidden, self.weight, self.bias)
 
     @property
     def out_features(self) -> int:
-        return self.weight.shape[0]
+        return self.source.shape[0]
 
     def pack(self, packer: Packer, *, gated: bool = False) -> PackedWeight:
-        packed = packer.pack(self.weight, self.bias, gated=gated)
-        self.weight = self.weight.new_empty(0)
+        """From where it lies: of a weight in files there is never a copy beside the packed one."""
+        source = self.source
+        packed = packer.pack(parts_of(source), self.bias, gated=gated)
+        if isinstance(source, StoredRows):
+            source.give_back()
+        self.source = torch.empty(0)
         return packed
 
 
@@ -87,7 +96,7 @@ class QuantizedLinear:
         """Integers, e4m3 and codes in regular groups as they are, everything else as bf16."""
         packed = self._packed_codes(packer, gated=gated)
         if packed is None:
-            packed = packer.pack(self.weight.dequantized(torch.bfloat16), self.bias, gated=gated)
+            packed = packer.pack((self.weight.dequantized(torch.bfloat16),), self.bias, gated=gated)
         self.weight = DenseWeight(torch.empty(0, 0))
         return packed
 
@@ -137,8 +146,10 @@ class RowLinear:
         return output if self.bias is None else output + self.bias
 
 
-def projection(weight: Weight, bias: Tensor | None = None) -> Projection:
+def projection(weight: Weight | StoredRows, bias: Tensor | None = None) -> Projection:
     """The matmul with `weight`, whatever its form."""
     if isinstance(weight, DenseWeight):
         return Linear(weight.values, bias)
+    if isinstance(weight, StoredRows):
+        return Linear(weight, bias)
     return QuantizedLinear(weight, bias)

@@ -45,6 +45,7 @@ from kagami_shard.weights.sharding import (
     span_of,
     spans_in_sections,
 )
+from kagami_shard.weights.stored import StoredRows, tensor_of
 
 
 class Decoder:
@@ -59,10 +60,12 @@ class Decoder:
         device: torch.device,
         parallel: TensorParallel,
         scheme: Scheme,
+        defers: bool = False,
     ) -> None:
+        """With `defers` matrices that stay as they are in the files are read when first used."""
         self._spec = spec
         self._scheme_name = scheme.name
-        source = LinearSource(checkpoint, scheme, dtype=dtype, device=device)
+        source = LinearSource(checkpoint, scheme, dtype=dtype, device=device, defers=defers)
         load = _Loader(spec, checkpoint, source, dtype, device, parallel)
         self._num_kv_heads = load.heads.num_kv_heads
         self._embedding = load.embedding()
@@ -146,7 +149,7 @@ class _Loader:
         name = f"{self.prefix}{self._spec.names.embedding}.weight"
         multiplier = self._spec.embedding_multiplier
         if self._parallel.size == 1:
-            return Embedding(self.tensor(name), multiplier)
+            return Embedding(self._source.rows([name]), multiplier)
         weight, first = self._vocabulary_part(name)
         return ShardedEmbedding(weight, multiplier, first=first, parallel=self._parallel)
 
@@ -168,18 +171,23 @@ class _Loader:
             parallel=self._parallel,
         )
 
-    def _head_weight(self, name: str, embedding: Embedding) -> Weight:
+    def _head_weight(self, name: str, embedding: Embedding) -> Weight | StoredRows:
         if self._spec.tied_head:
-            return self._source.head_of(embedding.weight)
+            return self._source.head_of(embedding.source)
         if self._source.is_quantized(name):
-            weight = self._source.load([name])
-            if self._parallel.size == 1:
-                return weight
-            span = self._vocabulary_span(weight.shape[0])
-            return DenseWeight(
-                self._padded(weight.rows([span]).dequantized(self._dtype), weight.shape[0])
-            )
-        return self._source.head_of(self._vocabulary_part(f"{name}.weight")[0])
+            return self._quantized_head(name)
+        weight = f"{name}.weight"
+        if self._parallel.size == 1:
+            return self._source.head_of(self._source.rows([weight]))
+        return self._source.head_of(self._vocabulary_part(weight)[0])
+
+    def _quantized_head(self, name: str) -> Weight | StoredRows:
+        if self._parallel.size == 1:
+            return self._source.load([name])
+        vocab_size = self._source.shape(name)[0]
+        part = self._source.load([name], rows=[self._vocabulary_span(vocab_size)])
+        matrix = tensor_of(part) if isinstance(part, StoredRows) else part.dequantized(self._dtype)
+        return DenseWeight(self._padded(matrix, vocab_size))
 
     def _vocabulary_part(self, name: str) -> tuple[Tensor, int]:
         """This rank's rows, padded by zeros to as many as every other's; the first's id."""

@@ -43,12 +43,14 @@ def load_model(
     max_length: int = 0,
     parallel: TensorParallel | None = None,
     quantize: str | None = None,
+    defers: bool = False,
 ) -> Model:
     """The model of `folder`, its weights read and cast to `dtype` on `device`.
 
     `max_length` is the longest sequence to be served, 0 for all the model can; LongRoPE and
     dynamic NTK choose their frequencies by it. Of several ranks (`parallel`) each reads its part.
     `quantize` is a value of --quantize; what config.json says of its weights needs none.
+    With `defers` the decoder's matrices are read when first used, or packed from the files.
     Raises `UnsupportedModel` or `InvalidCheckpoint`.
     """
     parallel = parallel or Alone()
@@ -78,7 +80,13 @@ def load_model(
     spec = import_module(f"kagami_shard.models.{family}").spec(config, max_length)
     with Checkpoint(folder) as checkpoint:
         return Decoder(
-            spec, checkpoint, dtype=dtype, device=device, parallel=parallel, scheme=scheme
+            spec,
+            checkpoint,
+            dtype=dtype,
+            device=device,
+            parallel=parallel,
+            scheme=scheme,
+            defers=defers,
         )
 
 

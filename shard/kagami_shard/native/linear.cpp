@@ -11,11 +11,6 @@ namespace {
 
 int64_t padded_depth(int64_t columns) { return round_up(columns, kDepth); }
 
-kg_bf16* packed_pair(const void* packed, int64_t row, int64_t column, int64_t depth) {
-  const int64_t block = row / kBlock * kBlock * depth;
-  return (kg_bf16*)packed + block + column / 2 * 2 * kBlock + row % kBlock * 2;
-}
-
 struct Tile {  // of the output: up to 32 columns of some rows, still float32 sums
   float* sums;
   int64_t first_row, rows, first_column;
@@ -202,24 +197,25 @@ extern "C" int64_t kg_packed_bytes(const kg_linear* layer) {
 namespace {
 
 struct Source {  // of a packed weight
-  const kg_bf16* weight;
+  const kg_bf16* const* weight;
   int64_t rows, columns;
   bool gated;
 };
 
 void pack_block(const Source& source, int64_t block, int64_t depth, void* packed) {
-  int64_t rows[kBlock];
-  for (int64_t i = 0; i < kBlock; i++)
-    rows[i] = source_row(block + i, source.rows, source.gated);
-  kg_bf16* to = packed_pair(packed, block, 0, depth);
+  const kg_bf16* rows[kBlock];
+  for (int64_t i = 0; i < kBlock; i++) {
+    const int64_t row = source_row(block + i, source.rows, source.gated);
+    rows[i] = row < 0 ? nullptr : source.weight[row];
+  }
+  kg_bf16* to = (kg_bf16*)packed + block * depth;
   for (int64_t column = 0; column < depth; column += kDepth, to += kBlock * kDepth) {
     const int64_t left = std::max<int64_t>(source.columns - column, 0);
     const __mmask32 mask = left >= kDepth ? 0xffffffffu : (__mmask32)((1ull << left) - 1);
     __m512i values[kBlock];
     for (int64_t i = 0; i < kBlock; i++)
-      values[i] = rows[i] < 0 ? _mm512_setzero_si512()
-                              : _mm512_maskz_loadu_epi16(
-                                    mask, source.weight + rows[i] * source.columns + column);
+      values[i] = rows[i] ? _mm512_maskz_loadu_epi16(mask, rows[i] + column)
+                          : _mm512_setzero_si512();
     transpose(values);
     for (int64_t i = 0; i < kBlock; i++) _mm512_storeu_si512(to + i * 32, values[i]);
   }
@@ -227,20 +223,10 @@ void pack_block(const Source& source, int64_t block, int64_t depth, void* packed
 
 }  // namespace
 
-extern "C" void kg_pack(int, const kg_bf16* weight, int64_t rows, int64_t columns, int gated,
+extern "C" void kg_pack(const kg_bf16* const* weight, int64_t rows, int64_t columns, int gated,
                         void* packed) {
   const int64_t depth = padded_depth(columns), blocks = kg_padded_rows(rows, gated) / kBlock;
   const Source source{weight, rows, columns, gated != 0};
   on_all_cores(blocks, rows * columns * 2,
                [=](int64_t index) { pack_block(source, index * kBlock, depth, packed); });
-}
-
-extern "C" void kg_unpack(int, const void* packed, int64_t rows, int64_t columns, int gated,
-                          kg_bf16* weight) {
-  const int64_t depth = padded_depth(columns);
-  for (int64_t row = 0; row < kg_padded_rows(rows, gated); row++) {
-    const int64_t source = source_row(row, rows, gated != 0);
-    for (int64_t column = 0; source >= 0 && column < columns; column++)
-      weight[source * columns + column] = packed_pair(packed, row, column, depth)[column % 2];
-  }
 }

@@ -84,13 +84,18 @@ class Packer:
         self.library = library
         self.arena = Arena(library)
 
-    def pack(self, weight: Tensor, bias: Tensor | None, *, gated: bool = False) -> PackedWeight:
-        """A bf16 weight, `[out, in]`; with `gated` its halves are a gate and what it opens."""
-        assert weight.dtype == torch.bfloat16
-        rows, columns = weight.shape
-        packed = self._take(WeightKind.BF16, (rows, columns), 0, bias, gated=gated)
-        weight = weight.contiguous()
-        self.library.kg_pack(packed.kind, pointer(weight), rows, columns, gated, packed.address)
+    def pack(
+        self, parts: Sequence[Tensor], bias: Tensor | None, *, gated: bool = False
+    ) -> PackedWeight:
+        """A bf16 weight, `[out, in]`, that lies in `parts`, one below the other.
+
+        With `gated` its halves are a gate and what it opens.
+        """
+        parts = [part.contiguous() for part in parts]
+        shape = (sum(map(len, parts)), parts[0].shape[1])
+        packed = self._take(WeightKind.BF16, shape, 0, bias, gated=gated)
+        rows = torch.cat([_row_addresses(part) for part in parts])
+        self.library.kg_pack(pointer(rows), *shape, gated, packed.address)
         return packed
 
     def pack_int8(
@@ -169,6 +174,12 @@ class Packer:
             padded = self.library.kg_padded_rows(rows, gated)
             packed_bias = in_packed_order(bias.float(), padded, gated=gated)
         return PackedWeight(kind, rows, columns, address, self.arena, packed_bias, group)
+
+
+def _row_addresses(part: Tensor) -> Tensor:
+    """`[len(part)]` int64."""
+    assert part.dtype == torch.bfloat16
+    return part.data_ptr() + torch.arange(len(part)) * part.stride(0) * part.itemsize
 
 
 def in_packed_order(rows: Tensor, padded: int, *, gated: bool) -> Tensor:

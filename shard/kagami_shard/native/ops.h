@@ -126,10 +126,10 @@ void kg_pack_int4(const kg_linear*, const uint8_t* codes, const uint16_t* scales
 // e4m3 without NaN, or codes from 0 to 255.
 void kg_pack_bytes(const kg_linear*, const uint8_t* codes, const float* scales, const float* zeros,
                    int gated, void* packed);
-// bf16 [rows, columns] into the order that `kind`'s kernels read. With `gated` the upper half of
-// the rows is the gate, the lower half `up`: they come to lie in turns of 16.
-void kg_pack(int kind, const kg_bf16* weight, int64_t rows, int64_t columns, int gated, void* packed);
-void kg_unpack(int kind, const void* packed, int64_t rows, int64_t columns, int gated, kg_bf16* weight);
+// bf16 [rows, columns], each row wherever `weight` says, into the order that the kernels read. With
+// `gated` the upper half of the rows is the gate, the lower half `up`: they come to lie in turns of
+// 16.
+void kg_pack(const kg_bf16* const* weight, int64_t rows, int64_t columns, int gated, void* packed);
 int64_t kg_padded_rows(int64_t rows, int gated);
 
 void* kg_huge_alloc(int64_t bytes);  // zeros, aligned to 2 MiB, on huge pages; NULL: no memory

@@ -74,17 +74,30 @@ def switch_to_native(
     return LaterSwitch(engine, decoder, cache, num_threads)
 
 
+def will_pack(*, dtype: torch.dtype, device: torch.device, cache: Path) -> bool:
+    """Whether a decoder's weights will be packed as soon as it is loaded, if nothing is wrong."""
+    try:
+        _check_place(dtype, device)
+    except Unavailable:
+        return False
+    return _is_built(cache)
+
+
 def _check(model: Model, dtype: torch.dtype, device: torch.device) -> Decoder:
     """The model as what can be recorded."""
+    _check_place(dtype, device)
+    if not isinstance(model, Decoder):
+        raise Unavailable(f"model type {model.model_type} runs in transformers' own code")
+    return model
+
+
+def _check_place(dtype: torch.dtype, device: torch.device) -> None:
     if device.type != "cpu":
         raise Unavailable(f"the device is {device.type}")
     if dtype is not torch.bfloat16:
         raise Unavailable(f"the dtype is {str(dtype).removeprefix('torch.')}, not bfloat16")
     if not cpu_is_supported():
         raise Unavailable("the processor has no AVX-512 with bf16 and VNNI")
-    if not isinstance(model, Decoder):
-        raise Unavailable(f"model type {model.model_type} runs in transformers' own code")
-    return model
 
 
 def _is_built(cache: Path) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor
 from kagami_shard.quantization.base import DenseWeight, Weight, on_device, stack
 from kagami_shard.weights.checkpoint import Checkpoint
 from kagami_shard.weights.sharding import Span
+from kagami_shard.weights.stored import Matrix, StoredRows, tensor_of
 
 Quantizer = Callable[[Tensor], Weight]
 """Makes a weight of a matrix `[out, in]`, which it may keep"""
@@ -54,7 +55,10 @@ class LinearSource:
         *,
         dtype: torch.dtype,
         device: torch.device,
+        defers: bool = False,
     ) -> None:
+        """With `defers` what is kept as it is in the files is not read yet."""
+        self._defers = defers
         self._checkpoint = checkpoint
         self._scheme = scheme
         self._dtype = dtype
@@ -71,9 +75,16 @@ class LinearSource:
         """Whether the checkpoint has it so."""
         return self._quantized_shape(module) is not None
 
-    def head_of(self, matrix: Tensor) -> Weight:
+    def rows(self, names: Sequence[str], rows: Sequence[Span] | None = None) -> Matrix:
+        """The tensors `names` below one another, in full precision."""
+        stored = self._checkpoint.stored_rows(
+            names, dtype=self._dtype, device=self._device, rows=rows
+        )
+        return stored if self._defers else stored.tensor()
+
+    def head_of(self, matrix: Matrix) -> Weight | StoredRows:
         """The head's weight, of one in full precision."""
-        return self._scheme.quantize_head(matrix)
+        return _quantized(matrix, self._scheme.quantize_head)
 
     def load(
         self,
@@ -81,7 +92,7 @@ class LinearSource:
         *,
         rows: Sequence[Span] | None = None,
         columns: Span | None = None,
-    ) -> Weight:
+    ) -> Weight | StoredRows:
         """The weights of `modules` below one another; of all their rows the spans `rows` only.
 
         Several modules, or `rows`, or `columns` of one.
@@ -89,11 +100,11 @@ class LinearSource:
         if any(self.is_quantized(module) for module in modules):
             return on_device(self._read(modules, rows, columns), self._device)
         names = [f"{module}.weight" for module in modules]
-        load, dtype, device = self._checkpoint, self._dtype, self._device
         if columns is None:
-            matrix = load.load_rows(names, dtype=dtype, device=device, rows=rows)
-        else:
-            matrix = load.load_columns(names[0], columns, dtype=dtype, device=device)
+            return _quantized(self.rows(names, rows), self._scheme.quantize)
+        matrix = self._checkpoint.load_columns(
+            names[0], columns, dtype=self._dtype, device=self._device
+        )
         return self._scheme.quantize(matrix)
 
     def _read(
@@ -118,3 +129,10 @@ class LinearSource:
     def _quantized_shape(self, module: str) -> tuple[int, int] | None:
         format = self._scheme.format
         return None if format is None else format.shape(self._checkpoint, module)
+
+
+def _quantized(matrix: Matrix, quantize: Quantizer) -> Weight | StoredRows:
+    """Where it stays as it is, it need not be read yet."""
+    if isinstance(matrix, StoredRows) and quantize is DenseWeight:
+        return matrix
+    return quantize(tensor_of(matrix))

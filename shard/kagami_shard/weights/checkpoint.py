@@ -1,14 +1,12 @@
 """Opens the safetensors files of a model folder and copies tensors into their final layout.
 
 Files are memory-mapped and opened lazily: a tensor's pages are touched once, when it is copied,
-cast to the model's dtype, into the tensor the model keeps. Several tensors may land in one, one
-below the other: that is how query, key and value become a single matmul. A rank of several reads
-its own rows or columns only.
+cast to the model's dtype, into the tensor the model keeps, or packed from where it lies. Several
+tensors may land in one, one below the other: that is how query, key and value become a single
+matmul. A rank of several reads its own rows or columns only.
 """
 
-import ctypes
 import json
-import mmap
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,6 +19,7 @@ from torch import Tensor
 
 from kagami_proto.errors import InvalidCheckpoint
 from kagami_shard.weights.sharding import Span
+from kagami_shard.weights.stored import StoredRows, drop_pages
 
 INDEX = "model.safetensors.index.json"
 
@@ -78,7 +77,7 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.bytes_loaded = 0
-        """Bytes read from the files so far, in the files' own dtype"""
+        """Bytes of what was asked for so far, in the files' own dtype"""
         self._stack = ExitStack()
         self._file_of: dict[str, Path] = {}
         self._handles: dict[Path, Any] = {}  # safetensors ships no types
@@ -115,7 +114,7 @@ class Checkpoint:
         tensor: Tensor = self._handle(name).get_tensor(name)
         self.bytes_loaded += tensor.nbytes
         copy = tensor.clone()
-        _drop_pages(tensor)
+        drop_pages(tensor)
         return copy
 
     def load(self, name: str, *, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -130,10 +129,21 @@ class Checkpoint:
         device: torch.device,
         rows: Sequence[Span] | None = None,
     ) -> Tensor:
-        """The tensors `names` below one another in one new tensor; they agree but in rows.
+        """The tensors `names` below one another in one new tensor; see `stored_rows`."""
+        return self.stored_rows(names, dtype=dtype, device=device, rows=rows).tensor()
 
-        Of all their rows together only the spans `rows`, one below the other: every part is read
-        through `get_slice`, which touches only the pages asked for.
+    def stored_rows(
+        self,
+        names: Sequence[str],
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        rows: Sequence[Span] | None = None,
+    ) -> StoredRows:
+        """The tensors `names` below one another, to be read later; they agree but in rows.
+
+        Of all their rows together only the spans `rows`, one below the other: every part is a view
+        by `get_slice`, of which only the pages asked for are ever touched.
         """
         shapes = [self.shape(name) for name in names]
         if any(shape[1:] != shapes[0][1:] for shape in shapes):
@@ -142,23 +152,19 @@ class Checkpoint:
                 f"{', '.join(map(str, shapes))}"
             )
         rows = ((0, sum(shape[0] for shape in shapes)),) if rows is None else rows
-        num_rows = sum(stop - start for start, stop in rows)
-        result = torch.empty((num_rows, *shapes[0][1:]), dtype=dtype, device=device)
-        row = 0
+        parts = []
         for span in rows:
             first = 0
             for name, shape in zip(names, shapes, strict=True):
                 start, stop = max(span[0], first), min(span[1], first + shape[0])
                 if start < stop:
-                    part = self._handle(name).get_slice(name)[start - first : stop - first]
-                    self.bytes_loaded += part.nbytes
-                    result[row : row + stop - start] = part
-                    _drop_pages(part)
-                    row += stop - start
+                    parts.append(self._handle(name).get_slice(name)[start - first : stop - first])
                 first += shape[0]
-        if row != num_rows:
+        num_rows = sum(stop - start for start, stop in rows)
+        if sum(map(len, parts)) != num_rows:
             raise InvalidCheckpoint(f"weights {', '.join(names)} have no rows {rows}")
-        return result
+        self.bytes_loaded += sum(part.nbytes for part in parts)
+        return StoredRows(parts, (num_rows, *shapes[0][1:]), dtype=dtype, device=device)
 
     def load_columns(
         self, name: str, columns: Span, *, dtype: torch.dtype, device: torch.device
@@ -167,7 +173,7 @@ class Checkpoint:
         part = self._handle(name).get_slice(name)[:, slice(*columns)]
         self.bytes_loaded += part.nbytes
         copy = torch.empty(part.shape, dtype=dtype, device=device).copy_(part)
-        _drop_pages(part)
+        drop_pages(part)
         return copy
 
     def _open(self, file: Path, stack: ExitStack) -> None:
@@ -187,20 +193,3 @@ class Checkpoint:
         if (file := self._file_of.get(name)) is None:
             raise InvalidCheckpoint(f"weight {name} does not exist")
         return self._handles[file]
-
-
-def _drop_pages(part: Tensor) -> None:
-    """Let the kernel take back the pages of a file that were mapped to read `part`.
-
-    They stay in its page cache, but count as this process's memory while they are mapped: at the
-    end of a load as much as the model. `part` has been copied and is not read again, so that it
-    may have any pages that are wholly its own.
-    """
-    if not part.is_contiguous():
-        return
-    start = -(-part.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-    stop = (part.data_ptr() + part.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
-    if start < stop:
-        ctypes.CDLL(None).madvise(
-            ctypes.c_void_p(start), ctypes.c_size_t(stop - start), mmap.MADV_DONTNEED
-        )

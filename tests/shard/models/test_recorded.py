@@ -29,8 +29,8 @@ def runtime() -> Runtime:
     return Runtime(Library(build(cli.cache_folder(os.environ))), 2)
 
 
-def recorded(folder: Path, runtime: Runtime) -> RecordedDecoder:
-    decoder = load_model(folder, dtype=torch.bfloat16, device=torch.device("cpu"))
+def recorded(folder: Path, runtime: Runtime, *, defers: bool = True) -> RecordedDecoder:
+    decoder = load_model(folder, dtype=torch.bfloat16, device=torch.device("cpu"), defers=defers)
     assert isinstance(decoder, Decoder)
     return RecordedDecoder(decoder, runtime)
 
@@ -56,6 +56,21 @@ def test_a_step_larger_than_all_before_grows_the_buffers(
     few = runner.step((first, 3))[0].clone()
     many = runner.step((second, 53))[0]
     assert torch.equal(few, many[:3])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "starcoder2"])
+def test_weights_packed_from_their_files_are_those_packed_from_memory(
+    name: str, dtype: torch.dtype, runtime: Runtime, save_checkpoint: Callable[..., tuple]
+) -> None:
+    folder, reference = save_checkpoint(CONFIGS[name])
+    reference.to(dtype).save_pretrained(folder)
+    logits = []
+    for defers in (False, True):
+        model = recorded(folder, runtime, defers=defers)
+        runner = Runner(model, dtype=torch.bfloat16, attention=CpuAttention())
+        logits.append(runner.step((runner.add(range(9)), 9))[0].clone())
+    assert torch.equal(*logits)
 
 
 def test_a_chunk_in_the_middle_of_a_prompt_wants_no_logits(

@@ -20,7 +20,7 @@ CODES = torch.randint(0, 256, (2048, 1024), dtype=torch.uint8)
 GROUPED = torch.rand(2048, 1024 // 32)
 
 FORMS: dict[str, Callable[[Packer, slice], PackedWeight]] = {
-    "bf16": lambda packer, rows: packer.pack(CODES[rows].bfloat16(), None),
+    "bf16": lambda packer, rows: packer.pack((CODES[rows].bfloat16(),), None),
     "int8": lambda packer, rows: packer.pack_int8(
         CODES[rows].view(torch.int8), GROUPED[rows, 0], None
     ),
@@ -45,3 +45,10 @@ def test_threads_pack_a_large_weight_as_one_packs_its_panels(library: Library, f
     packer, pack = Packer(library), FORMS[form]
     panels = [packed_bytes(library, pack(packer, slice(i, i + 32))) for i in range(0, 2048, 32)]
     assert packed_bytes(library, pack(packer, slice(0, 2048))) == b"".join(panels)
+
+
+def test_parts_are_packed_as_the_rows_of_one_weight(library: Library) -> None:
+    packer, weight = Packer(library), CODES.bfloat16()
+    parts = (weight[:5], weight[5:1037], weight[1037:])
+    whole = packed_bytes(library, packer.pack((weight,), None, gated=True))
+    assert packed_bytes(library, packer.pack(parts, None, gated=True)) == whole

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.fakes.batches import Runner
 from tests.fakes.native import needs_library
 from tests.fakes.tiny_model import TinyModel
 from tests.shard.models.test_decoder import CONFIGS
@@ -96,3 +97,15 @@ def test_a_library_that_disagrees_is_not_used(
         )
     assert engine.attention_name == "sdpa"
     assert "the library disagrees with torch" in caplog.text
+
+
+def test_weights_left_in_their_files_are_computed_with_in_torch_all_the_same(
+    tmp_path: Path,
+) -> None:
+    AutoModelForCausalLM.from_config(CONFIGS["llama"]).bfloat16().save_pretrained(tmp_path)
+    logits = []
+    for defers in (False, True):
+        model = load_model(tmp_path, dtype=torch.bfloat16, device=CPU, defers=defers)
+        runner = Runner(model, dtype=torch.bfloat16)
+        logits.append(runner.step((runner.add(range(9)), 9))[0])
+    assert torch.equal(*logits)
