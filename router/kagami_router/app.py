@@ -43,6 +43,9 @@ from kagami_router.validation import Limits, Validation
 
 logger = logging.getLogger(__name__)
 
+# Of the pool on a CPU, for prefixes that nobody uses at the moment.
+_CACHE_SHARE = 0.25
+
 # Objects that are alive before the collector looks for cycles. A step makes some thousand that all
 # die with it; Python's 700 has it look at them several times a step, a tenth of a token's cost.
 COLLECT_AFTER = 50_000
@@ -285,7 +288,19 @@ def _scheduler_config(args: RouterArgs, pool: Pool, *, device_type: str) -> Sche
         # On a CPU the model's threads have all cores: what runs beside a step delays it by more
         # than it takes itself (notes/0009).
         max_steps_in_flight=1 if device_type == "cpu" else 2,
+        cache_grows_to=cache_grows_to(args, pool.num_blocks, device_type=device_type),
     )
+
+
+def cache_grows_to(args: RouterArgs, num_blocks: int, *, device_type: str) -> int | None:
+    """Up to how many blocks of cached prefixes the pool's memory is taken for them.
+
+    On a CPU a block takes memory when it is first used: for running sequences always, for prefixes
+    that may never come again up to a share. Who says how large the pool is means all of it.
+    """
+    if device_type != "cpu" or args.max_batch_total_tokens is not None:
+        return None
+    return int(num_blocks * _CACHE_SHARE)
 
 
 def _check_arguments(args: RouterArgs) -> None:

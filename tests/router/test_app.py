@@ -13,7 +13,7 @@ from aiohttp import ClientConnectionError, ClientSession
 from tests.fakes.fake_server import TEMPLATE, byte_tokenizer
 from tests.fakes.fake_shard import FakeShard
 
-from kagami_router.app import StartError, plan_limits, serve
+from kagami_router.app import StartError, cache_grows_to, plan_limits, serve
 from kagami_router.cli import RouterArgs, parse
 
 
@@ -218,6 +218,21 @@ def test_limits(flags: list[str], positions: int, pool: int, expected: tuple[int
 def test_limits_that_cannot_be(flags: list[str], text: str) -> None:
     with pytest.raises(StartError, match=text):
         plan_limits(parse(flags, {}), max_positions=2048, pool_tokens=1000, vocab_size=9)
+
+
+@pytest.mark.parametrize(
+    ("flags", "device_type", "expected"),
+    [
+        ([], "cpu", 200),
+        (["--max-batch-total-tokens", "1000"], "cpu", None),
+        ([], "cuda", None),
+    ],
+)
+def test_on_a_cpu_cached_prefixes_take_memory_up_to_a_share_of_the_pool(
+    flags: list[str], device_type: str, expected: int | None, tmp_path: Path
+) -> None:
+    args = args_for(tmp_path, *flags)
+    assert cache_grows_to(args, 800, device_type=device_type) == expected
 
 
 async def test_contradicting_flags_end_at_once(

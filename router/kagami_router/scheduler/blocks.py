@@ -28,6 +28,8 @@ class BlockAllocator:
         self._holders = [0] * num_blocks
         self._is_kept = [False] * num_blocks
         self.num_cached = 0
+        self.num_fresh = num_blocks - 1
+        """Free blocks that were never given away; what was is given again first"""
 
     @property
     def num_total(self) -> int:
@@ -50,6 +52,7 @@ class BlockAllocator:
         """Take `count` free blocks; the caller has made sure that there are as many."""
         assert 0 <= count <= len(self._free), f"{count} blocks asked, {len(self._free)} free"
         blocks = [self._free.pop() for _ in range(count)]
+        self.num_fresh = min(self.num_fresh, len(self._free))
         for block in blocks:
             self._holders[block] = 1
         return blocks

@@ -50,6 +50,8 @@ class SchedulerConfig:
     `waiting_served_ratio`, `max_waiting_tokens`: when newcomers may interrupt decoding, in TGI's
     sense; with neither they join as soon as the budget allows. `max_steps_in_flight`: with two, one
     runs while the router handles the result of the one before it (design §1.4).
+    `cache_grows_to`: while more blocks than so many are cached, the oldest is given again before
+    one that was never used, whose memory is not taken yet; None: all blocks are alike.
     """
 
     num_blocks: int
@@ -60,6 +62,7 @@ class SchedulerConfig:
     max_waiting_tokens: int | None = None
     prefix_caching: bool = True
     max_steps_in_flight: int = 2
+    cache_grows_to: int | None = None
 
 
 class _Draft:
@@ -497,9 +500,14 @@ class Scheduler:
         return self._allocator.num_free + self._allocator.num_cached
 
     def _allocate(self, count: int) -> list[int]:
-        if count > self._allocator.num_free:
-            self._cache.evict(count - self._allocator.num_free)
-        return self._allocator.allocate(count)
+        allocator, enough = self._allocator, self._config.cache_grows_to
+        shortage = count - allocator.num_free
+        if enough is not None:
+            of_fresh = shortage + allocator.num_fresh
+            shortage = max(shortage, min(of_fresh, allocator.num_cached - enough))
+        if shortage > 0:
+            self._cache.evict(shortage)
+        return allocator.allocate(count)
 
     def _blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self._config.block_size)

@@ -47,3 +47,11 @@ def test_the_check_finds_a_leak() -> None:
 def test_a_pool_of_the_reserved_block_alone_is_refused() -> None:
     with pytest.raises(ValueError, match="at least 2"):
         BlockAllocator(1)
+
+
+def test_blocks_used_before_are_given_again_before_fresh_ones() -> None:
+    allocator = BlockAllocator(8)
+    blocks = allocator.allocate(3)
+    allocator.release(blocks)
+    assert sorted(allocator.allocate(3)) == sorted(blocks)
+    assert allocator.num_fresh == 4

@@ -159,6 +159,51 @@ def test_prompt_logprobs_need_every_token_computed() -> None:
     assert shape(schedule(scheduler)) == [(2, 0, 8)]
 
 
+def blocks_given(scheduler: Scheduler, prompts: Iterable[Iterable[int]]) -> list[set[int]]:
+    """Which blocks each prompt was given, one after the other; four each."""
+    given = []
+    for prompt in prompts:
+        add(scheduler, prompt, 1)
+        given.append(set(schedule(scheduler).work[0].blocks))
+        answer(scheduler, scheduler._in_flight[0])
+        run_dry(scheduler)
+    return given
+
+
+def prompts_without_a_common_prefix(count: int) -> list[range]:
+    return [range(100 * index, 100 * index + 16) for index in range(count)]
+
+
+def test_beyond_its_share_the_cache_is_given_up_before_fresh_blocks_are_used() -> None:
+    scheduler = new_scheduler(cache_grows_to=9)
+    given = blocks_given(scheduler, prompts_without_a_common_prefix(12))
+    assert len(set().union(*given)) == 9 + 4
+
+
+def test_without_a_share_the_cache_grows_into_the_whole_pool() -> None:
+    scheduler = new_scheduler()
+    given = blocks_given(scheduler, prompts_without_a_common_prefix(12))
+    assert len(set().union(*given)) == 48
+
+
+def test_running_sequences_use_fresh_blocks_whatever_is_cached() -> None:
+    scheduler = new_scheduler(cache_grows_to=0)
+    for prompt in prompts_without_a_common_prefix(6):
+        add(scheduler, prompt, 20)
+        turn(scheduler)
+    assert scheduler.stats().blocks_used == 6 * 4 + 5
+
+
+def test_a_prefix_in_use_outlives_prompts_that_come_once() -> None:
+    scheduler = new_scheduler(cache_grows_to=6)
+    for prompt in prompts_without_a_common_prefix(12):
+        for ids in (range(1000, 1012), prompt):
+            add(scheduler, ids, 1)
+            run_dry(scheduler)
+    add(scheduler, range(1000, 1012))
+    assert schedule(scheduler).new_sequences[0].num_cached_tokens == 8
+
+
 def test_without_prefix_caching_nothing_is_found() -> None:
     scheduler = new_scheduler(prefix_caching=False)
     add(scheduler, range(8))

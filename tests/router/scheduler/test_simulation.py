@@ -64,6 +64,7 @@ class World:
     sequence_failure: float
     poison: float
     memory_limit: int | None
+    cache_grows_to: int | None
 
 
 worlds = st.builds(
@@ -82,6 +83,7 @@ worlds = st.builds(
     sequence_failure=st.sampled_from([0.0, 0.0, 0.02]),
     poison=st.sampled_from([0.0, 0.0, 0.1]),
     memory_limit=st.one_of(st.none(), st.none(), st.integers(1, 30)),
+    cache_grows_to=st.one_of(st.none(), st.integers(0, 20)),
 )
 
 
@@ -101,6 +103,7 @@ class Simulation:
                 waiting_served_ratio=world.ratio,
                 max_waiting_tokens=world.max_waiting,
                 prefix_caching=world.prefix_caching,
+                cache_grows_to=world.cache_grows_to,
             )
         )
         self.queue: deque[Step] = deque()
