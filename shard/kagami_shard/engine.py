@@ -7,11 +7,11 @@ read yet is fed to the next step on the device. One thread drives the engine.
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple
+from math import isfinite
 
 import torch
 
@@ -22,7 +22,16 @@ from kagami_shard.batch import ForwardBatch
 from kagami_shard.device import to_device
 from kagami_shard.distributed import Alone, TensorParallel
 from kagami_shard.generation import GenerationState, Pending
+from kagami_shard.greedy_batch import GreedyBatch, GreedyModel, is_greedy_decode
+from kagami_shard.items import Item, build_batch, prompt_rows
 from kagami_shard.kv_cache import KVCache, block_bytes, blocks_for
+from kagami_shard.launched import (
+    Launched,
+    device_times,
+    nothing_to_do,
+    split_prompt_logprobs,
+    top_tokens,
+)
 from kagami_shard.memory import pool_bytes
 from kagami_shard.models.base import Model
 from kagami_shard.sampling.grammar import Banned, Grammar, Grammars, nothing_to_fill
@@ -31,10 +40,8 @@ from kagami_shard.sampling.sampler import Choose, Drawn, SamplingParameters, dra
 from kagami_shard.sampling.watermark import Watermark
 from kagami_shard.step import (
     NewSequence,
-    PromptLogprobs,
     Step,
     StepResult,
-    TopTokens,
     Work,
 )
 
@@ -58,37 +65,6 @@ class Limits:
     """0: the model's max_positions"""
     max_pool_tokens: int
     """0: as memory allows"""
-
-
-class Item(NamedTuple):
-    """One sequence's part of a step."""
-
-    state: GenerationState
-    position: int
-    num_tokens: int
-
-    @property
-    def end(self) -> int:
-        return self.position + self.num_tokens
-
-
-class Launched(NamedTuple):
-    """A step that the device works on."""
-
-    number: int
-    items: list[Item]
-    """Those that sample a token, in the order of `drawn`'s rows"""
-    drawn: Drawn
-    prompt_items: list[Item]
-    prompt_scores: Scores | None
-    failures: dict[int, str]
-    started_ns: int
-    device_events: tuple[torch.cuda.Event, torch.cuda.Event, torch.cuda.Event] | None
-    """Before the forward pass, before the sampling, behind it"""
-    admission_ns: int
-    sampling_ns: int
-    """On the host, which is the device on a CPU"""
-    launched_ns: int
 
 
 class Engine:
@@ -118,6 +94,8 @@ class Engine:
         self._grammars = grammars
         self._watermark = watermark or Watermark()
         self._choose: Choose | None = None
+        self._greedy: GreedyBatch | None = None
+        """The last step, if the next one may go on with it"""
         self._states: dict[int, GenerationState] = {}
         self.block_size = block_size
         self.cache: KVCache | None = None
@@ -136,6 +114,7 @@ class Engine:
     def use(self, model: Model, attention: Attention, choose: Choose) -> None:
         """From the next step on compute the same model in another way; the cache stays."""
         self._model, self._attention, self._choose = model, attention, choose
+        self._greedy = None
 
     # ------------------------------------------------------------------ warm-up
 
@@ -186,7 +165,7 @@ class Engine:
         self._forward_and_draw(decodes, cache)
 
     def _forward_and_draw(self, items: list[Item], cache: KVCache) -> Drawn:
-        batch = self._build(items, items, [])
+        batch = self._batch(items, items, [])
         logits = self._model.forward(batch, self._attention.prepare(batch, cache))
         return self._draw(logits, items)
 
@@ -226,6 +205,7 @@ class Engine:
     def reset(self) -> None:
         """Forget every sequence."""
         self._states.clear()
+        self._greedy = None
 
     def compile_grammar(self, grammar: Grammar) -> None:
         """Have `grammar` ready for a sequence; on any thread. Raises `InvalidRequest`."""
@@ -246,27 +226,34 @@ class Engine:
             for work in step.work
         )
 
-    def launch(self, step: Step) -> Launched:
+    def launch(self, step: Step) -> Launched | StepResult:
         """Apply the changes of `step` and give its forward pass to the device.
 
         Whatever the forward pass raises passes through; nothing was sampled then. `RankLost` if
         another rank did not raise as well.
         """
-        with torch.inference_mode(), self._parallel.together():
-            return self._launch(step)
-
-    def _launch(self, step: Step) -> Launched:
         started_ns = time.perf_counter_ns()
+        batch, self._greedy = self._greedy, None
+        if batch is not None and batch.takes(step):
+            return self._decode(batch, step.number, started_ns, {})
+        with torch.inference_mode(), self._parallel.together():
+            return self._launch(step, started_ns)
+
+    def _launch(self, step: Step, started_ns: int) -> Launched | StepResult:
         assert self.cache is not None, "warm up before the first step"
         failures = self._apply(step)
         admission_ns = time.perf_counter_ns() - started_ns
         items = self._items(step.work, failures)
         samples = [item for item in items if item.end == item.state.num_known]
-        prompts = [item for item in items if _prompt_rows(item)]
+        prompts = [item for item in items if prompt_rows(item)]
         if not items:
-            return _nothing(step.number, failures, started_ns, admission_ns)
+            return nothing_to_do(step.number, failures, started_ns, admission_ns)
+        if isinstance(self._model, GreedyModel) and all(map(is_greedy_decode, items)):
+            asked_ids = [work.id for work in step.work]
+            greedy = GreedyBatch(self._model, self.cache, items, asked_ids)
+            return self._decode(greedy, step.number, started_ns, failures)
         events = self._mark_start()
-        batch = self._build(items, samples, prompts)
+        batch = self._batch(items, samples, prompts)
         with self._filling(samples) as masks:
             logits = self._model.forward(batch, self._attention.prepare(batch, self.cache))
         banned = masks.result()
@@ -294,6 +281,50 @@ class Engine:
             launched_ns,
         )
 
+    def _decode(
+        self, batch: GreedyBatch, number: int, started_ns: int, failures: dict[int, str]
+    ) -> StepResult:
+        """A step of `batch`, which the next one may go on with."""
+        admitted_ns = time.perf_counter_ns()
+        num_lost = batch.run()
+        rows = (batch.sequence_ids, batch.token_ids, batch.logprobs)
+        if num_lost:
+            rows = self._without_lost(*rows, failures)
+        else:
+            self._greedy = batch
+        ids, token_ids, logprobs = rows
+        elapsed_ns = time.perf_counter_ns() - started_ns
+        return StepResult(
+            number=number,
+            ids=ids,
+            token_ids=token_ids,
+            logprobs=logprobs,
+            failures=failures,
+            host_ns=elapsed_ns,
+            device_ns=elapsed_ns,
+            sampling_ns=batch.sampling_ns,
+            admission_ns=admitted_ns - started_ns,
+        )
+
+    def _without_lost(
+        self,
+        ids: Sequence[int],
+        token_ids: Sequence[int],
+        logprobs: Sequence[float],
+        failures: dict[int, str],
+    ) -> tuple[list[int], list[int], list[float]]:
+        """The rows that have a distribution; the others' sequences fail."""
+        kept = [row for row, logprob in enumerate(logprobs) if isfinite(logprob)]
+        with torch.inference_mode():
+            for row in set(range(len(ids))).difference(kept):
+                failures[ids[row]] = NOT_FINITE
+                self._quarantine(self._states[ids[row]])
+        return (
+            [ids[row] for row in kept],
+            [token_ids[row] for row in kept],
+            [logprobs[row] for row in kept],
+        )
+
     def _filling(self, items: Sequence[Item]) -> AbstractContextManager[Future[Banned | None]]:
         """The masks of the items' grammars, computed while the context's body runs."""
         if self._grammars is None:
@@ -312,8 +343,10 @@ class Engine:
             return drawn._replace(token_ids=self._parallel.broadcast(drawn.token_ids))
         return drawn
 
-    def collect(self, launched: Launched) -> StepResult:
+    def collect(self, launched: Launched | StepResult) -> StepResult:
         """Read the results of `launched`; waits for the device. Raises as `launch` does."""
+        if isinstance(launched, StepResult):
+            return launched
         with self._parallel.together():
             return self._collect(launched)
 
@@ -334,14 +367,14 @@ class Engine:
                 failures[item.state.id] = NOT_FINITE
                 self._quarantine(item.state)
         finished_ns = time.perf_counter_ns()
-        device_ns, sampling_ns = _device_times(launched)
+        device_ns, sampling_ns = device_times(launched)
         return StepResult(
             number=launched.number,
             ids=[launched.items[row].state.id for row in kept],
             token_ids=[token_ids[row] for row in kept],
             logprobs=[logprobs[row] for row in kept],
-            top_tokens=_top_tokens(launched, kept),
-            prompt_logprobs=_split_prompt_logprobs(launched),
+            top_tokens=top_tokens(launched, kept),
+            prompt_logprobs=split_prompt_logprobs(launched),
             failures=failures,
             host_ns=finished_ns - launched.started_ns,
             device_ns=device_ns,
@@ -386,7 +419,7 @@ class Engine:
             return f"the biased token id {largest} is not below the vocabulary's {size}"
         return ""
 
-    def _items(self, work: Sequence[Work], failures: dict[int, str]) -> list[Item]:
+    def _items(self, work: Iterable[Work], failures: dict[int, str]) -> list[Item]:
         """The work that can be done, single tokens first, by length; what cannot is a failure."""
         items: list[Item] = []
         for sequence_id, position, count in work:
@@ -406,51 +439,10 @@ class Engine:
         items.sort(key=lambda item: (item.num_tokens > 1, item.end))
         return items
 
-    def _build(self, items: list[Item], samples: list[Item], prompts: list[Item]) -> ForwardBatch:
-        input_ids: list[int] = []
-        positions: list[int] = []
-        slots: list[int] = []
-        last_rows: dict[int, int] = {}
-        pending_rows: list[int] = []
-        pending: list[Pending] = []
-        block_size = self.block_size
-        for state, position, count in items:
-            end = position + count
-            input_ids += state.ids[position:end]
-            if end > len(state.ids):
-                assert state.pending is not None
-                pending_rows.append(len(input_ids))
-                pending.append(state.pending)
-                input_ids.append(0)
-            positions += range(position, end)
-            blocks = state.blocks
-            slots += [
-                blocks[p // block_size] * block_size + p % block_size for p in range(position, end)
-            ]
-            last_rows[state.id] = len(input_ids) - 1
-        rows = [last_rows[item.state.id] for item in samples]
-        for item in prompts:
-            first = last_rows[item.state.id] - item.num_tokens + 1
-            rows += range(first, first + _prompt_rows(item))
-        ids = self._tensor(input_ids)
-        if pending:
-            # All pending ids come from one step, the one before this.
-            source = pending[0].token_ids
-            ids[self._tensor(pending_rows)] = source[self._tensor([p.row for p in pending])]
-        width = max(blocks_for(item.end, block_size) for item in items)
-        tables = [
-            (blocks := item.state.blocks[:width]) + [0] * (width - len(blocks)) for item in items
-        ]
-        return ForwardBatch(
-            input_ids=ids,
-            positions=self._tensor(positions),
-            slots=self._tensor(slots),
-            block_tables=self._tensor(tables),
-            query_lens=tuple(item.num_tokens for item in items),
-            kv_lens=tuple(item.end for item in items),
-            num_decodes=sum(item.num_tokens == 1 for item in items),
-            logits_rows=self._tensor(rows),
-        )
+    def _batch(
+        self, items: Sequence[Item], samples: Sequence[Item], prompts: Sequence[Item]
+    ) -> ForwardBatch:
+        return build_batch(items, samples, prompts, block_size=self.block_size, device=self._device)
 
     def _tensor(self, values: Sequence[object]) -> torch.Tensor:
         return to_device(values, dtype=torch.int64, device=self._device)
@@ -460,7 +452,7 @@ class Engine:
         targets: list[int] = []
         for item in prompts:
             first = item.position + 1
-            targets += item.state.ids[first : first + _prompt_rows(item)]
+            targets += item.state.ids[first : first + prompt_rows(item)]
         width = max(item.state.top_n_tokens for item in prompts)
         return score(logits, self._tensor(targets), width)
 
@@ -488,15 +480,6 @@ class Engine:
         return start, drawing, end
 
 
-def _device_times(launched: Launched) -> tuple[int, int]:
-    """Nanoseconds on the device: forward pass and sampling, and of these the sampling."""
-    if launched.device_events is None:
-        return launched.launched_ns - launched.started_ns, launched.sampling_ns
-    start, drawing, end = launched.device_events
-    end.synchronize()
-    return int(start.elapsed_time(end) * 1e6), int(drawing.elapsed_time(end) * 1e6)
-
-
 def _warmup_sequence(number: int, length: int) -> NewSequence:
     return NewSequence(
         id=number,
@@ -504,63 +487,3 @@ def _warmup_sequence(number: int, length: int) -> NewSequence:
         num_prompt_tokens=length,
         sampling=SamplingParameters(do_sample=True, top_k=10, top_p=0.9, typical_p=0.9),
     )
-
-
-def _prompt_rows(item: Item) -> int:
-    """After how many of the item's tokens a prompt logprob is wanted."""
-    if not item.state.prompt_logprobs:
-        return 0
-    return max(0, min(item.end, item.state.num_prompt_tokens - 1) - item.position)
-
-
-def _nothing(number: int, failures: dict[int, str], started_ns: int, admission_ns: int) -> Launched:
-    """A step in which nothing is left to compute."""
-    empty = torch.empty(0)
-    drawn = Drawn(empty.long(), empty, empty.long()[:, None], empty[:, None])
-    return Launched(
-        number,
-        [],
-        drawn,
-        [],
-        None,
-        failures,
-        started_ns,
-        None,
-        admission_ns,
-        0,
-        time.perf_counter_ns(),
-    )
-
-
-def _top_tokens(launched: Launched, kept: Sequence[int]) -> list[TopTokens]:
-    if not any(launched.items[row].state.top_n_tokens for row in kept):
-        return []
-    ids = launched.drawn.top_ids.tolist()
-    logprobs = launched.drawn.top_logprobs.tolist()
-    return [
-        TopTokens(index, ids[row][:width], logprobs[row][:width])
-        for index, row in enumerate(kept)
-        if (width := launched.items[row].state.top_n_tokens)
-    ]
-
-
-def _split_prompt_logprobs(launched: Launched) -> list[PromptLogprobs]:
-    if launched.prompt_scores is None:
-        return []
-    logprobs, top_ids, top_logprobs = (column.tolist() for column in launched.prompt_scores)
-    result = []
-    start = 0
-    for item in launched.prompt_items:
-        end = start + _prompt_rows(item)
-        width = item.state.top_n_tokens
-        result.append(
-            PromptLogprobs(
-                item.state.id,
-                item.position + 1,
-                logprobs[start:end],
-                [row[:width] for row in top_ids[start:end]] if width else (),
-                [row[:width] for row in top_logprobs[start:end]] if width else (),
-            )
-        )
-        start = end
-    return result

@@ -28,6 +28,7 @@ from kagami_shard.native.library import (
     CAttention,
     CBatch,
     CBuffer,
+    CDecodes,
     CEmbedding,
     CNorm,
     Code,
@@ -368,6 +369,13 @@ class Tape:
         """Run the step. Raises MemoryError."""
         if self.runtime.library.kg_replay(self._tape, ctypes.byref(batch)):
             raise MemoryError(f"no memory for a step of {batch.num_tokens} tokens")
+
+    def decode(self, decodes: CDecodes) -> int:
+        """Run a step of `decodes`, how many rows gave no distribution. Raises MemoryError."""
+        num_lost: int = self.runtime.library.kg_decode(self._tape, ctypes.byref(decodes))
+        if num_lost < 0:
+            raise MemoryError(f"no memory for a step of {decodes.batch.num_tokens} tokens")
+        return num_lost
 
 
 def record(decoder: Recordable, runtime: Runtime) -> Tape:

@@ -20,7 +20,7 @@ from kagami_shard.engine import Engine, Limits
 from kagami_shard.kv_cache import KVCache
 from kagami_shard.sampling.grammar import Grammar, GrammarKind
 from kagami_shard.sampling.sampler import SamplingParameters
-from kagami_shard.step import NewSequence, PromptLogprobs, Step, StepResult, Work
+from kagami_shard.step import NewSequence, PromptLogprobs, Step, StepResult, WorkColumns
 from kagami_shard.worker import Worker
 
 
@@ -193,10 +193,7 @@ def step_from_pb(message: pb.Step) -> Step:
         number=message.number,
         new_sequences=[_new_sequence(new) for new in message.new_sequences],
         drop_ids=message.drop_ids,
-        work=[
-            Work(*entry)
-            for entry in zip(message.ids, message.positions, message.counts, strict=True)
-        ],
+        work=WorkColumns(list(message.ids), list(message.positions), list(message.counts)),
         grants={grant.id: grant.blocks for grant in message.grants},
     )
 

@@ -1,6 +1,6 @@
 """What one step asks of the engine and what it brings: the wire's meaning without protobuf."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -36,6 +36,27 @@ class Work(NamedTuple):
     num_tokens: int
 
 
+class WorkColumns:
+    """The wire's columns, read as records."""
+
+    __slots__ = ("counts", "ids", "positions")
+
+    def __init__(self, ids: list[int], positions: list[int], counts: list[int]) -> None:
+        """Of equal length."""
+        self.ids = ids
+        self.positions = positions
+        self.counts = counts
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __iter__(self) -> Iterator[Work]:
+        return map(Work, self.ids, self.positions, self.counts)
+
+    def __contains__(self, work: object) -> bool:
+        return work in list(self)
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """One change set and the work of one forward pass."""
@@ -43,7 +64,7 @@ class Step:
     number: int
     new_sequences: Sequence[NewSequence] = ()
     drop_ids: Sequence[int] = ()
-    work: Sequence[Work] = ()
+    work: Collection[Work] = ()
     grants: Mapping[int, Sequence[int]] = field(default_factory=dict)
     """Blocks appended to block tables before the work, by sequence id"""
 

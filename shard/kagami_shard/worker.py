@@ -13,7 +13,8 @@ from concurrent.futures import Executor, Future, wait
 import torch
 
 from kagami_proto.errors import RankLost
-from kagami_shard.engine import Engine, Launched
+from kagami_shard.engine import Engine
+from kagami_shard.launched import Launched
 from kagami_shard.memory import is_out_of_memory
 from kagami_shard.sequence_traces import SequenceTraces
 from kagami_shard.step import Step, StepResult
@@ -53,7 +54,7 @@ class Worker:
         )
         self.ended: Future[None] = Future()
         """Done when the loop has ended: at the exit, or by the exception that it then holds"""
-        self._launched: tuple[Launched, Step, Publish, int] | None = None
+        self._launched: tuple[Launched | StepResult, Step, Publish, int] | None = None
         self.last_step = 0
         self.last_step_ns = 0
         """`time.monotonic_ns()` when it finished"""

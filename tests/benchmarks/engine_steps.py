@@ -21,7 +21,7 @@ from kagami_shard.engine import Engine, Limits
 from kagami_shard.models.registry import load_model
 from kagami_shard.native.select import switch_to_native
 from kagami_shard.sampling.sampler import SamplingParameters
-from kagami_shard.step import NewSequence, Step, Work
+from kagami_shard.step import NewSequence, Step, WorkColumns
 
 _BLOCK_SIZE = 32
 _LIMITS = Limits(512, 64, 2048, 40_000)
@@ -132,7 +132,8 @@ def _run(engine: Engine, shape: Shape) -> float:
 
 
 def _step(engine: Engine, shape: Shape, position: int, count: int) -> float:
-    work = [Work(number, position, count) for number in range(shape.num_sequences)]
+    size = shape.num_sequences
+    work = WorkColumns(list(range(size)), [position] * size, [count] * size)
     started = time.perf_counter()
     engine.collect(engine.launch(Step(1, work=work)))
     return time.perf_counter() - started

@@ -1,7 +1,6 @@
 """A decoder as a tape: what runs on a CPU with the library."""
 
 from collections.abc import Sequence
-from ctypes import Array, addressof, c_void_p
 
 import torch
 from torch import Tensor
@@ -10,9 +9,11 @@ from kagami_shard.attention.base import AttentionStep
 from kagami_shard.attention.cpu import CpuStep
 from kagami_shard.batch import ForwardBatch
 from kagami_shard.graphs import Tape, record
-from kagami_shard.kv_cache import LayerShape
+from kagami_shard.kv_cache import KVCache, LayerShape
 from kagami_shard.models.decoder import Decoder
+from kagami_shard.native.decodes import NativeDecodes
 from kagami_shard.native.library import CBatch, pointer
+from kagami_shard.native.page_tables import PageTables
 from kagami_shard.native.runtime import Runtime
 
 
@@ -32,18 +33,36 @@ class RecordedDecoder:
 
     def forward(self, batch: ForwardBatch, attend: AttentionStep) -> Tensor:
         assert isinstance(attend, CpuStep), "a tape attends by itself"
-        num_rows, size = len(batch.logits_rows), self.vocab_size
-        if len(self._logits) < num_rows * size:
-            self._logits = torch.empty(num_rows * size)
-        logits = self._logits[: num_rows * size].view(num_rows, size)
-        replay_into(self._tape, batch, attend, logits)
+        logits = self._rows_of_logits(len(batch.logits_rows))
+        replay_into(self._tape, batch, PageTables(attend.cache), logits)
         return logits
 
+    def decodes(
+        self,
+        cache: KVCache,
+        last_ids: Sequence[int],
+        positions: Sequence[int],
+        tables: Sequence[Sequence[int]],
+    ) -> NativeDecodes:
+        """As `greedy_batch.GreedyModel` says."""
+        return NativeDecodes(
+            self._tape,
+            self._rows_of_logits(len(last_ids)),
+            PageTables(cache),
+            last_ids=last_ids,
+            positions=positions,
+            tables=tables,
+        )
 
-def replay_into(tape: Tape, batch: ForwardBatch, attend: CpuStep, logits: Tensor) -> None:
+    def _rows_of_logits(self, num_rows: int) -> Tensor:
+        size = num_rows * self.vocab_size
+        if len(self._logits) < size:
+            self._logits = torch.empty(size)
+        return self._logits[:size].view(num_rows, self.vocab_size)
+
+
+def replay_into(tape: Tape, batch: ForwardBatch, pages: PageTables, logits: Tensor) -> None:
     """One step of `tape`, its logits into `logits`, `[num_rows, vocab_size]` float32."""
-    cache = attend.cache
-    keys, values = page_table(cache.keys), page_table(cache.values)
     query_lens, kv_lens = torch.tensor(batch.query_lens), torch.tensor(batch.kv_lens)
     tape.replay(
         CBatch(
@@ -58,14 +77,9 @@ def replay_into(tape: Tape, batch: ForwardBatch, attend: CpuStep, logits: Tensor
             block_tables=pointer(batch.block_tables),
             query_lens=pointer(query_lens),
             kv_lens=pointer(kv_lens),
-            keys=addressof(keys),
-            values=addressof(values),
-            block_size=cache.block_size,
+            keys=pages.keys,
+            values=pages.values,
+            block_size=pages.cache.block_size,
             logits=pointer(logits),
         )
     )
-
-
-def page_table(tensors: Sequence[Tensor]) -> "Array[c_void_p]":
-    """The addresses of a cache's layers."""
-    return (c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))

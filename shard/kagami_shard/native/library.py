@@ -172,6 +172,18 @@ class CBatch(ctypes.Structure):
     )
 
 
+class CDecodes(ctypes.Structure):
+    _fields_ = (
+        ("batch", CBatch),
+        ("ids", c_void_p),
+        ("positions", c_void_p),
+        ("kv_lens", c_void_p),
+        ("logprobs", c_void_p),
+        ("vocab_size", c_int64),
+        ("sampling_ns", c_int64),
+    )
+
+
 _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "kg_cpu_is_supported": (c_int, ()),
     "kg_has_amx": (c_int, ()),
@@ -188,6 +200,7 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "kg_tape_new": (c_void_p, (c_void_p, POINTER(COp), c_int, POINTER(CBuffer), c_int)),
     "kg_tape_delete": (None, (c_void_p,)),
     "kg_replay": (c_int, (c_void_p, POINTER(CBatch))),
+    "kg_decode": (c_int, (c_void_p, POINTER(CDecodes))),
     "kg_tape_buffer": (c_void_p, (c_void_p, c_int, POINTER(c_int64))),
     "kg_greedy": (None, (c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p)),
 }

@@ -105,6 +105,15 @@ typedef struct {  // one step; see batch.py and kv_cache.py
   float* logits;  // [num_rows, vocab_size]
 } kg_batch;
 
+typedef struct {    // greedy decodes, one token of each sequence, that go on from step to step
+  kg_batch batch;   // num_tokens, num_rows, num_sequences and num_decodes are equal
+  int64_t *ids;     // the same memory as batch.input_ids: what is chosen is the next step's input
+  int64_t *positions, *kv_lens;  // the same as the batch's, moved on by each step
+  float* logprobs;               // of the ids, not finite where there is no distribution
+  int64_t vocab_size;
+  int64_t sampling_ns;  // what choosing took
+} kg_decodes;
+
 typedef struct kg_pool kg_pool;
 typedef struct kg_tape kg_tape;
 
@@ -140,6 +149,10 @@ kg_tape* kg_tape_new(kg_pool*, const kg_op*, int num_ops, const kg_buffer*, int 
 void kg_tape_delete(kg_tape*);
 int kg_replay(kg_tape*, const kg_batch*);  // 0, or 1: no memory for the buffers of such a step
 const void* kg_tape_buffer(kg_tape*, int buffer, int64_t* row_bytes);  // for tests, after a replay
+
+// A step, then the most likely id of each of its rows, and on to the next position. The number of
+// rows without a distribution, or -1: no memory, and nothing has changed.
+int kg_decode(kg_tape*, kg_decodes*);
 
 // Greedy rows: the most likely id of each row of `logits` and its log probability.
 void kg_greedy(kg_pool*, const float* logits, int64_t num_rows, int64_t vocab_size, int64_t* ids,

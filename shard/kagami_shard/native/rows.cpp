@@ -154,20 +154,23 @@ Choice choose(const float* logits, int64_t begin, int64_t end) {
 }
 
 }  // namespace
+
+void choose_rows(const float* logits, Part rows, int64_t vocab_size, int64_t* ids, float* logprobs) {
+  for (int64_t row = rows.begin; row < rows.end; row++) {
+    const Choice choice = choose(logits + row * vocab_size, 0, vocab_size);
+    ids[row] = choice.id;
+    logprobs[row] = -logf(choice.total);  // logit - (largest + log total), the two are equal
+  }
+}
+
 }  // namespace kg
 
 extern "C" void kg_greedy(kg_pool* pool, const float* logits, int64_t num_rows, int64_t vocab_size,
                           int64_t* ids, float* logprobs) {
+  if (num_rows == 1) return kg::choose_rows(logits, {0, 1}, vocab_size, ids, logprobs);
   auto job = [&](int thread) {
-    const kg::Part part = kg::part_of(num_rows, thread, pool->num_threads);
-    for (int64_t row = part.begin; row < part.end; row++) {
-      const kg::Choice choice = kg::choose(logits + row * vocab_size, 0, vocab_size);
-      ids[row] = choice.id;
-      logprobs[row] = -logf(choice.total);  // logit - (largest + log total), the two are equal
-    }
+    const kg::Part rows = kg::part_of(num_rows, thread, pool->num_threads);
+    kg::choose_rows(logits, rows, vocab_size, ids, logprobs);
   };
-  if (num_rows == 1)
-    for (int thread = 0; thread < pool->num_threads; thread++) job(thread);
-  else
-    pool->run(job);
+  pool->run(job);
 }

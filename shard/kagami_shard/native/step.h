@@ -92,6 +92,9 @@ bool add_norm(const Step&, const kg_op&, int thread);
 bool linear(const Step&, const kg_op&, const kg_op* next_linear, int thread);
 bool attend(const Step&, const kg_op&, const Plan&, int thread);
 
+// The most likely id of each of these rows of `logits`, and its log probability.
+void choose_rows(const float* logits, Part rows, int64_t vocab_size, int64_t* ids, float* logprobs);
+
 void plan_attention(const kg_batch&, const kg_attention&, int num_threads, Plan&);
 int64_t partial_floats(const kg_attention&);
 

@@ -1,6 +1,8 @@
 // The tape: buffers that grow with the largest step, and the replay on all threads.
 #include <sys/mman.h>
 
+#include <chrono>
+#include <cmath>
 #include <memory>
 #include <new>
 
@@ -104,6 +106,11 @@ struct kg_tape {
     return (int)plans.size() - 1;
   }
 
+  Step step_of(const kg_batch& batch) {
+    return {&batch,         pool, buffers.data(), first_tokens.data(), &next_item,
+            scratch.data(), (float*)partials.base};
+  }
+
   void run(const Step& step, int thread) {
     for (size_t i = 0; i < ops.size(); i++)
       if (run(step, i, thread) || must_meet[i]) pool->barrier();
@@ -163,16 +170,34 @@ extern "C" void kg_tape_delete(kg_tape* tape) { delete tape; }
 
 extern "C" int kg_replay(kg_tape* tape, const kg_batch* batch) {
   if (!tape->prepare(*batch)) return 1;
-  const Step step{batch,
-                  tape->pool,
-                  tape->buffers.data(),
-                  tape->first_tokens.data(),
-                  &tape->next_item,
-                  tape->scratch.data(),
-                  (float*)tape->partials.base};
+  const Step step = tape->step_of(*batch);
   auto job = [&](int thread) { tape->run(step, thread); };
   tape->pool->run(job);
   return 0;
+}
+
+extern "C" int kg_decode(kg_tape* tape, kg_decodes* decodes) {
+  using Clock = std::chrono::steady_clock;
+  const kg_batch& batch = decodes->batch;
+  if (!tape->prepare(batch)) return -1;
+  const Step step = tape->step_of(batch);
+  Clock::time_point computed;
+  auto job = [&](int thread) {
+    tape->run(step, thread);
+    if (thread == 0) computed = Clock::now();
+    choose_rows(batch.logits, part_of(batch.num_rows, thread, tape->pool->num_threads),
+                decodes->vocab_size, decodes->ids, decodes->logprobs);
+  };
+  tape->pool->run(job);
+  int num_lost = 0;
+  for (int64_t i = 0; i < batch.num_rows; i++) {
+    decodes->positions[i]++;
+    decodes->kv_lens[i]++;
+    num_lost += !std::isfinite(decodes->logprobs[i]);
+  }
+  decodes->sampling_ns =
+      std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - computed).count();
+  return num_lost;
 }
 
 extern "C" const void* kg_tape_buffer(kg_tape* tape, int buffer, int64_t* row_bytes) {

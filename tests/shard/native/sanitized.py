@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import torch
+from tests.shard.native.test_decodes import both
 from tests.shard.native.test_ops import (
     MIXED,
     TREES,
@@ -72,6 +73,8 @@ def main() -> None:
         for tree in TREES.values():
             assert is_near(runtime, Case().program, 0, *branching(tree, (30, 9)))
         runtime.choose(torch.randn(3, 77))
+        one_by_one, going_on = both(runtime)
+        assert one_by_one == going_on
     sys.stdout.write("ok\n")
 
 

@@ -17,7 +17,6 @@ from tests.fakes.batches import FakeSequence, build_batch
 from torch import Tensor
 
 from kagami_shard.attention.base import AttentionSpec
-from kagami_shard.attention.cpu import CpuAttention
 from kagami_shard.attention.sdpa import SdpaAttention
 from kagami_shard.batch import ForwardBatch
 from kagami_shard.graphs import record
@@ -29,6 +28,7 @@ from kagami_shard.layers.norm import FullNorm, LayerNorm, RMSNorm, Rounding, no_
 from kagami_shard.layers.rotary import RopeSpec, RotaryEmbedding
 from kagami_shard.models.ops import Ops, SelfAttention, T, TorchOps
 from kagami_shard.models.recorded import replay_into
+from kagami_shard.native.page_tables import PageTables
 from kagami_shard.native.runtime import Runtime
 
 CPU = torch.device("cpu")
@@ -113,7 +113,7 @@ def is_near(runtime: Runtime, make: Make, seed: int, *batches: ForwardBatch) -> 
         step = SdpaAttention().prepare(batch, caches[0])
         expected = exact.run(TorchOps(batch, step, exact.ropes))
         ours = torch.full_like(expected, float("nan"))
-        replay_into(tape, batch, CpuAttention().prepare(batch, caches[1]), ours)
+        replay_into(tape, batch, PageTables(caches[1]), ours)
         if not (ours - expected).abs().max() <= NEAR * expected.abs().max().clamp(min=1.0):
             return False
     return True
@@ -244,7 +244,7 @@ class Case:
             case _:
                 return no_norm
 
-    def program(self, weights: Weights) -> Program:
+    def program(self, weights: Weights, head: Head | None = None) -> Program:
         spec = AttentionSpec(0, self.dim**-0.5, window=self.window, softcap=self.softcap)
         attention = SelfAttention(
             self.num_heads, self.num_kv_heads, self.dim, 0, self.norm(weights), spec
@@ -254,6 +254,7 @@ class Case:
             weights,
             self.width,
             lambda ops, hidden: ops.linear(ops.attend(hidden, attention), output),
+            head=head,
             rope=RopeSpec(self.rotary, 1e4, 64, 64),
             heads=LayerShape(self.num_kv_heads, self.dim, self.dim),
         )

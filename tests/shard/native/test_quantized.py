@@ -20,7 +20,6 @@ from tests.shard.native.test_ops import (
 )
 from torch import Tensor
 
-from kagami_shard.attention.cpu import CpuAttention
 from kagami_shard.graphs import record
 from kagami_shard.kv_cache import KVCache, LayerShape
 from kagami_shard.layers.embedding import Head
@@ -31,6 +30,7 @@ from kagami_shard.models.ops import Ops
 from kagami_shard.models.recorded import replay_into
 from kagami_shard.native.library import Library
 from kagami_shard.native.memory import Packer
+from kagami_shard.native.page_tables import PageTables
 from kagami_shard.native.runtime import Runtime
 from kagami_shard.quantization.base import Groups, Weight
 from kagami_shard.quantization.fp8 import FP8, Fp8Weight, quantize_fp8
@@ -154,7 +154,7 @@ def test_every_code_of_8_bits_is_widened_exactly(runtime: Runtime, kind: str, co
     tape = record(make(Weights(0, torch.bfloat16)), runtime)
     batch, cache = prompt(count), small_cache()
     ours = torch.full((count, 256), float("nan"))
-    replay_into(tape, batch, CpuAttention().prepare(batch, cache), ours)
+    replay_into(tape, batch, PageTables(cache), ours)
     expected = codes[:, 0].view(FP8).float() if is_float else codes[:, 0].float() - 3
     assert torch.equal(ours, expected.expand(count, 256))
 
