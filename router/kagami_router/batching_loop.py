@@ -1,8 +1,8 @@
 """The only driver: schedule, call the shards, update, deliver.
 
-Two tasks on one event loop share the scheduler, each leaving it whole before it awaits. The
-sender asks it for steps as long as it gives one (one or two are in flight); the reader takes
-results, makes text of them, and wakes the sender before it wakes any client.
+Results drive it: the step stream hands over what a step brought, text is made of it, and the next
+step leaves, all in one pass on the event loop's thread (one or two steps are in flight). Between
+passes a task sends steps when somebody came or left.
 
 Ids say whether a sequence ended by EOS, text whether by a stop string; both count before length.
 """
@@ -191,13 +191,13 @@ class BatchingLoop:
         self._last_progress = 0.0
         self._num_failed_steps = 0  # in a row
         self._wake = asyncio.Event()
-        self._is_streaming = False
+        self._steps: StepStream | None = None  # while it stands
         self._gone: KagamiError | None = None
 
     @property
     def is_healthy(self) -> bool:
         """Whether the step stream stands, steps still succeed, and none is overdue."""
-        if not self._is_streaming or self._num_failed_steps >= MAX_FAILED_STEPS:
+        if self._steps is None or self._num_failed_steps >= MAX_FAILED_STEPS:
             return False
         if not self._sent:
             return True
@@ -254,11 +254,11 @@ class BatchingLoop:
         """
         gone: KagamiError = GenerationFailed("the server is shutting down")
         try:
-            async with self._shards.open_steps() as steps:
-                self._is_streaming = True
+            async with self._shards.open_steps(self._finish_step) as steps:
+                self._steps = steps
                 async with asyncio.TaskGroup() as tasks:
-                    tasks.create_task(self._send_steps(steps), name="send steps")
-                    tasks.create_task(self._read_results(steps), name="read results")
+                    tasks.create_task(self._send_when_woken(), name="send steps")
+                    tasks.create_task(steps.lost(), name="watch shards")
         except ExceptionGroup as group:
             lost, bugs = group.split(ShardLost)
             if bugs is not None or lost is None:
@@ -266,22 +266,38 @@ class BatchingLoop:
                 raise
             gone = ShardLost(str(lost.exceptions[0]))
             raise gone from group
+        except ShardLost as lost:
+            gone = lost
+            raise
         finally:
-            self._is_streaming = False
+            self._steps = None
             self._fail_everybody(gone)
 
-    async def _send_steps(self, steps: StepStream) -> None:
+    async def _send_when_woken(self) -> None:
+        """Somebody came or left; what results make possible is sent as they come."""
         while True:
+            self._send_steps()
+            self._wake.clear()
+            await self._wait_for_work()
+
+    def _send_steps(self) -> None:
+        """As many as the scheduler gives: one or two are in flight then."""
+        while self._steps is not None:
             now = self._clock()
             step = self._scheduler.schedule(now)
             contexts = self._trace_schedule(step, now) if self._traces else {}
             if step is None:
-                self._wake.clear()
-                await self._wait_for_work()
-                continue
+                return
             self._sent.append((step, now))
             self._metrics.step_sent(step)
-            await steps.send(step, contexts)
+            self._steps.send(step, contexts)
+
+    def _finish_step(self, results: StepResults) -> None:
+        """The results of the oldest step in flight have come: the next one leaves."""
+        self._take_results(results)
+        self._send_steps()
+        if self._scheduler.is_idle:
+            self._wake.set()  # the pool is checked when nobody comes
 
     def _trace_schedule(self, step: Step | None, now: float) -> dict[int, WireContext]:
         """Tell the traces what was decided; what the shards need of those that join."""
@@ -307,10 +323,6 @@ class BatchingLoop:
                 if self._scheduler.is_idle:
                     self._scheduler.check_integrity()
         await self._wake.wait()
-
-    async def _read_results(self, steps: StepStream) -> None:
-        while True:
-            self._take_results(await steps.receive())
 
     def _take_results(self, results: StepResults) -> None:
         """One step's results: move sequences on, make text, tell clients and metrics."""
@@ -346,7 +358,6 @@ class BatchingLoop:
                 },
             )
         texts_made = self._clock()
-        self._wake.set()
         num_tokens = 0
         for stream, outcome in ready:
             if isinstance(outcome, StreamEvent):

@@ -1,4 +1,4 @@
-"""The shards as the router sees them: gRPC lives here and nowhere else in the router.
+"""The shards as the router sees them: gRPC lives here, and the step stream's in `wire/`.
 
 Turns steps into protobuf and results back. Addresses, not file names: a shard may live on another
 host. Every shard of a model gets the same steps, so they agree by construction; sampled tokens
@@ -7,9 +7,12 @@ are read from the first, and a failure counts whoever reports it.
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from functools import partial
+from itertools import repeat
 from types import TracebackType
 from typing import Self
 
@@ -32,6 +35,7 @@ from kagami_router.scheduler.step import (
 )
 from kagami_router.sequence_trace import WireContext
 from kagami_router.token_log import TopToken
+from kagami_router.wire.connection import CallConnection, CallEnded
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +53,7 @@ WAIT_REPORT_S = 10.0
 # A grammar compiles within about a second, but stands behind others'.
 COMPILE_TIMEOUT_S = 60.0
 
-_StepCall = grpc.aio.StreamStreamCall[pb.Step, pb.StepResult]
+_RUN = f"/{pb.DESCRIPTOR.services_by_name['TextGenerationService'].full_name}/Run"
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,16 +92,34 @@ class Pool:
 
 
 class StepStream:
-    """One step stream to every shard; an async context manager."""
+    """One step stream to every shard; an async context manager.
 
-    def __init__(self, calls: Sequence[_StepCall]) -> None:
-        self._calls = calls
+    Entering it connects and raises `ShardLost`; the shards forget every sequence of the stream
+    before it. `take` gets the results of each step, in order, as soon as all shards have told them.
+    """
+
+    def __init__(self, addresses: Sequence[str], take: Callable[[StepResults], None]) -> None:
+        self._addresses = addresses
+        self._take = take
+        self._calls: list[CallConnection] = []
+        # What each shard has told of steps that others have not told all of.
+        self._told: list[deque[bytes]] = [deque() for _ in addresses]
+        self._over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def are_open(self) -> list[bool]:
         """For each shard whether its stream stands."""
-        return [not call.done() for call in self._calls]
+        return [call.is_open for call in self._calls] or [False] * len(self._addresses)
 
     async def __aenter__(self) -> Self:
+        try:
+            for told, address in zip(self._told, self._addresses, strict=True):
+                call = await CallConnection.open(
+                    address, _RUN, partial(self._receive, told), self._lost
+                )
+                self._calls.append(call)
+        except CallEnded as error:
+            self._close()
+            raise ShardLost(str(error)) from error
         return self
 
     async def __aexit__(
@@ -106,41 +128,46 @@ class StepStream:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        for call in self._calls:
-            call.cancel()
+        self._close()
 
-    async def send(self, step: Step, contexts: Mapping[int, WireContext] = {}) -> None:
+    def _close(self) -> None:
+        for call in self._calls:
+            call.close()
+        self._over.cancel()
+
+    def send(self, step: Step, contexts: Mapping[int, WireContext] = {}) -> None:
         """Send a step to every shard; raises `ShardLost`.
 
         `contexts`: of the new sequences that are traced, by id.
         """
-        message = step_to_pb(step, contexts)
+        message = step_to_pb(step, contexts).SerializeToString()
         try:
             for call in self._calls:
-                await call.write(message)
-        except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
-            raise ShardLost(_reason(error)) from error
+                call.send(message)
+        except CallEnded as error:
+            raise ShardLost(str(error)) from error
 
-    async def receive(self) -> StepResults:
-        """The results of the oldest step that has none yet; raises `ShardLost`."""
+    async def lost(self) -> None:
+        """Wait for the stream's end: raises `ShardLost`, or what `take` raised."""
+        await self._over
+
+    def _lost(self, reason: str) -> None:
+        self._fail(ShardLost(reason))
+
+    def _fail(self, error: Exception) -> None:
+        if not self._over.done():
+            self._over.set_exception(error)
+
+    def _receive(self, told: deque[bytes], message: bytes) -> None:
+        told.append(message)
+        if self._over.done() or not all(self._told):
+            return
+        # Nobody above us but the event loop: whoever waits for the end is told.
         try:
-            if len(self._calls) == 1:
-                messages = [await self._calls[0].read()]
-            else:
-                # All at once: when one shard dies the others may wait for it for ever.
-                messages = await asyncio.gather(*(call.read() for call in self._calls))
-        except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
-            raise ShardLost(_reason(error)) from error
-        except asyncio.CancelledError as error:
-            if _is_cancelling():
-                raise
-            raise ShardLost("the step stream was cancelled") from error
-        results: list[pb.StepResult] = []
-        for message in messages:
-            if not isinstance(message, pb.StepResult):
-                raise ShardLost("the shard closed the step stream")
-            results.append(message)
-        return results_from_pb(results)
+            messages = [pb.StepResult.FromString(each.popleft()) for each in self._told]
+            self._take(results_from_pb(messages))
+        except Exception as error:
+            self._fail(error)
 
 
 class ShardGroup:
@@ -255,9 +282,9 @@ class ShardGroup:
             if answer.error:
                 raise InvalidRequest(f"grammar is not valid: {answer.error}")
 
-    def open_steps(self) -> StepStream:
-        """A new step stream; the shards forget every sequence of the one before it."""
-        self._steps = StepStream([stub.Run() for stub in self._stubs])
+    def open_steps(self, take: Callable[[StepResults], None]) -> StepStream:
+        """A new step stream, to be entered; `take` gets what comes back."""
+        self._steps = StepStream(self._addresses, take)
         return self._steps
 
 
@@ -266,16 +293,8 @@ def _trace_metadata() -> tuple[tuple[str, str], ...]:
     return tuple(headers_of(trace.get_current_span().get_span_context()).items())
 
 
-def _is_cancelling() -> bool:
-    """Whether the running task itself is being cancelled, not just the call it waits for."""
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
-
-
-def _reason(error: BaseException) -> str:
-    if isinstance(error, grpc.aio.AioRpcError):
-        return error.details() or error.code().name
-    return "the step stream is closed"
+def _reason(error: grpc.aio.AioRpcError) -> str:
+    return error.details() or error.code().name
 
 
 def _info_from_pb(info: pb.InfoResponse) -> ShardInfo:
@@ -361,28 +380,44 @@ def _grammar_to_pb(grammar: Grammar) -> pb.Grammar:
 def results_from_pb(messages: Sequence[pb.StepResult]) -> StepResults:
     """What all shards say of one step: the first one's tokens, everybody's failures."""
     first = messages[0]
-    top_tokens = {
-        top.index: tuple(map(TopToken, top.token_ids, top.logprobs)) for top in first.top_tokens
-    }
-    samples = list(map(Sample, first.ids, first.token_ids, first.logprobs))
-    for index, top in top_tokens.items():
-        samples[index] = samples[index]._replace(top_tokens=top)
-    return StepResults(
-        number=first.number,
-        samples=samples,
-        prompt_logprobs=[_prompt_logprobs_from_pb(scored) for scored in first.prompt_logprobs],
-        failures=[
-            Failure(failure.id, failure.message)
-            for message in messages
-            for failure in message.failures
-        ],
-        error=next((message.error for message in messages if message.error), ""),
-        out_of_memory=any(message.out_of_memory for message in messages),
-        host_ns=max(message.host_ns for message in messages),
-        device_ns=max(message.device_ns for message in messages),
-        sampling_ns=max(message.sampling_ns for message in messages),
-        admission_ns=max(message.admission_ns for message in messages),
-        spans_dropped=sum(message.spans_dropped for message in messages),
+    none = repeat((), len(first.ids))
+    # A row that is not whole is no row: its sequence got no token, which the scheduler sees.
+    samples: list[Sample] = list(
+        zip(first.ids, first.token_ids, first.logprobs, none, strict=False)
+    )
+    for top in first.top_tokens:
+        alternatives = tuple(map(TopToken, top.token_ids, top.logprobs))
+        samples[top.index] = (*samples[top.index][:3], alternatives)
+    results = StepResults(
+        first.number,
+        samples,
+        [_prompt_logprobs_from_pb(scored) for scored in first.prompt_logprobs],
+        [Failure(failure.id, failure.message) for failure in first.failures],
+        first.error,
+        first.out_of_memory,
+        first.host_ns,
+        first.device_ns,
+        first.sampling_ns,
+        first.admission_ns,
+        first.spans_dropped,
+    )
+    for other in messages[1:]:
+        results = _with_another(results, other)
+    return results
+
+
+def _with_another(results: StepResults, other: pb.StepResult) -> StepResults:
+    """What one more shard says of the same step: who is slowest counts, and who fails."""
+    failures = [Failure(failure.id, failure.message) for failure in other.failures]
+    return results._replace(
+        failures=[*results.failures, *failures],
+        error=results.error or other.error,
+        out_of_memory=results.out_of_memory or other.out_of_memory,
+        host_ns=max(results.host_ns, other.host_ns),
+        device_ns=max(results.device_ns, other.device_ns),
+        sampling_ns=max(results.sampling_ns, other.sampling_ns),
+        admission_ns=max(results.admission_ns, other.admission_ns),
+        spans_dropped=results.spans_dropped + other.spans_dropped,
     )
 
 

@@ -75,8 +75,8 @@ DECODES = Step(
     preempted=[],
     num_kv_tokens=10,
 )
-PREFILL = replace(DECODES, new_sequences=[NEW], num_decodes=0, num_prefill_tokens=2)
-MIXED = replace(PREFILL, num_decodes=1, join_reason=JoinReason.CHUNKING)
+PREFILL = DECODES._replace(new_sequences=[NEW], num_decodes=0, num_prefill_tokens=2)
+MIXED = PREFILL._replace(num_decodes=1, join_reason=JoinReason.CHUNKING)
 
 
 def warm() -> Metrics:
@@ -197,7 +197,7 @@ def test_a_steps_time_is_told_part_by_part() -> None:
 
 def test_a_failed_step_has_no_duration() -> None:
     metrics = warm()
-    metrics.step_finished(DECODES, replace(RESULTS, error="no"), REPORT)
+    metrics.step_finished(DECODES, RESULTS._replace(error="no"), REPORT)
     found = parsed(metrics)
     assert found["tgi_batch_inference_failure"]["method=decode"] == 1
     assert found["tgi_batch_inference_duration_count"]["method=decode"] == 0
@@ -206,7 +206,7 @@ def test_a_failed_step_has_no_duration() -> None:
 
 def test_a_step_tells_who_joined_and_who_left() -> None:
     metrics = warm()
-    metrics.step_sent(replace(MIXED, preempted=[None] * 2))
+    metrics.step_sent(MIXED._replace(preempted=[None] * 2))
     metrics.step_sent(PREFILL)
     metrics.step_sent(DECODES)
     found = parsed(metrics)
@@ -219,7 +219,7 @@ def test_prompt_tokens_are_told_by_source() -> None:
     metrics = warm()
     replay = NEW._replace(is_replay=True, num_cached_tokens=2)
     alone = NEW._replace(looked_up=False, num_cached_tokens=0)
-    metrics.step_sent(replace(PREFILL, new_sequences=[NEW, replay, alone]))
+    metrics.step_sent(PREFILL._replace(new_sequences=[NEW, replay, alone]))
     found = parsed(metrics)
     assert found["tgi_prompt_tokens_total"] == {
         "source=computed": 1 + 5,

@@ -17,7 +17,7 @@ from kagami_router.requests import (
     ValidRequest,
 )
 from kagami_router.scheduler.scheduler import Scheduler, SchedulerConfig
-from kagami_router.scheduler.step import Failure, PromptLogprobs, Step
+from kagami_router.scheduler.step import Failure, PromptLogprobs, Step, StepResults
 from kagami_router.sequence_trace import WireContext
 from kagami_router.shard_client import ShardGroup, results_from_pb, step_to_pb
 
@@ -44,6 +44,10 @@ def new_step() -> Step:
     step = scheduler.schedule(0.0)
     assert step is not None
     return step
+
+
+def ignore(results: StepResults) -> None:
+    """What a step brought."""
 
 
 def test_a_step_becomes_columns() -> None:
@@ -85,7 +89,7 @@ def test_results_become_records() -> None:
     )
     results = results_from_pb([message])
     assert [sample[:3] for sample in results.samples] == [(1, 7, -1.0), (2, 8, -2.0)]
-    assert [len(sample.top_tokens) for sample in results.samples] == [0, 2]
+    assert [len(sample[3]) for sample in results.samples] == [0, 2]
     assert results.prompt_logprobs == [
         PromptLogprobs(1, 1, [-0.5], []),
         PromptLogprobs(2, 3, [-0.5, -0.25], [((4, -0.5), (5, -1.0)), ((6, -0.25), (7, -1.5))]),
@@ -130,23 +134,24 @@ async def test_a_shard_is_up_from_its_first_answer_to_the_end_of_its_stream(tmp_
         assert group.are_up() == [False, False]
         await group.wait_ready()
         assert group.are_up() == [True, True]
-        async with group.open_steps() as steps:
+        async with group.open_steps(ignore) as steps:
             await second.kill()
             with pytest.raises(ShardLost):
-                await steps.receive()
+                await steps.lost()
             assert group.are_up() == [True, False]
 
 
 async def test_every_shard_gets_every_step(tmp_path: Path) -> None:
+    received: asyncio.Queue[StepResults] = asyncio.Queue()
     async with (
         FakeShard(str(tmp_path / "0")) as first,
         FakeShard(str(tmp_path / "1")) as second,
         ShardGroup([first.address, second.address]) as group,
-        group.open_steps() as steps,
+        group.open_steps(received.put_nowait) as steps,
     ):
-        await steps.send(new_step())
-        results = await steps.receive()
-        assert [sample.sequence_id for sample in results.samples] == [1]
+        steps.send(new_step())
+        results = await received.get()
+        assert [sample[0] for sample in results.samples] == [1]
         assert first.steps == second.steps
 
 
@@ -155,15 +160,34 @@ async def test_one_dead_shard_is_noticed_while_the_others_wait(tmp_path: Path) -
         FakeShard(str(tmp_path / "0")) as first,
         FakeShard(str(tmp_path / "1")) as second,
         ShardGroup([first.address, second.address]) as group,
-        group.open_steps() as steps,
+        group.open_steps(ignore) as steps,
     ):
         first.gate.clear()
         second.gate.clear()
-        await steps.send(new_step())
-        receiving = asyncio.ensure_future(steps.receive())
+        steps.send(new_step())
         await second.kill()
         with pytest.raises(ShardLost):
-            await receiving
+            await steps.lost()
+
+
+async def test_what_goes_wrong_with_results_ends_the_stream(tmp_path: Path) -> None:
+    def take(results: StepResults) -> None:
+        raise LookupError("a bug")
+
+    async with (
+        FakeShard(str(tmp_path / "0")) as shard,
+        ShardGroup([shard.address]) as group,
+        group.open_steps(take) as steps,
+    ):
+        steps.send(new_step())
+        with pytest.raises(LookupError):
+            await steps.lost()
+
+
+async def test_a_step_stream_to_nobody_is_a_lost_shard(tmp_path: Path) -> None:
+    async with ShardGroup([f"unix://{tmp_path / 'none'}"]) as group:
+        with pytest.raises(ShardLost, match="cannot connect to"):
+            await group.open_steps(ignore).__aenter__()
 
 
 async def test_a_warmup_nobody_answers_is_a_lost_shard(tmp_path: Path) -> None:

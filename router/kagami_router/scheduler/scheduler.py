@@ -490,7 +490,7 @@ class Scheduler:
 
     def _fail_unanswered(self, step: Step, results: StepResults, events: list[Event]) -> None:
         """A sequence that should have a token but got none would never be scheduled again."""
-        answered = {sample.sequence_id for sample in results.samples}
+        answered = {sequence_id for sequence_id, *_ in results.samples}
         for work in step.work:
             if work.samples and work.sequence.id not in answered:
                 self._fail(work.sequence.id, "the shard returned no token", events)

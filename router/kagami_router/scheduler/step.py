@@ -48,8 +48,7 @@ class Work(NamedTuple):
     samples: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(NamedTuple):
     """One change set and one forward pass. Drops are applied first, then new sequences.
 
     Without work it only tells the shards what to forget, while nothing else is to be done.
@@ -70,13 +69,8 @@ class Step:
     """None: nobody joined, or there was nobody to join."""
 
 
-class Sample(NamedTuple):
-    """One sampled token; `top_tokens` most likely first."""
-
-    sequence_id: int
-    token_id: int
-    logprob: float
-    top_tokens: tuple[TopToken, ...] = ()
+Sample = tuple[int, int, float, tuple[TopToken, ...]]
+"""One sampled token: sequence's id, token, its logprob; top tokens, most likely first."""
 
 
 class PromptLogprobs(NamedTuple):
@@ -96,8 +90,7 @@ class Failure(NamedTuple):
     message: str
 
 
-@dataclass(frozen=True, slots=True)
-class StepResults:
+class StepResults(NamedTuple):
     """What one step brought. `error`, if not empty: the pass failed, nothing was computed."""
 
     number: int

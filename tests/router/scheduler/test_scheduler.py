@@ -9,7 +9,6 @@ from kagami_router.scheduler.scheduler import Scheduler, SchedulerConfig
 from kagami_router.scheduler.step import (
     Event,
     Failure,
-    Sample,
     SequenceFailed,
     Step,
     StepResults,
@@ -43,7 +42,7 @@ def schedule(scheduler: Scheduler) -> Step:
 
 def answer(scheduler: Scheduler, step: Step, **changes: object) -> list[Event]:
     """Confirm a step: whoever samples gets the token 100."""
-    samples = [Sample(work.sequence.id, 100, -0.5) for work in step.work if work.samples]
+    samples = [(work.sequence.id, 100, -0.5, ()) for work in step.work if work.samples]
     results = StepResults(step.number, **({"samples": samples} | changes))
     events = scheduler.update(results)
     scheduler.check_integrity()

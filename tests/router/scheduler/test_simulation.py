@@ -14,7 +14,6 @@ from kagami_router.scheduler.sequence import Sequence
 from kagami_router.scheduler.step import (
     Failure,
     PromptLogprobs,
-    Sample,
     Step,
     StepResults,
     TokenSampled,
@@ -34,7 +33,7 @@ def to_request(step: Step) -> Request:
 def to_results(result: Result, step: Step) -> StepResults:
     return StepResults(
         number=result.number,
-        samples=[Sample(key, token_id, -0.5) for key, token_id in result.tokens.items()],
+        samples=[(key, token_id, -0.5, ()) for key, token_id in result.tokens.items()],
         prompt_logprobs=[
             PromptLogprobs(work.sequence.id, work.position + 1, [-1.0] * work.num_tokens)
             for work in step.work
