@@ -260,3 +260,22 @@ def test_a_head_narrower_than_the_vocabulary_is_served(folder: Path) -> None:
     grammars.close()
     assert banned is not None
     assert banned.mask.shape == (1, VOCAB - 3)
+
+
+def test_the_vocabulary_is_read_for_the_first_grammar_and_once(tmp_path: Path) -> None:
+    file = tmp_path / "tokenizer.json"
+    grammars = Grammars(tmp_path, vocab_size=VOCAB + 7, eos_token_ids=[EOS])
+    TOKENIZER.save(str(file))  # behind the start of the server
+    assert accepts(grammars, regex("ab"), "ab")
+    file.unlink()
+    assert accepts(grammars, regex("cd"), "cd")
+    grammars.close()
+
+
+def test_requests_without_a_grammar_read_no_vocabulary(tmp_path: Path) -> None:
+    grammars = Grammars(tmp_path, vocab_size=VOCAB + 7, eos_token_ids=[EOS])
+    with grammars.filling([None, None]) as masks:
+        pass
+    assert masks.result() is None
+    assert grammars._loaded is None
+    grammars.close()
