@@ -17,6 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+_HUGE_PAGE = 2 << 20
+
 
 class LayerShape(NamedTuple):
     """What one layer keeps of one token."""
@@ -93,13 +95,16 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     """Zeros, because masked reads of slots never written must be finite (0 x NaN is NaN).
 
     On the CPU they are fresh pages of the kernel, which take no memory until they are written;
-    huge ones, because a step reads blocks all over them.
+    huge ones, because a step reads blocks all over them, and from the border of one on: else the
+    first block takes two, and every tensor's end a part of the next one's.
     """
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     size = math.prod(shape) * dtype.itemsize
     # Private: the kernel gives huge pages to no shared memory by default.
-    pages = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    pages = mmap.mmap(-1, size + _HUGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with suppress(OSError):  # a kernel without them
         pages.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(pages, dtype=dtype).view(shape)
+    start = -torch.frombuffer(pages, dtype=torch.uint8).data_ptr() % _HUGE_PAGE
+    count = size // dtype.itemsize
+    return torch.frombuffer(pages, dtype=dtype, count=count, offset=start).view(shape)
