@@ -6,22 +6,43 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <chrono>
+
 #include "ops.h"
 #include "panel.h"
 
 namespace kg {
+namespace {
+constexpr int kLooksAtATime = 100;  // some microseconds
+}
 
-void Gate::wait(int old, int spins) {
+bool Gate::spin(int old, int spins) const {
   for (int i = 0; i < spins; i++) {
-    if (value_.load(std::memory_order_acquire) != old) return;
+    if (value_.load(std::memory_order_acquire) != old) return true;
     _mm_pause();
   }
+  return false;
+}
+
+void Gate::sleep(int old) {
   // A sleeper is counted before the kernel compares the value, an opener changes the value before
   // it looks for sleepers: one of them sees the other.
   num_sleepers_.fetch_add(1);
   while (value_.load() == old)
     syscall(SYS_futex, &value_, FUTEX_WAIT_PRIVATE, old, nullptr, nullptr, 0);
   num_sleepers_.fetch_sub(1);
+}
+
+void Gate::wait(int old, int spins) {
+  if (!spin(old, spins)) sleep(old);
+}
+
+void Gate::linger(int old, int limit_us) {
+  using Clock = std::chrono::steady_clock;
+  if (!limit_us) return sleep(old);
+  const auto end = Clock::now() + std::chrono::microseconds(limit_us);
+  while (!spin(old, kLooksAtATime))
+    if (Clock::now() >= end) return sleep(old);
 }
 
 void Gate::open() {
@@ -43,9 +64,10 @@ Pool::~Pool() {
 }
 
 void Pool::serve(int thread) {
-  for (int seen = 0;; seen++) {
-    round_.wait(seen, 0);
+  for (int seen = 0, linger_us = 0;; seen++) {
+    round_.linger(seen, linger_us);
     if (stop_) return;
+    linger_us = linger_us_;  // behind the barrier the next job may change it
     call_(context_, thread);
     if (use_amx) release_tiles();
     barrier();

@@ -2,7 +2,7 @@
 //
 // A waiting thread spins for a bounded number of looks and then sleeps on a futex: the router and
 // clients share the cores, and a thread that spins without its core holds everybody up
-// (notes/0004). The caller is thread 0. Between calls the others sleep.
+// (notes/0004). The caller is thread 0. Between calls the others sleep, at once or after a while.
 #pragma once
 #include <atomic>
 #include <thread>
@@ -15,9 +15,14 @@ class Gate {
  public:
   int value() const { return value_.load(std::memory_order_relaxed); }
   void wait(int old, int spins);
+  // Spins for `limit_us` before it sleeps.
+  void linger(int old, int limit_us);
   void open();
 
  private:
+  bool spin(int old, int spins) const;
+  void sleep(int old);
+
   alignas(64) std::atomic<int> value_{0};
   std::atomic<int> num_sleepers_{0};
 };
@@ -30,9 +35,11 @@ class Pool {
   const int num_threads;
   const bool use_amx;
 
-  // `job(thread)` on every thread; returns when all are done.
+  // `job(thread)` on every thread; returns when all are done. The other threads then stay awake for
+  // the next job for `linger_us`.
   template <class Job>
-  void run(Job& job) {
+  void run(Job& job, int linger_us = 0) {
+    linger_us_ = linger_us;
     start([](void* context, int thread) { (*(Job*)context)(thread); }, &job);
   }
   // Within a job: returns when all threads have come here.
@@ -46,6 +53,7 @@ class Pool {
   const int spins_;
   Call call_ = nullptr;
   void* context_ = nullptr;
+  int linger_us_ = 0;
   bool stop_ = false;
   Gate round_;  // counts jobs
   Gate phase_;  // counts barriers passed

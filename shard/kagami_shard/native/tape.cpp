@@ -15,6 +15,10 @@ namespace {
 using namespace kg;
 
 constexpr int64_t kHugePage = 2 << 20;
+// The next step of a decode comes 0.5 to 2 ms behind the last one. To wake a thread whose core has
+// gone to sleep takes as long as several ops, and all that Python and gRPC do in between then finds
+// one core awake (notes/0015).
+constexpr int kLingerUs = 2000;
 constexpr int64_t kSpareBytes = 64 << 10;  // kernels prefetch beyond the end
 
 int64_t mapped_bytes(int64_t bytes) { return round_up(bytes + kSpareBytes, kHugePage); }
@@ -188,7 +192,7 @@ extern "C" int kg_decode(kg_tape* tape, kg_decodes* decodes) {
     choose_rows(batch.logits, part_of(batch.num_rows, thread, tape->pool->num_threads),
                 decodes->vocab_size, decodes->ids, decodes->logprobs);
   };
-  tape->pool->run(job);
+  tape->pool->run(job, kLingerUs);
   int num_lost = 0;
   for (int64_t i = 0; i < batch.num_rows; i++) {
     decodes->positions[i]++;
