@@ -37,13 +37,15 @@ class StoredRows:
         self.shape = shape
 
     def tensor(self) -> Tensor:
-        """All in one tensor, cast: read by the first call, and kept."""
+        """All in one tensor, cast: read by the first call, and kept; the files are let go."""
         if self._tensor is None:
-            self._tensor = self._read()
+            self._tensor, self._parts = self._read(), ()
         return self._tensor
 
     def in_place(self) -> tuple[Tensor, ...]:
         """In the tensor's dtype, and not kept: the parts as they lie, if they are in it."""
+        if self._tensor is not None:
+            return (self._tensor,)
         if all(part.dtype == self.dtype for part in self._parts):
             return self._parts
         return (self._read(),)

@@ -50,6 +50,16 @@ def test_the_tensor_is_read_once(tmp_path: Path) -> None:
     assert torch.equal(rows.tensor(), torch.cat([A, B]))
 
 
+def test_what_has_been_read_lets_its_file_go(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    save_file({"a": LARGE}, file)
+    rows = stored(tmp_path, "a")
+    assert str(file) in Path("/proc/self/maps").read_text()
+    whole = rows.tensor()
+    assert str(file) not in Path("/proc/self/maps").read_text()
+    assert rows.in_place()[0] is whole
+
+
 def test_pages_given_back_are_not_resident(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     save_file({"a": LARGE}, file)
