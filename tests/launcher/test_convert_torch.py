@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from kagami_launcher import convert_torch, hub, model_folder
-from kagami_launcher.convert import Task, convert
+from kagami_launcher.convert import Task, convert, main
 from kagami_launcher.convert_files import ConversionRefused
 from kagami_launcher.convert_torch import read_pickle, safetensors_name
+from kagami_proto import logs
 
 BASE = "model.embed_tokens.weight"
 
@@ -148,6 +150,22 @@ class Payload:
         return os.mkdir, (str(self.trace),)
 
 
+@pytest.fixture
+def refusal(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> Callable[..., str]:
+    """What the child would say last as it ends with 1; a child imports torch for two seconds."""
+    monkeypatch.setattr(logs, "configure", lambda *_, **__: None)
+
+    def refused(folder: Path, *flags: str) -> str:
+        assert main([str(folder), str(folder), "--model-id", "org/name", *flags]) == 1
+        *_, last = caplog.records
+        assert (last.levelname, last.exc_info) == ("ERROR", None)
+        return last.getMessage()
+
+    return refused
+
+
 def run_child(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
     argv = [sys.executable, "-P", "-m", "kagami_launcher.convert", str(folder), str(folder)]
     argv += ["--model-id", "org/name", *flags]
@@ -155,14 +173,14 @@ def run_child(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("flags", [(), ("--trust-remote-code",)])
-def test_code_in_a_pickle_is_never_run(tmp_path: Path, flags: tuple[str, ...]) -> None:
+def test_code_in_a_pickle_is_never_run(
+    tmp_path: Path, refusal: Callable[..., str], flags: tuple[str, ...]
+) -> None:
     folder = make_folder(tmp_path / "m", {"a": torch.ones(1)})
     save(folder / "pytorch_model.bin", {"a": torch.ones(1), "b": Payload(tmp_path / "ran")})
-    done = run_child(folder, *flags)
-    last = json.loads(done.stdout.splitlines()[-1])
-    assert (done.returncode, last["level"]) == (1, "ERROR")
-    assert f"Cannot convert {folder}: pytorch_model.bin is not a plain file" in last["message"]
-    assert "`--trust-remote-code`" in last["message"]
+    message = refusal(folder, *flags)
+    assert f"Cannot convert {folder}: pytorch_model.bin is not a plain file" in message
+    assert "`--trust-remote-code`" in message
     assert not (tmp_path / "ran").exists()
     assert not list(folder.glob("*.safetensors*"))
 
@@ -195,10 +213,19 @@ def test_what_is_no_weight_is_refused_by_name(tmp_path: Path, value: Any, why: s
         read_pickle(save(tmp_path / "file.bin", value))
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("content", [b"", b"version https://git-lfs", pickle.dumps(3)[:4]])
-def test_a_broken_file_is_one_error_line(tmp_path: Path, content: bytes) -> None:
+def test_a_broken_file_is_named(
+    tmp_path: Path, refusal: Callable[..., str], content: bytes
+) -> None:
     folder = make_folder(tmp_path / "m", {"a": torch.ones(1)})
     (folder / "pytorch_model.bin").write_bytes(content)
+    assert "pytorch_model.bin" in refusal(folder)
+
+
+def test_a_broken_file_is_one_error_line(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "m", {"a": torch.ones(1)})
+    (folder / "pytorch_model.bin").write_bytes(b"")
     done = run_child(folder)
     assert done.returncode == 1
     assert "Traceback" not in done.stdout + done.stderr
