@@ -47,11 +47,15 @@ def grammar(schema: object) -> dict[str, object]:
     return {"type": "json", "value": schema}
 
 
-async def test_json_at_temperature_1_always_fits_its_schema(server: Server) -> None:
+async def test_json_at_temperature_1_always_fits_its_schema(bf16_server: Server) -> None:
     answers = await asyncio.gather(
         *(
             generate(
-                server.url, max_new_tokens=150, do_sample=True, seed=seed, grammar=grammar(ORDER)
+                bf16_server.url,
+                max_new_tokens=150,
+                do_sample=True,
+                seed=seed,
+                grammar=grammar(ORDER),
             )
             for seed in range(24)
         )
@@ -63,14 +67,14 @@ async def test_json_at_temperature_1_always_fits_its_schema(server: Server) -> N
     assert len({answer["generated_text"] for _, answer in answers}) > 12
 
 
-async def test_what_is_cut_says_so(server: Server) -> None:
-    _, answer = await generate(server.url, max_new_tokens=5, grammar=grammar(ORDER))
+async def test_what_is_cut_says_so(bf16_server: Server) -> None:
+    _, answer = await generate(bf16_server.url, max_new_tokens=5, grammar=grammar(ORDER))
     assert answer["details"]["finish_reason"] == "length"
 
 
-async def test_a_regular_expression_is_matched_whole(server: Server) -> None:
+async def test_a_regular_expression_is_matched_whole(bf16_server: Server) -> None:
     _, answer = await generate(
-        server.url,
+        bf16_server.url,
         "Whats Googles DNS? ",
         max_new_tokens=20,
         grammar={"type": "regex", "value": DNS},
@@ -93,14 +97,14 @@ async def test_constrained_and_free_requests_share_batches(server: Server) -> No
         assert answer["generated_text"] == alone[1]["generated_text"]
 
 
-async def test_a_bad_grammar_is_refused_at_the_door(server: Server) -> None:
+async def test_a_bad_grammar_is_refused_at_the_door(bf16_server: Server) -> None:
     for bad in ({"type": "regex", "value": "(a"}, grammar({"type": "pizza"}), grammar("{")):
-        status, answer = await generate(server.url, grammar=bad)
+        status, answer = await generate(bf16_server.url, grammar=bad)
         assert status == 422
         assert answer["error"].startswith("Input validation error: grammar is not valid: ")
 
 
-async def test_a_stream_goes_on_while_grammars_are_compiled(server: Server) -> None:
+async def test_a_stream_goes_on_while_grammars_are_compiled(bf16_server: Server) -> None:
     """Grammars of 0.2 s of compiling each, that turn out to be too large, beside a stream."""
     heavy = [
         {
@@ -119,7 +123,7 @@ async def test_a_stream_goes_on_while_grammars_are_compiled(server: Server) -> N
         nonlocal num_tokens
         body = {"inputs": "Once", "parameters": {"max_new_tokens": 400, "ignore_eos": True}}
         async with (
-            aiohttp.ClientSession(server.url) as http,
+            aiohttp.ClientSession(bf16_server.url) as http,
             http.post("/generate_stream", json=body) as answer,
         ):
             async for line in answer.content:
@@ -130,7 +134,9 @@ async def test_a_stream_goes_on_while_grammars_are_compiled(server: Server) -> N
     reading = asyncio.ensure_future(read_stream())
     await has_begun.wait()
     before = num_tokens
-    answers = await asyncio.gather(*(generate(server.url, grammar=grammar(one)) for one in heavy))
+    answers = await asyncio.gather(
+        *(generate(bf16_server.url, grammar=grammar(one)) for one in heavy)
+    )
     during = num_tokens - before
     reading.cancel()
     assert [status for status, _ in answers] == [422] * len(heavy)
@@ -138,8 +144,8 @@ async def test_a_stream_goes_on_while_grammars_are_compiled(server: Server) -> N
     assert during > len(heavy)  # more than could slip in between two that hold everything up
 
 
-async def test_a_schema_in_a_chat_as_openai_writes_it(server: Server) -> None:
-    client = AsyncOpenAI(base_url=f"{server.url}/v1", api_key="-")
+async def test_a_schema_in_a_chat_as_openai_writes_it(bf16_server: Server) -> None:
+    client = AsyncOpenAI(base_url=f"{bf16_server.url}/v1", api_key="-")
     answer = await client.chat.completions.create(
         model="tgi",
         messages=[{"role": "user", "content": "Order a pizza."}],

@@ -56,6 +56,12 @@ def check(name: str, arguments: str) -> None:
 
 
 @pytest.fixture
+def server(bf16_server: Server) -> Server:
+    """As it is served by default; no text here is compared with another batch's."""
+    return bf16_server
+
+
+@pytest.fixture
 def client(server: Server) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{server.url}/v1", api_key="-", max_retries=0)
 
