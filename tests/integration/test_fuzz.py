@@ -20,7 +20,7 @@ from tests.router.api.test_fuzz import POSTS
 
 pytestmark = pytest.mark.slow
 
-DURATION_S, WARM_UP_S = 16.0, 4.0
+DURATION_S, WARM_UP_S = 10.0, 3.0
 CONNECTIONS = 8
 # A body that lost its `max_tokens` asks for a long answer: the client leaves in the middle of it.
 # A request that hangs would still hold its place in the end.

@@ -22,26 +22,26 @@ async def streamed_text(session: aiohttp.ClientSession, url: str, prompt: str, c
 
 async def test_64_streams_complete_with_the_text_of_the_plain_route(server: Server) -> None:
     prompts = [f"{PROMPTS[n % 19]} {n}" for n in range(64)]
-    plain = await generate_together(server.url, prompts, max_new_tokens=40)
+    plain = await generate_together(server.url, prompts, max_new_tokens=16)
 
     async with aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=600)
     ) as session:
         texts = await asyncio.gather(
-            *(streamed_text(session, server.url, prompt, 40) for prompt in prompts)
+            *(streamed_text(session, server.url, prompt, 16) for prompt in prompts)
         )
 
     assert texts == [answer["generated_text"] for answer in plain]
 
 
-async def test_japanese_and_emoji_come_whole(server: Server) -> None:
+async def test_japanese_and_emoji_come_whole(bf16_server: Server) -> None:
     prompts = [
         "次の文を繰り返してください。富士山はとても高いです。富士山はとても",
         "🍕🍣🎉🍕🍣🎉🍕🍣🎉🍕🍣",
         "ありがとう😊 ありがとう😊 ありがとう😊",
     ]
     async with aiohttp.ClientSession() as session:
-        texts = [await streamed_text(session, server.url, prompt, 50) for prompt in prompts]
+        texts = [await streamed_text(session, bf16_server.url, prompt, 50) for prompt in prompts]
 
     assert not any("\ufffd" in text for text in texts)
     assert any(ord(character) > 0x2FFF for text in texts for character in text)
@@ -95,12 +95,12 @@ async def test_a_shared_prefix_is_computed_once(server: Server, tmp_path: Path) 
     cached = await first_token_seconds(server.url, 16)
     hits = server.metric("tgi_prefix_hit_tokens_total") - before
     with running(tmp_path, "--dtype", "float32", environ={"PREFIX_CACHING": "0"}) as plain:
-        uncached = await first_token_seconds(plain.url, 5)
+        uncached = await first_token_seconds(plain.url, 3)
         assert plain.metric("tgi_prefix_hit_tokens_total") == 0
 
     assert hits >= 15 * 960
     # A ratio on one machine in one run, far from its border (seen: more than 10).
-    assert sorted(uncached)[2] >= 4 * sorted(cached[1:])[8]
+    assert sorted(uncached)[1] >= 4 * sorted(cached[1:])[8]
 
 
 async def test_16_clients_at_once_compute_a_shared_prefix_once(server: Server) -> None:
