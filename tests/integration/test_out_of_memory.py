@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import resource
 import signal
@@ -16,7 +17,17 @@ from tests.integration.test_processes import descendants, within
 pytestmark = pytest.mark.slow
 
 GIB = 2**30
-VOCABULARY, HIDDEN, HEAD = 2**17, 2**14, 64
+VOCABULARY, HIDDEN, HEAD = 2**20, 2**11, 64
+LAYER = "layers.0"
+SHAPES: dict[str, tuple[int, ...]] = {
+    "embed_tokens": (VOCABULARY, HIDDEN),
+    "norm": (HIDDEN,),
+    f"{LAYER}.input_layernorm": (HIDDEN,),
+    f"{LAYER}.post_attention_layernorm": (HIDDEN,),
+    **{f"{LAYER}.self_attn.{name}_proj": (HIDDEN, HIDDEN) for name in "qkvo"},
+    **{f"{LAYER}.mlp.{name}_proj": (HEAD, HIDDEN) for name in ("gate", "up")},
+    f"{LAYER}.mlp.down_proj": (HIDDEN, HEAD),
+}
 NO_CARD = {"CUDA_VISIBLE_DEVICES": ""}
 
 
@@ -24,11 +35,14 @@ NO_CARD = {"CUDA_VISIBLE_DEVICES": ""}
 def four_gibibytes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama whose embedding alone has 4 GiB; the file is a hole and takes no room."""
     folder = tmp_path_factory.mktemp("four-gibibytes")
-    shapes = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN), "model.norm.weight": (1, HIDDEN)}
     tensors, end = {}, 0
-    for name, (rows, columns) in shapes.items():
-        start, end = end, end + 2 * rows * columns
-        tensors[name] = {"dtype": "F16", "shape": [rows, columns], "data_offsets": [start, end]}
+    for name, shape in SHAPES.items():
+        start, end = end, end + 2 * math.prod(shape)
+        tensors[f"model.{name}.weight"] = {
+            "dtype": "F16",
+            "shape": shape,
+            "data_offsets": [start, end],
+        }
     header = json.dumps(tensors).encode()
     with (folder / "model.safetensors").open("wb") as file:
         file.write(struct.pack("<Q", len(header)) + header)
