@@ -30,10 +30,11 @@ from kagami_router.requests import (
     Timings,
     Token,
     ValidRequest,
+    plain_event,
 )
 from kagami_router.scheduler.scheduler import Scheduler
 from kagami_router.scheduler.sequence import Sequence
-from kagami_router.scheduler.step import SequenceFailed, Step, StepResults, TokenSampled
+from kagami_router.scheduler.step import Event, SequenceFailed, Step, StepResults, TokenSampled
 from kagami_router.sequence_trace import SequenceTrace, WireContext
 from kagami_router.shard_client import ShardGroup, StepStream
 from kagami_router.stopping import StopMatcher
@@ -157,6 +158,9 @@ class _Generation:
         self.first_token: float | None = None
         self.is_plain = False  # after its first token, where only text can be expected
         self.device_before_s: float | None = None  # of all steps before its first
+
+
+_Outcome = tuple[GenerationStream, StreamEvent | KagamiError]
 
 
 class BatchingLoop:
@@ -333,20 +337,9 @@ class BatchingLoop:
         self._last_progress = now
         self._num_failed_steps = self._num_failed_steps + 1 if results.error else 0
         self._see_times(step, results, now)
-        ready: list[tuple[GenerationStream, StreamEvent | KagamiError]] = []
         events = self._scheduler.update(results)
         updated = self._clock()
-        for event in events:
-            generation = self._generations.get(event.sequence.id)
-            if generation is None:
-                continue
-            if isinstance(event, SequenceFailed):
-                del self._generations[event.sequence.id]
-                if traced := self._traces.pop(event.sequence.id, None):
-                    traced.failed(event.message, now)
-                ready.append((generation.stream, GenerationFailed(event.message)))
-            else:
-                ready.append((generation.stream, self._take_token(generation, event, now)))
+        outcomes = self._outcomes_of(events, now)
         if results.error:
             logger.error(
                 "Step failed",
@@ -359,7 +352,7 @@ class BatchingLoop:
             )
         texts_made = self._clock()
         num_tokens = 0
-        for stream, outcome in ready:
+        for stream, outcome in outcomes:
             if isinstance(outcome, StreamEvent):
                 stream.put(outcome)
                 num_tokens += 1
@@ -367,48 +360,64 @@ class BatchingLoop:
                 stream.fail(outcome)
         if not step.work:
             return
-        self._metrics.step_finished(
-            step,
-            results,
-            StepReport(
-                wall_s=wall_s,
-                update_s=updated - now,
-                text_s=texts_made - updated,
-                delivery_s=self._clock() - texts_made,
-                num_tokens=num_tokens,
-            ),
+        report = StepReport(
+            wall_s, updated - now, texts_made - updated, self._clock() - texts_made, num_tokens
         )
+        self._metrics.step_finished(step, results, report)
+
+    def _outcomes_of(self, events: list[Event], now: float) -> list[_Outcome]:
+        """What each event brings to its stream. A text that goes wrong ends that sequence only."""
+        outcomes: list[_Outcome] = []
+        generations, unlike_text = self._generations, self._unlike_text
+        for event in events:
+            sequence = event.sequence
+            generation = generations.get(sequence.id)
+            if generation is None:
+                continue
+            outcome: StreamEvent | KagamiError
+            try:
+                if isinstance(event, SequenceFailed):
+                    outcome = self._failed(event, now)
+                elif (
+                    generation.is_plain
+                    and not event.is_last
+                    and (event.token_id not in unlike_text)
+                ):
+                    text = generation.detokenizer.step(event.token_id)
+                    generation.texts.append(text)
+                    outcome = plain_event(event.token_id, text, event.logprob)
+                else:
+                    outcome = self._new_event(generation, event, now)
+            # A border: a bug in one sequence's text must not stop the others' steps.
+            except Exception:
+                logger.exception("Text failed", extra={"request_id": sequence.id})
+                self._cancel(sequence.id)
+                outcome = GenerationFailed("internal error")
+            outcomes.append((generation.stream, outcome))
+        return outcomes
+
+    def _failed(self, event: SequenceFailed, now: float) -> GenerationFailed:
+        del self._generations[event.sequence.id]
+        if traced := self._traces.pop(event.sequence.id, None):
+            traced.failed(event.message, now)
+        return GenerationFailed(event.message)
 
     def _see_times(self, step: Step, results: StepResults, now: float) -> None:
         """Tell the traces of a step, and count the device's time for all who were in it."""
-        failed = {failure.sequence_id for failure in results.failures}
-        for work in step.work if self._traces else ():
-            if (traced := self._traces.get(work.sequence.id)) and work.sequence.id not in failed:
-                traced.stepped(work, step, results, now)
+        if self._traces:
+            failed = {failure.sequence_id for failure in results.failures}
+            for work in step.work:
+                traced = self._traces.get(work.sequence.id)
+                if traced is not None and work.sequence.id not in failed:
+                    traced.stepped(work, step, results, now)
         for new in step.new_sequences:
             if (started := self._generations.get(new.id)) and started.device_before_s is None:
                 started.device_before_s = self._device_s
         self._device_s += results.device_ns / 1e9
         self._spans_dropped_by_shards = results.spans_dropped
 
-    def _take_token(
-        self, generation: _Generation, event: TokenSampled, now: float
-    ) -> StreamEvent | KagamiError:
-        """The event of one token. What goes wrong with its text ends that sequence only."""
-        try:
-            return self._new_event(generation, event, now)
-        # A border: a bug in one sequence's text must not stop the others' steps.
-        except Exception:
-            logger.exception("Text failed", extra={"request_id": event.sequence.id})
-            self._cancel(event.sequence.id)
-            return GenerationFailed("internal error")
-
     def _new_event(self, generation: _Generation, event: TokenSampled, now: float) -> StreamEvent:
         token_id = event.token_id
-        if generation.is_plain and not event.is_last and token_id not in self._unlike_text:
-            text = generation.detokenizer.step(token_id)
-            generation.texts.append(text)
-            return StreamEvent(Token(token_id, text, event.logprob, False))
         prefill: tuple[PrefillToken, ...] = ()
         if generation.first_token is None:
             generation.first_token = now

@@ -6,11 +6,16 @@ counts events is told as they happen, what describes a state is asked for when s
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from kagami_router.metric_names import BatchSeries, RequestSeries, StateSeries
 from kagami_router.scheduler.step import PoolStats, Step, StepResults
 from kagami_router.series import Registry, Value
 
+# Steps and gaps told before they are counted: what counts them touches some hundred objects,
+# which a model's step has just driven out of the caches: once for many is a fifth of the cost.
+_COUNT_STEPS_AFTER = 32
+_COUNT_GAPS_AFTER = 1024
 # Of each step in the running mean of the bandwidth's share: some 50 steps count.
 _DECAY = 0.98
 
@@ -32,8 +37,7 @@ class Capacity:
     """Bytes in a second that the memory of the slowest shard can be read with; 0: not measured"""
 
 
-@dataclass(frozen=True, slots=True)
-class StepReport:
+class StepReport(NamedTuple):
     """What the router saw of one step; seconds, and the tokens that requests got."""
 
     wall_s: float
@@ -45,6 +49,21 @@ class StepReport:
     delivery_s: float
     """Giving them to their requests"""
     num_tokens: int
+
+
+class _Finished(NamedTuple):
+    """What is counted of one step: no sequence is kept alive by it."""
+
+    report: StepReport
+    num_prefill_tokens: int
+    num_decodes: int
+    num_sequences: int
+    num_kv_tokens: int
+    has_newcomers: bool
+    has_failed: bool
+    device_ns: int
+    sampling_ns: int
+    admission_ns: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +89,8 @@ class Metrics:
         self._pool: Callable[[], PoolStats] | None = None
         self._shards: Callable[[], Sequence[bool]] = tuple
         self._spans_dropped: Callable[[], int] = int
+        self._finished: list[_Finished] = []
+        self._gaps: list[tuple[float, int]] = []
         self._recent_bytes = 0.0
         self._recent_device_s = 0.0
 
@@ -125,7 +146,16 @@ class Metrics:
 
     def tokens_arrived(self, gap_s: float, count: int) -> None:
         """`count` tokens of one stream came `gap_s` seconds after the ones before them."""
-        self._requests.inter_token.observe(gap_s / count, count)
+        gaps = self._gaps
+        gaps.append((gap_s, count))
+        if len(gaps) >= _COUNT_GAPS_AFTER:
+            self._count_gaps()
+
+    def _count_gaps(self) -> None:
+        observe = self._requests.inter_token.observe
+        for gap_s, count in self._gaps:
+            observe(gap_s / count, count)
+        self._gaps.clear()
 
     def generation_finished(self, stats: GenerationStats) -> None:
         """One generation reached its end."""
@@ -161,22 +191,46 @@ class Metrics:
                 batch.prefix_lookups.add(hits + misses)
 
     def step_finished(self, step: Step, results: StepResults, report: StepReport) -> None:
-        """One step came back; to TGI's `method` one with any prompt token is a prefill."""
-        batch = self._batch
+        """One step came back."""
+        self._finished.append(
+            _Finished(
+                report,
+                step.num_prefill_tokens,
+                step.num_decodes,
+                len(step.work),
+                step.num_kv_tokens,
+                bool(step.new_sequences),
+                bool(results.error),
+                results.device_ns,
+                results.sampling_ns,
+                results.admission_ns,
+            )
+        )
+        if len(self._finished) >= _COUNT_STEPS_AFTER:
+            self._count_steps()
+
+    def _count_steps(self) -> None:
+        for step in self._finished:
+            self._count_step(step)
+        self._finished.clear()
+
+    def _count_step(self, step: _Finished) -> None:
+        """To TGI's `method` a step with any prompt token is a prefill."""
+        batch, report = self._batch, step.report
         method = "prefill" if step.num_prefill_tokens else "decode"
         batch.count[method].add()
-        if results.error:
+        if step.has_failed:
             batch.failure[method].add()
             return
         batch.success[method].add()
         batch.duration[method].observe(report.wall_s)
-        sampling_s = results.sampling_ns / 1e9
-        forward_s = results.device_ns / 1e9 - sampling_s
+        sampling_s = step.sampling_ns / 1e9
+        forward_s = step.device_ns / 1e9 - sampling_s
         batch.forward_duration[method].observe(forward_s)
         batch.decode_duration[method].observe(sampling_s + report.text_s)
         batch.filter_duration[method].observe(report.update_s + report.delivery_s)
-        if step.new_sequences:
-            batch.concat_duration[method].observe(results.admission_ns / 1e9)
+        if step.has_newcomers:
+            batch.concat_duration[method].observe(step.admission_ns / 1e9)
         if step.num_prefill_tokens and step.num_decodes:
             batch.step_duration["mixed"].observe(report.wall_s)
         else:
@@ -185,16 +239,16 @@ class Metrics:
         self._requests.skipped_tokens.observe(0, report.num_tokens)
         self._see_fill(step)
         if method == "decode":
-            self._see_bandwidth(step, results.device_ns / 1e9)
+            self._see_bandwidth(step)
 
-    def _see_fill(self, step: Step) -> None:
+    def _see_fill(self, step: _Finished) -> None:
         if self._capacity is None:
             return
         num_tokens = step.num_prefill_tokens + step.num_decodes
         self._batch.token_fill.observe(num_tokens / self._capacity.max_step_tokens)
-        self._batch.sequence_fill.observe(len(step.work) / self._capacity.max_batch_size)
+        self._batch.sequence_fill.observe(step.num_sequences / self._capacity.max_batch_size)
 
-    def _see_bandwidth(self, step: Step, device_s: float) -> None:
+    def _see_bandwidth(self, step: _Finished) -> None:
         """What a step must read at least: all weights once, and the KV of every sequence."""
         capacity = self._capacity
         if capacity is None or not capacity.weight_bytes:
@@ -202,7 +256,7 @@ class Metrics:
         num_bytes = capacity.weight_bytes + step.num_kv_tokens * capacity.kv_token_bytes
         self._batch.read_bytes.add(num_bytes)
         self._recent_bytes = self._recent_bytes * _DECAY + num_bytes
-        self._recent_device_s = self._recent_device_s * _DECAY + device_s
+        self._recent_device_s = self._recent_device_s * _DECAY + step.device_ns / 1e9
 
     def render(self) -> str:
         """Everything in the Prometheus text format 0.0.4."""
@@ -210,7 +264,9 @@ class Metrics:
         return self._registry.render()
 
     def _look(self) -> None:
-        """Bring what describes a state up to now."""
+        """Bring what describes a state up to now, and count what was only told."""
+        self._count_gaps()
+        self._count_steps()
         state = self._state
         state.spans_dropped.set(self._spans_dropped())
         for rank, is_up in enumerate(self._shards()):

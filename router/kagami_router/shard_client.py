@@ -320,19 +320,18 @@ def step_to_pb(step: Step, contexts: Mapping[int, WireContext] = {}) -> pb.Step:
     """Records become columns."""
     sequences, positions, counts, blocks, _ = zip(*step.work, strict=True) if step.work else _NONE
     ids = [sequence.id for sequence in sequences]
-    return pb.Step(
-        number=step.number,
-        new_sequences=[_new_to_pb(new, contexts.get(new.id)) for new in step.new_sequences],
-        drop_ids=step.drop_ids,
-        ids=ids,
-        positions=positions,
-        counts=counts,
-        grants=[
+    message = pb.Step(number=step.number, ids=ids, positions=positions, counts=counts)
+    if any(blocks):
+        message.grants.extend(
             pb.BlockGrant(id=sequence_id, blocks=given)
             for sequence_id, given in zip(ids, blocks, strict=True)
             if given
-        ],
-    )
+        )
+    if step.drop_ids:
+        message.drop_ids.extend(step.drop_ids)
+    for new in step.new_sequences:
+        message.new_sequences.append(_new_to_pb(new, contexts.get(new.id)))
+    return message
 
 
 def _new_to_pb(new: NewSequence, context: WireContext | None) -> pb.NewSequence:

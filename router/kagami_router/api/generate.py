@@ -165,12 +165,11 @@ class _EventWriter:
 
     def _render_one(self, event: StreamEvent) -> bytes:
         self._index += 1
-        token, end = event.token, event.end
-        if end is None and not event.tail and not event.top_tokens:
-            return _PLAIN_EVENT % (
-                self._index,
-                encode(TokenOut(token.id, token.text, shortest(token.logprob), token.special)),
-            )
+        token, top_tokens, tail, end, _ = event
+        if end is None and not tail and not top_tokens:
+            token_id, shown, logprob, special = token
+            out = TokenOut(token_id, shown, shortest(logprob), special)
+            return _PLAIN_EVENT % (self._index, encode(out))
         text = f"{event.tail}{token.text}" if token.special else f"{token.text}{event.tail}"
         generated_text, details = None, None
         if end is not None:

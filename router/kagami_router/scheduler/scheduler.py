@@ -18,6 +18,7 @@ text and calls `finish`. The length is counted here.
 import itertools
 from bisect import insort
 from collections import deque
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 from kagami_router.requests import ValidRequest
@@ -37,6 +38,8 @@ from kagami_router.scheduler.step import (
     Work,
 )
 from kagami_router.token_log import TokenLog
+
+_make = tuple.__new__
 
 # TGI's defaults for whichever of the two knobs is not given while the other is.
 DEFAULT_WAITING_SERVED_RATIO = 0.3
@@ -74,13 +77,15 @@ class _Draft:
         "num_kv_tokens",
         "num_prefill_tokens",
         "num_samples",
+        "number",
         "preempted",
         "room",
         "tokens",
         "work",
     )
 
-    def __init__(self, *, tokens: int, room: int) -> None:
+    def __init__(self, number: int, *, tokens: int, room: int) -> None:
+        self.number = number
         self.tokens = tokens
         self.room = room
         self.work: list[Work] = []
@@ -95,22 +100,27 @@ class _Draft:
     def is_full(self) -> bool:
         return self.tokens <= 0 or self.room <= 0
 
-    def put(self, sequence: Sequence, count: int, blocks: list[int]) -> None:
-        """Schedule the next `count` positions of a sequence."""
+    def put_chunk(self, sequence: Sequence, count: int, blocks: Seq[int]) -> None:
+        """Schedule the next `count` positions of a sequence that is being prefilled."""
         position = sequence.num_scheduled
         end = position + count
         samples = end >= sequence.prefill_end
         self.work.append(Work(sequence, position, count, blocks, samples))
         self.num_samples += samples
         self.num_kv_tokens += end
-        if position < sequence.prefill_end:
-            self.num_prefill_tokens += count
-        else:
-            self.num_decodes += 1
+        self.num_prefill_tokens += count
         sequence.num_scheduled = end
-        sequence.steps_in_flight += 1
+        sequence.last_step = self.number
         self.tokens -= count
         self.room -= 1
+
+    def count_decodes(self, count: int, num_kv_tokens: int) -> None:
+        """What `work` has just got: decodes, and the positions that they attend to."""
+        self.num_decodes += count
+        self.num_samples += count
+        self.num_kv_tokens += num_kv_tokens
+        self.tokens -= count
+        self.room -= count
 
 
 class Scheduler:
@@ -130,7 +140,8 @@ class Scheduler:
         self._waiting: list[Sequence] = []
         self._running: list[Sequence] = []
         self._ids = itertools.count(1)
-        self._numbers = itertools.count(1)
+        self._num_scheduled = 0  # steps; the number of the youngest
+        self._num_updated = 0  # of them with results; the number of the youngest
         self._in_flight: deque[Step] = deque()
         self._void: set[int] = set()
         self._drop_ids: list[int] = []
@@ -173,39 +184,49 @@ class Scheduler:
         suspects = self._isolation.suspects()
         if len(self._in_flight) >= (1 if suspects else self._config.max_steps_in_flight):
             return None
-        draft = _Draft(tokens=self._isolation.max_step_tokens, room=self._isolation.max_batch_size)
+        draft = _Draft(
+            self._num_scheduled + 1,
+            tokens=self._isolation.max_step_tokens,
+            room=self._isolation.max_batch_size,
+        )
         eligible = suspects or self._running
-        self._put_decodes(draft, list(eligible), suspects)
-        self._put_chunks(draft, eligible)
-        reason = self._join_reason(draft) if self._running and not suspects else None
-        if suspects or reason is not None or not self._running:
-            self._admit(draft, suspects, now)
+        self._put_decodes(draft, eligible, suspects)
+        if len(draft.work) < len(eligible):
+            self._put_chunks(draft, eligible)
+        reason = None
+        if suspects or self._waiting:
+            reason = self._join_reason(draft) if self._running and not suspects else None
+            if suspects or reason is not None or not self._running:
+                self._admit(draft, suspects, now)
         if not draft.work and (self._in_flight or not self._drop_ids):
             return None
         self._steps_since_admission = 0 if draft.new_sequences else self._steps_since_admission + 1
+        self._num_scheduled = draft.number
         step = Step(
-            number=next(self._numbers),
-            new_sequences=draft.new_sequences,
-            drop_ids=self._drop_ids,
-            work=draft.work,
-            num_decodes=draft.num_decodes,
-            num_prefill_tokens=draft.num_prefill_tokens,
-            num_samples=draft.num_samples,
-            preempted=draft.preempted,
-            num_kv_tokens=draft.num_kv_tokens,
-            join_reason=reason if draft.new_sequences else None,
+            draft.number,
+            draft.new_sequences,
+            self._drop_ids,
+            draft.work,
+            draft.num_decodes,
+            draft.num_prefill_tokens,
+            draft.num_samples,
+            draft.preempted,
+            draft.num_kv_tokens,
+            reason if draft.new_sequences else None,
         )
         self._drop_ids = []
         self._in_flight.append(step)
         return step
 
     def _put_decodes(
-        self, draft: _Draft, sequences: list[Sequence], suspects: list[Sequence]
+        self, draft: _Draft, eligible: list[Sequence], suspects: list[Sequence]
     ) -> None:
-        block_size = self._config.block_size
-        for sequence in sequences:
-            if draft.tokens <= 0 or draft.room <= 0:
-                return
+        block_size, work, number = self._config.block_size, draft.work, draft.number
+        room = min(draft.tokens, draft.room)
+        num_kv_tokens = 0
+        for sequence in eligible.copy():  # whoever is preempted leaves it
+            if len(work) >= room:
+                break
             position = sequence.num_scheduled
             if (
                 position < sequence.prefill_end
@@ -213,12 +234,18 @@ class Scheduler:
                 or sequence.status is not Status.RUNNING  # a suspect, or preempted just now
             ):
                 continue
-            if position < len(sequence.blocks) * block_size:
-                draft.put(sequence, 1, [])
-            elif self._make_room_for(sequence, suspects, draft):
+            blocks: Seq[int] = ()
+            if position >= len(sequence.blocks) * block_size:
+                if not self._make_room_for(sequence, suspects, draft):
+                    continue
                 blocks = self._allocate(1)
                 sequence.blocks += blocks
-                draft.put(sequence, 1, blocks)
+            # As `Work(...)`, which is a Python function and three times as dear.
+            work.append(_make(Work, (sequence, position, 1, blocks, True)))
+            sequence.num_scheduled = position + 1
+            sequence.last_step = number
+            num_kv_tokens += position + 1
+        draft.count_decodes(len(work), num_kv_tokens)
 
     def _put_chunks(self, draft: _Draft, sequences: list[Sequence]) -> None:
         for sequence in sequences:
@@ -226,7 +253,7 @@ class Scheduler:
                 return
             missing = sequence.prefill_end - sequence.num_scheduled
             if sequence.status is Status.RUNNING and missing > 0:
-                draft.put(sequence, min(missing, draft.tokens), [])
+                draft.put_chunk(sequence, min(missing, draft.tokens), ())
 
     def _join_reason(self, draft: _Draft) -> JoinReason | None:
         """What lets newcomers join now (TGI's `waiting_served_ratio`, `max_waiting_tokens`)."""
@@ -281,7 +308,7 @@ class Scheduler:
             return WaitReason.TOKEN_BUDGET
         if draft.room <= 0:
             return WaitReason.BATCH_SIZE
-        if sequence.steps_in_flight:
+        if sequence.last_step > self._num_updated:
             return WaitReason.NEXT_STEP
         if not suspects and len(self._running) >= self._config.max_batch_size:
             return WaitReason.BATCH_SIZE
@@ -374,7 +401,7 @@ class Scheduler:
             )
         )
         count = min(sequence.prefill_end - num_cached, draft.tokens)
-        draft.put(sequence, count, sequence.blocks.copy())
+        draft.put_chunk(sequence, count, sequence.blocks.copy())
 
     def _make_room_for(self, sequence: Sequence, suspects: list[Sequence], draft: _Draft) -> bool:
         """Have one block available by preempting the youngest; False if that is the asker itself.
@@ -424,8 +451,7 @@ class Scheduler:
         """
         step = self._in_flight.popleft()
         assert step.number == results.number, f"step {results.number} came for {step.number}"
-        for work in step.work:
-            work.sequence.steps_in_flight -= 1
+        self._num_updated = step.number
         if step.number in self._void:
             self._void.remove(step.number)
             return []
@@ -450,7 +476,8 @@ class Scheduler:
             is_last = len(ids) > sequence.max_kv_tokens
             if is_last:
                 self._end(sequence)
-            events.append(TokenSampled(sequence, token_id, logprob, top_tokens, is_last))
+            # As `TokenSampled(...)`, which is a Python function and three times as dear.
+            events.append(_make(TokenSampled, (sequence, token_id, logprob, top_tokens, is_last)))
         if len(results.samples) < step.num_samples:
             self._fail_unanswered(step, results, events)
         return events
@@ -461,10 +488,9 @@ class Scheduler:
         for sequence, position, num_tokens, _, _ in step.work:
             if sequence.status is not Status.RUNNING:
                 continue
-            end = position + num_tokens
-            sequence.num_confirmed = end
-            num_full = end // block_size
-            if num_full > position // block_size and prefix_caching:
+            sequence.num_confirmed = end = position + num_tokens
+            if end % block_size < num_tokens and prefix_caching:  # one or more became full
+                num_full = end // block_size
                 self._cache.insert(sequence.path, sequence.log.ids, sequence.blocks, num_full)
 
     def _step_failed(self, step: Step, results: StepResults) -> list[Event]:
@@ -527,12 +553,14 @@ class Scheduler:
         """Assert that queues, tables, tree and counters tell one story."""
         everybody = self._waiting + self._running
         assert sorted(self._sequences) == sorted(sequence.id for sequence in everybody)
-        in_flight: dict[Sequence, int] = {}
-        for step in self._in_flight:
-            for work in step.work:
-                in_flight[work.sequence] = in_flight.get(work.sequence, 0) + 1
+        assert [step.number for step in self._in_flight] == list(
+            range(self._num_updated + 1, self._num_scheduled + 1)
+        )
+        last = {work.sequence: step.number for step in self._in_flight for work in step.work}
         for sequence in everybody:
-            assert sequence.steps_in_flight == in_flight.get(sequence, 0)
+            assert last.get(sequence, 0) == (
+                sequence.last_step if sequence.last_step > self._num_updated else 0
+            )
             assert sequence.log.num_generated < sequence.request.stopping.max_new_tokens
         assert self._waiting == sorted(self._waiting, key=age)
         for sequence in self._waiting:

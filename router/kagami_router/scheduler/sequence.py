@@ -62,7 +62,8 @@ class Sequence:
     num_scheduled: int = 0
     num_confirmed: int = 0
     prefill_end: int = 0
-    steps_in_flight: int = 0
+    last_step: int = 0
+    """The number of the youngest step that it was put into."""
     is_on_shard: bool = False
     scheduled_at: float | None = None
     """When its first chunk was put into a step."""

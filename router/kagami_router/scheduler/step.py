@@ -44,7 +44,7 @@ class Work(NamedTuple):
     sequence: Sequence
     position: int
     num_tokens: int
-    blocks: list[int]
+    blocks: Seq[int]
     samples: bool
 
 
