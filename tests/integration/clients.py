@@ -22,13 +22,19 @@ async def generate(
 
 
 async def generate_all(
-    url: str, prompts: Sequence[str], *, others: int = 0, **parameters: Any
+    url: str, prompts: Sequence[str], *, at_once: int = 1, others: int = 0, **parameters: Any
 ) -> list[Json]:
-    """All prompts, one after the other, while `others` unrelated requests keep running."""
+    """All prompts, `at_once` of them together, while `others` unrelated requests keep running."""
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=600)) as session:
         noise = [asyncio.ensure_future(_noise(session, url, i)) for i in range(others)]
+        places = asyncio.Semaphore(at_once)
+
+        async def one(prompt: str) -> Json:
+            async with places:
+                return await generate(session, url, prompt, **parameters)
+
         try:
-            return [await generate(session, url, prompt, **parameters) for prompt in prompts]
+            return await asyncio.gather(*map(one, prompts))
         finally:
             for task in noise:
                 task.cancel()

@@ -31,29 +31,44 @@ def tokenizer(model_folder: Path) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def references(model: PreTrainedModel, tokenizer: Tokenizer) -> list[Reference]:
-    return [reference(model, tokenizer.encode(prompt).ids) for prompt in PROMPTS]
+    """Of each prompt; the short ones are one batch, padded on the left."""
+    prompts = [tokenizer.encode(prompt).ids for prompt in PROMPTS]
+    *short, longest = prompts
+    assert max(map(len, short)) < 50 < len(longest)
+    return [*generated(model, short), *generated(model, [longest])]
 
 
 @torch.inference_mode()
-def reference(model: PreTrainedModel, prompt: list[int]) -> Reference:
+def generated(model: PreTrainedModel, prompts: list[list[int]]) -> list[Reference]:
+    width, ends = max(map(len, prompts)), model.generation_config.eos_token_id
+    missing = [width - len(prompt) for prompt in prompts]
     output = model.generate(
-        torch.tensor([prompt]),
-        attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+        torch.tensor([ends[:1] * n + prompt for n, prompt in zip(missing, prompts, strict=True)]),
+        attention_mask=(torch.arange(width) >= torch.tensor(missing)[:, None]).long(),
         do_sample=False,
         max_new_tokens=NEW_TOKENS,
+        pad_token_id=ends[0],
         output_logits=True,
         return_dict_in_generate=True,
     )
-    ids = output.sequences[0, len(prompt) :].tolist()
-    scores = torch.cat(output.logits).log_softmax(-1)
-    return Reference(ids, scores.gather(-1, torch.tensor(ids)[:, None])[:, 0].tolist())
+    scores = torch.stack(output.logits, 1).log_softmax(-1)
+    logprobs = scores.gather(-1, output.sequences[:, width:, None])[..., 0]
+    found = []
+    for ids, each in zip(output.sequences[:, width:].tolist(), logprobs.tolist(), strict=True):
+        length = next((n for n, token in enumerate(ids, 1) if token in ends), NEW_TOKENS)
+        found.append(Reference(ids[:length], each[:length]))
+    return found
 
 
-@pytest.mark.parametrize("others", [0, 15], ids=["alone", "among 15 others"])
+@pytest.mark.parametrize(
+    ("at_once", "others"), [(1, 0), (5, 11)], ids=["alone", "in batches of 16"]
+)
 async def test_greedy_is_transformers(
-    server: Server, references: list[Reference], others: int
+    server: Server, references: list[Reference], at_once: int, others: int
 ) -> None:
-    answers = await generate_all(server.url, PROMPTS, others=others, max_new_tokens=NEW_TOKENS)
+    answers = await generate_all(
+        server.url, PROMPTS, at_once=at_once, others=others, max_new_tokens=NEW_TOKENS
+    )
 
     for prompt, answer, expected in zip(PROMPTS, answers, references, strict=True):
         assert token_ids(answer) == expected.ids, prompt
