@@ -18,4 +18,5 @@ if __name__ == "__main__":
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     environment.find_command = find_fake
     main._WAITING_EVERY_S = float(os.environ.get("FAKE_WAITING_S", "10"))
+    main._SHARD_ENDS_WITHIN_S = float(os.environ.get("FAKE_SHARD_ENDS_S", "1"))
     sys.exit(main.run(cli.parse(sys.argv[1:], os.environ)))

@@ -151,7 +151,7 @@ def test_a_router_that_loses_its_shard_is_not_blamed(launch: Launch) -> None:
 
 
 def test_a_router_that_cannot_bind_shows_its_own_error(launch: Launch) -> None:
-    launcher = launch(FAKE_ROUTER="busy")
+    launcher = launch(FAKE_ROUTER="busy", FAKE_SHARD_ENDS_S="0.1")
     code, stdout, stderr = launcher.finish()
     assert (code, stderr) == (1, "Error: WebserverFailed\n")
     assert (
@@ -163,7 +163,7 @@ def test_a_router_that_cannot_bind_shows_its_own_error(launch: Launch) -> None:
 
 
 def test_a_router_that_leaves_politely_is_a_failure_too(launch: Launch) -> None:
-    code, _, stderr = launch(FAKE_ROUTER="leave").finish()
+    code, _, stderr = launch(FAKE_ROUTER="leave", FAKE_SHARD_ENDS_S="0.1").finish()
     assert (code, stderr) == (1, "Error: WebserverFailed\n")
 
 
