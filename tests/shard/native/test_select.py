@@ -15,7 +15,7 @@ from kagami_shard.models.base import Model
 from kagami_shard.models.recorded import RecordedDecoder
 from kagami_shard.models.registry import load_model
 from kagami_shard.native import select
-from kagami_shard.native.select import switch_to_native
+from kagami_shard.native.select import switch_to_native, will_pack
 
 CPU = torch.device("cpu")
 
@@ -97,6 +97,15 @@ def test_a_library_that_disagrees_is_not_used(
         )
     assert engine.attention_name == "sdpa"
     assert "the library disagrees with torch" in caplog.text
+
+
+def test_weights_are_left_in_their_files_for_a_library_that_is_built(
+    native_cache: Path, tmp_path: Path, library: object
+) -> None:
+    wanted = {"dtype": torch.bfloat16, "device": CPU, "cache": native_cache}
+    others = [{"dtype": torch.float32}, {"device": torch.device("cuda")}, {"cache": tmp_path}]
+    assert will_pack(**wanted)
+    assert not any(will_pack(**(wanted | other)) for other in others)
 
 
 def test_weights_left_in_their_files_are_computed_with_in_torch_all_the_same(
