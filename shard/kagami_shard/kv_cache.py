@@ -6,6 +6,8 @@ block is the router's business. Block 0 is scratch: padding reads and writes the
 
     keys[layer]    [num_blocks, block_size, num_kv_heads, head_dim]
     values[layer]  [num_blocks, block_size, num_kv_heads, value_dim]
+
+Within a block a backend may have an order of its own, as the native one has (`native/cache.h`).
 """
 
 import math

@@ -109,10 +109,13 @@ def _engine(folder: Path, quantize: str | None) -> Engine:
 def _run(engine: Engine, shape: Shape) -> float:
     """Seconds of one step, the median of some."""
     engine.reset()
-    length = shape.position(shape.num_steps - 1) + shape.tokens
-    per_sequence = -(-(length + 1) // _BLOCK_SIZE)
+    longest = shape.position(shape.num_steps - 1) + shape.tokens
+    per_sequence = -(-(longest + 1) // _BLOCK_SIZE)
+    # Each token of a decode is the last one known: its logits are computed and chosen from.
+    length = shape.context + shape.tokens
+    ids = [7 + i % 911 for i in range(length + (shape.tokens > 1))]
     sequences = [
-        NewSequence(number, [7 + i % 911 for i in range(length)], length, SamplingParameters())
+        NewSequence(number, ids, len(ids), SamplingParameters())
         for number in range(shape.num_sequences)
     ]
     num_shared = shape.shared // _BLOCK_SIZE

@@ -1,20 +1,21 @@
 // Paged attention (arXiv:2309.06180) with rope, the norms of queries and keys, and the write into
 // the cache in one op. A running softmax over tiles of the cache (FlashAttention, arXiv:2205.14135):
-// a tile of keys and values is packed as weights are, then both products are panels (panel.h).
+// a tile of keys and values lies as weights do (cache.h), so both products are panels (panel.h).
 //
 // Rows that share a tile: the heads of a KV group, times the tokens of a prompt's chunk. A decode has
 // few of them, so it takes all KV heads together: they lie side by side in the cache, and the pages
 // are read as one stream (m: 333 -> 105 us a layer, 16 sequences of 192 tokens, SmolLM2).
 #include <math.h>
 
+#include "cache.h"
 #include "simd.h"
-#include "step.h"
 
 namespace kg {
 namespace {
 
 constexpr int64_t kMaxHeadDim = 256;
 constexpr float kLog2e = 1.44269504089f;
+constexpr float kHeadroom = 8;
 
 struct Shape {
   int64_t group, depth, blocks;  // queries of a KV head; head_dim padded; blocks of 16 of that
@@ -105,11 +106,6 @@ void round_to(kg_bf16* to, const float* from, int64_t count) {
   }
 }
 
-struct Places {  // of a tile's tokens in the cache, in elements
-  int64_t at[kTile];
-  int64_t count;
-};
-
 struct Attention {
   const Step& step;
   const kg_op& op;
@@ -117,6 +113,7 @@ struct Attention {
   const kg_batch& batch;
   const Plan& plan;
   const Shape shape;
+  const Pages pages;
   const int thread;
   const float to_log2;  // from a score to the exponent of 2 in its weight
 
@@ -127,14 +124,9 @@ struct Attention {
         batch(*step.batch),
         plan(plan),
         shape(spec),
+        pages(batch, spec),
         thread(thread),
         to_log2(spec.softcap != 0 ? kLog2e : kLog2e * spec.scale) {}
-
-  int64_t slot(int64_t sequence, int64_t position) const {
-    const int64_t block =
-        batch.block_tables[sequence * batch.table_width + position / batch.block_size];
-    return block * batch.block_size + position % batch.block_size;
-  }
 
   float* heads_of(int64_t token) const {
     return step.row<float>(step.buffer(op.in), token, batch.num_tokens, thread);
@@ -152,10 +144,10 @@ struct Attention {
     const float* table = step.row<float>(step.buffer(op.index), token, batch.num_tokens, thread);
     for (int64_t head = 0; head < spec.num_heads + spec.num_kv_heads; head++)
       turn(heads + head * dim, table, spec.rotary_half);
-    const int64_t at = slot(sequence, position) * shape.width;
-    round_to(batch.keys[spec.layer] + at, heads + of_queries, shape.width);
-    round_to(batch.values[spec.layer] + at, heads + of_queries + shape.width, shape.width);
-    round_to((kg_bf16*)heads, heads, of_queries);
+    const int64_t columns = of_queries + 2 * shape.width;
+    kg_bf16* rounded = (kg_bf16*)heads;
+    round_to(rounded, heads, columns);
+    pages.write(sequence, position, rounded + of_queries, rounded + of_queries + shape.width);
   }
 
   void write(Part tokens) const {
@@ -168,78 +160,15 @@ struct Attention {
     }
   }
 
-  // Where the tokens of the tile at `begin` lie, first head; those behind the end are left out.
-  Places places(const Attending& item, int64_t begin) const {
-    Places result;
-    result.count = std::max<int64_t>(0, std::min<int64_t>(kTile, item.end - begin));
-    const int64_t* table = batch.block_tables + item.sequence * batch.table_width;
-    int64_t block = begin / batch.block_size, offset = begin % batch.block_size;
-    for (int64_t i = 0; i < result.count; i++) {
-      result.at[i] = (table[block] * batch.block_size + offset) * shape.width;
-      if (++offset == batch.block_size) block++, offset = 0;
-    }
-    return result;
-  }
-
-  // Lines of the tile that comes next, a few at a time: many at once would wait for one another.
-  void prefetch(const kg_bf16* pages, const Places& next, int64_t head, Part tokens) const {
-    const int64_t end = std::min(tokens.end, next.count);
-    for (int64_t token = tokens.begin; token < end; token++)
-      for (int64_t i = 0; i < spec.head_dim; i += 32)
-        _mm_prefetch((const char*)(pages + next.at[token] + head * spec.head_dim + i),
-                     _MM_HINT_T1);
-  }
-
-  // Keys as the weight of queries @ keys.T: 2 blocks of 16 tokens, [depth / 2][16][2] each.
-  // Values as that of weights @ values: blocks of 16 dimensions, [16 pairs of tokens][16][2].
-  // Tokens behind the end become zeros, for a weight of 0 does not undo what is no number.
-  void pack(const Places& tile, const Places& next, int64_t head, const Scratch& scratch) const {
-    const kg_bf16* keys = batch.keys[spec.layer] + head * spec.head_dim;
-    const kg_bf16* values = batch.values[spec.layer] + head * spec.head_dim;
-    const int64_t count = tile.count, padded = round_up(count, kPanel);
-    for (int64_t first = 0; first < padded; first += kBlock)
-      for (int64_t column = 0; column < shape.depth; column += 32) {
-        const int64_t left = spec.head_dim - column;
-        const __mmask32 mask = left >= 32 ? 0xffffffffu : (__mmask32)((1u << left) - 1);
-        const int64_t share = kBlock * 32 / shape.depth, done = first + column / 32 * share;
-        prefetch(batch.keys[spec.layer], next, head, {done, done + share});
-        __m512i rows[kBlock];
-        for (int64_t i = 0; i < kBlock; i++)
-          rows[i] = first + i < count
-                        ? _mm512_maskz_loadu_epi16(mask, keys + tile.at[first + i] + column)
-                        : _mm512_setzero_si512();
-        transpose(rows);
-        kg_bf16* to = scratch.keys + first * shape.depth + column * kBlock;
-        for (int64_t i = 0; i < kBlock; i++) _mm512_storeu_si512(to + i * 32, rows[i]);
-      }
-    for (int64_t i = 0; i < padded; i += 2) {
-      prefetch(batch.values[spec.layer], next, head, {i, i + 2});
-      const kg_bf16* first = i < count ? values + tile.at[i] : values;
-      const kg_bf16* second = i + 1 < count ? values + tile.at[i + 1] : values;
-      for (int64_t block = 0; block < shape.blocks; block++) {
-        const __mmask16 mask = lanes(spec.head_dim - block * kBlock);
-        const __mmask16 of_first = i < count ? mask : 0, of_second = i + 1 < count ? mask : 0;
-        const __m256i even = _mm256_maskz_loadu_epi16(of_first, first + block * kBlock);
-        const __m256i odd = _mm256_maskz_loadu_epi16(of_second, second + block * kBlock);
-        const __m512i both = _mm512_or_si512(
-            _mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
-        _mm512_storeu_si512(scratch.values + block * kBlock * kTile + i * kBlock, both);
-      }
-    }
-  }
-
-  // Rows times a panel of 32 columns, `out` rows `out_stride` floats apart.
+  // Rows times a panel of 32 columns, `out` rows `out_stride` floats apart; fetches once.
   void multiply(int64_t rows, Panel panel) const {
     const Kernel kernel = kernel_for(rows, step.pool->use_amx);
-    const int64_t passes = (rows + kernel.max_rows - 1) / kernel.max_rows;
-    const kg_bf16* x = panel.x;
-    float* out = panel.out;
-    for (int64_t pass = 0; pass < passes; pass++) {
-      const Part part = part_of(rows, pass, passes);
-      panel.x = x + part.begin * panel.x_stride;
-      panel.out = out + part.begin * panel.out_stride;
-      panel.rows = (int)(part.end - part.begin);
+    for (; rows > 0; rows -= kernel.max_rows) {
+      panel.rows = (int)std::min<int64_t>(rows, kernel.max_rows);
       kernel.run(panel);
+      panel.x += kernel.max_rows * panel.x_stride;
+      panel.out += kernel.max_rows * panel.out_stride;
+      panel.next = nullptr;
     }
   }
 
@@ -253,16 +182,19 @@ struct Attention {
     return (~0ull >> (64 - high)) & (~0ull << low);
   }
 
-  // One row's share of a tile: scores to weights, and what was summed before to the new scale.
-  // `largest` is a score as it comes, before `spec.scale`.
+  // One row's share of a tile: scores to weights, relative to a score `largest` (as it comes, before
+  // `spec.scale`). Only one that is larger by a factor of 2^kHeadroom in weight moves the scale, and
+  // what was summed before with it: the first tile does, few others.
   void soften(const Scratch& scratch, int64_t row, int64_t count, uint64_t mask) const {
     float* scores = scratch.scores + row * kTile;
     if (spec.softcap != 0) cap(scores, count);
     __m512 largest = _mm512_set1_ps(scratch.largest[row]);
+    const __m512 bound = _mm512_add_ps(largest, _mm512_set1_ps(kHeadroom / to_log2));
     for (int64_t i = 0; i < count; i += kLanes)
       largest = _mm512_mask_max_ps(largest, (__mmask16)(mask >> i), largest,
                                    _mm512_loadu_ps(scores + i));
-    const float top = _mm512_reduce_max_ps(largest);
+    const bool moves = _mm512_cmp_ps_mask(largest, bound, _CMP_GT_OQ) != 0;
+    const float top = moves ? _mm512_reduce_max_ps(largest) : scratch.largest[row];
     const __m512 factor = _mm512_set1_ps(to_log2), shift = _mm512_set1_ps(top * to_log2);
     __m512 total = _mm512_setzero_ps();
     for (int64_t i = 0; i < count; i += kLanes) {
@@ -272,7 +204,7 @@ struct Attention {
       store_bf16(scratch.weights + row * kTile + i, weight);
     }
     float* totals = scratch.totals + row * kLanes;
-    if (top == scratch.largest[row]) {
+    if (!moves) {
       _mm512_storeu_ps(totals, _mm512_add_ps(_mm512_loadu_ps(totals), total));
       return;
     }
@@ -324,18 +256,13 @@ struct Attention {
     }
     memset(scratch.totals, 0, rows * kLanes * 4);
     memset(scratch.sums, 0, rows * shape.depth * 4);
-    Places tile = places(item, item.begin);
-    for (int64_t begin = item.begin; begin < item.end; begin += kTile) {
-      const bool is_last = begin + kTile >= item.end;
-      const Places coming = !is_last ? places(item, begin + kTile)
-                            : next   ? places(*next, next->begin)
-                                     : Places{};
+    for (int64_t begin = item.begin; begin < item.end; begin += kTile)
       for (int64_t head = 0; head < item.num_heads; head++) {
-        pack(tile, coming, item.head + head, scratch);
-        attend_tile(item, begin, position, scratch, {head * of_head, (head + 1) * of_head});
+        const Part part{head * of_head, (head + 1) * of_head};
+        const Tile tile = pages.tile({item.sequence, begin, item.end}, item.head + head,
+                                     {scratch.keys, scratch.values});
+        attend_tile(item, begin, position, scratch, part, tile, coming(item, next, begin, head));
       }
-      tile = coming;
-    }
     for (int64_t row = 0; row < rows; row++) {
       const int64_t head = query_head(item, row, of_head);
       const float* sums = scratch.sums + row * shape.depth;
@@ -349,23 +276,37 @@ struct Attention {
     }
   }
 
-  // The packed tile, for the rows of its head; the first of them is of the token at `position`.
+  // The tile that is read after this one.
+  Tile coming(const Attending& item, const Attending* next, int64_t begin, int64_t head) const {
+    if (head + 1 < item.num_heads)
+      return pages.lying({item.sequence, begin, item.end}, item.head + head + 1);
+    if (begin + kTile < item.end)
+      return pages.lying({item.sequence, begin + kTile, item.end}, item.head);
+    return next ? pages.lying({next->sequence, next->begin, next->end}, next->head) : Tile{};
+  }
+
+  // For the rows of the tile's head; the first of them is of the token at `position`.
   void attend_tile(const Attending& item, int64_t begin, int64_t position, const Scratch& scratch,
-                   Part rows) const {
-    const int64_t count = rows.end - rows.begin;
-    const int64_t tokens = round_up(std::min<int64_t>(kTile, item.end - begin), kPanel);
-    const kg_bf16* queries = scratch.queries + rows.begin * shape.depth;
-    for (int64_t i = 0; i < tokens; i += kPanel)
-      multiply(count, {scratch.keys + i * shape.depth, kBlock * shape.depth, queries, shape.depth,
-                       0, shape.depth, scratch.scores + rows.begin * kTile + i, kTile, false,
-                       nullptr, 0});
+                   Part rows, const Tile& tile, const Tile& coming) const {
+    const int64_t count = rows.end - rows.begin, depth = shape.depth;
+    const kg_bf16* queries = scratch.queries + rows.begin * depth;
+    for (int64_t i = 0; i < tile.count; i++)
+      multiply(count, {tile.pieces[i].keys, kBlock * depth, queries, depth, 0, depth,
+                       scratch.scores + rows.begin * kTile + i * kPanel, kTile, false,
+                       (const char*)coming.pieces[i].keys, depth});
     for (int64_t row = 0; row < count; row++)
-      soften(scratch, rows.begin + row, tokens, seen(item, begin, position + row / shape.group));
+      soften(scratch, rows.begin + row, tile.count * kPanel,
+             seen(item, begin, position + row / shape.group));
     const kg_bf16* weights = scratch.weights + rows.begin * kTile;
     for (int64_t block = 0; block < shape.blocks; block += 2)
-      multiply(count, {scratch.values + block * kBlock * kTile, kBlock * kTile, weights, kTile, 0,
-                       tokens, scratch.sums + rows.begin * shape.depth + block * kBlock,
-                       shape.depth, true, nullptr, 0});
+      for (int64_t i = 0; i < tile.count; i++) {
+        const Piece &piece = tile.pieces[i], &after = coming.pieces[i];
+        const kg_bf16* fetched = after.values ? after.values + block * after.value_stride : nullptr;
+        multiply(count, {piece.values + block * piece.value_stride, piece.value_stride,
+                         weights + i * kPanel, kTile, 0, kPanel,
+                         scratch.sums + rows.begin * depth + block * kBlock, depth, true,
+                         (const char*)fetched, kPanel});
+      }
   }
 
   void finish(int64_t token, int64_t head, const float* sums, float total) const {

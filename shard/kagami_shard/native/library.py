@@ -195,6 +195,7 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "kg_pack_bytes": (None, (POINTER(CLinear), c_void_p, c_void_p, c_void_p, c_int, c_void_p)),
     "kg_pack": (None, (c_void_p, c_int64, c_int64, c_int, c_void_p)),
     "kg_padded_rows": (c_int64, (c_int64, c_int)),
+    "kg_arrange": (None, (c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int64)),
     "kg_huge_alloc": (c_void_p, (c_int64,)),
     "kg_huge_free": (None, (c_void_p, c_int64)),
     "kg_tape_new": (c_void_p, (c_void_p, POINTER(COp), c_int, POINTER(CBuffer), c_int)),

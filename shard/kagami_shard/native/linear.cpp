@@ -131,21 +131,29 @@ void compute(const Layer& layer, const char* packed, Part rows, const char* next
 }  // namespace
 
 // Panels are dealt to the threads in runs, each run one forward stream; all rows of the step go
-// through a panel while it is in the cache, and the next panel is fetched meanwhile.
+// through a panel while it is in the cache, and the next panel is fetched meanwhile. Where a step is
+// cut by rows each thread does so with its rows, and all panels.
 bool linear(const Step& step, const kg_op& op, const kg_op* next_op, int thread) {
   const kg_linear& weight = *(const kg_linear*)op.params;
   const Buffer& in = step.buffer(op.in);
   const bool is_logits = op.out == KG_LOGITS;
   // Only the head reads rows; its input has as many.
-  const int64_t rows = is_logits ? step.batch->num_rows : step.batch->num_tokens;
-  if (!rows) return false;  // a chunk in the middle of a prompt wants no logits
+  const int64_t all_rows = is_logits ? step.batch->num_rows : step.batch->num_tokens;
+  if (!all_rows) return false;  // a chunk in the middle of a prompt wants no logits
   void* out = is_logits ? (void*)step.batch->logits : step.buffer(op.out).base;
   const int64_t out_bytes = is_logits ? weight.rows * 4 : step.buffer(op.out).row_bytes;
   const int num_threads = step.pool->num_threads;
-  const Part panels = part_of(num_panels(weight, op.epilogue == KG_GATED), thread, num_threads);
+  const bool cuts_rows = step.cuts_rows(all_rows);
+  const Part mine = cuts_rows ? part_of(all_rows, thread, num_threads) : Part{0, all_rows};
+  const int64_t rows = mine.end - mine.begin;
+  const auto panels_of = [&](const kg_linear& weight, bool gated) {
+    const int64_t count = num_panels(weight, gated);
+    return cuts_rows ? Part{0, count} : part_of(count, thread, num_threads);
+  };
+  const Part panels = panels_of(weight, op.epilogue == KG_GATED);
   const bool use_amx = step.pool->use_amx;
   Layer layer{weight, kernel_for(rows, use_amx), use_amx, depth_of(weight), rows,
-              step.row<char>(in, 0, rows, thread), in.row_bytes};
+              step.row<char>(in, mine.begin, all_rows, thread), in.row_bytes};
   const CodeForm* form = code_form(weight.kind);
   if (form && form->multiplies(rows, use_amx)) {
     layer.codes = form;
@@ -163,8 +171,8 @@ bool linear(const Step& step, const kg_op& op, const kg_op* next_op, int thread)
   const char* after = nullptr;  // this thread's first panel of the next linear layer
   if (next_op) {
     const kg_linear& next = *(const kg_linear*)next_op->params;
-    const int64_t count = num_panels(next, next_op->epilogue == KG_GATED);
-    after = (const char*)next.weight + part_of(count, thread, num_threads).begin * panel_bytes_of(next);
+    const Part its = panels_of(next, next_op->epilogue == KG_GATED);
+    after = (const char*)next.weight + its.begin * panel_bytes_of(next);
   }
   alignas(64) float sums[kAmxRows * kPanel];
   for (int64_t index = panels.begin; index < panels.end; index++) {
@@ -175,10 +183,11 @@ bool linear(const Step& step, const kg_op& op, const kg_op* next_op, int thread)
       const Part part = part_of(rows, pass, passes);
       compute(layer, packed, part, next && pass < fetching ? next + pass * lines * 64 : nullptr,
               lines, sums);
-      store(op, weight, {sums, part.begin, part.end - part.begin, index * kPanel}, out, out_bytes);
+      store(op, weight,
+            {sums, mine.begin + part.begin, part.end - part.begin, index * kPanel}, out, out_bytes);
     }
   }
-  return true;
+  return step.meets(all_rows);
 }
 
 }  // namespace kg

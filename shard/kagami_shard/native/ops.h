@@ -99,8 +99,8 @@ typedef struct {
 typedef struct {  // one step; see batch.py and kv_cache.py
   int64_t num_tokens, num_rows, num_sequences, num_decodes, table_width;
   const int64_t *input_ids, *positions, *rows, *block_tables, *query_lens, *kv_lens;
-  kg_bf16* const* keys;  // per layer [num_blocks, block_size, num_kv_heads, head_dim]
-  kg_bf16* const* values;
+  kg_bf16* const* keys;  // per layer [num_blocks, block_size, num_kv_heads, head_dim], within a
+  kg_bf16* const* values;  // block arranged as cache.h says
   int64_t block_size;
   float* logits;  // [num_rows, vocab_size]
 } kg_batch;
@@ -140,6 +140,10 @@ void kg_pack_bytes(const kg_linear*, const uint8_t* codes, const float* scales, 
 // 16.
 void kg_pack(const kg_bf16* const* weight, int64_t rows, int64_t columns, int gated, void* packed);
 int64_t kg_padded_rows(int64_t rows, int gated);
+
+// A layer's cache as torch has written it into the order that the library reads.
+void kg_arrange(kg_bf16* keys, kg_bf16* values, int64_t num_blocks, int64_t block_size,
+                int64_t num_kv_heads, int64_t head_dim);
 
 void* kg_huge_alloc(int64_t bytes);  // zeros, aligned to 2 MiB, on huge pages; NULL: no memory
 void kg_huge_free(void*, int64_t bytes);

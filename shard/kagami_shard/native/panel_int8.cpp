@@ -149,7 +149,7 @@ bool quantize(const Step& step, const kg_op& op, int thread) {
   for (int64_t row = part.begin; row < part.end; row++)
     quantize_row(how, step.row<kg_bf16>(in, row, rows, thread), (float*)step.scratch[thread],
                  step.row<uint8_t>(out, row, rows, thread));
-  return !alone;
+  return !alone && step.meets(rows);
 }
 
 }  // namespace kg

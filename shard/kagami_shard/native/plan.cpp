@@ -48,9 +48,10 @@ struct Planner {
         num_slots(plan.slots_of),
         first_alone(plan.first_alone) {}
 
-  // The first token of the cache that the token at `position` sees.
+  // The panel's first token that the token at `position` sees, or one that lies before.
   int32_t start(int64_t position) const {
-    return (int32_t)(spec.window ? std::max<int64_t>(0, position - spec.window + 1) : 0);
+    const int64_t first = spec.window ? std::max<int64_t>(0, position - spec.window + 1) : 0;
+    return (int32_t)(first / kPanel * kPanel);
   }
 
   void run() {

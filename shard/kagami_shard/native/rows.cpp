@@ -67,7 +67,7 @@ bool embed(const Step& step, const kg_op& op, int thread) {
     else
       embed_row(table, step.batch->input_ids[row], out);
   }
-  return true;
+  return step.meets(rows);
 }
 
 bool rope(const Step& step, const kg_op& op, int thread) {
@@ -82,7 +82,7 @@ bool rope(const Step& step, const kg_op& op, int thread) {
       out[rope.half + i] = sinf(angle) * rope.factor;
     }
   }
-  return true;
+  return step.meets(rows);
 }
 
 bool norm(const Step& step, const kg_op& op, int thread) {
@@ -98,7 +98,7 @@ bool norm(const Step& step, const kg_op& op, int thread) {
     norm_row(norm, step.row<float>(in, source, batch.num_tokens, thread),
              [&](int64_t i, __mmask16 mask, __m512 x) { store_bf16(to + i, mask, x); });
   }
-  return !replicates;
+  return !replicates && step.meets(rows);
 }
 
 bool add_norm(const Step& step, const kg_op& op, int thread) {
@@ -114,7 +114,7 @@ bool add_norm(const Step& step, const kg_op& op, int thread) {
                _mm512_mask_storeu_ps(to + i, mask, _mm512_fmadd_ps(alpha, x, old));
              });
   }
-  return true;
+  return step.meets(rows);
 }
 
 namespace {

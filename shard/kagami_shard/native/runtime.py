@@ -5,6 +5,7 @@ import weakref
 import torch
 from torch import Tensor
 
+from kagami_shard.kv_cache import KVCache
 from kagami_shard.native.library import Library, pointer
 
 # Looks at a barrier before a thread sleeps; see notes/0008.
@@ -22,6 +23,11 @@ class Runtime:
         self.use_amx = bool(library.kg_has_amx()) if use_amx is None else use_amx
         self.pool = library.kg_pool_new(num_threads, spins, self.use_amx)
         weakref.finalize(self, library.kg_pool_delete, self.pool)
+
+    def arrange(self, cache: KVCache) -> None:
+        """What torch has written into `cache`, in the order that the library reads."""
+        for keys, values in zip(cache.keys, cache.values, strict=True):
+            self.library.kg_arrange(pointer(keys), pointer(values), *keys.shape)
 
     def choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """The most likely id of each row, `[num_rows]` int64, and its log probability."""

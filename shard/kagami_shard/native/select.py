@@ -116,6 +116,8 @@ def _switch(engine: Engine, decoder: Decoder, cache: Path, num_threads: int) -> 
         raise Unavailable(f"the library cannot be loaded: {error}") from error
     except NotRecordable as error:
         raise Unavailable(f"model type {decoder.model_type}: {error}") from error
+    if engine.cache is not None:
+        runtime.arrange(engine.cache)
     engine.use(model, CpuAttention(), runtime.choose)
     logger.info(
         "CPU kernels: native",

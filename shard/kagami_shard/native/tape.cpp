@@ -88,11 +88,12 @@ struct kg_tape {
   }
 
   // A norm of few rows is every thread's own, and nobody waits: the layer that follows must not
-  // write what another thread's norm still reads.
+  // write what another thread's norm still reads. And rows that are gathered may be another thread's.
   void meet_before_writes() {
     must_meet.assign(ops.size(), 0);
     for (size_t i = 0; i < ops.size(); i++) {
       if (ops[i].code != KG_NORM) continue;
+      if (i > 0 && ((const kg_norm*)ops[i].params)->gathers) must_meet[i - 1] = 1;
       size_t next = i + 1;
       while (next < ops.size() && ops[next].code == KG_QUANTIZE) next++;
       if (next < ops.size() && ops[next].out == ops[i].in) must_meet[next - 1] = 1;

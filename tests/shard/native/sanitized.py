@@ -6,13 +6,16 @@ from pathlib import Path
 import torch
 from tests.shard.native.test_decodes import both
 from tests.shard.native.test_ops import (
+    ARRANGED,
     MIXED,
     TREES,
+    WIDE,
     Case,
     Program,
     Weights,
     branching,
     is_near,
+    layers,
     prompt,
     steps_of,
 )
@@ -59,6 +62,9 @@ def main() -> None:
         assert agrees_with_torch(runtime)
         for case in CASES:
             assert is_near(runtime, case.program, 0, *steps_of(MIXED, 0)), case
+        for case in (Case(dim=32), Case(dim=64, window=33)):
+            steps = steps_of(WIDE, 0, ARRANGED)
+            assert is_near(runtime, case.program, 0, *steps, block_size=ARRANGED), case
         for gated in (False, True):
             for count in (1, 5, 21):
                 assert is_near(
@@ -70,6 +76,7 @@ def main() -> None:
                     runtime, lambda weights, k=kind: quantized(weights, k), 0, prompt(count)
                 ), (kind, count)
         assert is_near(runtime, Case().program, 0, *steps_of([(200, 1)], 0))
+        assert is_near(runtime, layers, 0, prompt(150))
         for tree in TREES.values():
             assert is_near(runtime, Case().program, 0, *branching(tree, (30, 9)))
         runtime.choose(torch.randn(3, 77))

@@ -33,6 +33,8 @@ from kagami_shard.native.runtime import Runtime
 
 CPU = torch.device("cpu")
 BLOCK_SIZE = 4
+ARRANGED = 32
+"""A size of blocks that the library arranges, where heads are as many dimensions wide"""
 # Of the largest value: a few roundings to bf16.
 NEAR = 0.02
 
@@ -101,12 +103,14 @@ def prompt(count: int) -> ForwardBatch:
     return build_batch([(sequence, count)], BLOCK_SIZE, all_rows=True)
 
 
-def is_near(runtime: Runtime, make: Make, seed: int, *batches: ForwardBatch) -> bool:
+def is_near(
+    runtime: Runtime, make: Make, seed: int, *batches: ForwardBatch, block_size: int = BLOCK_SIZE
+) -> bool:
     """Whether the library's steps bring what torch's bring, each on a cache of its own."""
     exact, rounded = (make(Weights(seed, t)) for t in (torch.float32, torch.bfloat16))
     tape = record(rounded, runtime)
     caches = [
-        KVCache([exact.heads], 256, BLOCK_SIZE, dtype=dtype, device=CPU)
+        KVCache([exact.heads], 256, block_size, dtype=dtype, device=CPU)
         for dtype in (torch.float32, torch.bfloat16)
     ]
     for batch in batches:
@@ -260,28 +264,32 @@ class Case:
         )
 
 
-def steps_of(work: Sequence[tuple[int, int]], seed: int) -> list[ForwardBatch]:
+def steps_of(
+    work: Sequence[tuple[int, int]], seed: int, block_size: int = BLOCK_SIZE
+) -> list[ForwardBatch]:
     """Prompts of so many tokens, then as many more of each; single tokens come first."""
     work = sorted(work, key=lambda each: each[1] > 1)
     blocks = list(range(1, 64))
     random.Random(seed).shuffle(blocks)
     sequences = []
     for before, new in work:
-        count = -(-(before + new) // BLOCK_SIZE)
+        count = -(-(before + new) // block_size)
         tokens = [(11 * i + before) % 64 for i in range(before + new)]
         sequences.append(FakeSequence(tokens, [blocks.pop() for _ in range(count)]))
     batches = []
     for sequence, (before, _) in zip(sequences, work, strict=True):
         if before:
-            batches.append(build_batch([(sequence, before)], BLOCK_SIZE, all_rows=True))
+            batches.append(build_batch([(sequence, before)], block_size, all_rows=True))
             sequence.computed = before
     mixed = [(sequence, new) for sequence, (_, new) in zip(sequences, work, strict=True)]
-    batches.append(build_batch(mixed, BLOCK_SIZE, all_rows=True))
+    batches.append(build_batch(mixed, block_size, all_rows=True))
     return batches
 
 
 def branching(
-    paths: Sequence[Sequence[tuple[str, int]]], *chunks: tuple[int, int]
+    paths: Sequence[Sequence[tuple[str, int]]],
+    *chunks: tuple[int, int],
+    block_size: int = BLOCK_SIZE,
 ) -> list[ForwardBatch]:
     """A decode at the end of each path, and beside them chunks: so many tokens before, so many new.
 
@@ -296,22 +304,22 @@ def branching(
         for index, (name, count) in enumerate(path):
             key = tuple(each for each, _ in path[: index + 1])
             if key not in known:
-                known[key] = [next(free) for _ in range(-(-count // BLOCK_SIZE))]
+                known[key] = [next(free) for _ in range(-(-count // block_size))]
             sequence.blocks += known[key]
             sequence.tokens += [(sum(name.encode()) + 7 * i) % 64 for i in range(count)]
         before = len(sequence.tokens) - 1
-        batches.append(build_batch([(sequence, before)], BLOCK_SIZE))
+        batches.append(build_batch([(sequence, before)], block_size))
         sequence.computed = before
         decodes.append((sequence, 1))
     others = []
     for before, new in chunks:
-        count = -(-(before + new) // BLOCK_SIZE)
+        count = -(-(before + new) // block_size)
         blocks = [next(free) for _ in range(count)]
         other = FakeSequence([(5 * i) % 64 for i in range(before + new)], blocks)
-        batches.append(build_batch([(other, before)], BLOCK_SIZE))
+        batches.append(build_batch([(other, before)], block_size))
         other.computed = before
         others.append((other, new))
-    batches.append(build_batch([*decodes, *others], BLOCK_SIZE))
+    batches.append(build_batch([*decodes, *others], block_size))
     return batches
 
 
@@ -347,7 +355,100 @@ def test_a_long_decode_is_cut_among_the_threads(runtime: Runtime) -> None:
     assert is_near(runtime, Case().program, 0, *steps, first, build_batch([(long, 1)], BLOCK_SIZE))
 
 
-ROOT, LONG, SHORT = ("root", 132), ("long", 160), ("short", 12)
+WIDE = [(5, 1), (0, 1), (31, 1), (32, 1), (70, 1), (0, 37), (31, 33), (64, 70), (190, 5)]
+
+
+@pytest.mark.parametrize("block_size", [32, 64, 96])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(dim=32, rotary=32),
+        Case(dim=64, rotary=64, num_kv_heads=3),
+        Case(dim=96, rotary=48, num_kv_heads=1, group=2),
+        Case(dim=256, rotary=64, num_kv_heads=1, group=2),
+        Case(dim=32, window=5),
+        Case(dim=32, window=33),
+        Case(dim=64, window=70, softcap=0.7),
+    ],
+    ids=str,
+)
+def test_an_arranged_cache_is_attended_to_as_in_torch(
+    runtime: Runtime, case: Case, block_size: int
+) -> None:
+    steps = steps_of(WIDE, 0, block_size)
+    assert is_near(runtime, case.program, 0, *steps, block_size=block_size)
+
+
+def test_what_torch_has_cached_is_arranged(runtime: Runtime) -> None:
+    case = Case(dim=32, num_kv_heads=3)
+    exact, rounded = (case.program(Weights(0, t)) for t in (torch.float32, torch.bfloat16))
+    cache, reference = (
+        KVCache([exact.heads], 64, ARRANGED, dtype=t, device=CPU)
+        for t in (torch.bfloat16, torch.float32)
+    )
+    *before, last = steps_of(WIDE, 0, ARRANGED)
+    for batch in before:
+        exact.run(TorchOps(batch, SdpaAttention().prepare(batch, reference), exact.ropes))
+    cache.keys[0].copy_(reference.keys[0])
+    cache.values[0].copy_(reference.values[0])
+    expected = exact.run(TorchOps(last, SdpaAttention().prepare(last, reference), exact.ropes))
+    tape = record(rounded, runtime)
+    runtime.arrange(cache)
+    ours = torch.full_like(expected, float("nan"))
+    replay_into(tape, last, PageTables(cache), ours)
+    torch.testing.assert_close(ours, expected, atol=NEAR * float(expected.abs().max()), rtol=0)
+
+
+@pytest.mark.parametrize("count", [1, 2, 33])
+def test_what_lies_behind_a_sequence_in_an_arranged_block_does_not_count(
+    runtime: Runtime, count: int
+) -> None:
+    program = Case(dim=32).program(Weights(0, torch.bfloat16))
+    cache = KVCache([program.heads], 4, ARRANGED, dtype=torch.bfloat16, device=CPU)
+    for tensor in (*cache.keys, *cache.values):
+        tensor.fill_(float("nan"))
+    batch = build_batch([(FakeSequence([3] * count, [2, 1]), count)], ARRANGED)
+    logits = torch.empty(1, program.embedding.weight.shape[1])
+    replay_into(record(program, runtime), batch, PageTables(cache), logits)
+    assert logits.isfinite().all()
+
+
+def layers(weights: Weights) -> Program:
+    """Two, around a stream, as a decoder has them."""
+    case, width = Case(dim=32), 40
+    spec = AttentionSpec(0, case.dim**-0.5)
+    attention = SelfAttention(case.num_heads, case.num_kv_heads, case.dim, 0, no_norm, spec)
+    norm = RMSNorm(weights.vector(width), 1e-5)
+    parts = [
+        (
+            weights.linear(case.width, width),
+            weights.linear(width, case.num_heads * case.dim),
+            GatedMLP(weights.linear(100, width), weights.linear(width, 50), ACTIVATIONS["silu"]),
+        )
+        for _ in range(2)
+    ]
+
+    def body(ops: Ops[Any], hidden: Any) -> Any:
+        for qkv, output, mlp in parts:
+            attended = ops.attend(ops.linear(ops.norm(hidden, norm), qkv), attention)
+            hidden = ops.add(hidden, ops.linear(attended, output), norm, 0.5)
+            hidden = ops.add(hidden, ops.mlp(ops.norm(hidden, norm), mlp), no_norm, 0.5)
+        return hidden
+
+    heads = LayerShape(case.num_kv_heads, case.dim, case.dim)
+    return Program(weights, width, body, rope=RopeSpec(32, 1e4, 64, 64), heads=heads)
+
+
+@pytest.mark.parametrize("all_rows", [True, False])
+@pytest.mark.parametrize("count", [127, 128, 173])
+def test_a_step_that_is_cut_by_rows_is_torchs(runtime: Runtime, count: int, all_rows: bool) -> None:
+    work = [(FakeSequence([3], [1]), 1), (FakeSequence([7 * i % 64 for i in range(count)]), count)]
+    work[1][0].blocks = [5, 3, 9, 2, 8, 4]
+    batch = build_batch(work, ARRANGED, all_rows=all_rows)
+    assert is_near(runtime, layers, 0, batch, block_size=ARRANGED)
+
+
+ROOT, LONG, SHORT = ("root", 160), ("long", 160), ("short", 32)
 TREES = {
     "all of two share": [[ROOT, ("x", 3)], [ROOT, ("y", 1)]],
     "one ends where others go on": [[("x", 9)], [ROOT], [ROOT, ("y", 5)], [ROOT, ("z", 4)]],
@@ -376,6 +477,12 @@ def test_decodes_that_share_a_prefix_attend_as_in_torch(
     assert is_near(runtime, case.program, 0, *branching(TREES[tree]))
 
 
+@pytest.mark.parametrize("tree", TREES)
+def test_decodes_share_a_prefix_in_an_arranged_cache(runtime: Runtime, tree: str) -> None:
+    steps = branching(TREES[tree], (30, 9), block_size=ARRANGED)
+    assert is_near(runtime, Case(dim=32).program, 0, *steps, block_size=ARRANGED)
+
+
 def test_a_chunk_beside_decodes_with_a_prefix_attends_as_in_torch(runtime: Runtime) -> None:
     assert is_near(runtime, Case().program, 0, *branching(TREES["a branch shares more"], (30, 9)))
 
@@ -387,17 +494,19 @@ def test_a_chunk_beside_decodes_with_a_prefix_attends_as_in_torch(runtime: Runti
         Case,
         num_kv_heads=st.integers(1, 3),
         group=st.integers(1, 5),
-        dim=st.sampled_from([16, 32, 48]),
+        dim=st.sampled_from([16, 32, 48, 64]),
         window=st.none() | st.integers(1, 24),
         softcap=st.none() | st.floats(0.5, 5),
         qk_norm=st.sampled_from(["none", "heads", "all"]),
     ),
     seed=seeds,
+    block_size=st.sampled_from([BLOCK_SIZE, ARRANGED]),
 )
 def test_any_attention_is_torchs(
-    runtime: Runtime, work: list[tuple[int, int]], case: Case, seed: int
+    runtime: Runtime, work: list[tuple[int, int]], case: Case, seed: int, block_size: int
 ) -> None:
-    assert is_near(runtime, case.program, seed, *steps_of(work, seed))
+    steps = steps_of(work, seed, block_size)
+    assert is_near(runtime, case.program, seed, *steps, block_size=block_size)
 
 
 @quick
