@@ -12,8 +12,6 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
-from types import TracebackType
-from typing import Self
 
 import tokenizers
 from opentelemetry import trace
@@ -21,6 +19,7 @@ from opentelemetry import trace
 from kagami_proto.errors import GenerationFailed, KagamiError, ShardLost
 from kagami_proto.tracing import NO_TRACING, Tracing
 from kagami_router.detokenize import Detokenizer, TextDecoder
+from kagami_router.generation_stream import GenerationStream
 from kagami_router.metrics import Metrics, StepReport
 from kagami_router.requests import (
     End,
@@ -38,7 +37,6 @@ from kagami_router.scheduler.step import Event, SequenceFailed, Step, StepResult
 from kagami_router.sequence_trace import SequenceTrace, WireContext
 from kagami_router.shard_client import ShardGroup, StepStream
 from kagami_router.stopping import StopMatcher
-from kagami_router.turns import Sink
 
 logger = logging.getLogger(__name__)
 
@@ -49,84 +47,6 @@ STEP_OVERDUE_S = 60.0
 MAX_FAILED_STEPS = 16
 # The integrity check walks the whole pool: only when nobody is likely to come just now.
 IDLE_CHECK_S = 1.0
-
-
-class GenerationStream:
-    """The events of one request: an async context manager and an async iterator.
-
-    Leaving the context before the end cancels the generation.
-    """
-
-    __slots__ = ("_cancel", "_error", "_events", "_has_ended", "_sink", "_waiter")
-
-    def __init__(self, cancel: Callable[[], None]) -> None:
-        self._cancel = cancel
-        self._events: list[StreamEvent] = []
-        self._sink: Sink[tuple[StreamEvent, ...]] | None = None
-        self._error: Exception | None = None
-        self._has_ended = False
-        self._waiter: asyncio.Future[None] | None = None
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._cancel()
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> tuple[StreamEvent, ...]:
-        """All events since the last turn; raises `GenerationFailed`, `ShardLost`, a sink's bug."""
-        while not self._events:
-            if self._error is not None:
-                raise self._error
-            if self._has_ended:
-                raise StopAsyncIteration
-            self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
-        events = tuple(self._events)
-        self._events.clear()
-        return events
-
-    def divert(self, sink: Sink[tuple[StreamEvent, ...]]) -> None:
-        """Hand events to `sink` as they come, as long as none waits to be iterated."""
-        self._sink = sink
-
-    def put(self, event: StreamEvent) -> None:
-        """For the loop: one more event; the one with `end` is the last."""
-        is_last = self._has_ended = event.end is not None
-        is_taken = False
-        if self._sink is not None and not self._events:
-            try:
-                is_taken = self._sink((event,))
-            # A border: a bug in one answer's words must not stop the others' steps.
-            except Exception as error:
-                self._sink, is_taken = _take_nothing_more, True
-                self.fail(error)
-        if not is_taken:
-            self._events.append(event)
-        if is_last or not is_taken:
-            self._notify()
-
-    def fail(self, error: Exception) -> None:
-        """For the loop: no more events; what is there already is still delivered."""
-        self._error = error
-        self._notify()
-
-    def _notify(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-
-def _take_nothing_more(turn: tuple[StreamEvent, ...]) -> bool:
-    """The sink of a stream whose own has failed: nothing may follow what it left out."""
-    return True
 
 
 class _Generation:

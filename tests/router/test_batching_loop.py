@@ -12,7 +12,8 @@ from tests.fakes.fake_shard import EOS, FakeShard, Request, generated
 
 from kagami_proto.errors import GenerationFailed, ShardLost
 from kagami_proto.tracing import NO_TRACING, Tracing
-from kagami_router.batching_loop import MAX_FAILED_STEPS, BatchingLoop, GenerationStream
+from kagami_router.batching_loop import MAX_FAILED_STEPS, BatchingLoop
+from kagami_router.generation_stream import GenerationStream
 from kagami_router.metrics import StepReport
 from kagami_router.requests import (
     End,

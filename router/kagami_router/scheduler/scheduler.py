@@ -23,6 +23,7 @@ from dataclasses import dataclass
 
 from kagami_router.requests import ValidRequest
 from kagami_router.scheduler.blocks import BlockAllocator
+from kagami_router.scheduler.draft import Draft
 from kagami_router.scheduler.isolation import FaultIsolation
 from kagami_router.scheduler.prefix_cache import Node, PrefixCache
 from kagami_router.scheduler.sequence import Sequence, Status, WaitReason, age
@@ -66,61 +67,6 @@ class SchedulerConfig:
     prefix_caching: bool = True
     max_steps_in_flight: int = 2
     cache_grows_to: int | None = None
-
-
-class _Draft:
-    """The step being made: what is left of its budgets, and what is in it so far."""
-
-    __slots__ = (
-        "new_sequences",
-        "num_decodes",
-        "num_kv_tokens",
-        "num_prefill_tokens",
-        "num_samples",
-        "number",
-        "preempted",
-        "room",
-        "tokens",
-        "work",
-    )
-
-    def __init__(self, number: int, *, tokens: int, room: int) -> None:
-        self.number = number
-        self.tokens = tokens
-        self.room = room
-        self.work: list[Work] = []
-        self.new_sequences: list[NewSequence] = []
-        self.num_decodes = 0
-        self.num_prefill_tokens = 0
-        self.num_samples = 0
-        self.num_kv_tokens = 0
-        self.preempted: list[Sequence] = []
-
-    @property
-    def is_full(self) -> bool:
-        return self.tokens <= 0 or self.room <= 0
-
-    def put_chunk(self, sequence: Sequence, count: int, blocks: Seq[int]) -> None:
-        """Schedule the next `count` positions of a sequence that is being prefilled."""
-        position = sequence.num_scheduled
-        end = position + count
-        samples = end >= sequence.prefill_end
-        self.work.append(Work(sequence, position, count, blocks, samples))
-        self.num_samples += samples
-        self.num_kv_tokens += end
-        self.num_prefill_tokens += count
-        sequence.num_scheduled = end
-        sequence.last_step = self.number
-        self.tokens -= count
-        self.room -= 1
-
-    def count_decodes(self, count: int, num_kv_tokens: int) -> None:
-        """What `work` has just got: decodes, and the positions that they attend to."""
-        self.num_decodes += count
-        self.num_samples += count
-        self.num_kv_tokens += num_kv_tokens
-        self.tokens -= count
-        self.room -= count
 
 
 class Scheduler:
@@ -184,7 +130,7 @@ class Scheduler:
         suspects = self._isolation.suspects()
         if len(self._in_flight) >= (1 if suspects else self._config.max_steps_in_flight):
             return None
-        draft = _Draft(
+        draft = Draft(
             self._num_scheduled + 1,
             tokens=self._isolation.max_step_tokens,
             room=self._isolation.max_batch_size,
@@ -219,7 +165,7 @@ class Scheduler:
         return step
 
     def _put_decodes(
-        self, draft: _Draft, eligible: list[Sequence], suspects: list[Sequence]
+        self, draft: Draft, eligible: list[Sequence], suspects: list[Sequence]
     ) -> None:
         block_size, work, number = self._config.block_size, draft.work, draft.number
         room = min(draft.tokens, draft.room)
@@ -247,7 +193,7 @@ class Scheduler:
             num_kv_tokens += position + 1
         draft.count_decodes(len(work), num_kv_tokens)
 
-    def _put_chunks(self, draft: _Draft, sequences: list[Sequence]) -> None:
+    def _put_chunks(self, draft: Draft, sequences: list[Sequence]) -> None:
         for sequence in sequences:
             if draft.is_full:
                 return
@@ -255,7 +201,7 @@ class Scheduler:
             if sequence.status is Status.RUNNING and missing > 0:
                 draft.put_chunk(sequence, min(missing, draft.tokens), ())
 
-    def _join_reason(self, draft: _Draft) -> JoinReason | None:
+    def _join_reason(self, draft: Draft) -> JoinReason | None:
         """What lets newcomers join now (TGI's `waiting_served_ratio`, `max_waiting_tokens`)."""
         if draft.preempted:
             _hold(self._waiting, WaitReason.BLOCKS)
@@ -274,7 +220,7 @@ class Scheduler:
         _hold(self._waiting, WaitReason.DECODING_FIRST)
         return None
 
-    def _admit(self, draft: _Draft, suspects: list[Sequence], now: float) -> None:
+    def _admit(self, draft: Draft, suspects: list[Sequence], now: float) -> None:
         """Let waiting sequences join, oldest first; nobody passes one that lacks only blocks.
 
         One whose next block is just being computed by another waits for it and is passed.
@@ -301,7 +247,7 @@ class Scheduler:
         return None
 
     def _no_room_for(
-        self, sequence: Sequence, draft: _Draft, suspects: list[Sequence]
+        self, sequence: Sequence, draft: Draft, suspects: list[Sequence]
     ) -> WaitReason | None:
         """Why nobody may join this step any more, blocks aside."""
         if draft.tokens <= 0:
@@ -353,7 +299,7 @@ class Scheduler:
         return computing.get((parent, self._cache.key_of(sequence.log.ids, index)))
 
     def _take_blocks(
-        self, sequence: Sequence, path: list[Node], suspects: list[Sequence], draft: _Draft
+        self, sequence: Sequence, path: list[Node], suspects: list[Sequence], draft: Draft
     ) -> bool:
         """Give a sequence the blocks of all that is known of it; False if there are too few.
 
@@ -374,7 +320,7 @@ class Scheduler:
         sequence.blocks = table + self._allocate(num_new)
         return True
 
-    def _start(self, sequence: Sequence, draft: _Draft, now: float) -> None:
+    def _start(self, sequence: Sequence, draft: Draft, now: float) -> None:
         """Move a sequence that has its blocks to the running ones, with its first chunk."""
         is_replay = sequence.scheduled_at is not None
         num_cached = len(sequence.path) * self._config.block_size
@@ -403,7 +349,7 @@ class Scheduler:
         count = min(sequence.prefill_end - num_cached, draft.tokens)
         draft.put_chunk(sequence, count, sequence.blocks.copy())
 
-    def _make_room_for(self, sequence: Sequence, suspects: list[Sequence], draft: _Draft) -> bool:
+    def _make_room_for(self, sequence: Sequence, suspects: list[Sequence], draft: Draft) -> bool:
         """Have one block available by preempting the youngest; False if that is the asker itself.
 
         The oldest can always go on this way, and everybody is the oldest some day.
@@ -416,7 +362,7 @@ class Scheduler:
                 return False
         return True
 
-    def _preempt(self, victim: Sequence, draft: _Draft) -> None:
+    def _preempt(self, victim: Sequence, draft: Draft) -> None:
         self._put_back(victim)
         draft.preempted.append(victim)
 
