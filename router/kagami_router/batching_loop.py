@@ -308,8 +308,11 @@ class BatchingLoop:
                     outcome = plain_event(event.token_id, text, event.logprob)
                 else:
                     outcome = self._new_event(generation, event, now)
-            # A border: a bug in one sequence's text must not stop the others' steps.
-            except Exception:
+            except (KeyboardInterrupt, SystemExit):
+                raise
+            # A border: a bug in one sequence's text must not stop the others' steps. A panic of the
+            # tokenizers library is no `Exception`.
+            except BaseException:
                 logger.exception("Text failed", extra={"request_id": sequence.id})
                 self._cancel(sequence.id)
                 outcome = GenerationFailed("internal error")

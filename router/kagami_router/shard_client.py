@@ -120,6 +120,9 @@ class StepStream:
         except CallEnded as error:
             self._close()
             raise ShardLost(str(error)) from error
+        except BaseException:
+            self._close()
+            raise
         return self
 
     async def __aexit__(
@@ -133,7 +136,8 @@ class StepStream:
     def _close(self) -> None:
         for call in self._calls:
             call.close()
-        self._over.cancel()
+        if not self._over.cancel() and not self._over.cancelled():
+            self._over.exception()  # read, so that asyncio does not miss a reader
 
     def send(self, step: Step, contexts: Mapping[int, WireContext] = {}) -> None:
         """Send a step to every shard; raises `ShardLost`.
@@ -154,9 +158,11 @@ class StepStream:
     def _lost(self, reason: str) -> None:
         self._fail(ShardLost(reason))
 
-    def _fail(self, error: Exception) -> None:
+    def _fail(self, error: BaseException) -> None:
+        """Tell whoever waits for the end; asyncio's future takes no `StopIteration`."""
         if not self._over.done():
-            self._over.set_exception(error)
+            is_told = isinstance(error, Exception) and not isinstance(error, StopIteration)
+            self._over.set_exception(error if is_told else RuntimeError(repr(error)))
 
     def _receive(self, told: deque[bytes], message: bytes) -> None:
         told.append(message)
@@ -166,7 +172,9 @@ class StepStream:
         try:
             messages = [pb.StepResult.FromString(each.popleft()) for each in self._told]
             self._take(results_from_pb(messages))
-        except Exception as error:
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic of a library in Rust is no `Exception`
             self._fail(error)
 
 

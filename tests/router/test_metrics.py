@@ -164,6 +164,21 @@ def test_tokens_of_one_step_share_its_time() -> None:
     assert found["tgi_inter_token_latency_seconds_sum"][""] == pytest.approx(0.3)
 
 
+def test_what_is_counted_many_at_once_counts_once() -> None:
+    metrics = warm()
+    for _ in range(1_100):
+        metrics.tokens_arrived(0.1, 1)
+    for _ in range(40):
+        metrics.step_finished(DECODES, RESULTS, REPORT)
+    parsed(metrics)
+    metrics.tokens_arrived(0.1, 1)
+    metrics.step_finished(DECODES, RESULTS, REPORT)
+    for _ in range(2):
+        found = parsed(metrics)
+        assert found["tgi_inter_token_latency_seconds_count"] == {"": 1_101}
+        assert found["tgi_batch_inference_count"]["method=decode"] == 41
+
+
 @pytest.mark.parametrize(
     ("step", "method", "kind"),
     [

@@ -170,9 +170,23 @@ async def test_one_dead_shard_is_noticed_while_the_others_wait(tmp_path: Path) -
             await steps.lost()
 
 
-async def test_what_goes_wrong_with_results_ends_the_stream(tmp_path: Path) -> None:
+class Panic(BaseException):
+    """What a library in Rust raises."""
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (LookupError("a bug"), LookupError),
+        (Panic("a panic"), RuntimeError),
+        (StopIteration("none left"), RuntimeError),
+    ],
+)
+async def test_what_goes_wrong_with_results_ends_the_stream(
+    tmp_path: Path, error: BaseException, told: type[Exception]
+) -> None:
     def take(results: StepResults) -> None:
-        raise LookupError("a bug")
+        raise error
 
     async with (
         FakeShard(str(tmp_path / "0")) as shard,
@@ -180,7 +194,7 @@ async def test_what_goes_wrong_with_results_ends_the_stream(tmp_path: Path) -> N
         group.open_steps(take) as steps,
     ):
         steps.send(new_step())
-        with pytest.raises(LookupError):
+        with pytest.raises(told, match=str(error)):
             await steps.lost()
 
 

@@ -7,6 +7,7 @@ for the socket is the only one, and a step leaves with the call that wrote it (n
 import asyncio
 import socket
 from collections.abc import Callable
+from urllib.parse import unquote
 
 from kagami_router.wire.http2 import ClientCall
 
@@ -125,7 +126,8 @@ async def _connect(address: str) -> socket.socket:
     loop = asyncio.get_running_loop()
     target: str | tuple[object, ...]
     if address.startswith("unix:"):
-        family, target = socket.AF_UNIX, address.removeprefix("unix:").removeprefix("//")
+        # gRPC takes the path for a URI's: percent-encoded.
+        family, target = socket.AF_UNIX, unquote(address.removeprefix("unix:").removeprefix("//"))
     else:
         host, _, port = address.rpartition(":")
         family, *_, target = (await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM))[0]

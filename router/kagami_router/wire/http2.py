@@ -204,16 +204,14 @@ class ClientCall:
 
     def _release(self) -> None:
         """Write as much of what waits as windows and frames allow (sections 5.2, 6.9)."""
-        pending = self._pending
-        while pending:
-            room = self._room
-            if room <= 0:
-                return
+        pending, frames = self._pending, [self._output]
+        while pending and (room := self._room) > 0:
             part = bytes(pending[:room])
             del pending[:room]
             self._stream_window -= len(part)
             self._connection_window -= len(part)
-            self._output += frame(Kind.DATA, 0, _STREAM, part)
+            frames.append(frame(Kind.DATA, 0, _STREAM, part))
+        self._output = b"".join(frames)
 
     def _open_window(self, stream: int, size: int) -> None:
         self._output += frame(Kind.WINDOW_UPDATE, 0, stream, struct.pack(">I", size))

@@ -64,6 +64,7 @@ class World:
     poison: float
     memory_limit: int | None
     cache_grows_to: int | None
+    max_steps_in_flight: int
 
 
 worlds = st.builds(
@@ -83,6 +84,7 @@ worlds = st.builds(
     poison=st.sampled_from([0.0, 0.0, 0.1]),
     memory_limit=st.one_of(st.none(), st.none(), st.integers(1, 30)),
     cache_grows_to=st.one_of(st.none(), st.integers(0, 20)),
+    max_steps_in_flight=st.integers(1, 2),
 )
 
 
@@ -103,6 +105,7 @@ class Simulation:
                 max_waiting_tokens=world.max_waiting,
                 prefix_caching=world.prefix_caching,
                 cache_grows_to=world.cache_grows_to,
+                max_steps_in_flight=world.max_steps_in_flight,
             )
         )
         self.queue: deque[Step] = deque()

@@ -56,7 +56,7 @@ class Echo:
         await self.server.stop(grace=None)
 
 
-@pytest.mark.parametrize("place", ["unix:{}/s", "unix://{}/s", "127.0.0.1:0"])
+@pytest.mark.parametrize("place", ["unix:{}/s", "unix://{}/s", "unix:{}/a%41", "127.0.0.1:0"])
 async def test_messages_go_and_come(tmp_path: Path, place: str) -> None:
     async with Echo(place.format(tmp_path)) as echo:
         for message in (b"one", b"", b"three"):
