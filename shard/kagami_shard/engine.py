@@ -235,7 +235,8 @@ class Engine:
         started_ns = time.perf_counter_ns()
         batch, self._greedy = self._greedy, None
         if batch is not None and batch.takes(step):
-            return self._decode(batch, step.number, started_ns, {})
+            admission_ns = time.perf_counter_ns() - started_ns
+            return self._decode(batch, step.number, {}, started_ns, admission_ns)
         with torch.inference_mode(), self._parallel.together():
             return self._launch(step, started_ns)
 
@@ -251,7 +252,7 @@ class Engine:
         if isinstance(self._model, GreedyModel) and all(map(is_greedy_decode, items)):
             asked_ids = [work.id for work in step.work]
             greedy = GreedyBatch(self._model, self.cache, items, asked_ids)
-            return self._decode(greedy, step.number, started_ns, failures)
+            return self._decode(greedy, step.number, failures, started_ns, admission_ns)
         events = self._mark_start()
         batch = self._batch(items, samples, prompts)
         with self._filling(samples) as masks:
@@ -282,10 +283,14 @@ class Engine:
         )
 
     def _decode(
-        self, batch: GreedyBatch, number: int, started_ns: int, failures: dict[int, str]
+        self,
+        batch: GreedyBatch,
+        number: int,
+        failures: dict[int, str],
+        started_ns: int,
+        admission_ns: int,
     ) -> StepResult:
         """A step of `batch`, which the next one may go on with."""
-        admitted_ns = time.perf_counter_ns()
         num_lost = batch.run()
         rows = (batch.sequence_ids, batch.token_ids, batch.logprobs)
         if num_lost:
@@ -303,7 +308,7 @@ class Engine:
             host_ns=elapsed_ns,
             device_ns=elapsed_ns,
             sampling_ns=batch.sampling_ns,
-            admission_ns=admitted_ns - started_ns,
+            admission_ns=admission_ns,
         )
 
     def _without_lost(

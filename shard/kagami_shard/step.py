@@ -42,7 +42,10 @@ class WorkColumns:
     __slots__ = ("counts", "ids", "positions")
 
     def __init__(self, ids: list[int], positions: list[int], counts: list[int]) -> None:
-        """Of equal length."""
+        """Raises `ValueError` unless they are of equal length."""
+        if not len(ids) == len(positions) == len(counts):
+            lengths = f"{len(ids)} ids, {len(positions)} positions and {len(counts)} counts"
+            raise ValueError(f"the work of a step has {lengths}")
         self.ids = ids
         self.positions = positions
         self.counts = counts

@@ -1,11 +1,8 @@
 """Attention of a recorded step: the tape's own op does it, with the cache that is given here."""
 
-from functools import cached_property
-
 from torch import Tensor
 
-from kagami_shard.attention.base import Attention, AttentionSpec, AttentionStep
-from kagami_shard.attention.sdpa import SdpaAttention
+from kagami_shard.attention.base import AttentionSpec
 from kagami_shard.batch import ForwardBatch
 from kagami_shard.kv_cache import KVCache
 
@@ -15,24 +12,18 @@ class CpuAttention:
 
     name = "native"
 
-    def __init__(self) -> None:
-        self._torch = SdpaAttention()
-
     def prepare(self, batch: ForwardBatch, cache: KVCache) -> "CpuStep":
-        return CpuStep(batch, cache, self._torch)
+        return CpuStep(cache)
 
 
 class CpuStep:
-    """A step whose layers attend inside of the tape; called from outside it attends in torch."""
+    """A step whose layers attend inside of the tape.
 
-    def __init__(self, batch: ForwardBatch, cache: KVCache, reference: Attention) -> None:
-        self.batch = batch
+    Nobody else can: the cache may lie in an order that only the library reads.
+    """
+
+    def __init__(self, cache: KVCache) -> None:
         self.cache = cache
-        self._reference = reference
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec) -> Tensor:
-        return self._torch(query, key, value, spec)
-
-    @cached_property
-    def _torch(self) -> AttentionStep:
-        return self._reference.prepare(self.batch, self.cache)
+        raise TypeError("a model that is no tape cannot attend to a tape's cache")

@@ -13,6 +13,10 @@ bool can_arrange(int64_t dim, int64_t block_size) {
   return dim % kPanel == 0 && block_size % kPanel == 0;
 }
 
+bool all_zero(const kg_bf16* values, int64_t count) {
+  return values[0] == 0 && memcmp(values, values + 1, (count - 1) * sizeof *values) == 0;
+}
+
 // One head's part of an arranged block.
 struct Arranged {
   kg_bf16 *keys, *values;
@@ -148,6 +152,8 @@ extern "C" void kg_arrange(kg_bf16* keys, kg_bf16* values, int64_t num_blocks, i
   const int64_t width = num_kv_heads * head_dim, elements = block_size * width;
   on_all_cores(num_blocks, num_blocks * elements * 4, [=](int64_t index) {
     kg_bf16 *to_keys = keys + index * elements, *to_values = values + index * elements;
+    // Zeros lie the same in both orders, and a block that was never written takes no memory yet.
+    if (all_zero(to_keys, elements) && all_zero(to_values, elements)) return;
     const std::vector<kg_bf16> old_keys(to_keys, to_keys + elements);
     const std::vector<kg_bf16> old_values(to_values, to_values + elements);
     for (int64_t head = 0; head < num_kv_heads; head++) {

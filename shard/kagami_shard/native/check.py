@@ -11,7 +11,7 @@ from torch.nn.functional import silu
 from kagami_shard.attention.base import AttentionSpec
 from kagami_shard.attention.sdpa import SdpaAttention
 from kagami_shard.batch import ForwardBatch
-from kagami_shard.graphs import record
+from kagami_shard.graphs import Tape, record
 from kagami_shard.kv_cache import KVCache, LayerShape
 from kagami_shard.layers.embedding import Embedding, Head
 from kagami_shard.layers.linear import Linear
@@ -24,7 +24,8 @@ from kagami_shard.native.page_tables import PageTables
 from kagami_shard.native.runtime import Runtime
 
 _HEADS, _KV_HEADS, _DIM, _WIDTH, _VOCAB = 6, 2, 32, 96, 80
-_BLOCK = 8
+_BLOCKS = (8, 32)
+"""Sizes of the cache's blocks: in torch's order, and as panels (`cache.h`)"""
 _TOLERANCE = 0.05
 """Of the largest logit: rounding to bf16 between the ops makes 0.01"""
 
@@ -64,30 +65,34 @@ def agrees_with_torch(runtime: Runtime) -> bool:
     """Whether the library computes what torch does, up to rounding."""
     exact, sample = _Sample(torch.float32), _Sample(torch.bfloat16)
     tape = record(sample, runtime)
-    caches = [_cache(torch.float32), _cache(torch.bfloat16)]
+    return all(_agree(exact, sample_tape=tape, block_size=size) for size in _BLOCKS)
+
+
+def _agree(exact: _Sample, *, sample_tape: Tape, block_size: int) -> bool:
+    caches = [_cache(torch.float32, block_size), _cache(torch.bfloat16, block_size)]
     for lens in ([(0, 37)], [(37, 1), (0, 9)]):
-        batch = _batch(lens)
+        batch = _batch(lens, block_size)
         step = SdpaAttention().prepare(batch, caches[0])
         expected = exact.run(TorchOps(batch, step, exact.ropes))
         logits = torch.empty_like(expected)
-        replay_into(tape, batch, PageTables(caches[1]), logits)
+        replay_into(sample_tape, batch, PageTables(caches[1]), logits)
         if not (logits - expected).abs().max() < _TOLERANCE * expected.abs().max():
             return False
     return True
 
 
-def _cache(dtype: torch.dtype) -> KVCache:
+def _cache(dtype: torch.dtype, block_size: int) -> KVCache:
     layers = [LayerShape(_KV_HEADS, _DIM, _DIM)]
-    return KVCache(layers, 16, _BLOCK, dtype=dtype, device=torch.device("cpu"))
+    return KVCache(layers, 16, block_size, dtype=dtype, device=torch.device("cpu"))
 
 
-def _batch(work: Sequence[tuple[int, int]]) -> ForwardBatch:
+def _batch(work: Sequence[tuple[int, int]], block_size: int) -> ForwardBatch:
     """Sequences with so many tokens in the cache, and so many more."""
     tables = torch.tensor([[3, 1, 8, 5, 9], [2, 7, 0, 0, 0]])[: len(work)]
     positions = [p for before, count in work for p in range(before, before + count)]
     owners = [i for i, (_, count) in enumerate(work) for _ in range(count)]
     slots = [
-        int(tables[i, p // _BLOCK]) * _BLOCK + p % _BLOCK
+        int(tables[i, p // block_size]) * block_size + p % block_size
         for i, p in zip(owners, positions, strict=True)
     ]
     return ForwardBatch(

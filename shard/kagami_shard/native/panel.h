@@ -1,9 +1,10 @@
 // The one inner kernel: some rows of activations times a panel of 32 columns.
 //
-// Linear layers are this over a packed weight, attention is this over a tile of keys or values
-// packed on the spot. A packed panel is two blocks of 16 columns, each [k / 2][16][2] bf16: what
-// `vdpbf16ps` multiplies with a broadcast pair of activations, and what an AMX B tile (16 pairs
-// of rows) wants. So one layout serves both kinds of processor.
+// Linear layers are this over a packed weight, attention is this over a tile of keys or values,
+// which the cache holds so or which is packed on the spot. A packed panel is two blocks of 16
+// columns, each [k / 2][16][2] bf16: what `vdpbf16ps` multiplies with a broadcast pair of
+// activations, and what an AMX B tile (16 pairs of rows) wants. So one layout serves both kinds of
+// processor.
 #pragma once
 #include "ops.h"
 

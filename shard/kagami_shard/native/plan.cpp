@@ -1,7 +1,7 @@
 // Which rows attend together, to what, and in which order.
 //
 // Decodes whose block tables begin alike (a shared prefix) attend to those blocks together: a tile is
-// packed once for all of them, and their rows make a matrix product of what were many thin ones
+// read once for all of them, and their rows make a matrix product of what were many thin ones
 // (Hydragen, arXiv:2402.05099). Each then attends to the rest of its cache alone, and the unfinished
 // results are merged. Prefixes may branch again: every branch of two or more shares its stretch.
 #include <algorithm>

@@ -14,6 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.fakes.batches import FakeSequence, build_batch
+from tests.shard.test_kv_cache import resident_bytes
 from torch import Tensor
 
 from kagami_shard.attention.base import AttentionSpec
@@ -397,6 +398,18 @@ def test_what_torch_has_cached_is_arranged(runtime: Runtime) -> None:
     ours = torch.full_like(expected, float("nan"))
     replay_into(tape, last, PageTables(cache), ours)
     torch.testing.assert_close(ours, expected, atol=NEAR * float(expected.abs().max()), rtol=0)
+
+
+def test_arranging_a_cache_takes_no_memory_for_what_was_never_written(runtime: Runtime) -> None:
+    small, large = (
+        KVCache([LayerShape(4, 64, 64)], count, 32, dtype=torch.bfloat16, device=CPU)
+        for count in (2, 1 << 12)
+    )
+    runtime.arrange(small)  # what the library itself takes at the first time
+    before = resident_bytes()
+    runtime.arrange(large)
+    assert large.num_bytes == 128 << 20
+    assert resident_bytes() - before < 8 << 20
 
 
 @pytest.mark.parametrize("count", [1, 2, 33])
