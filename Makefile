@@ -46,8 +46,8 @@ types: $(STAMP) ## check types (mypy strict)
 	$(BIN)/mypy
 
 test: $(STAMP) ## run every test, those with real servers last
-	$(PYTEST_TWICE) $(addprefix --ignore=,$(SERVERS))
-	$(BIN)/pytest -q $(SERVERS)
+	failed=0; $(PYTEST_TWICE) $(addprefix --ignore=,$(SERVERS)) || failed=1; \
+	  $(BIN)/pytest -q $(SERVERS) || failed=1; exit $$failed
 
 check: lint types ## format, lint, types and the fast tests
 	$(PYTEST_TWICE) -m 'not slow'
