@@ -28,7 +28,6 @@ from kagami_shard.kv_cache import KVCache, block_bytes, blocks_for
 from kagami_shard.launched import (
     Launched,
     device_times,
-    nothing_to_do,
     split_prompt_logprobs,
     top_tokens,
 )
@@ -248,7 +247,14 @@ class Engine:
         samples = [item for item in items if item.end == item.state.num_known]
         prompts = [item for item in items if prompt_rows(item)]
         if not items:
-            return nothing_to_do(step.number, failures, started_ns, admission_ns)
+            elapsed_ns = time.perf_counter_ns() - started_ns
+            return StepResult(
+                number=step.number,
+                failures=failures,
+                host_ns=elapsed_ns,
+                device_ns=elapsed_ns,
+                admission_ns=admission_ns,
+            )
         if isinstance(self._model, GreedyModel) and all(map(is_greedy_decode, items)):
             asked_ids = [work.id for work in step.work]
             greedy = GreedyBatch(self._model, self.cache, items, asked_ids)

@@ -1,6 +1,5 @@
 """A step between its launch and its results."""
 
-import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -38,27 +37,6 @@ def device_times(launched: Launched) -> tuple[int, int]:
     start, drawing, end = launched.device_events
     end.synchronize()
     return int(start.elapsed_time(end) * 1e6), int(drawing.elapsed_time(end) * 1e6)
-
-
-def nothing_to_do(
-    number: int, failures: dict[int, str], started_ns: int, admission_ns: int
-) -> Launched:
-    """A step in which nothing is left to compute."""
-    empty = torch.empty(0)
-    drawn = Drawn(empty.long(), empty, empty.long()[:, None], empty[:, None])
-    return Launched(
-        number,
-        [],
-        drawn,
-        [],
-        None,
-        failures,
-        started_ns,
-        None,
-        admission_ns,
-        0,
-        time.perf_counter_ns(),
-    )
 
 
 def top_tokens(launched: Launched, kept: Sequence[int]) -> list[TopTokens]:
