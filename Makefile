@@ -54,7 +54,7 @@ check: lint types ## format, lint, types and the fast tests
 
 # No $(STAMP): a machine with a GPU has a torch of its own.
 gpu-check: ## run the tests that need a CUDA device, with the python that is there
-	PYTHONPATH=.:proto:router:shard:launcher $(PYTHON) -m pytest -q -m gpu tests/shard
+	PYTHONPATH=".:proto:router:shard:launcher:$$PYTHONPATH" $(PYTHON) -m pytest -q -m gpu tests/shard
 
 bench: $(STAMP) ## measure our server beside the peers that are installed; BENCH=flags
 	PYTHONPATH=. $(BIN)/python -m tests.benchmarks.side_by_side $(BENCH)

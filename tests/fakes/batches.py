@@ -13,6 +13,8 @@ from kagami_shard.batch import ForwardBatch
 from kagami_shard.kv_cache import KVCache, blocks_for
 from kagami_shard.models.base import Model
 
+CPU = torch.device("cpu")
+
 
 @dataclass(slots=True, eq=False)
 class FakeSequence:
@@ -24,7 +26,11 @@ class FakeSequence:
 
 
 def build_batch(
-    work: Items[tuple[FakeSequence, int]], block_size: int, *, all_rows: bool = False
+    work: Items[tuple[FakeSequence, int]],
+    block_size: int,
+    *,
+    all_rows: bool = False,
+    device: torch.device = CPU,
 ) -> ForwardBatch:
     """A step over the next `count` tokens of each sequence; single tokens must come first.
 
@@ -43,16 +49,16 @@ def build_batch(
         slots += [sequence.blocks[i // block_size] * block_size + i % block_size for i in span]
     width = max(len(sequence.blocks) for sequence, _ in work)
     tables = [sequence.blocks + [0] * (width - len(sequence.blocks)) for sequence, _ in work]
-    last = torch.tensor(lens).cumsum(0) - 1
+    last = torch.tensor(lens, device=device).cumsum(0) - 1
     return ForwardBatch(
-        input_ids=torch.tensor(ids),
-        positions=torch.tensor(positions),
-        slots=torch.tensor(slots),
-        block_tables=torch.tensor(tables),
+        input_ids=torch.tensor(ids, device=device),
+        positions=torch.tensor(positions, device=device),
+        slots=torch.tensor(slots, device=device),
+        block_tables=torch.tensor(tables, device=device),
         query_lens=lens,
         kv_lens=tuple(sequence.computed + count for sequence, count in work),
         num_decodes=num_decodes,
-        logits_rows=torch.arange(len(ids)) if all_rows else last,
+        logits_rows=torch.arange(len(ids), device=device) if all_rows else last,
     )
 
 
@@ -67,15 +73,17 @@ class Runner:
         block_size: int = 4,
         dtype: torch.dtype = torch.float32,
         attention: Attention | None = None,
+        device: torch.device = CPU,
     ) -> None:
         self._model = model
+        self._device = device
         self._block_size = block_size
         self._cache = KVCache(
             model.layers,
             num_blocks,
             block_size,
             dtype=dtype,
-            device=torch.device("cpu"),
+            device=device,
         )
         self._free = list(range(1, num_blocks))
         random.Random(0).shuffle(self._free)
@@ -91,7 +99,7 @@ class Runner:
     @torch.inference_mode()
     def step(self, *work: tuple[FakeSequence, int]) -> list[Tensor]:
         """Run the next tokens of each; returns the logits of each, `[count, vocab_size]`."""
-        batch = build_batch(work, self._block_size, all_rows=True)
+        batch = build_batch(work, self._block_size, all_rows=True, device=self._device)
         step = self._attention.prepare(batch, self._cache)
         logits = self._model.forward(batch, step)
         for sequence, count in work:

@@ -1,11 +1,15 @@
 """The engine on a CUDA device against the same engine on the CPU; `make gpu-check` runs these."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from tests.fakes.tiny_model import TinyModel
+from tests.shard.test_engine import ABC, A, B, C, D, letters
 
 from kagami_shard.attention.sdpa import SdpaAttention
 from kagami_shard.engine import Engine, Limits
+from kagami_shard.sampling.grammar import Grammars
 from kagami_shard.sampling.sampler import SamplingParameters
 from kagami_shard.step import NewSequence, Step, Work
 
@@ -18,20 +22,29 @@ PROMPTS = {1: [3, 1, 4, 1, 5, 9, 2, 6], 2: [7, 7], 3: list(range(40))}
 BLOCKS = {1: [1, 2, 3, 4], 2: [5, 6, 7], 3: list(range(10, 25))}
 
 
-def new_engine(device: str) -> Engine:
+def new_engine(device: str, grammars: Grammars | None = None) -> Engine:
     model = TinyModel()
     for name in ("embedding", "position", "qkv", "head"):
         setattr(model, name, getattr(model, name).to(device))
     engine = Engine(
-        model, SdpaAttention(), dtype=torch.float32, device=torch.device(device), block_size=4
+        model,
+        SdpaAttention(),
+        dtype=torch.float32,
+        device=torch.device(device),
+        block_size=4,
+        grammars=grammars,
     )
     engine.warmup(Limits(64, 8, 100, 400))
     return engine
 
 
 def generate(device: str, sampling: SamplingParameters, *, overlap: bool) -> dict[int, list[int]]:
-    engine = new_engine(device)
     news = [NewSequence(i, ids, len(ids), sampling) for i, ids in PROMPTS.items()]
+    return run(new_engine(device), news, overlap=overlap)
+
+
+def run(engine: Engine, news: list[NewSequence], *, overlap: bool) -> dict[int, list[int]]:
+    """Seven tokens of each of the prompts."""
     work = [Work(i, 0, len(ids)) for i, ids in PROMPTS.items()]
     steps = [Step(1, news, (), work, BLOCKS)]
     steps += [
@@ -86,3 +99,20 @@ def test_a_launch_does_not_wait_for_the_device() -> None:
         engine.launch(second)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_grammar_holds_on_cuda(overlap: bool, tmp_path: Path) -> None:
+    hot = SamplingParameters(do_sample=True, seed=5, temperature=50.0)
+    grammars = letters(tmp_path)
+    news = [
+        NewSequence(i, ids, len(ids), hot, grammar=ABC if i == 2 else None)
+        for i, ids in PROMPTS.items()
+    ]
+    try:
+        seen = run(new_engine("cuda", grammars), news, overlap=overlap)
+    finally:
+        grammars.close()
+
+    assert seen[2][:4] in ([A, B, C, 0], [A, B, D, 0])
+    assert seen[1] == generate("cpu", hot, overlap=False)[1]

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from tests.fakes.batches import Runner
+from tests.fakes.batches import CPU, Runner
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -30,12 +30,12 @@ def our_logits(
     dtype: torch.dtype = torch.float32,
     parallel: TensorParallel | None = None,
     quantize: str | None = None,
+    device: torch.device = CPU,
 ) -> list[Tensor]:
     """Three sequences, run in chunks, in decodes and in both at once."""
-    model = load_model(
-        folder, dtype=dtype, device=torch.device("cpu"), parallel=parallel, quantize=quantize
-    )
-    return run_in_steps(Runner(model, dtype=dtype), tokens)
+    model = load_model(folder, dtype=dtype, device=device, parallel=parallel, quantize=quantize)
+    logits = run_in_steps(Runner(model, dtype=dtype, device=device), tokens)
+    return [each.cpu() for each in logits]
 
 
 def run_in_steps(runner: Runner, tokens: list[list[int]]) -> list[Tensor]:
