@@ -85,6 +85,8 @@ def test_cuda_gives_what_the_cpu_gives(sampling: SamplingParameters, overlap: bo
     assert generate("cuda", sampling, overlap=overlap) == expected
 
 
+# torch says each time that the mode is a prototype.
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
 def test_a_launch_does_not_wait_for_the_device() -> None:
     engine = new_engine("cuda")
     sampling = SamplingParameters(do_sample=True, seed=3, top_p=0.9)
@@ -94,8 +96,8 @@ def test_a_launch_does_not_wait_for_the_device() -> None:
     engine.launch(first)
     torch.cuda.synchronize()
 
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         engine.launch(second)
     finally:
         torch.cuda.set_sync_debug_mode("default")
