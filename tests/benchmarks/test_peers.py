@@ -57,32 +57,32 @@ def test_a_command_has_its_values_and_listens_on_loopback_only(name: str, tmp_pa
 
 
 def test_vllm_computes_on_all_cores(tmp_path: Path) -> None:
-    environment = installed(tmp_path, "vllm-bf16").environment({}, num_threads=4)
+    environment = installed(tmp_path, "vllm-bf16").environment({}, cores={3, 2})
 
-    assert environment["VLLM_CPU_OMP_THREADS_BIND"] == "0-3"
+    assert environment["VLLM_CPU_OMP_THREADS_BIND"] == "2,3"
 
 
 def test_libraries_are_loaded_first_where_they_are(tmp_path: Path) -> None:
     peer = installed(tmp_path, "vllm-bf16")
     library = tmp_path / "vllm" / "lib" / "libiomp5.so"
 
-    assert str(library) not in peer.environment({}, num_threads=2).get("LD_PRELOAD", "")
+    assert str(library) not in peer.environment({}, cores={0, 1}).get("LD_PRELOAD", "")
     library.parent.mkdir()
     library.touch()
-    assert str(library) in peer.environment({}, num_threads=2)["LD_PRELOAD"]
+    assert str(library) in peer.environment({}, cores={0, 1})["LD_PRELOAD"]
 
 
 def test_our_own_modules_are_not_shown_to_peers(tmp_path: Path) -> None:
     peer = installed(tmp_path, "openvino-bf16")
 
-    environment = peer.environment({"PYTHONPATH": "/ours", "HOME": "/home"}, num_threads=2)
+    environment = peer.environment({"PYTHONPATH": "/ours", "HOME": "/home"}, cores={0, 1})
 
     assert "PYTHONPATH" not in environment
     assert environment["HOME"] == "/home"
 
 
 def test_a_peers_own_programs_are_found_first(tmp_path: Path) -> None:
-    environment = installed(tmp_path, "vllm-bf16").environment({"PATH": "/bin"}, num_threads=2)
+    environment = installed(tmp_path, "vllm-bf16").environment({"PATH": "/bin"}, cores={0, 1})
 
     assert environment["PATH"] == f"{tmp_path / 'vllm' / 'bin'}:/bin"
 

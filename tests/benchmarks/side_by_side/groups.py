@@ -125,11 +125,11 @@ def _start_peer(
     notes: list[str],
 ) -> Running | None:
     """None where it does not start: the others are measured without it."""
-    port, num_threads = free_port(), len(os.sched_getaffinity(0))
+    port, cores = free_port(), os.sched_getaffinity(0)
     plan = servers.Plan(
         name=peer.peer.name,
-        command=peer.command(port=port, num_threads=num_threads),
-        environment=peer.environment(os.environ, num_threads=num_threads),
+        command=peer.command(port=port, num_threads=len(cores)),
+        environment=peer.environment(os.environ, cores=cores),
         port=port,
         limit_s=peer.peer.start_limit_s,
     )

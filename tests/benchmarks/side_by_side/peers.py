@@ -45,9 +45,9 @@ class Installed:
         values = self._values() | {"port": str(port), "threads": str(num_threads)}
         return [part.format(**values) for part in self.peer.command]
 
-    def environment(self, base: Mapping[str, str], *, num_threads: int) -> dict[str, str]:
-        """`base` with what the peer needs, and without what is ours."""
-        values = self._values() | {"last_core": str(num_threads - 1)}
+    def environment(self, base: Mapping[str, str], *, cores: Iterable[int]) -> dict[str, str]:
+        """`base` with what the peer needs on `cores`, and without what is ours."""
+        values = self._values() | {"cores": ",".join(map(str, sorted(cores)))}
         made = {name: value for name, value in base.items() if name != "PYTHONPATH"}
         made["PATH"] = f"{self.program.parent}{os.pathsep}{base.get('PATH', os.defpath)}"
         made |= {name: text.format(**values) for name, text in self.peer.environment.items()}
@@ -75,7 +75,7 @@ _VLLM_ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
     "VLLM_CPU_KVCACHE_SPACE": "2",
-    "VLLM_CPU_OMP_THREADS_BIND": "0-{last_core}",
+    "VLLM_CPU_OMP_THREADS_BIND": "{cores}",
 }
 _VLLM_PRELOAD = (
     "/usr/lib/x86_64-linux-gnu/libtcmalloc_minimal.so.4",
