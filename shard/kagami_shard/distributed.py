@@ -106,6 +106,8 @@ class Alone:
 class Group:
     """Several ranks over `backend`; `store` is where they meet when a step went wrong.
 
+    Of nothing, such as logits nobody wants, no rank tells another anything.
+
     A collective that one rank never calls ends the others' after the backend's time-out: Gloo
     raises (at once, if the other process is gone), NCCL's watchdog ends the process.
     """
@@ -119,14 +121,18 @@ class Group:
         self._num_failures = 0
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
+        if not tensor.numel():
+            return tensor
         self._num_calls += 1
         tensor = tensor.contiguous()
         self._backend.allreduce([tensor]).wait()
         return tensor
 
     def all_gather(self, tensor: Tensor) -> Tensor:
-        self._num_calls += 1
         rows, width = tensor.shape
+        if not rows:
+            return tensor.new_empty((0, self.size * width))
+        self._num_calls += 1
         parts = tensor.new_empty((self.size * rows, width))
         self._backend._allgather_base(parts, tensor.contiguous()).wait()
         return parts.view(self.size, rows, width).transpose(0, 1).reshape(rows, -1)

@@ -94,7 +94,8 @@ class _Op:
     code: Code
     input: int
     output: int
-    params: Callable[[], ctypes.Structure]
+    params: Callable[[], ctypes.Structure] | None
+    kept: bool
     index: int = 0
     epilogue: Epilogue = Epilogue.STORE_FLOAT
     activation: Activation = Activation.NONE
@@ -116,6 +117,7 @@ class Recorder:
         self._packed: dict[int, PackedWeight] = {}
         """By the projection's identity"""
         self._tied_head: Linear | None = None
+        self._keeps = False
 
     # ------------------------------------------------------------------ the verbs
 
@@ -135,25 +137,36 @@ class Recorder:
         return stream
 
     def norm(self, hidden: Value, norm: Norm) -> Value:
-        return self._norm(_buffer_of(hidden), norm, gathers=False)
+        return self._norm(_buffer_of(hidden), norm)
 
     def linear(self, hidden: Value, projection: Projection) -> Product:
         if not isinstance(projection, Packable):
             raise NotRecordable(f"{type(projection).__name__} has no packed form")
         return Product(_buffer_of(hidden), projection)
 
-    def attend(self, qkv: Value, attention: SelfAttention) -> Value:
+    def write(self, qkv: Value, attention: SelfAttention) -> Value:
         dim, group = attention.head_dim, attention.num_heads // attention.num_kv_heads
         if dim > _MAX_HEAD_DIM or group > _MAX_GROUP or dim % 2:
             raise NotRecordable(f"{group} queries share a key of {dim} dimensions")
         if attention.spec.sinks is not None:
             raise NotRecordable("its attention has sinks")
         heads = self._finished(qkv, "heads")
-        output = self._buffer("attended", attention.num_heads * dim, torch.bfloat16)
         struct = self._attention(attention)
         tables = self._buffers[f"rope {attention.rope}"]
-        self._note(Code.ATTEND, heads, output, partial(_same, struct), index=tables.number)
+        self._note(Code.WRITE, heads, heads, partial(_same, struct), index=tables.number)
+        return heads
+
+    def attend(self, queries: Value, attention: SelfAttention) -> Value:
+        columns = attention.num_heads * attention.head_dim
+        output = self._buffer("attended", columns, torch.bfloat16)
+        struct = self._attention(attention)
+        self._note(Code.ATTEND, _buffer_of(queries), output, partial(_same, struct))
         return output
+
+    def keep(self, *values: Value) -> tuple[Value, ...]:
+        sources = [self._finished(value, "update") for value in values]
+        self._keeps = True
+        return tuple(self._kept_rows(source) for source in sources)
 
     def mlp(self, hidden: Value, mlp: GatedMLP | MLP) -> Value:
         up, gated = (mlp.gate_up, True) if isinstance(mlp, GatedMLP) else (mlp.up, False)
@@ -175,7 +188,7 @@ class Recorder:
             self._product(update, stream, Epilogue.ADD, alpha=factor)
             return stream
         source = self._finished(update, "update")
-        struct = self._norm_struct(norm, stream.columns, gathers=False)
+        struct = self._norm_struct(norm, stream.columns)
         self._note(Code.ADD_NORM, source, stream, partial(_same, struct), alpha=factor)
         return stream
 
@@ -188,7 +201,7 @@ class Recorder:
         if isinstance(project, Linear) and project.source is self._embedded.source:
             self._tied_head = project
         last = self._finished(hidden, "update")
-        product = Product(self._norm(last, norm, gathers=True), project)
+        product = Product(self._norm(last, norm), project)
         capped = head.softcap is not None
         self._product(
             product,
@@ -207,10 +220,11 @@ class Recorder:
         code: Code,
         source: Buffer | None,
         output: Buffer,
-        params: Callable[[], ctypes.Structure],
+        params: Callable[[], ctypes.Structure] | None,
         **fields: object,
     ) -> None:
-        op = _Op(code, source.number if source else 0, output.number, params, **fields)  # type: ignore[arg-type]  # the fields of _Op, by name
+        number = source.number if source else 0
+        op = _Op(code, number, output.number, params, self._keeps, **fields)  # type: ignore[arg-type]  # the fields of _Op, by name
         self._ops.append(op)
 
     def _product(
@@ -224,7 +238,7 @@ class Recorder:
     ) -> None:
         projection, source = product.projection, product.input
         if projection.turn:
-            source = self._quantized(source, projection.turn, gathers=output.number == LOGITS)
+            source = self._quantized(source, projection.turn)
 
         def params() -> ctypes.Structure:
             weight = projection.pack(self._packer, gated=gated)
@@ -233,7 +247,7 @@ class Recorder:
 
         self._note(Code.LINEAR, source, output, params, epilogue=epilogue, **fields)
 
-    def _quantized(self, source: Buffer, turn: int, *, gathers: bool) -> Buffer:
+    def _quantized(self, source: Buffer, turn: int) -> Buffer:
         """`source` in 8 bits; where every thread has its own copy of it, of this too."""
         if source.columns > _MAX_QUANTIZED:
             raise NotRecordable(f"activations of {source.columns} columns are in 8 bits")
@@ -242,7 +256,7 @@ class Recorder:
         # quantized.h: the values, padded, and a line for the scale.
         columns = -(-source.columns // 64) * 64 + 64
         output = self._buffer(name, columns, torch.uint8, is_replicated=is_replicated)
-        struct = CQuantize(source.columns, turn, gathers)
+        struct = CQuantize(source.columns, turn)
         self._note(Code.QUANTIZE, source, output, partial(_same, struct))
         return output
 
@@ -254,10 +268,17 @@ class Recorder:
         self._product(value, output, Epilogue.STORE_FLOAT)
         return output
 
-    def _norm(self, hidden: Buffer, norm: Norm, *, gathers: bool) -> Buffer:
+    def _norm(self, hidden: Buffer, norm: Norm) -> Buffer:
         output = self._buffer("normed", hidden.columns, torch.bfloat16, is_replicated=True)
-        struct = self._norm_struct(norm, hidden.columns, gathers=gathers)
+        struct = self._norm_struct(norm, hidden.columns)
         self._note(Code.NORM, hidden, output, partial(_same, struct))
+        return output
+
+    def _kept_rows(self, source: Buffer) -> Buffer:
+        """Where all rows are kept this is `source`'s memory, and nothing is copied."""
+        self._shapes.append(self._shapes[source.number])
+        output = Buffer(len(self._shapes) - 1, source.columns)
+        self._note(Code.KEEP, source, output, None)
         return output
 
     def _buffer(
@@ -287,16 +308,16 @@ class Recorder:
         embedded.source = torch.empty(0)
         return CEmbedding(width, 1, self._packed[id(self._tied_head)].address, factor)
 
-    def _norm_struct(self, norm: Norm, width: int, *, gathers: bool) -> CNorm:
+    def _norm_struct(self, norm: Norm, width: int) -> CNorm:
         match norm:
             case RMSNorm():
                 weight = self._pointer(norm.weight.contiguous())
-                return CNorm(NormKind.RMS, width, norm.eps, gathers, weight, None)
+                return CNorm(NormKind.RMS, width, norm.eps, weight, None)
             case LayerNorm():
                 weight, bias = self._pointer(norm.weight), self._pointer(norm.bias)
-                return CNorm(NormKind.LAYER, width, norm.eps, gathers, weight, bias)
+                return CNorm(NormKind.LAYER, width, norm.eps, weight, bias)
             case Rounding():
-                return CNorm(NormKind.ROUND, width, 0.0, gathers, None, None)
+                return CNorm(NormKind.ROUND, width, 0.0, None, None)
             case _:
                 raise NotRecordable(f"the norm {norm} has no op")
 
@@ -324,7 +345,8 @@ class Recorder:
         structs: dict[int, ctypes.Structure] = {}
         order = sorted(range(len(self._ops)), key=lambda i: self._ops[i].code is not Code.LINEAR)
         for index in order:
-            structs[index] = self._ops[index].params()
+            if (make := self._ops[index].params) is not None:
+                structs[index] = make()
         ops = (COp * len(self._ops))(
             *(
                 COp(
@@ -334,9 +356,10 @@ class Recorder:
                     index=op.index,
                     epilogue=op.epilogue,
                     activation=op.activation,
+                    kept=op.kept,
                     alpha=op.alpha,
                     bound=op.bound,
-                    params=ctypes.addressof(structs[index]),
+                    params=ctypes.addressof(structs[index]) if index in structs else None,
                 )
                 for index, op in enumerate(self._ops)
             )

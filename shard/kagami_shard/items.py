@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kagami_shard.batch import ForwardBatch
+from kagami_shard.batch import ForwardBatch, Queries
 from kagami_shard.device import to_device
 from kagami_shard.generation import GenerationState, Pending
 from kagami_shard.kv_cache import blocks_for
@@ -78,13 +78,17 @@ def build_batch(
         ids[tensor(pending_rows)] = source[tensor([p.row for p in pending])]
     width = max(blocks_for(item.end, block_size) for item in items)
     tables = [(blocks := item.state.blocks[:width]) + [0] * (width - len(blocks)) for item in items]
-    return ForwardBatch(
-        input_ids=ids,
-        positions=tensor(positions),
-        slots=tensor(slots),
+    queries = Queries(
         block_tables=tensor(tables),
         query_lens=tuple(item.num_tokens for item in items),
         kv_lens=tuple(item.end for item in items),
         num_decodes=sum(item.num_tokens == 1 for item in items),
+    )
+    return ForwardBatch(
+        input_ids=ids,
+        positions=tensor(positions),
+        slots=tensor(slots),
+        queries=queries,
         logits_rows=tensor(rows),
+        kept=queries.at(rows),
     )

@@ -3,13 +3,14 @@
 import random
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from kagami_shard.attention.base import Attention
 from kagami_shard.attention.sdpa import SdpaAttention
-from kagami_shard.batch import ForwardBatch
+from kagami_shard.batch import ForwardBatch, Queries
 from kagami_shard.kv_cache import KVCache, blocks_for
 from kagami_shard.models.base import Model
 
@@ -31,10 +32,11 @@ def build_batch(
     *,
     all_rows: bool = False,
     device: torch.device = CPU,
+    rows: Items[int] | None = None,
 ) -> ForwardBatch:
     """A step over the next `count` tokens of each sequence; single tokens must come first.
 
-    Logits are asked for after each sequence's last token, or after every token.
+    Logits are asked for after each sequence's last token, after every token, or after `rows`.
     """
     lens = tuple(count for _, count in work)
     num_decodes = next((i for i, count in enumerate(lens) if count > 1), len(lens))
@@ -49,16 +51,25 @@ def build_batch(
         slots += [sequence.blocks[i // block_size] * block_size + i % block_size for i in span]
     width = max(len(sequence.blocks) for sequence, _ in work)
     tables = [sequence.blocks + [0] * (width - len(sequence.blocks)) for sequence, _ in work]
-    last = torch.tensor(lens, device=device).cumsum(0) - 1
-    return ForwardBatch(
-        input_ids=torch.tensor(ids, device=device),
-        positions=torch.tensor(positions, device=device),
-        slots=torch.tensor(slots, device=device),
-        block_tables=torch.tensor(tables, device=device),
+    if rows is None:
+        rows = range(len(ids)) if all_rows else [end - 1 for end in accumulate(lens)]
+
+    def tensor(values: Items[object]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=device)
+
+    queries = Queries(
+        block_tables=tensor(tables),
         query_lens=lens,
         kv_lens=tuple(sequence.computed + count for sequence, count in work),
         num_decodes=num_decodes,
-        logits_rows=torch.arange(len(ids), device=device) if all_rows else last,
+    )
+    return ForwardBatch(
+        input_ids=tensor(ids),
+        positions=tensor(positions),
+        slots=tensor(slots),
+        queries=queries,
+        logits_rows=tensor(rows),
+        kept=queries.at(rows),
     )
 
 
@@ -78,7 +89,7 @@ class Runner:
         self._model = model
         self._device = device
         self._block_size = block_size
-        self._cache = KVCache(
+        self.cache = KVCache(
             model.layers,
             num_blocks,
             block_size,
@@ -96,12 +107,22 @@ class Runner:
         assert len(blocks) == needed, "the fake pool is too small"
         return FakeSequence(list(tokens), blocks)
 
-    @torch.inference_mode()
     def step(self, *work: tuple[FakeSequence, int]) -> list[Tensor]:
         """Run the next tokens of each; returns the logits of each, `[count, vocab_size]`."""
-        batch = build_batch(work, self._block_size, all_rows=True, device=self._device)
-        step = self._attention.prepare(batch, self._cache)
-        logits = self._model.forward(batch, step)
+        logits = self._run(work, range(sum(count for _, count in work)))
+        return list(logits.split([count for _, count in work]))
+
+    def step_for_last(self, *work: tuple[FakeSequence, int]) -> Tensor:
+        """The same, with logits after the last token of each alone: `[len(work), vocab_size]`."""
+        return self._run(work, [end - 1 for end in accumulate(count for _, count in work)])
+
+    def step_without_logits(self, *work: tuple[FakeSequence, int]) -> None:
+        self._run(work, [])
+
+    @torch.inference_mode()
+    def _run(self, work: Items[tuple[FakeSequence, int]], rows: Items[int]) -> Tensor:
+        batch = build_batch(work, self._block_size, rows=rows, device=self._device)
+        logits = self._model.forward(batch, self._attention.prepare(batch, self.cache))
         for sequence, count in work:
             sequence.computed += count
-        return list(logits.split(batch.query_lens))
+        return logits

@@ -38,6 +38,14 @@ def test_parts_are_gathered_beside_one_another() -> None:
     assert run_ranks(2, gather) == [[[0, 1, 2, 3], [4, 5, 6, 7]]] * 2
 
 
+def test_no_rows_are_reduced_and_gathered_to_no_rows() -> None:
+    def shapes(group: Group) -> list[list[int]]:
+        none = torch.empty(0, 3)
+        return [list(group.all_reduce(none).shape), list(group.all_gather(none).shape)]
+
+    assert run_ranks(2, shapes) == [[[0, 3], [0, 6]]] * 2
+
+
 def test_rank_0_is_broadcast() -> None:
     assert run_ranks(2, lambda group: int(group.broadcast(torch.tensor(group.rank)))) == [0, 0]
 

@@ -8,7 +8,7 @@ from tests.fakes.tiny_model import TinyModel
 from tests.shard.test_engine import BLOCK, GREEDY, PROMPT, new_engine, new_sequence, run
 
 from kagami_shard.attention.sdpa import SdpaAttention
-from kagami_shard.batch import ForwardBatch
+from kagami_shard.batch import ForwardBatch, Queries
 from kagami_shard.engine import NOT_FINITE, Engine
 from kagami_shard.kv_cache import KVCache
 from kagami_shard.sampling.sampler import SamplingParameters
@@ -47,15 +47,19 @@ class TorchDecodes:
         self._model.num_own_steps += 1
         size, rows = self._cache.block_size, torch.arange(len(self._ids))
         blocks = self._tables[rows, self._positions // size]
-        batch = ForwardBatch(
-            input_ids=self._ids,
-            positions=self._positions,
-            slots=blocks * size + self._positions % size,
+        queries = Queries(
             block_tables=self._tables,
             query_lens=(1,) * len(rows),
             kv_lens=tuple((self._positions + 1).tolist()),
             num_decodes=len(rows),
+        )
+        batch = ForwardBatch(
+            input_ids=self._ids,
+            positions=self._positions,
+            slots=blocks * size + self._positions % size,
+            queries=queries,
             logits_rows=rows,
+            kept=queries,
         )
         logits = self._model.forward(batch, SdpaAttention().prepare(batch, self._cache))
         self._ids = logits.argmax(-1)

@@ -2,6 +2,7 @@
 
 `prepare` looks at a step once; the `AttentionStep` it returns is then called by every layer with
 that layer's fresh queries, keys and values, writes the keys and values into the cache and attends.
+The last layer attends with those tokens alone that logits are wanted for.
 """
 
 from dataclasses import dataclass
@@ -38,6 +39,15 @@ class AttentionStep(Protocol):
         `query` is `[num_tokens, num_heads, head_dim]`; returns `[num_tokens, num_heads,
         value_dim]`.
         """
+
+    def write(self, key: Tensor, value: Tensor, spec: AttentionSpec) -> None:
+        """The first half of a call."""
+
+    def attend(self, query: Tensor, spec: AttentionSpec) -> Tensor:
+        """The second."""
+
+    def kept(self) -> "AttentionStep":
+        """The step that attends with the queries of `batch.kept`, and writes as this one does."""
 
 
 class Attention(Protocol):

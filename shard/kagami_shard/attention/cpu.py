@@ -26,4 +26,17 @@ class CpuStep:
         self.cache = cache
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec) -> Tensor:
-        raise TypeError("a model that is no tape cannot attend to a tape's cache")
+        raise _no_tape()
+
+    def write(self, key: Tensor, value: Tensor, spec: AttentionSpec) -> None:
+        raise _no_tape()
+
+    def attend(self, query: Tensor, spec: AttentionSpec) -> Tensor:
+        raise _no_tape()
+
+    def kept(self) -> "CpuStep":
+        raise _no_tape()
+
+
+def _no_tape() -> TypeError:
+    return TypeError("a model that is no tape cannot attend to a tape's cache")

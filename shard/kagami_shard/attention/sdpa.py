@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention, softmax
 
 from kagami_shard.attention.base import AttentionSpec, AttentionStep
-from kagami_shard.batch import ForwardBatch
+from kagami_shard.batch import ForwardBatch, Queries
 from kagami_shard.device import to_device
 from kagami_shard.kv_cache import KVCache, blocks_for
 
@@ -31,7 +31,7 @@ class SdpaAttention:
         self._scratch: dict[str, Tensor] = {}
 
     def prepare(self, batch: ForwardBatch, cache: KVCache) -> AttentionStep:
-        return _SdpaStep(batch, cache, self._gather)
+        return _SdpaStep(batch, batch.queries, cache, self._gather)
 
     def _gather(self, name: str, pages: Tensor, blocks: Tensor) -> Tensor:
         """`pages[blocks]`, valid until the next call with this name.
@@ -62,24 +62,40 @@ class _SdpaStep:
     """One step; masks and gather indices are made once and shared by the layers."""
 
     def __init__(
-        self, batch: ForwardBatch, cache: KVCache, gather: Callable[[str, Tensor, Tensor], Tensor]
+        self,
+        batch: ForwardBatch,
+        queries: Queries,
+        cache: KVCache,
+        gather: Callable[[str, Tensor, Tensor], Tensor],
     ) -> None:
+        """Of `batch` all tokens are written, and `queries` attend."""
         self._batch = batch
         self._cache = cache
         self._gather = gather
         self._masks: dict[tuple[int, int | None, torch.dtype], Tensor] = {}
-        self._decodes = list(_decode_spans(batch, cache.block_size))
-        self._chunks = list(_chunk_spans(batch, cache.block_size))
+        self._decodes = list(_decode_spans(queries, cache.block_size))
+        self._chunks = list(_chunk_spans(queries, cache.block_size))
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec) -> Tensor:
+        self.write(key, value, spec)
+        return self.attend(query, spec)
+
+    def write(self, key: Tensor, value: Tensor, spec: AttentionSpec) -> None:
         self._cache.write(spec.layer, self._batch.slots, key, value)
-        output = query.new_empty((*query.shape[:2], value.shape[-1]))
+
+    def attend(self, query: Tensor, spec: AttentionSpec) -> Tensor:
         keys, values = self._cache.keys[spec.layer], self._cache.values[spec.layer]
+        output = query.new_empty((*query.shape[:2], values.shape[-1]))
         for span in self._decodes:
             output[span.rows] = self._decode(span, query[span.rows], keys, values, spec)
         for span in self._chunks:
             output[span.rows] = self._prefill(span, query[span.rows], keys, values, spec)
         return output
+
+    def kept(self) -> "_SdpaStep":
+        if self._batch.kept is self._batch.queries:
+            return self
+        return _SdpaStep(self._batch, self._batch.kept, self._cache, self._gather)
 
     def _decode(
         self, span: _Span, query: Tensor, keys: Tensor, values: Tensor, spec: AttentionSpec
@@ -148,12 +164,12 @@ class _SdpaStep:
         return mask
 
 
-def _decode_spans(batch: ForwardBatch, block_size: int) -> Iterator[_Span]:
+def _decode_spans(queries: Queries, block_size: int) -> Iterator[_Span]:
     """Neighbours of similar length together: padding at most doubles what is read.
 
     The engine sorts decodes by length; without that there are only more spans.
     """
-    lens = batch.kv_lens[: batch.num_decodes]
+    lens = queries.kv_lens[: queries.num_decodes]
     start = 0
     while start < len(lens):
         shortest = longest = blocks_for(lens[start], block_size)
@@ -164,17 +180,17 @@ def _decode_spans(batch: ForwardBatch, block_size: int) -> Iterator[_Span]:
                 break
             shortest, longest = min(shortest, count), max(longest, count)
             end += 1
-        blocks = batch.block_tables[start:end, :longest].flatten()
+        blocks = queries.block_tables[start:end, :longest].flatten()
         yield _Span(slice(start, end), blocks, lens[start:end])
         start = end
 
 
-def _chunk_spans(batch: ForwardBatch, block_size: int) -> Iterator[_Span]:
-    start = batch.num_decodes
-    for index in range(batch.num_decodes, len(batch.query_lens)):
-        end = start + batch.query_lens[index]
-        kv_len = batch.kv_lens[index]
-        blocks = batch.block_tables[index, : blocks_for(kv_len, block_size)]
+def _chunk_spans(queries: Queries, block_size: int) -> Iterator[_Span]:
+    start = queries.num_decodes
+    for index in range(queries.num_decodes, len(queries.query_lens)):
+        end = start + queries.query_lens[index]
+        kv_len = queries.kv_lens[index]
+        blocks = queries.block_tables[index, : blocks_for(kv_len, block_size)]
         yield _Span(slice(start, end), blocks, (kv_len,))
         start = end
 

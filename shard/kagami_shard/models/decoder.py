@@ -108,7 +108,7 @@ class Decoder:
         """The whole step in the verbs of `ops`; what they give for the logits."""
         hidden = ops.embed(self._embedding)
         for layer in self._layers:
-            hidden = layer(hidden, ops)
+            hidden = layer(hidden, ops, is_last=layer is self._layers[-1])
         return ops.logits(hidden, self._norm, self._head)
 
     @property
@@ -326,7 +326,10 @@ class _Loader:
 
 
 class _Layer:
-    """Attention, then mlp, each added to the stream; norms before, after, or both."""
+    """Attention, then mlp, each added to the stream; norms before, after, or both.
+
+    Of tokens whose logits nobody wants the last layer leaves keys and values, and nothing else.
+    """
 
     def __init__(self, spec: ModelSpec, index: int, load: _Loader) -> None:
         names = spec.names
@@ -341,9 +344,12 @@ class _Layer:
         self._mlp = load.mlp(layer)
         self._after_mlp = load.norm_after(layer, names.after_mlp)
 
-    def __call__(self, hidden: T, ops: Ops[T]) -> T:
+    def __call__(self, hidden: T, ops: Ops[T], *, is_last: bool) -> T:
         qkv = ops.linear(ops.norm(hidden, self._before_attention), self._qkv)
-        update = ops.linear(ops.attend(qkv, self._attention), self._output)
+        queries = ops.write(qkv, self._attention)
+        if is_last:
+            hidden, queries = ops.keep(hidden, queries)
+        update = ops.linear(ops.attend(queries, self._attention), self._output)
         hidden = ops.add(hidden, update, self._after_attention, self._multiplier)
         update = ops.mlp(ops.norm(hidden, self._before_mlp), self._mlp)
         return ops.add(hidden, update, self._after_mlp, self._multiplier)

@@ -47,8 +47,16 @@ class Ops(Protocol[T]):
 
     def linear(self, hidden: T, projection: Projection) -> T: ...
 
-    def attend(self, qkv: T, attention: SelfAttention) -> T:
-        """Norms, turns, the write into the cache, and attention."""
+    def write(self, qkv: T, attention: SelfAttention) -> T:
+        """Norms, turns, and keys and values into the cache; the queries."""
+
+    def attend(self, queries: T, attention: SelfAttention) -> T: ...
+
+    def keep(self, *values: T) -> tuple[T, ...]:
+        """Of these the rows that the step wants logits after: from here on there are no others.
+
+        Once in a step. What was written into the cache before it is there for all tokens.
+        """
 
     def mlp(self, hidden: T, mlp: GatedMLP | MLP) -> T: ...
 
@@ -56,7 +64,7 @@ class Ops(Protocol[T]):
         """`hidden + factor * norm(update)`"""
 
     def logits(self, hidden: T, norm: Norm, head: Head) -> T:
-        """After the rows that the step asks for; float32."""
+        """Of the rows that are kept; float32."""
 
 
 class TorchOps:
@@ -83,13 +91,23 @@ class TorchOps:
     def linear(self, hidden: Tensor, projection: Projection) -> Tensor:
         return projection(hidden)
 
-    def attend(self, qkv: Tensor, attention: SelfAttention) -> Tensor:
+    def write(self, qkv: Tensor, attention: SelfAttention) -> Tensor:
         num_tokens, num_heads = qkv.shape[0], attention.num_heads
         heads = qkv.view(num_tokens, -1, attention.head_dim)
         query_key, value = heads.tensor_split((num_heads + attention.num_kv_heads,), dim=1)
         query_key = rotate(attention.qk_norm(query_key), self._rotations[attention.rope])
         query, key = query_key.tensor_split((num_heads,), dim=1)
-        return self._attend(query, key, value, attention.spec).view(num_tokens, -1)
+        self._attend.write(key, value, attention.spec)
+        return query
+
+    def attend(self, queries: Tensor, attention: SelfAttention) -> Tensor:
+        return self._attend.attend(queries, attention.spec).flatten(1)
+
+    def keep(self, *values: Tensor) -> tuple[Tensor, ...]:
+        if self._batch.kept is self._batch.queries:
+            return values
+        self._attend = self._attend.kept()
+        return tuple(value.index_select(0, self._batch.logits_rows) for value in values)
 
     def mlp(self, hidden: Tensor, mlp: GatedMLP | MLP) -> Tensor:
         return mlp(hidden)
@@ -98,4 +116,4 @@ class TorchOps:
         return hidden.add(norm(update), alpha=factor)
 
     def logits(self, hidden: Tensor, norm: Norm, head: Head) -> Tensor:
-        return head(norm(hidden.index_select(0, self._batch.logits_rows)))
+        return head(norm(hidden))

@@ -1,13 +1,14 @@
 """A decoder as a tape: what runs on a CPU with the library."""
 
 from collections.abc import Sequence
+from ctypes import addressof
 
 import torch
 from torch import Tensor
 
 from kagami_shard.attention.base import AttentionStep
 from kagami_shard.attention.cpu import CpuStep
-from kagami_shard.batch import ForwardBatch
+from kagami_shard.batch import ForwardBatch, Queries
 from kagami_shard.graphs import Tape, record
 from kagami_shard.kv_cache import KVCache, LayerShape
 from kagami_shard.models.decoder import Decoder
@@ -63,18 +64,28 @@ class RecordedDecoder:
 
 def replay_into(tape: Tape, batch: ForwardBatch, pages: PageTables, logits: Tensor) -> None:
     """One step of `tape`, its logits into `logits`, `[num_rows, vocab_size]` float32."""
-    query_lens, kv_lens = torch.tensor(batch.query_lens), torch.tensor(batch.kv_lens)
-    tape.replay(
-        CBatch(
-            num_tokens=batch.num_tokens,
-            num_rows=len(batch.logits_rows),
-            num_sequences=len(batch.query_lens),
-            num_decodes=batch.num_decodes,
-            table_width=batch.block_tables.shape[1],
-            input_ids=pointer(batch.input_ids),
-            positions=pointer(batch.positions),
-            rows=pointer(batch.logits_rows),
-            block_tables=pointer(batch.block_tables),
+    whole = _Step(batch.queries, pages, logits)
+    struct = whole.struct
+    struct.input_ids, struct.positions = pointer(batch.input_ids), pointer(batch.positions)
+    if batch.kept is not batch.queries:
+        kept = _Step(batch.kept, pages, logits)
+        kept.struct.rows = pointer(batch.logits_rows)
+        struct.kept = addressof(kept.struct)
+    tape.replay(struct)
+
+
+class _Step:
+    """`CBatch` of `queries`, with the arrays that it points to."""
+
+    def __init__(self, queries: Queries, pages: PageTables, logits: Tensor) -> None:
+        query_lens, kv_lens = torch.tensor(queries.query_lens), torch.tensor(queries.kv_lens)
+        self._arrays = (queries, query_lens, kv_lens)
+        self.struct = CBatch(
+            num_tokens=sum(queries.query_lens),
+            num_sequences=len(queries.query_lens),
+            num_decodes=queries.num_decodes,
+            table_width=queries.block_tables.shape[1],
+            block_tables=pointer(queries.block_tables),
             query_lens=pointer(query_lens),
             kv_lens=pointer(kv_lens),
             keys=pages.keys,
@@ -82,4 +93,3 @@ def replay_into(tape: Tape, batch: ForwardBatch, pages: PageTables, logits: Tens
             block_size=pages.cache.block_size,
             logits=pointer(logits),
         )
-    )

@@ -10,7 +10,7 @@ keeps a state of its own, builds a mask or ignores positions is refused and not 
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,11 +29,14 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.utils import logging
 
 from kagami_proto.errors import InvalidCheckpoint, UnsupportedModel
-from kagami_shard.attention.base import AttentionSpec, AttentionStep
+from kagami_shard.attention.base import AttentionSpec
 from kagami_shard.attention.sdpa import SdpaAttention
-from kagami_shard.batch import ForwardBatch
+from kagami_shard.batch import ForwardBatch, Queries
 from kagami_shard.kv_cache import KVCache, LayerShape
 from kagami_shard.weights.checkpoint import weight_files
+
+Attend = Callable[[Tensor, Tensor, Tensor, AttentionSpec], Tensor]
+"""An `AttentionStep`, of which a whole layer's call is all that is used here"""
 
 # Our attention's name in transformers' table. There is no mask function of that name, and so
 # transformers makes no masks.
@@ -125,7 +128,7 @@ class TransformersModel:
         """As if the files had the model's dtype: transformers does not tell."""
         return sum(weight.nbytes for weight in self._model.parameters())
 
-    def forward(self, batch: ForwardBatch, attend: AttentionStep) -> Tensor:
+    def forward(self, batch: ForwardBatch, attend: Attend) -> Tensor:
         """Logits after `batch.logits_rows`: `[num_rows, vocab_size]` float32."""
         rows: dict[str, Any] = {"logits_to_keep": batch.logits_rows} if self._takes_rows else {}
         logits: Tensor = self._model(
@@ -164,7 +167,7 @@ class TransformersModel:
 class _Layers:
     """One forward pass: which layer's turn it is."""
 
-    attend: AttentionStep
+    attend: Attend
     next: int = 0
 
 
@@ -263,15 +266,19 @@ def _config_of(module: torch.nn.Module) -> PreTrainedConfig | None:
 def _batch_of(stop: int, start: int, vocab_size: int, device: torch.device) -> ForwardBatch:
     """Tokens `start` to `stop` of one made-up sequence in block 1 of a cache of blocks of 8."""
     positions = torch.arange(start, stop, device=device)
-    return ForwardBatch(
-        input_ids=(positions * 7 + 5) % vocab_size,
-        positions=positions,
-        slots=positions + 8,
+    queries = Queries(
         block_tables=torch.ones((1, 1), dtype=torch.int64, device=device),
         query_lens=(stop - start,),
         kv_lens=(stop,),
         num_decodes=int(stop - start == 1),
+    )
+    return ForwardBatch(
+        input_ids=(positions * 7 + 5) % vocab_size,
+        positions=positions,
+        slots=positions + 8,
+        queries=queries,
         logits_rows=torch.arange(stop - start, device=device),
+        kept=queries,
     )
 
 

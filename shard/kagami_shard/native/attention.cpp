@@ -1,6 +1,7 @@
-// Paged attention (arXiv:2309.06180) with rope, the norms of queries and keys, and the write into
-// the cache in one op. A running softmax over tiles of the cache (FlashAttention, arXiv:2205.14135):
-// a tile of keys and values lies as weights do (cache.h), so both products are panels (panel.h).
+// Paged attention (arXiv:2309.06180): rope, the norms of queries and keys, and the write into the
+// cache are one op, attending is the next. A running softmax over tiles of the cache
+// (FlashAttention, arXiv:2205.14135): a tile of keys and values lies as weights do (cache.h), so
+// both products are panels (panel.h).
 //
 // Rows that share a tile: the heads of a KV group, times the tokens of a prompt's chunk. A decode has
 // few of them, so it takes all KV heads together: they lie side by side in the cache, and the pages
@@ -106,6 +107,50 @@ void round_to(kg_bf16* to, const float* from, int64_t count) {
   }
 }
 
+// What is done to a token's queries, keys and values before anyone attends.
+struct Writing {
+  const Step& step;
+  const kg_op& op;
+  const kg_attention& spec;
+  const kg_batch& batch;
+  const Shape shape;
+  const Pages pages;
+  const int thread;
+
+  Writing(const Step& step, const kg_op& op, int thread)
+      : step(step),
+        op(op),
+        spec(*(const kg_attention*)op.params),
+        batch(*step.batch),
+        shape(spec),
+        pages(batch, spec),
+        thread(thread) {}
+
+  // Queries stay in their row, turned and rounded: bf16 in the first half of their floats.
+  void write_token(int64_t sequence, int64_t token, int64_t position) const {
+    float* heads = step.row<float>(step.buffer(op.in), token, batch.num_tokens, thread);
+    const int64_t dim = spec.head_dim, of_queries = spec.num_heads * dim;
+    norm_queries_and_keys(spec, heads);
+    const float* table = step.row<float>(step.buffer(op.index), token, batch.num_tokens, thread);
+    for (int64_t head = 0; head < spec.num_heads + spec.num_kv_heads; head++)
+      turn(heads + head * dim, table, spec.rotary_half);
+    const int64_t columns = of_queries + 2 * shape.width;
+    kg_bf16* rounded = (kg_bf16*)heads;
+    round_to(rounded, heads, columns);
+    pages.write(sequence, position, rounded + of_queries, rounded + of_queries + shape.width);
+  }
+
+  void write(Part tokens) const {
+    int64_t sequence = 0;
+    for (int64_t token = tokens.begin; token < tokens.end; token++) {
+      while (sequence + 1 < batch.num_sequences && step.first_tokens[sequence + 1] <= token)
+        sequence++;
+      const int64_t first = batch.kv_lens[sequence] - batch.query_lens[sequence];
+      write_token(sequence, token, first + token - step.first_tokens[sequence]);
+    }
+  }
+};
+
 struct Attention {
   const Step& step;
   const kg_op& op;
@@ -128,36 +173,9 @@ struct Attention {
         thread(thread),
         to_log2(spec.softcap != 0 ? kLog2e : kLog2e * spec.scale) {}
 
-  float* heads_of(int64_t token) const {
-    return step.row<float>(step.buffer(op.in), token, batch.num_tokens, thread);
-  }
-
-  // Queries stay in their row, turned and rounded: bf16 in the first half of their floats.
   const kg_bf16* query(int64_t token, int64_t head) const {
-    return (const kg_bf16*)heads_of(token) + head * spec.head_dim;
-  }
-
-  void write_token(int64_t sequence, int64_t token, int64_t position) const {
-    float* heads = heads_of(token);
-    const int64_t dim = spec.head_dim, of_queries = spec.num_heads * dim;
-    norm_queries_and_keys(spec, heads);
-    const float* table = step.row<float>(step.buffer(op.index), token, batch.num_tokens, thread);
-    for (int64_t head = 0; head < spec.num_heads + spec.num_kv_heads; head++)
-      turn(heads + head * dim, table, spec.rotary_half);
-    const int64_t columns = of_queries + 2 * shape.width;
-    kg_bf16* rounded = (kg_bf16*)heads;
-    round_to(rounded, heads, columns);
-    pages.write(sequence, position, rounded + of_queries, rounded + of_queries + shape.width);
-  }
-
-  void write(Part tokens) const {
-    int64_t sequence = 0;
-    for (int64_t token = tokens.begin; token < tokens.end; token++) {
-      while (sequence + 1 < batch.num_sequences && step.first_tokens[sequence + 1] <= token)
-        sequence++;
-      const int64_t first = batch.kv_lens[sequence] - batch.query_lens[sequence];
-      write_token(sequence, token, first + token - step.first_tokens[sequence]);
-    }
+    const Buffer& queries = step.buffer(op.in);
+    return step.row<kg_bf16>(queries, token, batch.num_tokens, thread) + head * spec.head_dim;
   }
 
   // Rows times a panel of 32 columns, `out` rows `out_stride` floats apart; fetches once.
@@ -358,13 +376,16 @@ int64_t partial_floats(const kg_attention& spec) {
   return round_up(spec.num_heads * (Shape(spec).depth + 2), kLanes);
 }
 
+bool write(const Step& step, const kg_op& op, int thread) {
+  Writing(step, op, thread).write(part_of(step.batch->num_tokens, thread, step.pool->num_threads));
+  if (thread == 0) step.next_item->store(0, std::memory_order_relaxed);  // of those who attend
+  return true;
+}
+
 bool attend(const Step& step, const kg_op& op, const Plan& plan, int thread) {
   const Attention attention(step, op, plan, thread);
   const Scratch scratch(step.scratch[thread], attention.shape);
   const int num_threads = step.pool->num_threads;
-  attention.write(part_of(step.batch->num_tokens, thread, num_threads));
-  if (thread == 0) step.next_item->store(0, std::memory_order_relaxed);
-  step.pool->barrier();
   const auto& items = plan.items;
   const int64_t count = (int64_t)items.size();
   for (int64_t i; (i = step.next_item->fetch_add(1, std::memory_order_relaxed)) < count;) {

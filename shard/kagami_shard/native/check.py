@@ -10,7 +10,7 @@ from torch.nn.functional import silu
 
 from kagami_shard.attention.base import AttentionSpec
 from kagami_shard.attention.sdpa import SdpaAttention
-from kagami_shard.batch import ForwardBatch
+from kagami_shard.batch import ForwardBatch, Queries
 from kagami_shard.graphs import Tape, record
 from kagami_shard.kv_cache import KVCache, LayerShape
 from kagami_shard.layers.embedding import Embedding, Head
@@ -55,7 +55,8 @@ class _Sample:
     def run(self, ops: Ops[T]) -> T:
         hidden = ops.embed(self._embedding)
         qkv = ops.linear(ops.norm(hidden, self._norm), self._qkv)
-        update = ops.linear(ops.attend(qkv, self._attention), self._output)
+        hidden, queries = ops.keep(hidden, ops.write(qkv, self._attention))
+        update = ops.linear(ops.attend(queries, self._attention), self._output)
         hidden = ops.add(hidden, update, no_norm, 1.0)
         update = ops.mlp(ops.norm(hidden, self._norm), self._mlp)
         return ops.logits(ops.add(hidden, update, no_norm, 1.0), self._norm, self._head)
@@ -70,8 +71,8 @@ def agrees_with_torch(runtime: Runtime) -> bool:
 
 def _agree(exact: _Sample, *, sample_tape: Tape, block_size: int) -> bool:
     caches = [_cache(torch.float32, block_size), _cache(torch.bfloat16, block_size)]
-    for lens in ([(0, 37)], [(37, 1), (0, 9)]):
-        batch = _batch(lens, block_size)
+    for lens, rows in (([(0, 37)], range(37)), ([(37, 1), (0, 9)], (0, 9))):
+        batch = _batch(lens, rows, block_size)
         step = SdpaAttention().prepare(batch, caches[0])
         expected = exact.run(TorchOps(batch, step, exact.ropes))
         logits = torch.empty_like(expected)
@@ -86,8 +87,8 @@ def _cache(dtype: torch.dtype, block_size: int) -> KVCache:
     return KVCache(layers, 16, block_size, dtype=dtype, device=torch.device("cpu"))
 
 
-def _batch(work: Sequence[tuple[int, int]], block_size: int) -> ForwardBatch:
-    """Sequences with so many tokens in the cache, and so many more."""
+def _batch(work: Sequence[tuple[int, int]], rows: Sequence[int], block_size: int) -> ForwardBatch:
+    """Sequences with so many tokens in the cache, and so many more; logits after `rows`."""
     tables = torch.tensor([[3, 1, 8, 5, 9], [2, 7, 0, 0, 0]])[: len(work)]
     positions = [p for before, count in work for p in range(before, before + count)]
     owners = [i for i, (_, count) in enumerate(work) for _ in range(count)]
@@ -95,13 +96,17 @@ def _batch(work: Sequence[tuple[int, int]], block_size: int) -> ForwardBatch:
         int(tables[i, p // block_size]) * block_size + p % block_size
         for i, p in zip(owners, positions, strict=True)
     ]
-    return ForwardBatch(
-        input_ids=torch.arange(len(positions)) * 7 % _VOCAB,
-        positions=torch.tensor(positions),
-        slots=torch.tensor(slots),
+    queries = Queries(
         block_tables=tables,
         query_lens=tuple(count for _, count in work),
         kv_lens=tuple(before + count for before, count in work),
         num_decodes=sum(count == 1 for _, count in work),
-        logits_rows=torch.arange(len(positions)),
+    )
+    return ForwardBatch(
+        input_ids=torch.arange(len(positions)) * 7 % _VOCAB,
+        positions=torch.tensor(positions),
+        slots=torch.tensor(slots),
+        queries=queries,
+        logits_rows=torch.tensor(rows),
+        kept=queries.at(rows),
     )

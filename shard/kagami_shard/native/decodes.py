@@ -37,20 +37,17 @@ class NativeDecodes:
         self._kv_lens = _array([position + 1 for position in positions])
         self._logprobs = (c_float * num_rows)()
         self._tables = _array([0] * (num_rows * self.table_width))
-        self._rows = _array(range(num_rows))
         self._query_lens = _array([1] * num_rows)
         for row, blocks in enumerate(tables):
             self.grant(row, 0, blocks)
         self._struct = CDecodes(
             batch=CBatch(
                 num_tokens=num_rows,
-                num_rows=num_rows,
                 num_sequences=num_rows,
                 num_decodes=num_rows,
                 table_width=self.table_width,
                 input_ids=addressof(self._ids),
                 positions=addressof(self._positions),
-                rows=addressof(self._rows),
                 block_tables=addressof(self._tables),
                 query_lens=addressof(self._query_lens),
                 kv_lens=addressof(self._kv_lens),

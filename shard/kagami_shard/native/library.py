@@ -30,8 +30,10 @@ class Code(IntEnum):
     NORM = 2
     ADD_NORM = 3
     LINEAR = 4
-    ATTEND = 5
-    QUANTIZE = 6
+    WRITE = 5
+    ATTEND = 6
+    QUANTIZE = 7
+    KEEP = 8
 
 
 class Epilogue(IntEnum):
@@ -86,7 +88,7 @@ class CLinear(ctypes.Structure):
 
 
 class CQuantize(ctypes.Structure):
-    _fields_ = (("columns", c_int32), ("turn", c_int32), ("gathers", c_int32))
+    _fields_ = (("columns", c_int32), ("turn", c_int32))
 
 
 class CEmbedding(ctypes.Structure):
@@ -107,7 +109,6 @@ class CNorm(ctypes.Structure):
         ("kind", c_int32),
         ("width", c_int32),
         ("eps", c_float),
-        ("gathers", c_int32),
         ("weight", c_void_p),
         ("bias", c_void_p),
     )
@@ -137,6 +138,7 @@ class COp(ctypes.Structure):
         ("index", c_int32),
         ("epilogue", c_int32),
         ("activation", c_int32),
+        ("kept", c_int32),
         ("alpha", c_float),
         ("bound", c_float),
         ("params", c_void_p),
@@ -155,13 +157,11 @@ class CBuffer(ctypes.Structure):
 class CBatch(ctypes.Structure):
     _fields_ = (
         ("num_tokens", c_int64),
-        ("num_rows", c_int64),
         ("num_sequences", c_int64),
         ("num_decodes", c_int64),
         ("table_width", c_int64),
         ("input_ids", c_void_p),
         ("positions", c_void_p),
-        ("rows", c_void_p),
         ("block_tables", c_void_p),
         ("query_lens", c_void_p),
         ("kv_lens", c_void_p),
@@ -169,6 +169,8 @@ class CBatch(ctypes.Structure):
         ("values", c_void_p),
         ("block_size", c_int64),
         ("logits", c_void_p),
+        ("kept", c_void_p),
+        ("rows", c_void_p),
     )
 
 

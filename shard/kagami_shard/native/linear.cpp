@@ -137,9 +137,7 @@ bool linear(const Step& step, const kg_op& op, const kg_op* next_op, int thread)
   const kg_linear& weight = *(const kg_linear*)op.params;
   const Buffer& in = step.buffer(op.in);
   const bool is_logits = op.out == KG_LOGITS;
-  // Only the head reads rows; its input has as many.
-  const int64_t all_rows = is_logits ? step.batch->num_rows : step.batch->num_tokens;
-  if (!all_rows) return false;  // a chunk in the middle of a prompt wants no logits
+  const int64_t all_rows = step.batch->num_tokens;
   void* out = is_logits ? (void*)step.batch->logits : step.buffer(op.out).base;
   const int64_t out_bytes = is_logits ? weight.rows * 4 : step.buffer(op.out).row_bytes;
   const int num_threads = step.pool->num_threads;

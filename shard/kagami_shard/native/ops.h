@@ -21,8 +21,10 @@ enum {  // kg_op.code            in        out       params           index
   KG_NORM,      //               float32   bf16      kg_norm
   KG_ADD_NORM,  //               float32   float32   kg_norm          out += alpha * norm(in)
   KG_LINEAR,    //               bf16 (1)  epilogue  kg_linear        (1) 8 bits if it is KG_INT8
-  KG_ATTEND,    //               float32   bf16      kg_attention     buffer of the rope's tables
+  KG_WRITE,     //               float32   the same  kg_attention     buffer of the rope's tables
+  KG_ATTEND,    //               (2)       bf16      kg_attention     (2) what KG_WRITE has left
   KG_QUANTIZE,  //               bf16      8 bits    kg_quantize      what a KG_INT8 layer reads
+  KG_KEEP,      //               any       the same  NULL             rows kg_batch.kept names
 };
 
 enum {  // kg_op.epilogue of KG_LINEAR, y = x @ W.T + bias
@@ -64,15 +66,13 @@ typedef struct {
   int32_t kind;
   int32_t width;
   float eps;
-  int32_t gathers;  // 1: row i of `in` is kg_batch.rows[i]
   const float* weight;
   const float* bias;
 } kg_norm;
 
 typedef struct {
   int32_t columns;
-  int32_t turn;     // columns of a block that is turned by a Hadamard matrix; 1: none
-  int32_t gathers;  // 1: as many rows as logits are wanted for
+  int32_t turn;  // columns of a block that is turned by a Hadamard matrix; 1: none
 } kg_quantize;
 
 typedef struct {
@@ -86,6 +86,7 @@ typedef struct {
 
 typedef struct {
   int32_t code, in, out, index, epilogue, activation;
+  int32_t kept;  // 1: over the tokens that logits are wanted for, as all ops behind a KG_KEEP
   float alpha, bound;  // bound: of KG_SOFTCAP
   const void* params;
 } kg_op;
@@ -96,17 +97,20 @@ typedef struct {
   int32_t reserved;
 } kg_buffer;
 
-typedef struct {  // one step; see batch.py and kv_cache.py
-  int64_t num_tokens, num_rows, num_sequences, num_decodes, table_width;
-  const int64_t *input_ids, *positions, *rows, *block_tables, *query_lens, *kv_lens;
+typedef struct kg_batch {  // one step; see batch.py and kv_cache.py
+  int64_t num_tokens, num_sequences, num_decodes, table_width;
+  const int64_t *input_ids, *positions, *block_tables, *query_lens, *kv_lens;
   kg_bf16* const* keys;  // per layer [num_blocks, block_size, num_kv_heads, head_dim], within a
   kg_bf16* const* values;  // block arranged as cache.h says
   int64_t block_size;
-  float* logits;  // [num_rows, vocab_size]
+  float* logits;  // of each token that they are wanted for, [vocab_size]
+  // Of the tokens those that logits are wanted for, as a step of their own; NULL: all, in order.
+  const struct kg_batch* kept;
+  const int64_t* rows;  // in `kept`: which token of the step each is. Ids and positions are not read
 } kg_batch;
 
 typedef struct {    // greedy decodes, one token of each sequence, that go on from step to step
-  kg_batch batch;   // num_tokens, num_rows, num_sequences and num_decodes are equal
+  kg_batch batch;   // num_tokens, num_sequences and num_decodes are equal, all are kept
   int64_t *ids;     // the same memory as batch.input_ids: what is chosen is the next step's input
   int64_t *positions, *kv_lens;  // the same as the batch's, moved on by each step
   float* logprobs;               // of the ids, not finite where there is no distribution

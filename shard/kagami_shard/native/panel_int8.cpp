@@ -143,7 +143,7 @@ void finish_int8(const Int8Panel& panel, const int32_t* sums) {
 bool quantize(const Step& step, const kg_op& op, int thread) {
   const kg_quantize& how = *(const kg_quantize*)op.params;
   const Buffer &in = step.buffer(op.in), &out = step.buffer(op.out);
-  const int64_t rows = how.gathers ? step.batch->num_rows : step.batch->num_tokens;
+  const int64_t rows = step.batch->num_tokens;
   const bool alone = step.replicates(out, rows);
   const Part part = alone ? Part{0, rows} : part_of(rows, thread, step.pool->num_threads);
   for (int64_t row = part.begin; row < part.end; row++)

@@ -1,5 +1,6 @@
 // What is done row by row: embedding, norms, the rope's tables, and the choice of greedy rows.
 #include <math.h>
+#include <string.h>
 
 #include "simd.h"
 #include "step.h"
@@ -87,15 +88,13 @@ bool rope(const Step& step, const kg_op& op, int thread) {
 
 bool norm(const Step& step, const kg_op& op, int thread) {
   const kg_norm& norm = *(const kg_norm*)op.params;
-  const kg_batch& batch = *step.batch;
   const Buffer &in = step.buffer(op.in), &out = step.buffer(op.out);
-  const int64_t rows = norm.gathers ? batch.num_rows : batch.num_tokens;
+  const int64_t rows = step.batch->num_tokens;
   const bool replicates = step.replicates(out, rows);
   const Part part = replicates ? Part{0, rows} : part_of(rows, thread, step.pool->num_threads);
   for (int64_t row = part.begin; row < part.end; row++) {
-    const int64_t source = norm.gathers ? batch.rows[row] : row;
     kg_bf16* to = step.row<kg_bf16>(out, row, rows, thread);
-    norm_row(norm, step.row<float>(in, source, batch.num_tokens, thread),
+    norm_row(norm, step.row<float>(in, row, rows, thread),
              [&](int64_t i, __mmask16 mask, __m512 x) { store_bf16(to + i, mask, x); });
   }
   return !replicates && step.meets(rows);
@@ -115,6 +114,18 @@ bool add_norm(const Step& step, const kg_op& op, int thread) {
              });
   }
   return step.meets(rows);
+}
+
+// Behind this the step is a smaller one; where it is not, both buffers are the same memory.
+bool keep(const Step& step, const kg_op& op, int thread) {
+  const Buffer &in = step.buffer(op.in), &out = step.buffer(op.out);
+  if (in.base == out.base) return false;
+  const int64_t rows = step.batch->num_tokens;
+  const Part part = part_of(rows, thread, step.pool->num_threads);
+  for (int64_t row = part.begin; row < part.end; row++)
+    memcpy(out.base + row * out.row_bytes, in.base + step.batch->rows[row] * in.row_bytes,
+           out.row_bytes);
+  return true;
 }
 
 namespace {

@@ -101,7 +101,9 @@ bool rope(const Step&, const kg_op&, int thread);
 bool norm(const Step&, const kg_op&, int thread);
 bool add_norm(const Step&, const kg_op&, int thread);
 bool linear(const Step&, const kg_op&, const kg_op* next_linear, int thread);
+bool write(const Step&, const kg_op&, int thread);
 bool attend(const Step&, const kg_op&, const Plan&, int thread);
+bool keep(const Step&, const kg_op&, int thread);
 
 // The most likely id of each of these rows of `logits`, and its log probability.
 void choose_rows(const float* logits, Part rows, int64_t vocab_size, int64_t* ids, float* logprobs);

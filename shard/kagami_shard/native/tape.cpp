@@ -36,6 +36,23 @@ struct Memory {  // freed with its owner
   }
 };
 
+struct Planned {  // attention that looks alike shares its plans
+  const kg_attention* spec;
+  bool is_kept;  // some of it comes behind a KG_KEEP
+  Plan whole, kept;
+  const Plan& of(const Step& step) const { return step.batch->rows ? kept : whole; }
+};
+
+// Of each sequence in the flat batch.
+void find_first_tokens(const kg_batch& batch, std::vector<int64_t>& first_tokens) {
+  first_tokens.resize(batch.num_sequences);
+  int64_t token = 0;
+  for (int64_t i = 0; i < batch.num_sequences; i++) {
+    first_tokens[i] = token;
+    token += batch.query_lens[i];
+  }
+}
+
 }  // namespace
 
 struct kg_tape {
@@ -45,55 +62,62 @@ struct kg_tape {
   std::vector<char> must_meet;  // after each op: see meet_before_writes
   std::vector<kg_buffer> shapes;
   std::vector<Buffer> buffers;
-  std::vector<int64_t> first_tokens;
+  std::vector<int64_t> offsets;  // of the buffers in `rows`
+  std::vector<int64_t> first_tokens, first_kept;
   std::vector<int> plan_of;  // of each op, or -1
-  std::vector<Plan> plans;
-  std::vector<const kg_attention*> planned;
+  std::vector<Planned> planned;
   std::vector<char*> scratch;
   int64_t max_rows = 0;
   Memory rows, threads, partials;
   std::atomic<int64_t> next_item{0};
 
   bool grow(const kg_batch& batch) {
-    const int64_t wanted = std::max(
-        {batch.num_tokens, batch.num_rows, kReplicatedRows * pool->num_threads});
+    const int64_t wanted = std::max(batch.num_tokens, kReplicatedRows * pool->num_threads);
     if (wanted <= max_rows) return true;
     int64_t bytes = 0;
-    std::vector<int64_t> offsets;
+    offsets.clear();
     for (const auto& buffer : buffers) {
       offsets.push_back(bytes);
       bytes += round_up(buffer.row_bytes * wanted, 4096) + 64;
     }
     max_rows = 0;
     if (!rows.reserve(bytes)) return false;
-    for (size_t i = 0; i < buffers.size(); i++) buffers[i].base = rows.base + offsets[i];
     max_rows = wanted;
     return true;
   }
 
+  // Where all rows are kept nothing is copied: what is kept lies where it lay.
+  void place_buffers(bool keeps_all) {
+    for (size_t i = 0; i < buffers.size(); i++) buffers[i].base = rows.base + offsets[i];
+    if (!keeps_all) return;
+    for (const auto& op : ops)
+      if (op.code == KG_KEEP) buffers[op.out].base = buffers[op.in].base;
+  }
+
   bool prepare(const kg_batch& batch) {
-    first_tokens.resize(batch.num_sequences);
-    int64_t token = 0;
-    for (int64_t i = 0; i < batch.num_sequences; i++) {
-      first_tokens[i] = token;
-      token += batch.query_lens[i];
-    }
     if (!grow(batch)) return false;
+    place_buffers(!batch.kept);
+    find_first_tokens(batch, first_tokens);
+    if (batch.kept) find_first_tokens(*batch.kept, first_kept);
     int64_t floats = 0;
-    for (size_t i = 0; i < plans.size(); i++) {
-      plan_attention(batch, *planned[i], pool->num_threads, plans[i]);
-      floats = std::max(floats, plans[i].num_slots * partial_floats(*planned[i]));
+    const auto plan = [&](const kg_batch& batch, const kg_attention& spec, Plan& plan) {
+      plan_attention(batch, spec, pool->num_threads, plan);
+      floats = std::max(floats, plan.num_slots * partial_floats(spec));
+    };
+    for (auto& each : planned) {
+      plan(batch, *each.spec, each.whole);
+      if (batch.kept && each.is_kept) plan(*batch.kept, *each.spec, each.kept);
     }
     return !floats || partials.reserve(floats * 4);
   }
 
   // A norm of few rows is every thread's own, and nobody waits: the layer that follows must not
-  // write what another thread's norm still reads. And rows that are gathered may be another thread's.
+  // write what another thread's norm still reads. And rows that are kept may be another thread's.
   void meet_before_writes() {
     must_meet.assign(ops.size(), 0);
     for (size_t i = 0; i < ops.size(); i++) {
+      if (ops[i].code == KG_KEEP && i > 0 && ops[i - 1].code != KG_KEEP) must_meet[i - 1] = 1;
       if (ops[i].code != KG_NORM) continue;
-      if (i > 0 && ((const kg_norm*)ops[i].params)->gathers) must_meet[i - 1] = 1;
       size_t next = i + 1;
       while (next < ops.size() && ops[next].code == KG_QUANTIZE) next++;
       if (next < ops.size() && ops[next].out == ops[i].in) must_meet[next - 1] = 1;
@@ -101,24 +125,32 @@ struct kg_tape {
   }
 
   // The ops that look alike to a plan share it.
-  int plan_for(const kg_attention& spec) {
-    for (size_t i = 0; i < planned.size(); i++)
-      if (planned[i]->window == spec.window && planned[i]->num_heads == spec.num_heads &&
-          planned[i]->num_kv_heads == spec.num_kv_heads)
-        return (int)i;
-    planned.push_back(&spec);
-    plans.emplace_back();
-    return (int)plans.size() - 1;
+  int plan_for(const kg_op& op) {
+    const kg_attention& spec = *(const kg_attention*)op.params;
+    size_t i = 0;
+    while (i < planned.size() && (planned[i].spec->window != spec.window ||
+                                  planned[i].spec->num_heads != spec.num_heads ||
+                                  planned[i].spec->num_kv_heads != spec.num_kv_heads))
+      i++;
+    if (i == planned.size()) planned.push_back({&spec, false});
+    planned[i].is_kept |= op.kept != 0;
+    return (int)i;
   }
 
-  Step step_of(const kg_batch& batch) {
+  Step step_of(const kg_batch& batch, const std::vector<int64_t>& first_tokens) {
     return {&batch,         pool, buffers.data(), first_tokens.data(), &next_item,
             scratch.data(), (float*)partials.base};
   }
 
-  void run(const Step& step, int thread) {
-    for (size_t i = 0; i < ops.size(); i++)
+  // All ops of a step, those behind a KG_KEEP over the tokens that are kept.
+  void run(const kg_batch& batch, int thread) {
+    const Step whole = step_of(batch, first_tokens);
+    const Step kept = batch.kept ? step_of(*batch.kept, first_kept) : whole;
+    for (size_t i = 0; i < ops.size(); i++) {
+      const Step& step = ops[i].kept ? kept : whole;
+      if (!step.batch->num_tokens) return;
       if (run(step, i, thread) || must_meet[i]) pool->barrier();
+    }
   }
 
   bool run(const Step& step, size_t index, int thread) {
@@ -136,8 +168,12 @@ struct kg_tape {
         return quantize(step, op, thread);
       case KG_LINEAR:
         return linear(step, op, next_linear[index], thread);
+      case KG_WRITE:
+        return write(step, op, thread);
+      case KG_KEEP:
+        return keep(step, op, thread);
       default:
-        return attend(step, op, plans[plan_of[index]], thread);
+        return attend(step, op, planned[plan_of[index]].of(step), thread);
     }
   }
 };
@@ -155,8 +191,7 @@ extern "C" kg_tape* kg_tape_new(kg_pool* pool, const kg_op* ops, int num_ops,
   }
   tape->meet_before_writes();
   for (const auto& op : tape->ops)
-    tape->plan_of.push_back(
-        op.code == KG_ATTEND ? tape->plan_for(*(const kg_attention*)op.params) : -1);
+    tape->plan_of.push_back(op.code == KG_ATTEND ? tape->plan_for(op) : -1);
   for (int i = 0; i < num_buffers; i++) {
     const kg_buffer& shape = shapes[i];
     // Rows a multiple of 4 KiB apart would share the same few sets of the first cache.
@@ -175,8 +210,7 @@ extern "C" void kg_tape_delete(kg_tape* tape) { delete tape; }
 
 extern "C" int kg_replay(kg_tape* tape, const kg_batch* batch) {
   if (!tape->prepare(*batch)) return 1;
-  const Step step = tape->step_of(*batch);
-  auto job = [&](int thread) { tape->run(step, thread); };
+  auto job = [&](int thread) { tape->run(*batch, thread); };
   tape->pool->run(job);
   return 0;
 }
@@ -185,17 +219,16 @@ extern "C" int kg_decode(kg_tape* tape, kg_decodes* decodes) {
   using Clock = std::chrono::steady_clock;
   const kg_batch& batch = decodes->batch;
   if (!tape->prepare(batch)) return -1;
-  const Step step = tape->step_of(batch);
   Clock::time_point computed;
   auto job = [&](int thread) {
-    tape->run(step, thread);
+    tape->run(batch, thread);
     if (thread == 0) computed = Clock::now();
-    choose_rows(batch.logits, part_of(batch.num_rows, thread, tape->pool->num_threads),
+    choose_rows(batch.logits, part_of(batch.num_tokens, thread, tape->pool->num_threads),
                 decodes->vocab_size, decodes->ids, decodes->logprobs);
   };
   tape->pool->run(job, kLingerUs);
   int num_lost = 0;
-  for (int64_t i = 0; i < batch.num_rows; i++) {
+  for (int64_t i = 0; i < batch.num_tokens; i++) {
     decodes->positions[i]++;
     decodes->kv_lens[i]++;
     num_lost += !std::isfinite(decodes->logprobs[i]);

@@ -24,6 +24,17 @@ def expected_logits(model: PreTrainedModel, tokens: list[int]) -> Tensor:
     return model(torch.tensor([tokens]), use_cache=False).logits[0].float()
 
 
+def runner_of(
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    parallel: TensorParallel | None = None,
+    quantize: str | None = None,
+    device: torch.device = CPU,
+) -> Runner:
+    model = load_model(folder, dtype=dtype, device=device, parallel=parallel, quantize=quantize)
+    return Runner(model, dtype=dtype, device=device)
+
+
 def our_logits(
     folder: Path,
     tokens: list[list[int]],
@@ -33,43 +44,73 @@ def our_logits(
     device: torch.device = CPU,
 ) -> list[Tensor]:
     """Three sequences, run in chunks, in decodes and in both at once."""
-    model = load_model(folder, dtype=dtype, device=device, parallel=parallel, quantize=quantize)
-    logits = run_in_steps(Runner(model, dtype=dtype, device=device), tokens)
-    return [each.cpu() for each in logits]
+    return run_in_steps(runner_of(folder, dtype, parallel, quantize, device), tokens)
+
+
+# Of each step, which sequence computes how many tokens.
+STEPS = (
+    ((0, 7),),
+    ((0, 1), (1, 5), (2, 2)),
+    ((1, 1), (0, 9)),
+    ((2, 1), (1, 1), (0, 3)),
+    ((1, 1), (0, 1), (2, 11)),
+    ((1, 1), (2, 1), (0, 1)),
+    ((0, 1), (2, 2)),
+)
 
 
 def run_in_steps(runner: Runner, tokens: list[list[int]]) -> list[Tensor]:
     """The logits after every token of three sequences."""
-    a, b, c = (runner.add(each) for each in tokens)
-    seen: dict[int, list[Tensor]] = {id(a): [], id(b): [], id(c): []}
-
-    def step(*work: tuple[object, int]) -> None:
-        for (sequence, _), logits in zip(work, runner.step(*work), strict=True):
-            seen[id(sequence)].append(logits.clone())  # a tape's are valid until the next step
-
-    step((a, 7))
-    step((a, 1), (b, 5), (c, 2))
-    step((b, 1), (a, 9))
-    step((c, 1), (b, 1), (a, 3))
-    step((b, 1), (a, 1), (c, 11))
-    step((b, 1), (c, 1), (a, 1))
-    step((a, 1), (c, 2))
-    return [torch.cat(logits) for logits in seen.values()]
+    sequences = [runner.add(each) for each in tokens]
+    seen: list[list[Tensor]] = [[] for _ in sequences]
+    for step in STEPS:
+        rows = runner.step(*((sequences[i], count) for i, count in step))
+        for (i, _), logits in zip(step, rows, strict=True):
+            seen[i].append(logits.clone())  # a tape's are valid until the next step
+    return [torch.cat(logits).cpu() for logits in seen]
 
 
-def worst_difference(folder: Path, model: PreTrainedModel) -> float:
+def run_in_lean_steps(runner: Runner, tokens: list[list[int]]) -> list[dict[int, Tensor]]:
+    """The same without logits of the first chunk, and of others after the last token alone.
+
+    Of each sequence, the logits after some of its tokens.
+    """
+    sequences = [runner.add(each) for each in tokens]
+    first, *others = ([(sequences[i], count) for i, count in step] for step in STEPS)
+    runner.step_without_logits(*first)
+    seen: list[dict[int, Tensor]] = [{} for _ in sequences]
+    for work in others:
+        rows = runner.step_for_last(*work).clone().cpu()
+        for (sequence, _), logits in zip(work, rows, strict=True):
+            seen[sequences.index(sequence)][sequence.computed - 1] = logits
+    return seen
+
+
+def ours_and_theirs(
+    runner: Runner, model: PreTrainedModel, tokens: list[list[int]]
+) -> tuple[Tensor, Tensor]:
+    """`[num_rows, vocab_size]`: after every token, and again after those of lean steps."""
+    expected = [expected_logits(model, each) for each in tokens]
+    ours, theirs = run_in_steps(runner, tokens), list(expected)
+    for seen, each in zip(run_in_lean_steps(runner, tokens), expected, strict=True):
+        ours += [logits[None] for logits in seen.values()]
+        theirs += [each[list(seen)]]
+    return torch.cat(ours), torch.cat(theirs)
+
+
+def worst_difference(folder: Path, model: PreTrainedModel, device: torch.device = CPU) -> float:
     """The largest difference between any two logits."""
     tokens = prompts(model.config.get_text_config().vocab_size)
-    ours = our_logits(folder, tokens)
-    return max(
-        float((mine - expected_logits(model, each)).abs().max())
-        for mine, each in zip(ours, tokens, strict=True)
-    )
+    ours, theirs = ours_and_theirs(runner_of(folder, device=device), model, tokens)
+    return float((ours - theirs).abs().max())
 
 
 def relative_error_in_bfloat16(folder: Path, model: PreTrainedModel) -> float:
     """Of all logits together, against transformers in float32."""
     tokens = prompts(model.config.get_text_config().vocab_size)
-    ours = torch.cat(our_logits(folder, tokens, torch.bfloat16))
-    expected = torch.cat([expected_logits(model, each) for each in tokens])
-    return float((ours - expected).norm() / expected.norm())
+    return relative_error(runner_of(folder, torch.bfloat16), model, tokens)
+
+
+def relative_error(runner: Runner, model: PreTrainedModel, tokens: list[list[int]]) -> float:
+    ours, theirs = ours_and_theirs(runner, model, tokens)
+    return float((ours - theirs).norm() / theirs.norm())

@@ -3,7 +3,12 @@
 from collections.abc import Callable
 
 import pytest
-from tests.shard.models.parity import relative_error_in_bfloat16, worst_difference
+import torch
+from tests.shard.models.parity import (
+    relative_error_in_bfloat16,
+    runner_of,
+    worst_difference,
+)
 from transformers import (
     Gemma2Config,
     Gemma3Config,
@@ -128,6 +133,20 @@ def test_gemma3_with_a_vision_tower_matches_transformers(
     )
     folder, reference = save_checkpoint(config, Gemma3ForConditionalGeneration)
     assert worst_difference(folder, reference) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "starcoder2"])
+def test_a_chunk_without_logits_leaves_the_same_cache(
+    name: str, save_checkpoint: Callable[..., tuple]
+) -> None:
+    folder, _ = save_checkpoint(CONFIGS[name])
+    caches = []
+    for is_silent in (False, True):
+        runner = runner_of(folder)
+        sequence = runner.add(range(30))
+        (runner.step_without_logits if is_silent else runner.step)((sequence, 30))
+        caches += [torch.stack((*runner.cache.keys, *runner.cache.values))]
+    assert torch.equal(*caches)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "granite", "olmo2", "starcoder2"])

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from tests.fakes.ranks import run_ranks
-from tests.shard.models.parity import our_logits, prompts
+from tests.shard.models.parity import our_logits, prompts, run_in_lean_steps, runner_of
 from tests.shard.models.test_decoder import CONFIGS, SMALL
 from torch import Tensor
 from transformers import GPT2Config, LlamaConfig, Olmo2Config, PreTrainedConfig
 
 from kagami_proto.errors import UnsupportedModel
-from kagami_shard.distributed import Group
+from kagami_shard.distributed import Alone, Group, TensorParallel
 from kagami_shard.models.registry import load_model
 
 Save = Callable[..., tuple[Path, object]]
@@ -44,6 +44,19 @@ def test_two_ranks_compute_what_one_computes(name: str, save_checkpoint: Save) -
 def test_six_ranks_share_two_keys(name: str, save_checkpoint: Save) -> None:
     folder, _ = save_checkpoint(CONFIGS[name])
     assert_ranks_agree(folder, 6)
+
+
+def test_ranks_agree_in_steps_with_few_logits(save_checkpoint: Save) -> None:
+    folder, _ = save_checkpoint(CONFIGS["llama"])
+    tokens = prompts(SMALL["vocab_size"])
+
+    def run(group: TensorParallel) -> Tensor:
+        seen = run_in_lean_steps(runner_of(folder, parallel=group), tokens)
+        return torch.stack([logits for each in seen for logits in each.values()])
+
+    first, second = run_ranks(2, run)
+    torch.testing.assert_close(first, run(Alone()), atol=1e-5, rtol=0)
+    assert torch.equal(first, second)
 
 
 def refusals(folder: Path, size: int) -> list[str]:

@@ -2,14 +2,13 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from tests.fakes.batches import FakeSequence, Runner, build_batch
 from tests.fakes.native import needs_library
-from tests.shard.models.parity import expected_logits, prompts, run_in_steps
+from tests.shard.models.parity import prompts, relative_error
 from tests.shard.models.test_decoder import CONFIGS
 
 from kagami_shard import cli
@@ -42,9 +41,7 @@ def test_a_recorded_family_is_as_near_as_bfloat16_can_be(
     folder, reference = save_checkpoint(CONFIGS[name])
     tokens = prompts(reference.config.get_text_config().vocab_size)
     runner = Runner(recorded(folder, runtime), dtype=torch.bfloat16, attention=CpuAttention())
-    ours = torch.cat(run_in_steps(runner, tokens))
-    expected = torch.cat([expected_logits(reference, each) for each in tokens])
-    assert (ours - expected).norm() / expected.norm() < 0.05
+    assert relative_error(runner, reference, tokens) < 0.05
 
 
 def test_a_step_larger_than_all_before_grows_the_buffers(
@@ -79,6 +76,24 @@ def test_a_chunk_in_the_middle_of_a_prompt_wants_no_logits(
     folder, _ = save_checkpoint(CONFIGS["llama"])
     model = recorded(folder, runtime)
     cache = KVCache(model.layers, 16, 4, dtype=torch.bfloat16, device=torch.device("cpu"))
-    batch = build_batch([(FakeSequence([5] * 20, [3, 1, 2, 4, 6]), 20)], 4)
-    silent = replace(batch, logits_rows=batch.logits_rows[:0])
+    silent = build_batch([(FakeSequence([5] * 20, [3, 1, 2, 4, 6]), 20)], 4, rows=[])
     assert model.forward(silent, CpuAttention().prepare(silent, cache)).shape == (0, 99)
+
+
+@pytest.mark.parametrize("count", [2, 40, 140])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "starcoder2"])
+def test_a_chunk_without_logits_leaves_the_same_cache_and_the_same_next_logits(
+    name: str, count: int, runtime: Runtime, save_checkpoint: Callable[..., tuple]
+) -> None:
+    folder, _ = save_checkpoint(CONFIGS[name])
+    model = recorded(folder, runtime)
+    prompt = [7 * i % 99 for i in range(count + 1)]
+    caches, logits = [], []
+    for is_silent in (False, True):
+        runner = Runner(model, dtype=torch.bfloat16, attention=CpuAttention())
+        sequence = runner.add(prompt)
+        (runner.step_without_logits if is_silent else runner.step)((sequence, count))
+        caches += [torch.stack((*runner.cache.keys, *runner.cache.values))]
+        logits += [runner.step_for_last((sequence, 1)).clone()]
+    assert torch.equal(*caches)
+    assert torch.equal(*logits)

@@ -77,6 +77,9 @@ def main() -> None:
                 ), (kind, count)
         assert is_near(runtime, Case().program, 0, *steps_of([(200, 1)], 0))
         assert is_near(runtime, layers, 0, prompt(150))
+        for num_rows in (1, 140):
+            steps = steps_of([*WIDE, (70, 130)], 0, ARRANGED, num_rows=num_rows)
+            assert is_near(runtime, layers, 0, *steps, block_size=ARRANGED), num_rows
         for tree in TREES.values():
             assert is_near(runtime, Case().program, 0, *branching(tree, (30, 9)))
         runtime.choose(torch.randn(3, 77))

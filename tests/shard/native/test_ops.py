@@ -7,6 +7,7 @@ the same values, all of which bf16 can hold. What it brings comes out through a 
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -78,10 +79,13 @@ class Program:
         multiplier: float = 1.0,
         rope: RopeSpec | None = None,
         heads: LayerShape = LayerShape(1, 2, 2),  # noqa: B008
+        body_keeps: bool = False,
     ) -> None:
+        """Rows without logits leave it in the body, or else at its end."""
         self.embedding = Embedding(weights.matrix(64, width), multiplier)
         self._round = Rounding(weights.dtype)
         self._body = body
+        self._body_keeps = body_keeps
         self._head = head
         self._width = width
         self._dtype = weights.dtype
@@ -90,6 +94,8 @@ class Program:
 
     def run(self, ops: Ops[T]) -> T:
         hidden = self._body(ops, ops.embed(self.embedding))
+        if not self._body_keeps:
+            (hidden,) = ops.keep(hidden)
         head = self._head or Head(Linear(torch.eye(self._width, dtype=self._dtype)), self._width)
         return ops.logits(hidden, self._round, head)
 
@@ -255,20 +261,33 @@ class Case:
             self.num_heads, self.num_kv_heads, self.dim, 0, self.norm(weights), spec
         )
         output = weights.linear(self.width, self.num_heads * self.dim, bias=False)
+
+        def body(ops: Ops[Any], hidden: Any) -> Any:
+            (queries,) = ops.keep(ops.write(hidden, attention))
+            return ops.linear(ops.attend(queries, attention), output)
+
         return Program(
             weights,
             self.width,
-            lambda ops, hidden: ops.linear(ops.attend(hidden, attention), output),
+            body,
             head=head,
             rope=RopeSpec(self.rotary, 1e4, 64, 64),
             heads=LayerShape(self.num_kv_heads, self.dim, self.dim),
+            body_keeps=True,
         )
 
 
 def steps_of(
-    work: Sequence[tuple[int, int]], seed: int, block_size: int = BLOCK_SIZE
+    work: Sequence[tuple[int, int]],
+    seed: int,
+    block_size: int = BLOCK_SIZE,
+    *,
+    num_rows: int | None = None,
 ) -> list[ForwardBatch]:
-    """Prompts of so many tokens, then as many more of each; single tokens come first."""
+    """Prompts of so many tokens, then as many more of each; single tokens come first.
+
+    Of these logits are asked for after all, or after `num_rows` by chance.
+    """
     work = sorted(work, key=lambda each: each[1] > 1)
     blocks = list(range(1, 64))
     random.Random(seed).shuffle(blocks)
@@ -283,8 +302,20 @@ def steps_of(
             batches.append(build_batch([(sequence, before)], block_size, all_rows=True))
             sequence.computed = before
     mixed = [(sequence, new) for sequence, (_, new) in zip(sequences, work, strict=True)]
-    batches.append(build_batch(mixed, block_size, all_rows=True))
+    rows = list(range(sum(new for _, new in work)))
+    if num_rows is not None:
+        rows = shuffled_runs(rows, num_rows, random.Random(seed))
+    batches.append(build_batch(mixed, block_size, rows=rows))
     return batches
+
+
+def shuffled_runs(rows: list[int], num_rows: int, generator: random.Random) -> list[int]:
+    """Some of the rows, cut into a few pieces that change places."""
+    chosen = sorted(generator.sample(rows, min(num_rows, len(rows))))
+    cuts = sorted(generator.choices(range(len(chosen) + 1), k=3))
+    pieces = [chosen[begin:end] for begin, end in pairwise([0, *cuts, len(chosen)])]
+    generator.shuffle(pieces)
+    return [row for piece in pieces for row in piece]
 
 
 def branching(
@@ -443,13 +474,17 @@ def layers(weights: Weights) -> Program:
 
     def body(ops: Ops[Any], hidden: Any) -> Any:
         for qkv, output, mlp in parts:
-            attended = ops.attend(ops.linear(ops.norm(hidden, norm), qkv), attention)
-            hidden = ops.add(hidden, ops.linear(attended, output), norm, 0.5)
+            queries = ops.write(ops.linear(ops.norm(hidden, norm), qkv), attention)
+            if mlp is parts[-1][2]:
+                hidden, queries = ops.keep(hidden, queries)
+            update = ops.linear(ops.attend(queries, attention), output)
+            hidden = ops.add(hidden, update, norm, 0.5)
             hidden = ops.add(hidden, ops.mlp(ops.norm(hidden, norm), mlp), no_norm, 0.5)
         return hidden
 
     heads = LayerShape(case.num_kv_heads, case.dim, case.dim)
-    return Program(weights, width, body, rope=RopeSpec(32, 1e4, 64, 64), heads=heads)
+    rope = RopeSpec(32, 1e4, 64, 64)
+    return Program(weights, width, body, rope=rope, heads=heads, body_keeps=True)
 
 
 @pytest.mark.parametrize("all_rows", [True, False])
@@ -514,12 +549,24 @@ def test_a_chunk_beside_decodes_with_a_prefix_attends_as_in_torch(runtime: Runti
     ),
     seed=seeds,
     block_size=st.sampled_from([BLOCK_SIZE, ARRANGED]),
+    num_rows=st.none() | st.integers(1, 60),
 )
 def test_any_attention_is_torchs(
-    runtime: Runtime, work: list[tuple[int, int]], case: Case, seed: int, block_size: int
+    runtime: Runtime,
+    work: list[tuple[int, int]],
+    case: Case,
+    seed: int,
+    block_size: int,
+    num_rows: int | None,
 ) -> None:
-    steps = steps_of(work, seed, block_size)
+    steps = steps_of(work, seed, block_size, num_rows=num_rows)
     assert is_near(runtime, case.program, seed, *steps, block_size=block_size)
+
+
+@pytest.mark.parametrize("num_rows", [1, 4, 100, 330])
+def test_a_layer_goes_on_with_any_rows_as_torch_does(runtime: Runtime, num_rows: int) -> None:
+    steps = steps_of([*WIDE, (70, 130)], num_rows, ARRANGED, num_rows=num_rows)
+    assert is_near(runtime, layers, 0, *steps, block_size=ARRANGED)
 
 
 @quick
