@@ -8,7 +8,7 @@ import torch
 from kagami_shard.items import Item, prompt_rows
 from kagami_shard.sampling.logprobs import Scores
 from kagami_shard.sampling.sampler import Drawn
-from kagami_shard.step import PromptLogprobs, TopTokens
+from kagami_shard.step import PromptLogprobs, StepResult, TopTokens
 
 
 class Launched(NamedTuple):
@@ -28,6 +28,13 @@ class Launched(NamedTuple):
     sampling_ns: int
     """On the host, which is the device on a CPU"""
     launched_ns: int
+
+
+def is_known_done(launched: Launched | StepResult) -> bool:
+    """Whether the device says that it has finished; without waiting for it."""
+    if isinstance(launched, StepResult):
+        return True
+    return launched.device_events is not None and launched.device_events[2].query()
 
 
 def device_times(launched: Launched) -> tuple[int, int]:

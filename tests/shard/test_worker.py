@@ -1,6 +1,7 @@
 """The worker's order: what is published when, with and without overlap."""
 
 from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Event
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from tests.fakes.tiny_model import TinyModel
 
 from kagami_shard.attention.sdpa import SdpaAttention
 from kagami_shard.engine import Engine, Limits
+from kagami_shard.launched import Launched
 from kagami_shard.sampling.sampler import SamplingParameters
 from kagami_shard.step import NewSequence, Step, StepResult, Work
 from kagami_shard.worker import Worker
@@ -50,6 +52,54 @@ def test_overlap_gives_the_same_results_in_order(sampling: SamplingParameters) -
     assert [result.number for result in overlapped] == [1, 2, 3, 4, 5, 6]
     assert [r.token_ids for r in overlapped] == [r.token_ids for r in plain]
     assert not any(result.failures or result.error for result in overlapped)
+
+
+class FakeEvent:
+    """A CUDA event that has, or has not, happened."""
+
+    def __init__(self, has_happened: bool) -> None:
+        self._has_happened = has_happened
+
+    def query(self) -> bool:
+        return self._has_happened
+
+    def synchronize(self) -> None:
+        self._has_happened = True
+
+    def elapsed_time(self, _: "FakeEvent") -> float:
+        return 0.001
+
+
+@pytest.mark.parametrize(
+    ("is_idle", "order"),
+    [
+        (False, ["launch 1", "launch 2", "result 1", "launch 3", "result 2", "result 3"]),
+        (True, ["launch 1", "result 1", "launch 2", "result 2", "launch 3", "result 3"]),
+    ],
+)
+def test_results_of_an_idle_device_do_not_wait_for_the_next_launch(
+    is_idle: bool, order: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    all_queued = Event()
+    engine = new_engine(TinyModel())
+    launch = engine.launch
+
+    def on_a_device(step: Step) -> Launched | StepResult:
+        seen.append(f"launch {step.number}")
+        launched = launch(step)
+        assert isinstance(launched, Launched)
+        end = FakeEvent(is_idle)
+        return launched._replace(device_events=(end, end, end))  # type: ignore[arg-type]  # fakes
+
+    monkeypatch.setattr(engine, "launch", on_a_device)
+    with ThreadPoolExecutor(1) as thread, Worker(engine, thread, overlap=True) as worker:
+        worker.call(all_queued.wait)
+        for step in steps(SamplingParameters())[:3]:
+            worker.run(step, lambda result: seen.append(f"result {result.number}"))
+        all_queued.set()
+
+    assert seen == order
 
 
 @pytest.mark.parametrize("overlap", [False, True])
