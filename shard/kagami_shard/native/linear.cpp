@@ -97,11 +97,14 @@ struct Layer {  // what all panels of a linear layer have in common
   const CodeForm* codes = nullptr;  // if they are multiplied as they are
   kg_bf16* unpacked = nullptr;
   float* sums = nullptr;
+
+  bool on_tiles() const { return use_amx && rows > kFewRows && !codes; }
 };
 
 // Up to how many rows go through a panel at once.
 int max_rows(const Layer& layer) {
-  if (layer.weight.kind == KG_INT8) return layer.use_amx ? kInt8AmxRows : kInt8Rows;
+  if (layer.on_tiles()) return kAmxRows;
+  if (layer.weight.kind == KG_INT8) return kInt8Rows;
   if (layer.codes) return kCodeRows;
   return layer.kernel.max_rows;
 }
@@ -113,7 +116,7 @@ void compute(const Layer& layer, const char* packed, Part rows, const char* next
   if (layer.weight.kind == KG_INT8) {
     const Int8Panel panel{packed, (const uint8_t*)x, layer.x_bytes, count, layer.depth, out, next,
                           lines};
-    return layer.use_amx && layer.rows > kFewRows ? panel_int8_amx(panel) : panel_int8(panel);
+    return layer.on_tiles() ? panel_int8_amx(panel) : panel_int8(panel);
   }
   const kg_bf16* halves = (const kg_bf16*)x;
   if (layer.codes) {
@@ -126,6 +129,24 @@ void compute(const Layer& layer, const char* packed, Part rows, const char* next
   const Panel panel{weight, kBlock * layer.depth, halves, layer.x_bytes / 2, count, layer.depth,
                     out, kPanel, false, next, lines};
   layer.kernel.run(panel);
+}
+
+// Rows that go through a panel together, and the first of them that those before left out. Tiles are
+// set up for a number of rows, which takes as long as a dozen products: all passes have as many, and
+// some may compute the last rows of the one before again.
+struct Pass {
+  Part rows;
+  int64_t first_new;
+};
+
+Pass pass_of(const Layer& layer, int64_t index, int64_t count) {
+  if (!layer.on_tiles()) {
+    const Part part = part_of(layer.rows, index, count);
+    return {part, part.begin};
+  }
+  const int64_t size = (layer.rows + count - 1) / count, first = index * size;
+  const int64_t end = std::min(first + size, layer.rows);
+  return {{end - size, end}, first};
 }
 
 }  // namespace
@@ -178,11 +199,13 @@ bool linear(const Step& step, const kg_op& op, const kg_op* next_op, int thread)
     const char* next = index + 1 < panels.end ? packed + panel_bytes : after;
     if (layer.unpacked) form->unpack(weight, packed, layer.unpacked);
     for (int64_t pass = 0; pass < passes; pass++) {
-      const Part part = part_of(rows, pass, passes);
+      const auto [part, first] = pass_of(layer, pass, passes);
       compute(layer, packed, part, next && pass < fetching ? next + pass * lines * 64 : nullptr,
               lines, sums);
       store(op, weight,
-            {sums, mine.begin + part.begin, part.end - part.begin, index * kPanel}, out, out_bytes);
+            {sums + (first - part.begin) * kPanel, mine.begin + first, part.end - first,
+             index * kPanel},
+            out, out_bytes);
     }
   }
   return step.meets(all_rows);

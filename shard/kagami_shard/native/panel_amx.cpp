@@ -54,98 +54,111 @@ KG_AMX void configure(int rows) {
   _tile_loadconfig(&config);
 }
 
-KG_AMX void multiply_lower(const Panel& panel) {  // 1 to 16 rows
-  const int64_t out_bytes = panel.out_stride * 4;
-  if (panel.adds) {
-    _tile_loadd(SUM_00, panel.out, out_bytes);
-    _tile_loadd(SUM_01, panel.out + kBlock, out_bytes);
+// What both kinds of weights have in common: a step along k is a tile, 64 bytes of each of up to 16
+// rows of activations and 1 KiB of each of two blocks of weights; bf16 and int8 differ in the product.
+struct Product {
+  const char *first, *second;  // the blocks of weights
+  const char* x;
+  int64_t x_bytes, num_steps;
+  void* out;
+  int64_t out_bytes;  // from row to row
+  bool adds;
+  const char* next;
+  int64_t lines;  // to prefetch in each step
+};
+
+#define MULTIPLY(sum, x, weight)       \
+  if constexpr (kIsInt8)               \
+    _tile_dpbusd(sum, x, weight);      \
+  else                                 \
+    _tile_dpbf16ps(sum, x, weight)
+
+inline const char* fetch(const char* next, int64_t lines) {
+  for (int64_t line = 0; line < lines; line++, next += 64) _mm_prefetch(next, _MM_HINT_T1);
+  return next;
+}
+
+template <bool kIsInt8>
+KG_AMX void multiply_lower(Product p) {  // 1 to 16 rows
+  if (p.adds) {
+    _tile_loadd(SUM_00, p.out, p.out_bytes);
+    _tile_loadd(SUM_01, (char*)p.out + 64, p.out_bytes);
   } else {
     _tile_zero(SUM_00);
     _tile_zero(SUM_01);
   }
-  const kg_bf16 *first = panel.weight, *second = panel.weight + panel.block_stride;
-  const char* next = panel.next;
-  const int64_t lines = next ? panel.next_lines / (panel.k / kDepth) : 0;
-  for (int64_t k = 0; k < panel.k; k += kDepth, first += 512, second += 512) {
-    for (int64_t line = 0; line < lines; line++, next += 64) _mm_prefetch(next, _MM_HINT_T1);
-    _tile_loadd(WEIGHT_0, first, 64);
-    _tile_loadd(WEIGHT_1, second, 64);
-    _tile_loadd(X_0, panel.x + k, panel.x_stride * 2);
-    _tile_dpbf16ps(SUM_00, X_0, WEIGHT_0);
-    _tile_dpbf16ps(SUM_01, X_0, WEIGHT_1);
+  for (int64_t step = 0; step < p.num_steps; step++) {
+    p.next = fetch(p.next, p.lines);
+    _tile_loadd(WEIGHT_0, p.first + step * 1024, 64);
+    _tile_loadd(WEIGHT_1, p.second + step * 1024, 64);
+    _tile_loadd(X_0, p.x + step * 64, p.x_bytes);
+    MULTIPLY(SUM_00, X_0, WEIGHT_0);
+    MULTIPLY(SUM_01, X_0, WEIGHT_1);
   }
-  _tile_stored(SUM_00, panel.out, out_bytes);
-  _tile_stored(SUM_01, panel.out + kBlock, out_bytes);
+  _tile_stored(SUM_00, p.out, p.out_bytes);
+  _tile_stored(SUM_01, (char*)p.out + 64, p.out_bytes);
 }
 
-KG_AMX void multiply_both(const Panel& panel) {  // 17 to 32 rows
-  const int64_t out_bytes = panel.out_stride * 4;
-  float *upper_out = panel.out, *lower_out = panel.out + 16 * panel.out_stride;
-  if (panel.adds) {
-    _tile_loadd(SUM_00, upper_out, out_bytes);
-    _tile_loadd(SUM_01, upper_out + kBlock, out_bytes);
-    _tile_loadd(SUM_10, lower_out, out_bytes);
-    _tile_loadd(SUM_11, lower_out + kBlock, out_bytes);
+template <bool kIsInt8>
+KG_AMX void multiply_both(Product p) {  // 17 to 32 rows
+  char *upper_out = (char*)p.out, *lower_out = upper_out + 16 * p.out_bytes;
+  const char* lower = p.x + 16 * p.x_bytes;
+  if (p.adds) {
+    _tile_loadd(SUM_00, upper_out, p.out_bytes);
+    _tile_loadd(SUM_01, upper_out + 64, p.out_bytes);
+    _tile_loadd(SUM_10, lower_out, p.out_bytes);
+    _tile_loadd(SUM_11, lower_out + 64, p.out_bytes);
   } else {
     _tile_zero(SUM_00);
     _tile_zero(SUM_01);
     _tile_zero(SUM_10);
     _tile_zero(SUM_11);
   }
-  const kg_bf16 *first = panel.weight, *second = panel.weight + panel.block_stride;
-  const kg_bf16* lower = panel.x + 16 * panel.x_stride;
-  const char* next = panel.next;
-  const int64_t lines = next ? panel.next_lines / (panel.k / kDepth) : 0;
-  for (int64_t k = 0; k < panel.k; k += kDepth, first += 512, second += 512) {
-    for (int64_t line = 0; line < lines; line++, next += 64) _mm_prefetch(next, _MM_HINT_T1);
-    _tile_loadd(WEIGHT_0, first, 64);
-    _tile_loadd(X_0, panel.x + k, panel.x_stride * 2);
-    _tile_dpbf16ps(SUM_00, X_0, WEIGHT_0);
-    _tile_loadd(WEIGHT_1, second, 64);
-    _tile_dpbf16ps(SUM_01, X_0, WEIGHT_1);
-    _tile_loadd(X_1, lower + k, panel.x_stride * 2);
-    _tile_dpbf16ps(SUM_10, X_1, WEIGHT_0);
-    _tile_dpbf16ps(SUM_11, X_1, WEIGHT_1);
+  for (int64_t step = 0; step < p.num_steps; step++) {
+    p.next = fetch(p.next, p.lines);
+    _tile_loadd(WEIGHT_0, p.first + step * 1024, 64);
+    _tile_loadd(X_0, p.x + step * 64, p.x_bytes);
+    MULTIPLY(SUM_00, X_0, WEIGHT_0);
+    _tile_loadd(WEIGHT_1, p.second + step * 1024, 64);
+    MULTIPLY(SUM_01, X_0, WEIGHT_1);
+    _tile_loadd(X_1, lower + step * 64, p.x_bytes);
+    MULTIPLY(SUM_10, X_1, WEIGHT_0);
+    MULTIPLY(SUM_11, X_1, WEIGHT_1);
   }
-  _tile_stored(SUM_00, upper_out, out_bytes);
-  _tile_stored(SUM_01, upper_out + kBlock, out_bytes);
-  _tile_stored(SUM_10, lower_out, out_bytes);
-  _tile_stored(SUM_11, lower_out + kBlock, out_bytes);
+  _tile_stored(SUM_00, upper_out, p.out_bytes);
+  _tile_stored(SUM_01, upper_out + 64, p.out_bytes);
+  _tile_stored(SUM_10, lower_out, p.out_bytes);
+  _tile_stored(SUM_11, lower_out + 64, p.out_bytes);
 }
 
-KG_AMX void multiply_int8(const Int8Panel& panel, int32_t* sums) {
-  _tile_zero(SUM_00);
-  _tile_zero(SUM_01);
-  const char *first = panel.weight, *second = first + kBlock * panel.depth;
-  const char* next = panel.next;
-  const int64_t lines = next ? panel.next_lines / (panel.depth / kDepth8) : 0;
-  for (int64_t k = 0; k < panel.depth; k += kDepth8, first += 1024, second += 1024) {
-    for (int64_t line = 0; line < lines; line++, next += 64) _mm_prefetch(next, _MM_HINT_T1);
-    _tile_loadd(WEIGHT_0, first, 64);
-    _tile_loadd(WEIGHT_1, second, 64);
-    _tile_loadd(X_0, panel.x + k, panel.x_stride);
-    _tile_dpbusd(SUM_00, X_0, WEIGHT_0);
-    _tile_dpbusd(SUM_01, X_0, WEIGHT_1);
-  }
-  _tile_stored(SUM_00, sums, kPanel * 4);
-  _tile_stored(SUM_01, sums + kBlock, kPanel * 4);
+template <bool kIsInt8>
+void multiply(int rows, const Product& product) {
+  configure(rows);
+  if (rows > 16)
+    multiply_both<kIsInt8>(product);
+  else
+    multiply_lower<kIsInt8>(product);
 }
 
 }  // namespace
 
 void panel_int8_amx(const Int8Panel& panel) {
-  configure(panel.rows);
-  alignas(64) int32_t sums[kInt8AmxRows * kPanel];
-  multiply_int8(panel, sums);
+  alignas(64) int32_t sums[kAmxRows * kPanel];
+  const int64_t num_steps = panel.depth / kDepth8;
+  const int64_t lines = panel.next ? panel.next_lines / num_steps : 0;
+  multiply<true>(panel.rows, {panel.weight, panel.weight + kBlock * panel.depth,
+                              (const char*)panel.x, panel.x_stride, num_steps, sums, kPanel * 4,
+                              false, panel.next, lines});
   finish_int8(panel, sums);
 }
 
 void panel_amx(const Panel& panel) {
-  configure(panel.rows);
-  if (panel.rows > 16)
-    multiply_both(panel);
-  else
-    multiply_lower(panel);
+  const int64_t num_steps = panel.k / kDepth;
+  const int64_t lines = panel.next ? panel.next_lines / num_steps : 0;
+  multiply<false>(panel.rows, {(const char*)panel.weight,
+                               (const char*)(panel.weight + panel.block_stride),
+                               (const char*)panel.x, panel.x_stride * 2, num_steps, panel.out,
+                               panel.out_stride * 4, panel.adds, panel.next, lines});
 }
 
 KG_AMX void release_tiles() {

@@ -48,7 +48,7 @@ struct Int8Panel {
   int64_t next_lines;
 };
 
-constexpr int kInt8Rows = 8, kInt8AmxRows = 16;
+constexpr int kInt8Rows = 8;
 void panel_int8(const Int8Panel&);
 void panel_int8_amx(const Int8Panel&);
 // `sums` [rows][kPanel] of products, which do not know yet that activations are 128 too large.

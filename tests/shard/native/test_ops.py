@@ -44,6 +44,8 @@ quick = settings(
     max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 sizes = st.integers(1, 70)
+# With tiles: one pass of rows, three that overlap, and so many that each thread has its own.
+lengths = st.integers(1, 40) | st.sampled_from([67, 259])
 seeds = st.integers(0, 99)
 
 
@@ -161,7 +163,7 @@ def test_a_tied_head_is_read_by_both_ends(runtime: Runtime) -> None:
 
 
 @quick
-@given(st.integers(1, 40), sizes, st.floats(0.1, 2.0), seeds)
+@given(lengths, sizes, st.floats(0.1, 2.0), seeds)
 def test_a_linear_layer_adds_to_the_stream(
     runtime: Runtime, count: int, width: int, factor: float, seed: int
 ) -> None:

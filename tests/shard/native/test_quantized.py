@@ -13,6 +13,7 @@ from tests.shard.native.test_ops import (
     Program,
     Weights,
     is_near,
+    lengths,
     prompt,
     quick,
     seeds,
@@ -110,7 +111,7 @@ def test_a_quantized_head_is_torchs(
 
 
 @quick
-@given(kinds, kinds, st.integers(1, 40), sizes, sizes, seeds)
+@given(kinds, kinds, lengths, sizes, sizes, seeds)
 def test_a_quantized_mlp_is_torchs(
     runtime: Runtime, up: str, down: str, count: int, width: int, inner: int, seed: int
 ) -> None:
