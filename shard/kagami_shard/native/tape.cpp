@@ -72,7 +72,9 @@ struct kg_tape {
   std::atomic<int64_t> next_item{0};
 
   bool grow(const kg_batch& batch) {
-    const int64_t wanted = std::max(batch.num_tokens, kReplicatedRows * pool->num_threads);
+    const int64_t kept = batch.kept ? batch.kept->num_tokens : 0;
+    const int64_t wanted =
+        std::max({batch.num_tokens, kept, kReplicatedRows * pool->num_threads});
     if (wanted <= max_rows) return true;
     int64_t bytes = 0;
     offsets.clear();
