@@ -1,7 +1,7 @@
 // Paged attention (arXiv:2309.06180): rope, the norms of queries and keys, and the write into the
 // cache are one op, attending is the next. A running softmax over tiles of the cache
 // (FlashAttention, arXiv:2205.14135): a tile of keys and values lies as weights do (cache.h), so
-// both products are panels (panel.h).
+// both products are those of a linear layer (attend_rows.cpp).
 //
 // Rows that share a tile: the heads of a KV group, times the tokens of a prompt's chunk. A decode has
 // few of them, so it takes all KV heads together: they lie side by side in the cache, and the pages
@@ -10,13 +10,12 @@
 
 #include "cache.h"
 #include "simd.h"
+#include "softmax.h"
 
 namespace kg {
 namespace {
 
 constexpr int64_t kMaxHeadDim = 256;
-constexpr float kLog2e = 1.44269504089f;
-constexpr float kHeadroom = 8;
 
 struct Shape {
   int64_t group, depth, blocks;  // queries of a KV head; head_dim padded; blocks of 16 of that
@@ -30,7 +29,7 @@ struct Shape {
 
 struct Scratch {  // one thread's, laid out in its kScratchBytes
   kg_bf16 *queries, *keys, *values, *weights;
-  float *scores, *sums, *largest, *totals;
+  float *scores, *sums, *shifts, *bounds, *totals;
   Scratch(char* base, const Shape& shape) {
     auto take = [&base](int64_t bytes) {
       char* taken = base;
@@ -43,12 +42,13 @@ struct Scratch {  // one thread's, laid out in its kScratchBytes
     weights = (kg_bf16*)take(kMaxRows * kTile * 2);
     scores = (float*)take(kMaxRows * kTile * 4);
     sums = (float*)take(kMaxRows * shape.depth * 4);
-    largest = (float*)take(kMaxRows * 4);
+    shifts = (float*)take(kMaxRows * 4);
+    bounds = (float*)take(kMaxRows * 4);
     totals = (float*)take(kMaxRows * kLanes * 4);
   }
 };
 static_assert(kMaxRows * kMaxHeadDim * 6 + kTile * kMaxHeadDim * 4 + kMaxRows * kTile * 6 +
-                      kMaxRows * (kLanes + 1) * 4 + 8 * 64 <=
+                      kMaxRows * (kLanes + 2) * 4 + 9 * 64 <=
                   kScratchBytes,
               "a thread's scratch is too small");
 
@@ -100,10 +100,11 @@ void turn(float* head, const float* table, int64_t half) {
   }
 }
 
-void round_to(kg_bf16* to, const float* from, int64_t count) {
+void round_to(kg_bf16* to, const float* from, int64_t count, float factor) {
+  const __m512 by = _mm512_set1_ps(factor);
   for (int64_t i = 0; i < count; i += kLanes) {
     const __mmask16 mask = lanes(count - i);
-    store_bf16(to + i, mask, _mm512_maskz_loadu_ps(mask, from + i));
+    store_bf16(to + i, mask, _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, from + i), by));
   }
 }
 
@@ -134,9 +135,10 @@ struct Writing {
     const float* table = step.row<float>(step.buffer(op.index), token, batch.num_tokens, thread);
     for (int64_t head = 0; head < spec.num_heads + spec.num_kv_heads; head++)
       turn(heads + head * dim, table, spec.rotary_half);
-    const int64_t columns = of_queries + 2 * shape.width;
     kg_bf16* rounded = (kg_bf16*)heads;
-    round_to(rounded, heads, columns);
+    // Scores are exponents of 2 then, unless there is a cap.
+    round_to(rounded, heads, of_queries, spec.softcap != 0 ? 1.f : kLog2e * spec.scale);
+    round_to(rounded + of_queries, heads + of_queries, 2 * shape.width, 1.f);
     pages.write(sequence, position, rounded + of_queries, rounded + of_queries + shape.width);
   }
 
@@ -160,7 +162,6 @@ struct Attention {
   const Shape shape;
   const Pages pages;
   const int thread;
-  const float to_log2;  // from a score to the exponent of 2 in its weight
 
   Attention(const Step& step, const kg_op& op, const Plan& plan, int thread)
       : step(step),
@@ -170,24 +171,11 @@ struct Attention {
         plan(plan),
         shape(spec),
         pages(batch, spec),
-        thread(thread),
-        to_log2(spec.softcap != 0 ? kLog2e : kLog2e * spec.scale) {}
+        thread(thread) {}
 
   const kg_bf16* query(int64_t token, int64_t head) const {
     const Buffer& queries = step.buffer(op.in);
     return step.row<kg_bf16>(queries, token, batch.num_tokens, thread) + head * spec.head_dim;
-  }
-
-  // Rows times a panel of 32 columns, `out` rows `out_stride` floats apart; fetches once.
-  void multiply(int64_t rows, Panel panel) const {
-    const Kernel kernel = kernel_for(rows, step.pool->use_amx);
-    for (; rows > 0; rows -= kernel.max_rows) {
-      panel.rows = (int)std::min<int64_t>(rows, kernel.max_rows);
-      kernel.run(panel);
-      panel.x += kernel.max_rows * panel.x_stride;
-      panel.out += kernel.max_rows * panel.out_stride;
-      panel.next = nullptr;
-    }
   }
 
   // Which of the tile's tokens the token at `position` sees.
@@ -200,61 +188,36 @@ struct Attention {
     return (~0ull >> (64 - high)) & (~0ull << low);
   }
 
-  // One row's share of a tile: scores to weights, relative to a score `largest` (as it comes, before
-  // `spec.scale`). Only one that is larger by a factor of 2^kHeadroom in weight moves the scale, and
-  // what was summed before with it: the first tile does, few others.
-  void soften(const Scratch& scratch, int64_t row, int64_t count, uint64_t mask) const {
-    float* scores = scratch.scores + row * kTile;
-    if (spec.softcap != 0) cap(scores, count);
-    __m512 largest = _mm512_set1_ps(scratch.largest[row]);
-    const __m512 bound = _mm512_add_ps(largest, _mm512_set1_ps(kHeadroom / to_log2));
-    for (int64_t i = 0; i < count; i += kLanes)
-      largest = _mm512_mask_max_ps(largest, (__mmask16)(mask >> i), largest,
-                                   _mm512_loadu_ps(scores + i));
-    const bool moves = _mm512_cmp_ps_mask(largest, bound, _CMP_GT_OQ) != 0;
-    const float top = moves ? _mm512_reduce_max_ps(largest) : scratch.largest[row];
-    const __m512 factor = _mm512_set1_ps(to_log2), shift = _mm512_set1_ps(top * to_log2);
-    __m512 total = _mm512_setzero_ps();
-    for (int64_t i = 0; i < count; i += kLanes) {
-      const __m512 x = _mm512_fmsub_ps(_mm512_loadu_ps(scores + i), factor, shift);
-      const __m512 weight = _mm512_maskz_mov_ps((__mmask16)(mask >> i), power_of_2(x));
-      total = _mm512_add_ps(total, weight);
-      store_bf16(scratch.weights + row * kTile + i, weight);
-    }
-    float* totals = scratch.totals + row * kLanes;
-    if (!moves) {
-      _mm512_storeu_ps(totals, _mm512_add_ps(_mm512_loadu_ps(totals), total));
-      return;
-    }
-    const __m512 before = _mm512_set1_ps(exp2f((scratch.largest[row] - top) * to_log2));
-    _mm512_storeu_ps(totals, _mm512_fmadd_ps(_mm512_loadu_ps(totals), before, total));
-    scratch.largest[row] = top;
-    float* sums = scratch.sums + row * shape.depth;
-    for (int64_t i = 0; i < shape.depth; i += kLanes)
-      _mm512_storeu_ps(sums + i, _mm512_mul_ps(_mm512_loadu_ps(sums + i), before));
-  }
-
-  void cap(float* scores, int64_t count) const {
-    const __m512 scale = _mm512_set1_ps(spec.scale);
-    for (int64_t i = 0; i < count; i += kLanes) {
-      const __m512 x = _mm512_mul_ps(_mm512_loadu_ps(scores + i), scale);
-      _mm512_storeu_ps(scores + i, activate(KG_SOFTCAP, x, spec.softcap));
-    }
-  }
-
-  // The token of a row of the item; `of_head` rows are of one KV head: tokens, then queries of a group.
-  int64_t token_of(const Attending& item, int64_t row, int64_t of_head) const {
-    const int64_t index = row % of_head / shape.group;
-    if (item.num_members) return step.first_tokens[member(item, index).sequence];
-    return step.first_tokens[item.sequence] + item.first_row + index;
-  }
-
-  int64_t query_head(const Attending& item, int64_t row, int64_t of_head) const {
-    return (item.head + row / of_head) * shape.group + row % shape.group;
+  Softmax softmax(const Scratch& scratch) const {
+    return {shape.depth,    scratch.shifts, scratch.bounds,
+            scratch.totals, scratch.sums,   scratch.weights};
   }
 
   const Member& member(const Attending& item, int64_t index) const {
     return plan.members[item.first_member + index];
+  }
+
+  struct Of {  // whose a row of an item is, and where its unfinished result goes, or -1
+    int64_t token, head, slot;
+  };
+
+  // `use(row, Of)`: the KV heads' rows one after the other, of each the tokens, of each its group.
+  template <class Use>
+  void each_row(const Attending& item, Use use) const {
+    const int64_t count = item.num_members ? item.num_members : item.num_rows;
+    int64_t row = 0;
+    for (int64_t head = item.head; head < item.head + item.num_heads; head++)
+      for (int64_t index = 0; index < count; index++) {
+        Of of{step.first_tokens[item.sequence] + item.first_row + index, 0, item.slot};
+        if (item.num_members) {
+          of.token = step.first_tokens[member(item, index).sequence];
+          of.slot = member(item, index).slot;
+        }
+        for (int64_t i = 0; i < shape.group; i++) {
+          of.head = head * shape.group + i;
+          use(row++, of);
+        }
+      }
   }
 
   // `next` is what this thread likely does then: its first tile is fetched at the end of this one.
@@ -265,15 +228,13 @@ struct Attention {
     const int64_t position = item.num_members ? item.end
                                               : batch.kv_lens[item.sequence] -
                                                     batch.query_lens[item.sequence] + item.first_row;
-    for (int64_t row = 0; row < rows; row++) {
+    each_row(item, [&](int64_t row, Of of) {
       kg_bf16* to = scratch.queries + row * shape.depth;
-      memcpy(to, query(token_of(item, row, of_head), query_head(item, row, of_head)),
-             spec.head_dim * 2);
-      memset(to + spec.head_dim, 0, (shape.depth - spec.head_dim) * 2);
-      scratch.largest[row] = -1e30f;  // finite: nothing seen yet must not become inf - inf
-    }
-    memset(scratch.totals, 0, rows * kLanes * 4);
-    memset(scratch.sums, 0, rows * shape.depth * 4);
+      memcpy(to, query(of.token, of.head), spec.head_dim * 2);
+      if (shape.depth > spec.head_dim)
+        memset(to + spec.head_dim, 0, (shape.depth - spec.head_dim) * 2);
+    });
+    softmax(scratch).start(rows);
     for (int64_t begin = item.begin; begin < item.end; begin += kTile)
       for (int64_t head = 0; head < item.num_heads; head++) {
         const Part part{head * of_head, (head + 1) * of_head};
@@ -281,17 +242,14 @@ struct Attention {
                                      {scratch.keys, scratch.values});
         attend_tile(item, begin, position, scratch, part, tile, coming(item, next, begin, head));
       }
-    for (int64_t row = 0; row < rows; row++) {
-      const int64_t head = query_head(item, row, of_head);
+    each_row(item, [&](int64_t row, Of of) {
       const float* sums = scratch.sums + row * shape.depth;
       const float total = _mm512_reduce_add_ps(_mm512_loadu_ps(scratch.totals + row * kLanes));
-      const int64_t slot = item.num_members ? member(item, row % of_head / shape.group).slot
-                                            : item.slot;
-      if (slot < 0)
-        finish(token_of(item, row, of_head), head, sums, total);
+      if (of.slot < 0)
+        finish(of.token, of.head, sums, total);
       else
-        keep({slot, head}, sums, scratch.largest[row], total);
-    }
+        keep({of.slot, of.head}, sums, scratch.shifts[row], total);
+    });
   }
 
   // The tile that is read after this one.
@@ -306,25 +264,21 @@ struct Attention {
   // For the rows of the tile's head; the first of them is of the token at `position`.
   void attend_tile(const Attending& item, int64_t begin, int64_t position, const Scratch& scratch,
                    Part rows, const Tile& tile, const Tile& coming) const {
-    const int64_t count = rows.end - rows.begin, depth = shape.depth;
-    const kg_bf16* queries = scratch.queries + rows.begin * depth;
-    for (int64_t i = 0; i < tile.count; i++)
-      multiply(count, {tile.pieces[i].keys, kBlock * depth, queries, depth, 0, depth,
-                       scratch.scores + rows.begin * kTile + i * kPanel, kTile, false,
-                       (const char*)coming.pieces[i].keys, depth});
-    for (int64_t row = 0; row < count; row++)
-      soften(scratch, rows.begin + row, tile.count * kPanel,
-             seen(item, begin, position + row / shape.group));
-    const kg_bf16* weights = scratch.weights + rows.begin * kTile;
-    for (int64_t block = 0; block < shape.blocks; block += 2)
-      for (int64_t i = 0; i < tile.count; i++) {
-        const Piece &piece = tile.pieces[i], &after = coming.pieces[i];
-        const kg_bf16* fetched = after.values ? after.values + block * after.value_stride : nullptr;
-        multiply(count, {piece.values + block * piece.value_stride, piece.value_stride,
-                         weights + i * kPanel, kTile, 0, kPanel,
-                         scratch.sums + rows.begin * depth + block * kBlock, depth, true,
-                         (const char*)fetched, kPanel});
-      }
+    const int64_t count = rows.end - rows.begin;
+    uint64_t masks[kMaxRows];
+    const int64_t last = position + (count - 1) / shape.group;
+    const bool sees_all = !~(seen(item, begin, position) & seen(item, begin, last));
+    for (int64_t row = 0; row < count && !sees_all; row++)
+      masks[row] = seen(item, begin, position + row / shape.group);
+    const Softmax running = softmax(scratch);
+    const TileRows of_tile{running,    rows.begin, count,
+                           scratch.queries + rows.begin * shape.depth,
+                           tile,       coming,     sees_all ? nullptr : masks,
+                           spec.scale, spec.softcap};
+    if (step.pool->use_amx && count > kFewRows)
+      attend_amx(of_tile, scratch.scores);
+    else
+      attend_avx512(of_tile);
   }
 
   void finish(int64_t token, int64_t head, const float* sums, float total) const {
@@ -335,33 +289,33 @@ struct Attention {
                  _mm512_mul_ps(_mm512_loadu_ps(sums + i), by));
   }
 
-  // A slot has the unfinished results of all heads: [num_heads][depth] sums, then the largest
-  // scores, then the totals.
+  // A slot has the unfinished results of all heads: [num_heads][depth] sums, then the
+  // shifts, then the totals.
   struct Kept {
     int64_t slot, head;
   };
   float* slot_at(int64_t slot) const { return step.partials + slot * partial_floats(spec); }
-  float& largest_of(Kept kept) const {
+  float& shift_of(Kept kept) const {
     return slot_at(kept.slot)[spec.num_heads * shape.depth + kept.head];
   }
   float& total_of(Kept kept) const {
     return slot_at(kept.slot)[spec.num_heads * (shape.depth + 1) + kept.head];
   }
 
-  void keep(Kept kept, const float* sums, float largest, float total) const {
+  void keep(Kept kept, const float* sums, float shift, float total) const {
     memcpy(slot_at(kept.slot) + kept.head * shape.depth, sums, shape.depth * 4);
-    largest_of(kept) = largest;
+    shift_of(kept) = shift;
     total_of(kept) = total;
   }
 
   void merge(const Merging& merging, int64_t head, float* sums) const {
     const int64_t end = merging.first_slot + merging.num_slots;
-    float top = -1e30f, total = 0;
+    float top = kNothing, total = 0;
     for (int64_t slot = merging.first_slot; slot < end; slot++)
-      top = std::max(top, largest_of({slot, head}));
+      top = std::max(top, shift_of({slot, head}));
     memset(sums, 0, shape.depth * 4);
     for (int64_t slot = merging.first_slot; slot < end; slot++) {
-      const float factor = exp2f((largest_of({slot, head}) - top) * to_log2);
+      const float factor = exp2f(shift_of({slot, head}) - top);
       total += total_of({slot, head}) * factor;
       const float* part = slot_at(slot) + head * shape.depth;
       for (int64_t d = 0; d < shape.depth; d++) sums[d] += part[d] * factor;
