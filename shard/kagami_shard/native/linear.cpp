@@ -95,8 +95,8 @@ struct Layer {  // what all panels of a linear layer have in common
   const char* x;
   int64_t x_bytes;  // from row to row
   const CodeForm* codes = nullptr;  // if they are multiplied as they are
-  kg_bf16* unpacked = nullptr;
-  float* sums = nullptr;
+  float* sums = nullptr;            // then of groups of x, else of products, [rows][kPanel]
+  kg_bf16* unpacked = nullptr;      // some columns of a panel
 
   bool on_tiles() const { return use_amx && rows > kFewRows && !codes; }
 };
@@ -125,9 +125,8 @@ void compute(const Layer& layer, const char* packed, Part rows, const char* next
     const CodePanel panel{&layer.weight, packed, halves, layer.x_bytes / 2, count, sums, out, next};
     return layer.codes->multiply(panel);
   }
-  const kg_bf16* weight = layer.unpacked ? layer.unpacked : (const kg_bf16*)packed;
-  const Panel panel{weight, kBlock * layer.depth, halves, layer.x_bytes / 2, count, layer.depth,
-                    out, kPanel, false, next, lines};
+  const Panel panel{(const kg_bf16*)packed, kBlock * layer.depth, halves, layer.x_bytes / 2, count,
+                    layer.depth, out, kPanel, false, next, lines};
   layer.kernel.run(panel);
 }
 
@@ -147,6 +146,34 @@ Pass pass_of(const Layer& layer, int64_t index, int64_t count) {
   const int64_t size = (layer.rows + count - 1) / count, first = index * size;
   const int64_t end = std::min(first + size, layer.rows);
   return {{end - size, end}, first};
+}
+
+// How many columns of a panel of codes are made bf16 at a time, so that they stay in a near cache
+// while the rows go through. All of them for tiles, which may compute rows twice: see pass_of.
+int64_t unpacked_columns(const Layer& layer) {
+  constexpr int64_t kUnpackedColumns = 1024;  // 64 KiB
+  return layer.on_tiles() ? layer.depth : std::min(kUnpackedColumns, layer.depth);
+}
+
+// All rows of a panel of codes into layer.sums. The next panel is fetched meanwhile.
+void compute_unpacked(const Layer& layer, const CodeForm& form, const char* packed,
+                      const char* next) {
+  const int64_t passes = (layer.rows + layer.kernel.max_rows - 1) / layer.kernel.max_rows;
+  const int64_t at_once = unpacked_columns(layer);
+  int64_t to_fetch = next ? panel_bytes_of(layer.weight) / 64 : 0;
+  for (int64_t column = 0; column < layer.depth; column += at_once) {
+    const int64_t width = std::min(at_once, layer.depth - column), lines = width / 2;
+    form.unpack(layer.weight, packed, {column / kDepth, (column + width) / kDepth}, layer.unpacked);
+    for (int64_t pass = 0; pass < passes; pass++, to_fetch -= lines) {
+      const Part part = pass_of(layer, pass, passes).rows;
+      const kg_bf16* x = (const kg_bf16*)(layer.x + part.begin * layer.x_bytes) + column;
+      const bool fetches = to_fetch > 0;
+      layer.kernel.run({layer.unpacked, kBlock * width, x, layer.x_bytes / 2,
+                        (int)(part.end - part.begin), width, layer.sums + part.begin * kPanel,
+                        kPanel, column > 0, fetches ? next : nullptr, lines});
+      if (fetches) next += lines * 64;
+    }
+  }
 }
 
 }  // namespace
@@ -181,7 +208,8 @@ bool linear(const Step& step, const kg_op& op, const kg_op* next_op, int thread)
       sum_groups(weight, (const kg_bf16*)layer.x, in.row_bytes / 2, (int)rows, layer.sums);
     }
   } else if (form) {
-    layer.unpacked = (kg_bf16*)spare.take(kPanel * layer.depth * 2);
+    layer.sums = (float*)spare.take(kPanel * (rows * 4 + unpacked_columns(layer) * 2));
+    layer.unpacked = (kg_bf16*)(layer.sums + rows * kPanel);
   }
   const int64_t panel_bytes = panel_bytes_of(weight);
   const int64_t passes = (rows + max_rows(layer) - 1) / max_rows(layer);
@@ -197,7 +225,11 @@ bool linear(const Step& step, const kg_op& op, const kg_op* next_op, int thread)
   for (int64_t index = panels.begin; index < panels.end; index++) {
     const char* packed = (const char*)weight.weight + index * panel_bytes;
     const char* next = index + 1 < panels.end ? packed + panel_bytes : after;
-    if (layer.unpacked) form->unpack(weight, packed, layer.unpacked);
+    if (layer.unpacked) {
+      compute_unpacked(layer, *form, packed, next);
+      store(op, weight, {layer.sums, mine.begin, rows, index * kPanel}, out, out_bytes);
+      continue;
+    }
     for (int64_t pass = 0; pass < passes; pass++) {
       const auto [part, first] = pass_of(layer, pass, passes);
       compute(layer, packed, part, next && pass < fetching ? next + pass * lines * 64 : nullptr,

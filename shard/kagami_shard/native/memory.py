@@ -122,7 +122,7 @@ class Packer:
     ) -> PackedWeight:
         """Codes two in a byte, `[out, in / 2]`, float16 scales and zeros `[out, num_groups]`.
 
-        `group` is a multiple of 32.
+        `group` is a multiple of 32. Zeros are kept in parts of 1, see `grouped.ZERO_PARTS`.
         """
         shape = (codes.shape[0], num_columns)
         packed = self._take(WeightKind.INT4, shape, group, bias, gated=gated)

@@ -19,20 +19,21 @@ inline uint8_t centred(uint8_t code) { return code ^ 128; }
 
 // Where a group's column `place` of output `lane` lies: see quantized.h.
 inline int64_t float8_place(int64_t place, int64_t lane) {
+  constexpr int kHalf = kPairs / 2;
   const int64_t step = place / kDepth, pair = place % kDepth / 2;
-  const int64_t word = (pair % kHalfPairs * kBlock + lane) * 2 + place % 2;
-  return step * kBlock * kDepth + word * 2 + pair / kHalfPairs;
+  const int64_t word = (pair % kHalf * kBlock + lane) * 2 + place % 2;
+  return step * kBlock * kDepth + word * 2 + pair / kHalf;
 }
 
 // Row `lane` of a block, one group after the other.
 void pack_row(const kg_linear& layer, const Source& source, int64_t lane, char* block) {
   const bool is_float = layer.kind == KG_FLOAT8;
   const CodeForm& form = *code_form(layer.kind);
+  char* to = block + header_bytes_of(layer);
   for (int64_t group = 0; group < num_groups(layer); group++) {
-    float* header = (float*)block;
+    float* header = (float*)(block + group * form.header_bytes);
     header[lane] = source.scales[group];
     if (form.has_zeros) header[kBlock + lane] = source.zeros[group] - 128.f;
-    char* to = block + form.header_bytes;
     const int64_t begin = group * layer.group;
     const int64_t end = std::min<int64_t>(layer.columns, begin + layer.group);
     for (int64_t column = begin; column < end; column++) {
@@ -41,7 +42,7 @@ void pack_row(const kg_linear& layer, const Source& source, int64_t lane, char* 
       to[is_float ? float8_place(place, lane) : place * kBlock + lane] =
           (char)(is_float ? turned(code) : centred(code));
     }
-    block = to + num_steps(layer, group) * form.step_bytes;
+    to += num_steps(layer, group) * form.step_bytes;
   }
 }
 

@@ -1,4 +1,5 @@
 // Weights in 8 and 4 bits into the order that their kernels read.
+#include <math.h>
 #include <string.h>
 
 #include "quantized.h"
@@ -65,34 +66,54 @@ extern "C" void kg_pack_int8(const kg_linear* layer, const int8_t* values, const
   });
 }
 
+namespace {
+
+struct Int4Source {
+  const uint8_t* codes;
+  const uint16_t *scales, *zeros;  // float16
+};
+
+float from_half(uint16_t half) { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(half))); }
+
+// Output `lane` of a block of zeros; see quantized.h.
+void pack_int4_row(const kg_linear& layer, const Int4Source& source, int64_t row, int64_t lane,
+                   char* block) {
+  constexpr int kApart = kDepth / 8;  // pairs of columns that one load brings
+  const CodeForm& form = *code_form(KG_INT4);
+  const int64_t groups = num_groups(layer), columns = layer.columns;
+  const uint8_t* codes = source.codes + row * ((columns + 1) / 2);
+  char* step = block + header_bytes_of(layer);
+  for (int64_t group = 0; group < groups; group++) {
+    char* header = block + group * form.header_bytes;
+    ((uint16_t*)header)[lane] = source.scales[row * groups + group];
+    const float zero = from_half(source.zeros[row * groups + group]) * kZeroParts;
+    header[2 * kBlock + lane] = (char)(uint8_t)lrintf(zero);
+    const int64_t begin = group * layer.group;
+    const int64_t end = std::min<int64_t>(columns, begin + layer.group);
+    for (int64_t column = begin; column < end; column++) {
+      const int64_t place = column - begin, pair = place % kDepth / 2;
+      const int code = column % 2 ? codes[column / 2] >> 4 : codes[column / 2] & 15;
+      uint16_t* words = (uint16_t*)(step + place / kDepth * form.step_bytes);
+      words += pair % kApart * 2 * kBlock + lane * 2 + column % 2;
+      *words = (uint16_t)(*words | code << pair / kApart * 4);
+    }
+    step += num_steps(layer, group) * form.step_bytes;
+  }
+}
+
+}  // namespace
+
 extern "C" void kg_pack_int4(const kg_linear* layer, const uint8_t* codes, const uint16_t* scales,
                              const uint16_t* zeros, int gated, void* packed) {
-  const int64_t groups = num_groups(*layer), columns = layer->columns;
   const int64_t block_bytes = code_block_bytes(*layer);
   const int64_t num_blocks = kg_padded_rows(layer->rows, gated) / kBlock;
-  const CodeForm& form = *code_form(KG_INT4);
-  on_all_cores(num_blocks, num_blocks * block_bytes, [=, &form](int64_t index) {
+  const Int4Source source{codes, scales, zeros};
+  on_all_cores(num_blocks, num_blocks * block_bytes, [=](int64_t index) {
     char* block = (char*)packed + index * block_bytes;
-    for (int64_t group = 0; group < groups; group++) {
-      const int64_t bytes = form.header_bytes + num_steps(*layer, group) * form.step_bytes;
-      memset(block, 0, bytes);
-      for (int64_t i = 0; i < kBlock; i++) {
-        const int64_t source = source_row(index * kBlock + i, layer->rows, gated != 0);
-        if (source < 0) continue;
-        ((uint16_t*)block)[i] = scales[source * groups + group];
-        ((uint16_t*)block)[kBlock + i] = zeros[source * groups + group];
-        const int64_t begin = group * layer->group;
-        const int64_t end = std::min(columns, begin + layer->group);
-        for (int64_t column = begin; column < end; column++) {
-          const int64_t place = column - begin, pair = place % kDepth / 2;
-          uint8_t code = codes[source * ((columns + 1) / 2) + column / 2];
-          code = column % 2 ? code >> 4 : code & 15;
-          char* step = block + form.header_bytes + place / kDepth * form.step_bytes;
-          char* byte = step + pair % (kDepth / 4) * 32 + i * 2 + column % 2;
-          *byte = (char)(*byte | (pair >= kDepth / 4 ? code << 4 : code));
-        }
-      }
-      block += bytes;
+    memset(block, 0, block_bytes);
+    for (int64_t lane = 0; lane < kBlock; lane++) {
+      const int64_t row = source_row(index * kBlock + lane, layer->rows, gated != 0);
+      if (row >= 0) pack_int4_row(*layer, source, row, lane, block);
     }
   });
 }

@@ -22,18 +22,19 @@ constexpr Table kUppers = uppers(), kSmalls = smalls();
 // the lowest five, finds sign and exponent; the bits of the mantissa are put beside them.
 class Float8 {
  public:
-  static constexpr int kHeaderBytes = 64, kStepBytes = 512;
+  static constexpr int kHeaderBytes = 64, kStepBytes = 512, kAtOnce = 2;
   static constexpr bool kHasZeros = false;
+  static constexpr float kOffset = 0;
 
   static __m512 scales_at(const char* header) { return _mm512_loadu_ps(header); }
 
-  Codes codes_at(const char* step, int pair) const {
+  Codes<kAtOnce> codes_at(const char* step, int pair) const {
     const __m512i words = _mm512_loadu_si512(step + pair * 64);
     const __m512i high = _mm512_srli_epi16(words, 8);
-    Codes codes{number_of(words), number_of(high)};
+    Codes<kAtOnce> codes{number_of(words), number_of(high)};
     // Few weights are so small, so that most lines pass here.
     if (__builtin_expect(_mm512_testn_epi8_mask(words, _mm512_set1_epi8(15)) != 0, 0))
-      codes = {with_small(codes.low, words), with_small(codes.high, high)};
+      codes = {with_small(codes.pairs[0], words), with_small(codes.pairs[1], high)};
     return codes;
   }
 
@@ -56,13 +57,14 @@ class Float8 {
 
 class Grouped8 {
  public:
-  static constexpr int kHeaderBytes = 128, kStepBytes = 512;
+  static constexpr int kHeaderBytes = 128, kStepBytes = 512, kAtOnce = 2;
   static constexpr bool kHasZeros = true;
+  static constexpr float kOffset = 0;
 
   static __m512 scales_at(const char* header) { return _mm512_loadu_ps(header); }
   static __m512 zeros_at(const char* header) { return _mm512_loadu_ps(header + 64); }
 
-  Codes codes_at(const char* step, int pair) const {
+  Codes<kAtOnce> codes_at(const char* step, int pair) const {
     const char* codes = step + pair * 32;
     return {at(codes), at(codes + kStepBytes / 2)};
   }

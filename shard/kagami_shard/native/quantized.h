@@ -5,9 +5,10 @@
 //   KG_INT8   [depth / 4][16][4] int8 of either block, then 32 float scales, then 32 times
 //             -128 * the sum of an output's values, int32. What `vpdpbusd` multiplies with four
 //             activations at once, and what an AMX B tile (16 rows of 4) wants.
-//   KG_INT4   of either block, for each group of columns: 16 scales and 16 zeros, float16; then for
-//             each 32 columns 8 times 32 bytes, pair p of columns in the low halves and pair p + 8
-//             in the high ones: [16][2] codes each, as a bf16 panel has its values.
+//   KG_INT4   of either block, for each group of columns: 16 scales, float16, and 16 zeros, a byte
+//             each, in fifteenths; behind those of all groups, from the next border of 64 bytes on,
+//             for each 32 columns 4 times [16][2] words, as a bf16 panel has its values: pair p of
+//             columns in the lowest four bits, then pairs p + 4, p + 8 and p + 12.
 //   KG_FLOAT8   the same with 16 float scales and no zeros; then 8 times 64 bytes of e4m3, pair p
 //               in the low bytes of [16][2] words and pair p + 8 in the high ones, each code turned
 //               by three bits: mmm s eeee, where the checkpoint has s eeee mmm.
@@ -54,6 +55,7 @@ void panel_int8_amx(const Int8Panel&);
 // `sums` [rows][kPanel] of products, which do not know yet that activations are 128 too large.
 void finish_int8(const Int8Panel&, const int32_t* sums);
 
+constexpr int kZeroParts = 15;  // of 1, in which the zeros of KG_INT4 are kept
 constexpr int kCodeRows = 8;
 
 struct CodePanel {
@@ -70,11 +72,11 @@ struct CodePanel {
 struct CodeForm {  // how one kind of codes is kept and multiplied; panel_codes.h
   int64_t header_bytes, step_bytes;  // of a group, and of 32 columns, of a block
   bool has_zeros;
-  // Up to so many rows the vector unit multiplies codes as they are; for more the panel is made
+  // Up to so many rows the vector unit multiplies codes as they are; for more they are made
   // bf16 first, and beside AMX for more than kCodeRows.
   int64_t max_rows;
   void (*multiply)(const CodePanel&);
-  void (*unpack)(const kg_linear&, const char* packed, kg_bf16* panel);
+  void (*unpack)(const kg_linear&, const char* packed, Part steps, kg_bf16* panel);
 
   bool multiplies(int64_t rows, bool use_amx) const {
     return rows <= (use_amx ? (int64_t)kCodeRows : max_rows);
@@ -83,9 +85,13 @@ struct CodeForm {  // how one kind of codes is kept and multiplied; panel_codes.
 const CodeForm* code_form(int kind);  // null: no codes
 void sum_groups(const kg_linear&, const kg_bf16* x, int64_t x_stride, int rows, float* sums);
 
+// Of all groups of a block.
+inline int64_t header_bytes_of(const kg_linear& weight) {
+  return round_up(num_groups(weight) * code_form(weight.kind)->header_bytes, 64);
+}
+
 inline int64_t code_block_bytes(const kg_linear& weight) {
-  const CodeForm& form = *code_form(weight.kind);
-  return num_groups(weight) * form.header_bytes + num_steps(weight) * form.step_bytes;
+  return header_bytes_of(weight) + num_steps(weight) * code_form(weight.kind)->step_bytes;
 }
 
 bool quantize(const Step&, const kg_op&, int thread);  // KG_QUANTIZE

@@ -4,12 +4,25 @@
 #include <string.h>
 
 #include <initializer_list>
+#include <utility>
 
 #include "ops.h"
 
 namespace kg {
 
 constexpr int kLanes = 16;
+
+// `body(0)` to `body(kCount - 1)`, written out, so that arrays they index are registers also where
+// the compiler would not unroll a loop in time. The body is a lambda that is KG_INLINE.
+#define KG_INLINE __attribute__((always_inline))
+template <class Body, int... kIndices>
+KG_INLINE inline void each_of(const Body& body, std::integer_sequence<int, kIndices...>) {
+  (body(kIndices), ...);
+}
+template <int kCount, class Body>
+KG_INLINE inline void each(const Body& body) {
+  each_of(body, std::make_integer_sequence<int, kCount>());
+}
 
 inline int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
 

@@ -17,9 +17,11 @@ constexpr int64_t kReplicatedRows = 16;
 // Steps of at least so many rows for each thread are cut by rows: a thread takes its rows through
 // all columns of all weights, and through whole layers, attention apart, without meeting another.
 // What a core has written stays in its cache (m: a line of the other core's takes 27 ns, 6-8 % of
-// a chunk of 256 tokens), and twice as much is read of the weights. AMX multiplies faster, but its
-// cores lie farther apart.
-constexpr int64_t kRowsApart = 64, kAmxRowsApart = 128;
+// a chunk of 256 tokens), and twice as much is read of the weights. Codes are made bf16 by each
+// thread for itself (m: a chunk of 128 tokens of a 1B in 4 bits 669 ms where it is cut by rows, 612
+// where it is not; 256 tokens 1,225 and 1,213). AMX multiplies faster, but its cores lie farther
+// apart.
+constexpr int64_t kRowsApart = 64, kCodeRowsApart = 128, kAmxRowsApart = 128;
 
 constexpr int64_t kTile = 2 * kPanel;  // tokens of the cache that attention reads at a time
 constexpr int64_t kMaxRows = 64;       // rows that attend together
@@ -76,13 +78,14 @@ struct Step {
   std::atomic<int64_t>* next_item;
   char* const* scratch;  // of each thread
   float* partials;
+  int64_t rows_apart;  // of a thread, from which on a step is cut by rows
 
   const Buffer& buffer(int index) const { return buffers[index]; }
   bool replicates(const Buffer& buffer, int64_t rows) const {
     return buffer.is_replicated && rows <= kReplicatedRows;
   }
   bool cuts_rows(int64_t rows) const {
-    return rows >= pool->num_threads * (pool->use_amx ? kAmxRowsApart : kRowsApart);
+    return rows >= pool->num_threads * rows_apart;
   }
   // Whether threads meet after an op that each has done for its own rows.
   bool meets(int64_t rows) const { return !cuts_rows(rows); }

@@ -67,7 +67,7 @@ struct kg_tape {
   std::vector<int> plan_of;  // of each op, or -1
   std::vector<Planned> planned;
   std::vector<char*> scratch;
-  int64_t max_rows = 0;
+  int64_t max_rows = 0, rows_apart = kRowsApart;
   Memory rows, threads, partials;
   std::atomic<int64_t> next_item{0};
 
@@ -141,7 +141,15 @@ struct kg_tape {
 
   Step step_of(const kg_batch& batch, const std::vector<int64_t>& first_tokens) {
     return {&batch,         pool, buffers.data(), first_tokens.data(), &next_item,
-            scratch.data(), (float*)partials.base};
+            scratch.data(), (float*)partials.base, rows_apart};
+  }
+
+  int64_t find_rows_apart() const {
+    const auto has_codes = [](const kg_op& op) {
+      return op.code == KG_LINEAR && code_form(((const kg_linear*)op.params)->kind);
+    };
+    if (pool->use_amx) return kAmxRowsApart;
+    return std::any_of(ops.begin(), ops.end(), has_codes) ? kCodeRowsApart : kRowsApart;
   }
 
   // All ops of a step, those behind a KG_KEEP over the tokens that are kept.
@@ -192,6 +200,7 @@ extern "C" kg_tape* kg_tape_new(kg_pool* pool, const kg_op* ops, int num_ops,
     if (tape->ops[i].code == KG_LINEAR) next = &tape->ops[i];
   }
   tape->meet_before_writes();
+  tape->rows_apart = tape->find_rows_apart();
   for (const auto& op : tape->ops)
     tape->plan_of.push_back(op.code == KG_ATTEND ? tape->plan_for(op) : -1);
   for (int i = 0; i < num_buffers; i++) {

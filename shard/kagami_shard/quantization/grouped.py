@@ -14,6 +14,10 @@ from torch.nn.functional import linear
 from kagami_shard.quantization.base import Groups, take_columns, take_rows
 from kagami_shard.weights.sharding import Span
 
+ZERO_PARTS = 15
+"""The CPU's library keeps zeros of 4-bit codes in so many parts of 1, one byte each: up to 17, and
+whole ones exactly"""
+
 
 @dataclass(frozen=True, slots=True)
 class GroupedWeight:
@@ -50,11 +54,13 @@ class GroupedWeight:
     def packable_group(self) -> int | None:
         """The columns of a group, if the CPU's library can read them; None if it cannot.
 
-        Beside 4 bits it keeps scales as float16.
+        Beside 4 bits it keeps scales as float16 and zeros in a byte.
         """
         if self.bits == 4:
             as_halves = self.scales.half().to(self.scales.dtype)
-            if not torch.equal(as_halves, self.scales):
+            as_bytes = (self.zeros.float() * ZERO_PARTS).round().clamp(0, 255)
+            as_zeros = (as_bytes / ZERO_PARTS).half()
+            if not torch.equal(as_halves, self.scales) or not torch.equal(as_zeros, self.zeros):
                 return None
         return self.groups.packable_size()
 

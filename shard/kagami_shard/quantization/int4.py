@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kagami_shard.quantization.base import Groups
-from kagami_shard.quantization.grouped import GroupedWeight, make_grouped
+from kagami_shard.quantization.grouped import ZERO_PARTS, GroupedWeight, make_grouped
 
 GROUP_SIZE = 32
 _MAX = 15
@@ -40,7 +40,8 @@ def _quantize(matrix: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _range(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale and zero that spread 0..15 from `low` to `high`, as float16 will keep them."""
+    """Scale and zero that spread 0..15 from `low` to `high`, as they will be kept."""
     scale = ((high - low) / _MAX).to(torch.float16).float()
     scale = torch.where(scale == 0, 1.0, scale)
-    return scale, (-low / scale).clamp_(0, _MAX).to(torch.float16).float()
+    zero = (-low / scale * ZERO_PARTS).round_() / ZERO_PARTS
+    return scale, zero.clamp_(0, _MAX)

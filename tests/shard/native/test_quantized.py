@@ -54,6 +54,14 @@ def shuffled(matrix: Tensor) -> GroupedWeight:
     return make_grouped(4, weight.codes(), weight.scales, weight.zeros, groups)
 
 
+def of_finer_zeros(matrix: Tensor) -> GroupedWeight:
+    """No multiples of a fifteenth, which is all that the library keeps."""
+    weight = quantize_int4(matrix)
+    return make_grouped(
+        4, weight.codes(), weight.scales, weight.zeros + 1 / 30, Groups(matrix.shape[1], 32)
+    )
+
+
 def of_8_bits(matrix: Tensor, group: int) -> GroupedWeight:
     """Codes over the whole range, with zeros that are no whole numbers."""
     columns = matrix.shape[1]
@@ -79,6 +87,7 @@ QUANTIZERS: dict[str, Callable[[Tensor], Weight]] = {
     "int4 of 128": lambda matrix: quantize_int4(matrix, 128),
     "int4 of a row": lambda matrix: quantize_int4(matrix, matrix.shape[1]),
     "int4 shuffled": shuffled,
+    "int4 of finer zeros": of_finer_zeros,
     "fp8": quantize_fp8,
     "fp8 of blocks": fp8_of_blocks,
     "8 bits of 32": lambda matrix: of_8_bits(matrix, 32),
@@ -129,6 +138,31 @@ def test_a_quantized_mlp_is_torchs(
         return Program(weights, width, body)
 
     assert is_near(runtime, make, seed, prompt(count))
+
+
+@pytest.mark.parametrize("kind", ["int4", "int4 of 128", "fp8"])
+def test_codes_wider_than_what_is_made_bf16_at_a_time_are_torchs(
+    runtime: Runtime, kind: str
+) -> None:
+    def make(weights: Weights) -> Program:
+        head = Head(linear(weights, kind, 40, 2100), 40)
+        return Program(weights, 2100, lambda ops, hidden: hidden, head=head)
+
+    assert is_near(runtime, make, 1, prompt(140))
+
+
+@pytest.mark.parametrize("zero", [0.0, 3.2, 8.0, 16.0, 17.0])
+def test_zeros_of_4_bits_that_fit_a_byte_in_fifteenths_are_packed(zero: float) -> None:
+    codes = torch.zeros(1, 32, dtype=torch.uint8)
+    weight = make_grouped(4, codes, torch.ones(1, 1), torch.tensor([[zero]]), Groups(32, 32))
+    assert weight.packable_group() == 32
+
+
+@pytest.mark.parametrize("zero", [-0.2, 3.1, 17.2])
+def test_other_zeros_of_4_bits_are_not_packed(zero: float) -> None:
+    codes = torch.zeros(1, 32, dtype=torch.uint8)
+    weight = make_grouped(4, codes, torch.ones(1, 1), torch.tensor([[zero]]), Groups(32, 32))
+    assert weight.packable_group() is None
 
 
 @pytest.mark.parametrize("kind", ["float8", "grouped8"])

@@ -75,7 +75,9 @@ def test_four_bits_give_back_what_was_in_four_bits() -> None:
     codes = torch.randint(0, 16, (6, 2, 32), generator=torch.Generator().manual_seed(2))
     codes[:, :, 0], codes[:, :, 1] = 0, 15
     matrix = (low + step * codes).view(6, 64)
-    assert relative(quantize_int4(matrix).dequantized(torch.float32) - matrix, matrix) < 2e-3
+    error = (quantize_int4(matrix).dequantized(torch.float32) - matrix).view(6, 2, 32).abs()
+    # But for the zero, which is the next fifteenth of a step.
+    assert bool((error < step * (1 / 30 + 1 / 100)).all())
 
 
 def test_a_large_column_of_activations_does_not_drown_the_others() -> None:
