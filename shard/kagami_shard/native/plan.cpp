@@ -21,6 +21,12 @@ constexpr int64_t kItemsPerThread = 4;
 
 int64_t num_tiles(Part tokens) { return (tokens.end - tokens.begin + kTile - 1) / kTile; }
 
+// Of so many queries a KV head's rows fill kernels' passes, if that is to be had.
+int64_t whole_passes(int64_t group) {
+  const int64_t most = std::max<int64_t>(1, kMaxRows / group);
+  return most >= kAvx512Rows ? most / kAvx512Rows * kAvx512Rows : most;
+}
+
 // Part `index` of `count` of a stretch of the cache, cut between its tiles.
 Part stretch_of(Part tokens, int64_t index, int64_t count) {
   const Part tiles = part_of(num_tiles(tokens), index, count);
@@ -43,7 +49,7 @@ struct Planner {
         spec(spec),
         num_threads(num_threads),
         plan(plan),
-        at_once(std::max<int64_t>(1, kMaxRows * spec.num_kv_heads / spec.num_heads)),
+        at_once(whole_passes(spec.num_heads / spec.num_kv_heads)),
         order(plan.order),
         num_slots(plan.slots_of),
         first_alone(plan.first_alone) {}

@@ -24,7 +24,7 @@ constexpr int64_t kReplicatedRows = 16;
 constexpr int64_t kRowsApart = 64, kCodeRowsApart = 128, kAmxRowsApart = 128;
 
 constexpr int64_t kTile = 2 * kPanel;  // tokens of the cache that attention reads at a time
-constexpr int64_t kMaxRows = 64;       // rows that attend together
+constexpr int64_t kMaxRows = 96;       // rows that attend together
 
 struct Part {
   int64_t begin, end;
