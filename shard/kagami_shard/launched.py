@@ -31,10 +31,13 @@ class Launched(NamedTuple):
 
 
 def is_known_done(launched: Launched | StepResult) -> bool:
-    """Whether the device says that it has finished; without waiting for it."""
+    """Whether the device says that it has finished, well or not; without waiting for it."""
     if isinstance(launched, StepResult):
         return True
-    return launched.device_events is not None and launched.device_events[2].query()
+    try:
+        return launched.device_events is not None and launched.device_events[2].query()
+    except torch.AcceleratorError:
+        return True  # it failed, and whoever collects hears so
 
 
 def device_times(launched: Launched) -> tuple[int, int]:

@@ -57,13 +57,17 @@ def test_overlap_gives_the_same_results_in_order(sampling: SamplingParameters) -
 class FakeEvent:
     """A CUDA event that has, or has not, happened."""
 
-    def __init__(self, has_happened: bool) -> None:
+    def __init__(self, has_happened: bool, error: Exception | None = None) -> None:
         self._has_happened = has_happened
+        self._error = error
 
     def query(self) -> bool:
+        if self._error is not None:
+            raise self._error
         return self._has_happened
 
     def synchronize(self) -> None:
+        self.query()
         self._has_happened = True
 
     def elapsed_time(self, _: "FakeEvent") -> float:
@@ -149,3 +153,28 @@ def test_a_lost_device_ends_the_loop() -> None:
 
     assert reason is lost
     assert "illegal memory access" in results[0].error
+
+
+def test_a_device_that_is_lost_while_it_works_is_told_of_in_the_results() -> None:
+    results: list[StepResult] = []
+    all_queued = Event()
+    engine = new_engine(TinyModel())
+    launch = engine.launch
+    lost = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+    end = FakeEvent(False, lost)
+
+    def on_a_device(step: Step) -> Launched:
+        launched = launch(step)
+        assert isinstance(launched, Launched)
+        return launched._replace(device_events=(end, end, end))  # type: ignore[arg-type]  # fakes
+
+    engine.launch = on_a_device  # type: ignore[method-assign]  # a device cannot be broken
+    with ThreadPoolExecutor(1) as thread, Worker(engine, thread, overlap=True) as worker:
+        worker.call(all_queued.wait)
+        for step in steps(SamplingParameters())[:2]:
+            worker.run(step, results.append)
+        all_queued.set()
+        reason = worker.ended.exception(timeout=10)
+
+    assert reason is lost
+    assert [(result.number, "illegal memory" in result.error) for result in results] == [(1, True)]
