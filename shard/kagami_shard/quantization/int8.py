@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from kagami_shard.quantization.base import quantize_activations, take_columns, take_rows
 from kagami_shard.weights.sharding import Span
@@ -66,11 +67,28 @@ class Int8Weight:
 
 def int_matmul(left: Tensor, right: Tensor) -> Tensor:
     """`left @ right.T` of two int8 matrices, in float32 from exact int32 sums."""
-    if left.shape[0] == 0:
-        return torch.zeros(0, right.shape[0], device=left.device)
+    rows, out = left.shape[0], right.shape[0]
+    if rows == 0:
+        return torch.zeros(0, out, device=left.device)
     if left.shape[1] == 1:  # (m) for which torch 2.13's product is wrong
         return left.float() * right[:, 0].float()
-    return torch._int_mm(left, right.t()).float()
+    if left.device.type == "cuda":
+        left, right = fitted_to_cuda(left, right)
+    return torch._int_mm(left, right.t())[:rows, :out].float()
+
+
+def fitted_to_cuda(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Both with zeros behind them: torch's product there wants more than 16 rows, widths by 8."""
+    columns = -left.shape[1] % 8
+    return (
+        _padded(left, max(0, 17 - left.shape[0]), columns),
+        _padded(right, -right.shape[0] % 8, columns),
+    )
+
+
+def _padded(matrix: Tensor, rows: int, columns: int) -> Tensor:
+    """Itself where nothing is missing: `pad` would copy a weight in every step."""
+    return pad(matrix, (0, columns, 0, rows)) if rows or columns else matrix
 
 
 def quantize_int8(matrix: Tensor) -> Int8Weight:

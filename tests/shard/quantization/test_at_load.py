@@ -14,7 +14,13 @@ from kagami_shard.models.registry import load_model
 from kagami_shard.quantization.base import Groups, quantize_activations
 from kagami_shard.quantization.fp8 import quantize_fp8
 from kagami_shard.quantization.int4 import quantize_int4
-from kagami_shard.quantization.int8 import Int8Weight, quantize_int8, turned
+from kagami_shard.quantization.int8 import (
+    Int8Weight,
+    fitted_to_cuda,
+    int_matmul,
+    quantize_int8,
+    turned,
+)
 
 Save = Callable[..., tuple[Path, PreTrainedModel]]
 
@@ -94,6 +100,24 @@ def test_a_large_column_of_activations_does_not_drown_the_others() -> None:
 def _plain(matrix: Tensor) -> tuple[Tensor, Tensor]:
     values, scales = quantize_activations(matrix)
     return values, scales[:, 0]
+
+
+@pytest.mark.parametrize("shape", [(1, 32, 8), (16, 30, 99), (17, 8, 8), (40, 31, 1)])
+def test_an_8_bit_product_is_the_same_with_what_cuda_wants_around_it(
+    shape: tuple[int, int, int],
+) -> None:
+    rows, columns, out = shape
+    left, right = (torch.randint(-127, 128, (n, columns), dtype=torch.int8) for n in (rows, out))
+    fitted, weight = fitted_to_cuda(left, right)
+
+    assert len(fitted) > 16
+    assert fitted.shape[1] % 8 == len(weight) % 8 == 0
+    assert torch.equal(int_matmul(fitted, weight)[:rows, :out], left.float() @ right.t().float())
+
+
+def test_a_weight_that_cuda_takes_is_not_copied() -> None:
+    right = torch.ones(16, 8, dtype=torch.int8)
+    assert fitted_to_cuda(torch.ones(1, 8, dtype=torch.int8), right)[1] is right
 
 
 def test_no_rows_give_no_rows() -> None:
