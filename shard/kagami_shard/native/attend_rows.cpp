@@ -43,10 +43,8 @@ struct Rows {
       const __m512bh w0 = (__m512bh)_mm512_loadu_si512(first + i * 32);
       const __m512bh w1 = (__m512bh)_mm512_loadu_si512(second + i * 32);
       fetch();
-      KG_UNROLL for (int r = 0; r < kRows; r++) {
-        add_products(sums[r][0], x + r * stride + i * 2, w0);
-        add_products(sums[r][1], x + r * stride + i * 2, w1);
-      }
+      KG_UNROLL for (int r = 0; r < kRows; r++)
+        add_products<kRows == kRowsAtOnce>(sums[r], x + r * stride + i * 2, w0, w1);
     }
   }
 
