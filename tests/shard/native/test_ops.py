@@ -413,6 +413,16 @@ def test_an_arranged_cache_is_attended_to_as_in_torch(
     assert is_near(runtime, case.program, 0, *steps, block_size=block_size)
 
 
+@pytest.mark.parametrize("factor", [2.0, 3.0])
+def test_a_score_far_above_those_before_takes_over(runtime: Runtime, factor: float) -> None:
+    def make(weights: Weights) -> Program:
+        program = Case(dim=32, rotary=32).program(weights)
+        program.embedding = Embedding(weights.matrix(64, program.embedding.source.shape[1]), factor)
+        return program
+
+    assert is_near(runtime, make, 0, *steps_of(WIDE, 0, ARRANGED), block_size=ARRANGED)
+
+
 def test_what_torch_has_cached_is_arranged(runtime: Runtime) -> None:
     case = Case(dim=32, num_kv_heads=3)
     exact, rounded = (case.program(Weights(0, t)) for t in (torch.float32, torch.bfloat16))
