@@ -60,10 +60,13 @@ struct Softmax {
   void weigh(int64_t row, __m512 a, __m512 b, int64_t piece) const {
     __m512 x[2] = {a, b};
     powers_of_2(x);
+    const __m512bh rounded = _mm512_cvtne2ps_pbh(x[1], x[0]);
+    // The total is that of the rounded weights, or a row with one large weight would be off by what
+    // rounding did to it. Lanes do not matter: they are added up at the end.
+    const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
     float* total = totals + row * kLanes;
-    _mm512_storeu_ps(total, _mm512_add_ps(_mm512_loadu_ps(total), _mm512_add_ps(x[0], x[1])));
-    _mm512_storeu_si512(weights + row * kTile + piece * kPanel,
-                        (__m512i)_mm512_cvtne2ps_pbh(x[1], x[0]));
+    _mm512_storeu_ps(total, _mm512_dpbf16_ps(_mm512_loadu_ps(total), rounded, ones));
+    _mm512_storeu_si512(weights + row * kTile + piece * kPanel, (__m512i)rounded);
   }
 
  private:

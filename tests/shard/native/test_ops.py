@@ -113,7 +113,12 @@ def prompt(count: int) -> ForwardBatch:
 
 
 def is_near(
-    runtime: Runtime, make: Make, seed: int, *batches: ForwardBatch, block_size: int = BLOCK_SIZE
+    runtime: Runtime,
+    make: Make,
+    seed: int,
+    *batches: ForwardBatch,
+    block_size: int = BLOCK_SIZE,
+    near: float = NEAR,
 ) -> bool:
     """Whether the library's steps bring what torch's bring, each on a cache of its own."""
     exact, rounded = (make(Weights(seed, t)) for t in (torch.float32, torch.bfloat16))
@@ -127,7 +132,7 @@ def is_near(
         expected = exact.run(TorchOps(batch, step, exact.ropes))
         ours = torch.full_like(expected, float("nan"))
         replay_into(tape, batch, PageTables(caches[1]), ours)
-        if not (ours - expected).abs().max() <= NEAR * expected.abs().max().clamp(min=1.0):
+        if not (ours - expected).abs().max() <= near * expected.abs().max().clamp(min=1.0):
             return False
     return True
 
@@ -257,12 +262,14 @@ class Case:
             case _:
                 return no_norm
 
-    def program(self, weights: Weights, head: Head | None = None) -> Program:
+    def program(
+        self, weights: Weights, head: Head | None = None, output: Linear | None = None
+    ) -> Program:
         spec = AttentionSpec(0, self.dim**-0.5, window=self.window, softcap=self.softcap)
         attention = SelfAttention(
             self.num_heads, self.num_kv_heads, self.dim, 0, self.norm(weights), spec
         )
-        output = weights.linear(self.width, self.num_heads * self.dim, bias=False)
+        output = output or weights.linear(self.width, self.num_heads * self.dim, bias=False)
 
         def body(ops: Ops[Any], hidden: Any) -> Any:
             (queries,) = ops.keep(ops.write(hidden, attention))
@@ -379,6 +386,19 @@ MIXED = [(5, 1), (0, 1), (13, 1), (0, 37), (6, 5), (34, 4)]
 )
 def test_chunks_and_decodes_attend_as_in_torch(runtime: Runtime, case: Case) -> None:
     assert is_near(runtime, case.program, 0, *steps_of(MIXED, 0))
+
+
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_a_token_that_sees_itself_alone_takes_its_value_as_it_is(
+    runtime: Runtime, softcap: float | None
+) -> None:
+    case = Case(softcap=softcap)
+
+    def make(weights: Weights) -> Program:
+        copied = torch.eye(case.width, case.num_heads * case.dim, dtype=weights.dtype)
+        return case.program(weights, output=Linear(copied))
+
+    assert is_near(runtime, make, 0, *steps_of([(0, 1)] * 5, 0), near=1e-6)
 
 
 def test_a_long_decode_is_cut_among_the_threads(runtime: Runtime) -> None:
