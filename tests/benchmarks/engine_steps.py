@@ -55,6 +55,7 @@ SHAPES = (
     Shape("decode 16 x 1100, 1024 shared", 16, 1100, 1, 1024),
     Shape("chunk 128 at 0", 1, 0, 128),
     Shape("chunk 256 at 0", 1, 0, 256),
+    Shape("chunk 256 at 768", 1, 768, 256),
     Shape("chunk 512 at 0", 1, 0, 512),
     Shape("chunk 512 at 512", 1, 512, 512),
     Shape("chunk 4 x 128 at 0", 4, 0, 128),
