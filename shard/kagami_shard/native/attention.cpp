@@ -108,8 +108,8 @@ void round_to(kg_bf16* to, const float* from, int64_t count, float factor) {
   }
 }
 
-// What is done to a token's queries, keys and values before anyone attends.
-struct Writing {
+// An op of a layer's attention, as one thread sees it.
+struct LayerOp {
   const Step& step;
   const kg_op& op;
   const kg_attention& spec;
@@ -118,7 +118,7 @@ struct Writing {
   const Pages pages;
   const int thread;
 
-  Writing(const Step& step, const kg_op& op, int thread)
+  LayerOp(const Step& step, const kg_op& op, int thread)
       : step(step),
         op(op),
         spec(*(const kg_attention*)op.params),
@@ -126,6 +126,11 @@ struct Writing {
         shape(spec),
         pages(batch, spec),
         thread(thread) {}
+};
+
+// What is done to a token's queries, keys and values before anyone attends.
+struct Writing : LayerOp {
+  using LayerOp::LayerOp;
 
   // Queries stay in their row, turned and rounded: bf16 in the first half of their floats.
   void write_token(int64_t sequence, int64_t token, int64_t position) const {
@@ -153,25 +158,11 @@ struct Writing {
   }
 };
 
-struct Attention {
-  const Step& step;
-  const kg_op& op;
-  const kg_attention& spec;
-  const kg_batch& batch;
+struct Attention : LayerOp {
   const Plan& plan;
-  const Shape shape;
-  const Pages pages;
-  const int thread;
 
   Attention(const Step& step, const kg_op& op, const Plan& plan, int thread)
-      : step(step),
-        op(op),
-        spec(*(const kg_attention*)op.params),
-        batch(*step.batch),
-        plan(plan),
-        shape(spec),
-        pages(batch, spec),
-        thread(thread) {}
+      : LayerOp(step, op, thread), plan(plan) {}
 
   const kg_bf16* query(int64_t token, int64_t head) const {
     const Buffer& queries = step.buffer(op.in);
