@@ -74,6 +74,12 @@ class FakeEvent:
         return 0.001
 
 
+def on_a_device(launched: Launched | StepResult, end: FakeEvent) -> Launched:
+    """The same step on a device, whose work ends with `end`."""
+    assert isinstance(launched, Launched)
+    return launched._replace(device_events=(end, end, end))  # type: ignore[arg-type]  # fakes
+
+
 @pytest.mark.parametrize(
     ("is_idle", "order"),
     [
@@ -89,14 +95,11 @@ def test_results_of_an_idle_device_do_not_wait_for_the_next_launch(
     engine = new_engine(TinyModel())
     launch = engine.launch
 
-    def on_a_device(step: Step) -> Launched | StepResult:
+    def launch_there(step: Step) -> Launched:
         seen.append(f"launch {step.number}")
-        launched = launch(step)
-        assert isinstance(launched, Launched)
-        end = FakeEvent(is_idle)
-        return launched._replace(device_events=(end, end, end))  # type: ignore[arg-type]  # fakes
+        return on_a_device(launch(step), FakeEvent(is_idle))
 
-    monkeypatch.setattr(engine, "launch", on_a_device)
+    monkeypatch.setattr(engine, "launch", launch_there)
     with ThreadPoolExecutor(1) as thread, Worker(engine, thread, overlap=True) as worker:
         worker.call(all_queued.wait)
         for step in steps(SamplingParameters())[:3]:
@@ -163,12 +166,10 @@ def test_a_device_that_is_lost_while_it_works_is_told_of_in_the_results() -> Non
     lost = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
     end = FakeEvent(False, lost)
 
-    def on_a_device(step: Step) -> Launched:
-        launched = launch(step)
-        assert isinstance(launched, Launched)
-        return launched._replace(device_events=(end, end, end))  # type: ignore[arg-type]  # fakes
+    def launch_there(step: Step) -> Launched:
+        return on_a_device(launch(step), end)
 
-    engine.launch = on_a_device  # type: ignore[method-assign]  # a device cannot be broken
+    engine.launch = launch_there  # type: ignore[method-assign]  # a device cannot be broken
     with ThreadPoolExecutor(1) as thread, Worker(engine, thread, overlap=True) as worker:
         worker.call(all_queued.wait)
         for step in steps(SamplingParameters())[:2]:
