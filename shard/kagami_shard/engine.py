@@ -408,6 +408,10 @@ class Engine:
                 state.blocks.extend(blocks)
         return failures
 
+    def take_memory_ahead(self) -> bool:
+        """Use some milliseconds without work; False: there is no more to take."""
+        return self.cache is not None and self.cache.take_ahead()
+
     def _admit(self, new: NewSequence, failures: dict[int, str]) -> None:
         grammar = None
         if new.grammar is not None:

@@ -20,6 +20,9 @@ import torch
 from torch import Tensor
 
 _HUGE_PAGE = 2 << 20
+_MADV_POPULATE_WRITE = 23  # Linux 5.14; Python's mmap has no name for it
+# Of a CPU's cache, taken before it is written to. The router lets cached prefixes have as much.
+_AHEAD_SHARE = 0.25
 
 
 class LayerShape(NamedTuple):
@@ -58,14 +61,19 @@ class KVCache:
     ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self.keys = [
-            _zeros((num_blocks, block_size, layer.num_kv_heads, layer.head_dim), dtype, device)
-            for layer in layers
-        ]
-        self.values = [
-            _zeros((num_blocks, block_size, layer.num_kv_heads, layer.value_dim), dtype, device)
-            for layer in layers
-        ]
+        self._fresh: list[_FreshPages] = []
+
+        def zeros(num_heads: int, dim: int) -> Tensor:
+            shape = (num_blocks, block_size, num_heads, dim)
+            if device.type != "cpu":
+                return torch.zeros(shape, dtype=dtype, device=device)
+            pages = _FreshPages(math.prod(shape) * dtype.itemsize)
+            self._fresh.append(pages)
+            return pages.tensor(shape, dtype)
+
+        # Zeros, because masked reads of slots never written must be finite (0 x NaN is NaN).
+        self.keys = [zeros(layer.num_kv_heads, layer.head_dim) for layer in layers]
+        self.values = [zeros(layer.num_kv_heads, layer.value_dim) for layer in layers]
 
     @property
     def num_bytes(self) -> int:
@@ -89,24 +97,49 @@ class KVCache:
         for tensor in (*self.keys, *self.values):
             tensor[index] = 0
 
+    def take_ahead(self) -> bool:
+        """On a CPU: take a page of memory for the first quarter of the blocks; False: it has all.
+
+        The first touch of a huge page takes some 5 ms, and a step that comes to a new one comes to
+        one of each tensor.
+        """
+        try:
+            return any(pages.take_page() for pages in self._fresh)
+        except OSError:  # an older kernel
+            self._fresh.clear()
+            return False
+
     def _index(self, blocks: Sequence[int]) -> Tensor:
         return torch.tensor(blocks, dtype=torch.int64, device=self.keys[0].device)
 
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros, because masked reads of slots never written must be finite (0 x NaN is NaN).
+class _FreshPages:
+    """A CPU's memory for a tensor: zeros that take no memory until they are written.
 
-    On the CPU they are fresh pages of the kernel, which take no memory until they are written;
-    huge ones, because a step reads blocks all over them, and from the border of one on: else the
-    first block takes two, and every tensor's end a part of the next one's.
+    On huge pages, because a step reads blocks all over them, and from the border of one on: else
+    the first block takes two, and every tensor's end a part of the next one's.
     """
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    size = math.prod(shape) * dtype.itemsize
-    # Private: the kernel gives huge pages to no shared memory by default.
-    pages = mmap.mmap(-1, size + _HUGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # a kernel without them
-        pages.madvise(mmap.MADV_HUGEPAGE)
-    start = -torch.frombuffer(pages, dtype=torch.uint8).data_ptr() % _HUGE_PAGE
-    count = size // dtype.itemsize
-    return torch.frombuffer(pages, dtype=dtype, count=count, offset=start).view(shape)
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        # Private: the kernel gives huge pages to no shared memory by default.
+        self._memory = mmap.mmap(-1, size + _HUGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with suppress(OSError):  # a kernel without them
+            self._memory.madvise(mmap.MADV_HUGEPAGE)
+        address = torch.frombuffer(self._memory, dtype=torch.uint8).data_ptr()
+        self._start = -address % _HUGE_PAGE
+        self._num_taken = 0
+
+    def tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        count = math.prod(shape)
+        flat = torch.frombuffer(self._memory, dtype=dtype, count=count, offset=self._start)
+        return flat.view(shape)
+
+    def take_page(self) -> bool:
+        """Take the next page of those that are taken ahead; False: there is none."""
+        if self._num_taken >= _AHEAD_SHARE * self._size / _HUGE_PAGE:
+            return False
+        start = self._start + self._num_taken * _HUGE_PAGE
+        self._memory.madvise(_MADV_POPULATE_WRITE, start, _HUGE_PAGE)
+        self._num_taken += 1
+        return True

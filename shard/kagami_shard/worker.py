@@ -9,6 +9,7 @@ import queue
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor, Future, wait
+from contextlib import suppress
 
 import torch
 
@@ -20,6 +21,9 @@ from kagami_shard.sequence_traces import SequenceTraces
 from kagami_shard.step import Step, StepResult
 
 logger = logging.getLogger(__name__)
+
+# Without anything to do for so long a server is idle, and not between two steps.
+_IDLE_S = 0.1
 
 Publish = Callable[[StepResult], None]
 
@@ -102,7 +106,12 @@ class Worker:
         except queue.Empty:
             self._collect()
             self.busy_since_ns = 0
-            return self._queue.get()
+        with suppress(queue.Empty):
+            return self._queue.get(timeout=_IDLE_S)
+        while self._engine.take_memory_ahead():
+            with suppress(queue.Empty):
+                return self._queue.get_nowait()
+        return self._queue.get()
 
     def _step(self, step: Step, publish: Publish) -> None:
         self.busy_since_ns = time.monotonic_ns()

@@ -34,3 +34,19 @@ def test_on_a_cpu_every_tensor_begins_at_the_border_of_a_huge_page() -> None:
     assert {tensor.data_ptr() % HUGE_PAGE for tensor in (*cache.keys, *cache.values)} == {0}
     assert cache.values[2].shape == (100, 32, 3, 32)
     assert not any(tensor.any() for tensor in (*cache.keys, *cache.values))
+
+
+def test_on_a_cpu_a_quarter_of_the_pages_can_be_taken_ahead() -> None:
+    cache = cache_of(1 << 12)  # 128 blocks on each of 32 pages
+    cache.clear([0])
+    before = resident_bytes()
+    num_pages = 1
+    while cache.take_ahead():
+        num_pages += 1
+
+    assert num_pages == 1 + 4 * 8
+    after = resident_bytes()
+    assert after - before > (4 * 7 - 1) * HUGE_PAGE  # the first had been written to
+    cache.clear(range(1024))
+    assert resident_bytes() - after < HUGE_PAGE
+    assert not any(tensor[:1024].any() for tensor in (*cache.keys, *cache.values))
