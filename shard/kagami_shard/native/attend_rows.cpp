@@ -20,6 +20,14 @@ struct Fetch {  // two cache lines at a time
   }
 };
 
+int64_t pieces_of(const TileRows& rows, int64_t row) {
+  return rows.num_pieces(row, std::min(row + kRowsAtOnce, rows.count));
+}
+
+inline void add_to(float* sums, __m512 more) {
+  _mm512_storeu_ps(sums, _mm512_add_ps(_mm512_loadu_ps(sums), more));
+}
+
 // Rows whose exponents of a piece are known, but not their weights. Those are computed between the
 // products of the next piece: products leave half of the processor's vector units idle.
 struct Pending {
@@ -105,8 +113,9 @@ struct Rows {
     pending.row = rows.first + row, pending.count = kRows, pending.piece = piece;
   }
 
-  // Adds these rows' weighted values of the tile.
-  static void add_values(const TileRows& rows, int64_t row) {
+  // Adds these rows' weighted values of the tile; the sums until now lie in the second cache, and
+  // come while there are products (m: a tile 2 % sooner than where products start from them).
+  static void add_values(const TileRows& rows, int64_t row, int64_t num_pieces) {
     const Softmax& softmax = rows.softmax;
     const int64_t depth = softmax.depth;
     const Tile &tile = rows.tile, &coming = rows.coming;
@@ -116,8 +125,8 @@ struct Rows {
       Sums sums;
       KG_UNROLL for (int r = 0; r < kRows; r++)
         KG_UNROLL for (int half = 0; half < 2; half++)
-          sums[r][half] = _mm512_loadu_ps(out + r * depth + half * kBlock);
-      for (int64_t i = 0; i < tile.count; i++) {
+          sums[r][half] = _mm512_setzero_ps();
+      for (int64_t i = 0; i < num_pieces; i++) {
         const Piece &piece = tile.pieces[i], &after = coming.pieces[i];
         const kg_bf16* values = piece.values + block * piece.value_stride;
         const bool fetches = row == 0 && after.values;
@@ -127,14 +136,14 @@ struct Rows {
       }
       KG_UNROLL for (int r = 0; r < kRows; r++)
         KG_UNROLL for (int half = 0; half < 2; half++)
-          _mm512_storeu_ps(out + r * depth + half * kBlock, sums[r][half]);
+          add_to(out + r * depth + half * kBlock, sums[r][half]);
     }
   }
 };
 
 struct Kernels {
   void (*score)(const TileRows&, int64_t row, int64_t piece, Pending&);
-  void (*add_values)(const TileRows&, int64_t row);
+  void (*add_values)(const TileRows&, int64_t row, int64_t num_pieces);
 };
 template <int kRows>
 constexpr Kernels kernels() {
@@ -164,11 +173,11 @@ void attend_avx512(const TileRows& rows) {
   Pending pending;
   pending.count = 0;
   for (int64_t row = 0; row < rows.count; row += kRowsAtOnce)
-    for (int64_t piece = 0; piece < rows.tile.count; piece++)
+    for (int64_t piece = 0; piece < pieces_of(rows, row); piece++)
       kernels_for(rows.count - row).score(rows, row, piece, pending);
   for (int64_t r = 0; r < pending.count; r++) pending.weigh(rows.softmax, r);
   for (int64_t row = 0; row < rows.count; row += kRowsAtOnce)
-    kernels_for(rows.count - row).add_values(rows, row);
+    kernels_for(rows.count - row).add_values(rows, row, pieces_of(rows, row));
 }
 
 void attend_amx(const TileRows& rows, float* scores) {

@@ -128,7 +128,8 @@ struct LayerOp {
         thread(thread) {}
 };
 
-// What is done to a token's queries, keys and values before anyone attends.
+// What is done to a token's queries, keys and values before anyone attends. Queries that nobody will
+// use (LinearLinks::only_kept) are what lay there.
 struct Writing : LayerOp {
   using LayerOp::LayerOp;
 
@@ -323,7 +324,7 @@ int64_t partial_floats(const kg_attention& spec) {
 
 bool write(const Step& step, const kg_op& op, int thread) {
   Writing(step, op, thread).write(part_of(step.batch->num_tokens, thread, step.pool->num_threads));
-  if (thread == 0) step.next_item->store(0, std::memory_order_relaxed);  // of those who attend
+  step.items[thread].begin(&op);  // for those who attend
   return true;
 }
 
@@ -331,11 +332,17 @@ bool attend(const Step& step, const kg_op& op, const Plan& plan, int thread) {
   const Attention attention(step, op, plan, thread);
   const Scratch scratch(step.scratch[thread], attention.shape);
   const int num_threads = step.pool->num_threads;
-  const auto& items = plan.items;
-  const int64_t count = (int64_t)items.size();
-  for (int64_t i; (i = step.next_item->fetch_add(1, std::memory_order_relaxed)) < count;) {
-    const int64_t likely = i + num_threads;
-    attention.attend(items[i], likely < count ? &items[likely] : nullptr, scratch);
+  for (int other = 0; other < num_threads; other++) {
+    const int whose = (thread + other) % num_threads;
+    const Part range = plan.ranges[whose];
+    if (range.begin == range.end) continue;
+    const auto take = [&] {
+      return range.begin + step.items[whose].take();
+    };
+    for (int64_t i; (i = take()) < range.end;) {
+      const int64_t likely = i + (plan.is_by_rows ? 1 : num_threads);
+      attention.attend(plan.items[i], likely < range.end ? &plan.items[likely] : nullptr, scratch);
+    }
   }
   if (plan.merges.empty()) return true;
   step.pool->barrier();

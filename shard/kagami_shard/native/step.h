@@ -2,6 +2,7 @@
 #pragma once
 #include <algorithm>
 #include <atomic>
+#include <thread>
 #include <vector>
 
 #include "ops.h"
@@ -15,7 +16,8 @@ namespace kg {
 constexpr int64_t kReplicatedRows = 16;
 
 // Steps of at least so many rows for each thread are cut by rows: a thread takes its rows through
-// all columns of all weights, and through whole layers, attention apart, without meeting another.
+// all columns of all weights, and through whole layers, attention apart, without meeting another;
+// before they meet they help one another (linear.cpp).
 // What a core has written stays in its cache (m: a line of the other core's takes 27 ns, 6-8 % of
 // a chunk of 256 tokens), and twice as much is read of the weights. Codes are made bf16 by each
 // thread for itself (m: a chunk of 128 tokens of a 1B in 4 bits 669 ms where it is cut by rows, 612
@@ -33,6 +35,11 @@ struct Part {
 // Part `index` of `count` equal ones of `total` things.
 inline Part part_of(int64_t total, int64_t index, int64_t count) {
   return {total * index / count, total * (index + 1) / count};
+}
+
+// Whether a step of so many rows is cut by rows, which are at least `rows_apart` for each thread then.
+inline bool cuts_rows(int64_t rows, int64_t num_threads, int64_t rows_apart) {
+  return rows >= num_threads * rows_apart;
 }
 
 struct Buffer {
@@ -63,6 +70,8 @@ struct Merging {  // a decode with several unfinished results
 
 struct Plan {  // what the threads attend to in one step, the same for all layers with one window
   std::vector<Attending> items;
+  std::vector<Part> ranges;  // of items, for each thread those that it begins with
+  bool is_by_rows;           // each range is of its thread's rows; else all items are the first one's
   std::vector<Member> members;
   std::vector<Merging> merges;
   int64_t num_slots;
@@ -70,12 +79,46 @@ struct Plan {  // what the threads attend to in one step, the same for all layer
   std::vector<int32_t> order, slots_of, first_slot, first_alone;
 };
 
+// A thread's portion of an op, of which others may take.
+class alignas(64) Portion {
+ public:
+  void begin(const kg_op* op) {
+    taken_.store(0, std::memory_order_relaxed);
+    done_.store(0, std::memory_order_relaxed);
+    op_.store(op, std::memory_order_release);
+  }
+  // Whether its thread has begun, so that all that the op reads is there, and some of `count` is left.
+  bool is_open(const kg_op* op, int64_t count) const {
+    return op_.load(std::memory_order_acquire) == op &&
+           taken_.load(std::memory_order_relaxed) < count;
+  }
+  int64_t take() { return taken_.fetch_add(1, std::memory_order_relaxed); }
+  void finish() { done_.fetch_add(1, std::memory_order_release); }
+  // Of its thread: returns when all `count` are finished. Then nobody may take until it begins again.
+  void end(int64_t count) {
+    for (int looks = 1; done_.load(std::memory_order_acquire) < count; looks++)
+      looks % kLooks ? __builtin_ia32_pause() : std::this_thread::yield();
+    op_.store(nullptr, std::memory_order_relaxed);
+  }
+
+ private:
+  static constexpr int kLooks = 1000;
+  std::atomic<int64_t> taken_{0}, done_{0};
+  std::atomic<const kg_op*> op_{nullptr};
+};
+
+struct LinearLinks {       // of a linear op with others of its tape
+  const kg_op* next;       // the linear op behind it
+  int64_t only_kept;       // so many columns, queries, are only wanted of rows that are kept
+  bool is_before_write;    // behind which threads meet always
+};
+
 struct Step {
   const kg_batch* batch;
   kg_pool* pool;
   const Buffer* buffers;
   const int64_t* first_tokens;  // [num_sequences], of each sequence in the flat batch
-  std::atomic<int64_t>* next_item;
+  Portion *portions, *items;  // of each thread: of a linear op, and of those who attend
   char* const* scratch;  // of each thread
   float* partials;
   int64_t rows_apart;  // of a thread, from which on a step is cut by rows
@@ -84,9 +127,7 @@ struct Step {
   bool replicates(const Buffer& buffer, int64_t rows) const {
     return buffer.is_replicated && rows <= kReplicatedRows;
   }
-  bool cuts_rows(int64_t rows) const {
-    return rows >= pool->num_threads * rows_apart;
-  }
+  bool cuts_rows(int64_t rows) const { return kg::cuts_rows(rows, pool->num_threads, rows_apart); }
   // Whether threads meet after an op that each has done for its own rows.
   bool meets(int64_t rows) const { return !cuts_rows(rows); }
   // Row `row` as `thread` sees it.
@@ -104,7 +145,7 @@ bool embed(const Step&, const kg_op&, int thread);
 bool rope(const Step&, const kg_op&, int thread);
 bool norm(const Step&, const kg_op&, int thread);
 bool add_norm(const Step&, const kg_op&, int thread);
-bool linear(const Step&, const kg_op&, const kg_op* next_linear, int thread);
+bool linear(const Step&, const kg_op&, const LinearLinks&, int thread);
 bool write(const Step&, const kg_op&, int thread);
 bool attend(const Step&, const kg_op&, const Plan&, int thread);
 bool keep(const Step&, const kg_op&, int thread);
@@ -112,7 +153,8 @@ bool keep(const Step&, const kg_op&, int thread);
 // The most likely id of each of these rows of `logits`, and its log probability.
 void choose_rows(const float* logits, Part rows, int64_t vocab_size, int64_t* ids, float* logprobs);
 
-void plan_attention(const kg_batch&, const kg_attention&, int num_threads, Plan&);
+void plan_attention(const kg_batch&, const kg_attention&, const int64_t* first_tokens,
+                    int num_threads, int64_t rows_apart, Plan&);
 int64_t partial_floats(const kg_attention&);
 
 }  // namespace kg

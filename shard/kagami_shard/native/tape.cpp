@@ -58,7 +58,7 @@ void find_first_tokens(const kg_batch& batch, std::vector<int64_t>& first_tokens
 struct kg_tape {
   kg_pool* pool;
   std::vector<kg_op> ops;
-  std::vector<const kg_op*> next_linear;  // of each op, the linear layer that comes after it
+  std::vector<LinearLinks> links;  // of each op
   std::vector<char> must_meet;  // after each op: see meet_before_writes
   std::vector<kg_buffer> shapes;
   std::vector<Buffer> buffers;
@@ -69,7 +69,7 @@ struct kg_tape {
   std::vector<char*> scratch;
   int64_t max_rows = 0, rows_apart = kRowsApart;
   Memory rows, threads, partials;
-  std::atomic<int64_t> next_item{0};
+  std::vector<Portion> portions, items;
 
   bool grow(const kg_batch& batch) {
     const int64_t kept = batch.kept ? batch.kept->num_tokens : 0;
@@ -102,13 +102,14 @@ struct kg_tape {
     find_first_tokens(batch, first_tokens);
     if (batch.kept) find_first_tokens(*batch.kept, first_kept);
     int64_t floats = 0;
-    const auto plan = [&](const kg_batch& batch, const kg_attention& spec, Plan& plan) {
-      plan_attention(batch, spec, pool->num_threads, plan);
+    const auto plan = [&](const kg_batch& batch, const std::vector<int64_t>& first_tokens,
+                          const kg_attention& spec, Plan& plan) {
+      plan_attention(batch, spec, first_tokens.data(), pool->num_threads, rows_apart, plan);
       floats = std::max(floats, plan.num_slots * partial_floats(spec));
     };
     for (auto& each : planned) {
-      plan(batch, *each.spec, each.whole);
-      if (batch.kept && each.is_kept) plan(*batch.kept, *each.spec, each.kept);
+      plan(batch, first_tokens, *each.spec, each.whole);
+      if (batch.kept && each.is_kept) plan(*batch.kept, first_kept, *each.spec, each.kept);
     }
     return !floats || partials.reserve(floats * 4);
   }
@@ -126,6 +127,25 @@ struct kg_tape {
     }
   }
 
+  void link_linears() {
+    links.resize(ops.size());
+    const kg_op* next = nullptr;
+    for (size_t i = ops.size(); i-- > 0;) {
+      links[i] = {next, 0, i + 1 < ops.size() && ops[i + 1].code == KG_WRITE};
+      if (links[i].is_before_write) links[i].only_kept = queries_only_kept(i + 1);
+      if (ops[i].code == KG_LINEAR) next = &ops[i];
+    }
+  }
+
+  // In the last layer keys and values are wanted of all rows, queries of those that are kept.
+  int64_t queries_only_kept(size_t write) const {
+    size_t keep = write + 1;
+    while (keep < ops.size() && ops[keep].code == KG_KEEP && ops[keep].in != ops[write].out) keep++;
+    if (keep == ops.size() || ops[keep].code != KG_KEEP) return 0;
+    const kg_attention& spec = *(const kg_attention*)ops[write].params;
+    return (int64_t)spec.num_heads * spec.head_dim;
+  }
+
   // The ops that look alike to a plan share it.
   int plan_for(const kg_op& op) {
     const kg_attention& spec = *(const kg_attention*)op.params;
@@ -140,8 +160,8 @@ struct kg_tape {
   }
 
   Step step_of(const kg_batch& batch, const std::vector<int64_t>& first_tokens) {
-    return {&batch,         pool, buffers.data(), first_tokens.data(), &next_item,
-            scratch.data(), (float*)partials.base, rows_apart};
+    return {&batch,         pool, buffers.data(), first_tokens.data(), portions.data(),
+            items.data(),   scratch.data(), (float*)partials.base, rows_apart};
   }
 
   int64_t find_rows_apart() const {
@@ -177,7 +197,7 @@ struct kg_tape {
       case KG_QUANTIZE:
         return quantize(step, op, thread);
       case KG_LINEAR:
-        return linear(step, op, next_linear[index], thread);
+        return linear(step, op, links[index], thread);
       case KG_WRITE:
         return write(step, op, thread);
       case KG_KEEP:
@@ -192,14 +212,11 @@ extern "C" kg_tape* kg_tape_new(kg_pool* pool, const kg_op* ops, int num_ops,
                                 const kg_buffer* shapes, int num_buffers) {
   auto tape = std::make_unique<kg_tape>();
   tape->pool = pool;
+  tape->portions = std::vector<Portion>(pool->num_threads);
+  tape->items = std::vector<Portion>(pool->num_threads);
   tape->ops.assign(ops, ops + num_ops);
-  tape->next_linear.resize(num_ops);
-  const kg_op* next = nullptr;
-  for (int i = num_ops - 1; i >= 0; i--) {
-    tape->next_linear[i] = next;
-    if (tape->ops[i].code == KG_LINEAR) next = &tape->ops[i];
-  }
   tape->meet_before_writes();
+  tape->link_linears();
   tape->rows_apart = tape->find_rows_apart();
   for (const auto& op : tape->ops)
     tape->plan_of.push_back(op.code == KG_ATTEND ? tape->plan_for(op) : -1);

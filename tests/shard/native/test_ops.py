@@ -30,6 +30,7 @@ from kagami_shard.layers.norm import FullNorm, LayerNorm, RMSNorm, Rounding, no_
 from kagami_shard.layers.rotary import RopeSpec, RotaryEmbedding
 from kagami_shard.models.ops import Ops, SelfAttention, T, TorchOps
 from kagami_shard.models.recorded import replay_into
+from kagami_shard.native.library import Library
 from kagami_shard.native.page_tables import PageTables
 from kagami_shard.native.runtime import Runtime
 
@@ -489,15 +490,15 @@ def test_what_lies_behind_a_sequence_in_an_arranged_block_does_not_count(
     assert logits.isfinite().all()
 
 
-def layers(weights: Weights) -> Program:
-    """Two, around a stream, as a decoder has them."""
+def layers(weights: Weights, project: Callable[[int, int], Any] | None = None) -> Program:
+    """Two, around a stream, as a decoder has them; `project` makes queries, keys and values."""
     case, width = Case(dim=32), 40
     spec = AttentionSpec(0, case.dim**-0.5)
     attention = SelfAttention(case.num_heads, case.num_kv_heads, case.dim, 0, no_norm, spec)
     norm = RMSNorm(weights.vector(width), 1e-5)
     parts = [
         (
-            weights.linear(case.width, width),
+            (project or weights.linear)(case.width, width),
             weights.linear(width, case.num_heads * case.dim),
             GatedMLP(weights.linear(100, width), weights.linear(width, 50), ACTIVATIONS["silu"]),
         )
@@ -526,6 +527,14 @@ def test_a_step_that_is_cut_by_rows_is_torchs(runtime: Runtime, count: int, all_
     work[1][0].blocks = [5, 3, 9, 2, 8, 4]
     batch = build_batch(work, ARRANGED, all_rows=all_rows)
     assert is_near(runtime, layers, 0, batch, block_size=ARRANGED)
+
+
+@pytest.mark.parametrize("all_rows", [True, False])
+def test_threads_that_wait_for_a_core_are_helped(library: Library, all_rows: bool) -> None:
+    runtime = Runtime(library, 7, spins=10, use_amx=False)
+    work = [(FakeSequence([7 * i % 64 for i in range(470)], list(range(1, 16))), 470)]
+    batch = build_batch(work, ARRANGED, all_rows=all_rows)
+    assert is_near(runtime, layers, 0, *[batch] * 5, block_size=ARRANGED)
 
 
 ROOT, LONG, SHORT = ("root", 160), ("long", 160), ("short", 32)

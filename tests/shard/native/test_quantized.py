@@ -8,16 +8,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.shard.native.test_ops import (
+    ARRANGED,
     BLOCK_SIZE,
     CPU,
+    WIDE,
     Program,
     Weights,
     is_near,
+    layers,
     lengths,
     prompt,
     quick,
     seeds,
     sizes,
+    steps_of,
 )
 from torch import Tensor
 
@@ -117,6 +121,17 @@ def test_a_quantized_head_is_torchs(
         return Program(weights, width, lambda ops, hidden: hidden, head=head)
 
     assert is_near(runtime, make, seed, prompt(count))
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4", "fp8", "8 bits of 32"])
+def test_quantized_queries_of_some_rows_are_torchs(runtime: Runtime, kind: str) -> None:
+    def make(weights: Weights) -> Program:
+        return layers(weights, lambda rows, columns: linear(weights, kind, rows, columns))
+
+    work = [*WIDE, (70, 330)]
+    for num_rows in (1, 4):
+        steps = steps_of(work, num_rows, ARRANGED, num_rows=num_rows)
+        assert is_near(runtime, make, 0, *steps, block_size=ARRANGED)
 
 
 @quick
