@@ -4,7 +4,6 @@ A decode is bound by memory: every step reads all weights once and the KV cache 
 The share of the bandwidth that it reaches says how much could still be gained (design §8).
 """
 
-import mmap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from torch import Tensor
 from kagami_shard.kv_cache import LayerShape, block_bytes
 from kagami_shard.layers.embedding import Embedding
 from kagami_shard.layers.rotary import RotaryEmbedding
-from kagami_shard.memory import is_out_of_memory
+from kagami_shard.memory import fresh_pages, is_out_of_memory
 
 # Well past the caches: a core complex of today's servers has 32 MiB, an H100 50 MiB.
 _CPU_BYTES = 192 << 20
@@ -135,11 +134,7 @@ def _buffer(device: torch.device) -> Tensor:
     if device.type == "cuda":
         num_bytes = min(_CUDA_BYTES, torch.cuda.mem_get_info(device)[0] // 4)
         return torch.ones(num_bytes // 4, dtype=torch.float32, device=device)
-    # Private: the kernel gives huge pages to no shared memory by default.
-    pages = mmap.mmap(-1, _CPU_BYTES, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        pages.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(pages, dtype=torch.float32).fill_(1)
+    return torch.frombuffer(fresh_pages(_CPU_BYTES), dtype=torch.float32).fill_(1)
 
 
 def _seconds_on_cpu(buffer: Tensor) -> float:

@@ -199,6 +199,10 @@ class Engine:
             device=self._device,
         )
 
+    def take_memory_ahead(self) -> bool:
+        """Use some milliseconds without work; False: there is no more to take."""
+        return self.cache is not None and self.cache.take_ahead()
+
     # ------------------------------------------------------------------ steps
 
     def reset(self) -> None:
@@ -407,10 +411,6 @@ class Engine:
             if state := self._states.get(sequence_id):
                 state.blocks.extend(blocks)
         return failures
-
-    def take_memory_ahead(self) -> bool:
-        """Use some milliseconds without work; False: there is no more to take."""
-        return self.cache is not None and self.cache.take_ahead()
 
     def _admit(self, new: NewSequence, failures: dict[int, str]) -> None:
         grammar = None

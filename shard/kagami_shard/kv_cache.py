@@ -11,13 +11,13 @@ Within a block a backend may have an order of its own, as the native one has (`n
 """
 
 import math
-import mmap
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from kagami_shard.memory import fresh_pages
 
 _HUGE_PAGE = 2 << 20
 _MADV_POPULATE_WRITE = 23  # Linux 5.14; Python's mmap has no name for it
@@ -122,10 +122,7 @@ class _FreshPages:
 
     def __init__(self, size: int) -> None:
         self._size = size
-        # Private: the kernel gives huge pages to no shared memory by default.
-        self._memory = mmap.mmap(-1, size + _HUGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        with suppress(OSError):  # a kernel without them
-            self._memory.madvise(mmap.MADV_HUGEPAGE)
+        self._memory = fresh_pages(size + _HUGE_PAGE)
         address = torch.frombuffer(self._memory, dtype=torch.uint8).data_ptr()
         self._start = -address % _HUGE_PAGE
         self._num_taken = 0

@@ -1,7 +1,9 @@
-"""How much memory there is for the KV cache, and the errors of there being too little."""
+"""How much memory there is for the KV cache, fresh pages, and the errors of there being too few."""
 
 import errno
+import mmap
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -27,6 +29,19 @@ def pool_bytes(device: torch.device, fraction: float) -> int:
         allowed = min(total * fraction, total - of_others)
         return max(0, int(allowed - peak - total * _CUDA_RESERVE))
     return int(available_host_bytes() * _CPU_SHARE * fraction)
+
+
+def fresh_pages(num_bytes: int) -> mmap.mmap:
+    """Zeros of the kernel that take no memory until they are written; huge pages if it has them.
+
+    Raises OSError.
+    """
+    # Private: the kernel gives huge pages to no shared memory by default.
+    pages = mmap.mmap(-1, num_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):
+            pages.madvise(mmap.MADV_HUGEPAGE)
+    return pages
 
 
 def is_out_of_memory(error: BaseException) -> bool:
