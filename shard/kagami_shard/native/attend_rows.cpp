@@ -20,8 +20,13 @@ struct Fetch {  // two cache lines at a time
   }
 };
 
+// Of the tile's pieces those that rows from `row` on, as many as go together, may see. The first and
+// the last of them tell: rows of later tokens see later ones.
 int64_t pieces_of(const TileRows& rows, int64_t row) {
-  return rows.num_pieces(row, std::min(row + kRowsAtOnce, rows.count));
+  if (!rows.seen) return rows.tile.count;
+  const int64_t last = std::min(row + kRowsAtOnce, rows.count) - 1;
+  const uint64_t by_any = rows.seen[row] | rows.seen[last];
+  return by_any >> kPanel ? rows.tile.count : by_any ? 1 : 0;
 }
 
 inline void add_to(float* sums, __m512 more) {

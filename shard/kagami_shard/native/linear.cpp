@@ -235,7 +235,7 @@ bool are_kept(const kg_batch& batch, Part rows) {
 
 // All rows of a layer through one panel, while `next` is fetched. Codes that are made bf16 for all rows
 // are multiplied by all, also of columns that are only wanted of some.
-void multiply_panel(const Layer& layer, int64_t index, const char* next) {
+void compute_panel(const Layer& layer, int64_t index, const char* next) {
   const int64_t panel_bytes = panel_bytes_of(layer.weight);
   const char* packed = (const char*)layer.weight.weight + index * panel_bytes;
   const int64_t column = index * kPanel;
@@ -287,7 +287,7 @@ bool linear(const Step& step, const kg_op& op, const LinearLinks& links, int thr
   // What this thread reads when it has come to the end.
   const char* after = links.next ? panel_at(*links.next, panels_of(*links.next).begin) : nullptr;
   const auto multiply = [&](const Layer& layer, int64_t index) {
-    multiply_panel(layer, index, index + 1 < panels.end ? panel_at(op, index + 1) : after);
+    compute_panel(layer, index, index + 1 < panels.end ? panel_at(op, index + 1) : after);
   };
   if (!cuts_rows || !links.is_before_write) {
     const Layer layer = layer_of(thread);

@@ -84,14 +84,6 @@ struct TileRows {
   const Tile &tile, &coming;  // fetched meanwhile
   const uint64_t* seen;       // of each row, which of the tile's tokens; null: all
   float scale, softcap;       // softcap 0: none; else queries are as they come
-
-  // Of the tile's pieces those that rows from `row` on to the `end` may see. The first and the last
-  // of them tell: rows of later tokens see later ones.
-  int64_t num_pieces(int64_t row, int64_t end) const {
-    if (!seen) return tile.count;
-    const uint64_t by_any = seen[row] | seen[end - 1];
-    return by_any >> kPanel ? tile.count : by_any ? 1 : 0;
-  }
 };
 
 void attend_avx512(const TileRows&);
