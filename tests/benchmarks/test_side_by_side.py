@@ -1,4 +1,5 @@
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -111,11 +112,29 @@ def test_a_session_is_ended_with_all_that_it_started() -> None:
     child = int(leader.stdout.readline())
     assert child in processes.sessions()[leader.pid]
 
-    processes.kill_session(leader.pid)
+    processes.send(signal.SIGKILL, {leader.pid})
 
     assert leader.wait(timeout=5) < 0
     leader.stdout.read()  # ends when the child, too, has let go of the pipe
     leader.stdout.close()
+
+
+def state(pid: int) -> str:
+    """As ps tells it: S sleeping, T stopped."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def test_sessions_stand_still_and_go_on() -> None:
+    still, going = (subprocess.Popen(["sleep", "60"], start_new_session=True) for _ in range(2))
+    try:
+        with processes.stopped({still.pid}):
+            os.waitid(os.P_PID, still.pid, os.WSTOPPED)
+            assert (state(still.pid), state(going.pid)) == ("T", "S")
+        os.waitid(os.P_PID, still.pid, os.WCONTINUED)
+    finally:
+        for one in (still, going):
+            one.kill()
+            one.wait()
 
 
 def test_a_server_that_ends_at_once_shows_its_last_lines(tmp_path: Path) -> None:

@@ -6,8 +6,8 @@ Servers take turns within each round, so that whatever else the machine does fal
 import asyncio
 import sys
 from asyncio import sleep
-from collections.abc import Mapping, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, AsyncExitStack, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -29,6 +29,9 @@ from kagami_router.benchmark.workload import Workload
 # Where the server does not say and the flag is not given: TGI's own examples.
 _NO_MODEL = "tgi"
 _INTERRUPTED = 130
+
+# Entered for each run, with the name of the server that is asked.
+Turn = Callable[[str], AbstractContextManager[object]]
 
 
 class BadFlags(Exception):
@@ -85,7 +88,9 @@ class _Server:
     model: str
 
 
-async def measure(args: BenchmarkArgs, words: Words, rows: list[Row]) -> None:
+async def measure(
+    args: BenchmarkArgs, words: Words, rows: list[Row], turn: Turn = nullcontext
+) -> None:
     """Every workload on every server; the rows are added as they are done."""
     async with AsyncExitStack() as stack:
         session = await stack.enter_async_context(connecting(args.api_key))
@@ -95,7 +100,9 @@ async def measure(args: BenchmarkArgs, words: Words, rows: list[Row]) -> None:
             runs: Mapping[str, list[Run]] = {target.name: [] for target in args.targets}
             for number in range(-args.warmups, args.runs):
                 for server in servers:
-                    one = await _run_once(args, words, server, workload, number, view)
+                    await sleep(args.pause_s)
+                    with turn(server.target.name):
+                        one = await _run_once(args, words, server, workload, number, view)
                     if number >= 0:
                         runs[server.target.name].append(one)
             for server in servers:
@@ -125,7 +132,6 @@ async def _run_once(
     bodies = [
         msgspec.json.encode(to_body(prompt, asking)) for prompt in words.prompts(workload, seed)
     ]
-    await sleep(args.pause_s)
     run = Run(len(bodies))
     title = f"{server.target.name}  {workload.name}: {workload.describe()}"
     stage = f"run {number + 1} of {args.runs}" if number >= 0 else "warm-up"

@@ -1,7 +1,7 @@
 """One kind of weights: its servers are started, driven in turn, and ended."""
 
+import asyncio
 import os
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -9,21 +9,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-import msgspec
-from tests.benchmarks.side_by_side import peers, servers
+import uvloop
+from tests.benchmarks.side_by_side import peers, processes, servers
 from tests.benchmarks.side_by_side.bars import Measured
 from tests.benchmarks.side_by_side.memory import PeakMemory
 from tests.benchmarks.side_by_side.servers import NotStarted, Running
 from tests.integration.conftest import embedded_folder, free_port
 
+from kagami_router.benchmark import run as benchmark
+from kagami_router.benchmark.cli import BenchmarkArgs, parse
 from kagami_router.benchmark.figures import Row
-from kagami_router.benchmark.report import Report
+from kagami_router.benchmark.prompts import Words
 from kagami_router.benchmark.workload import NAMED
 
 ALL = tuple(NAMED)
 ANSWER_LIMIT_S, RUN_LIMIT_S = 180, 120
-# vLLM's worker yields in a loop for a second behind its last step: OpenVINO's first token after it
-# took 1,060 ms instead of 100.
+# vLLM's worker yields in a loop for a second behind its last step, and may: servers stand still
+# only while another one is driven.
 PAUSE_S = 2
 
 
@@ -88,7 +90,7 @@ def measure(group: Group, settings: Settings, memory: PeakMemory, notes: list[st
         for workload in group.workloads:
             if workload in settings.workloads:
                 taking_part = [one for one in others if workload in group.peers[one.name]]
-                rows += _drive(workload, [ours, *taking_part], settings, notes)
+                rows += _drive(workload, [ours, *taking_part], [ours, *others], settings, notes)
         peaks = {one.name: memory.peak(one.session) for one in (ours, *others)}
     return Measured(group.weights, ours.name, rows, starts, peaks)
 
@@ -143,25 +145,32 @@ def _start_peer(
 
 
 def _drive(
-    workload: str, targets: Sequence[Running], settings: Settings, notes: list[str]
+    workload: str,
+    targets: Sequence[Running],
+    up: Sequence[Running],
+    settings: Settings,
+    notes: list[str],
 ) -> list[Row]:
-    """One workload on every server in turn, by our own benchmark."""
-    result = settings.logs / f"{targets[0].name}-{workload}.json"
+    """One workload on every target in turn; whoever else is `up` stands still meanwhile."""
+
+    def turn(name: str) -> AbstractContextManager[None]:
+        return processes.stopped({one.session for one in up if one.name != name})
+
     first, *others = targets
-    command = [
-        *(sys.executable, "-m", "kagami_router.benchmark"),
-        *("--url", first.url, "--name", first.name),
-        *(part for one in others for part in ("--peer", f"{one.name}={one.url}")),
-        *("--tokenizer-name", str(settings.folder or embedded_folder()), "--workload", workload),
-        *("--runs", str(settings.rounds), "--json", str(result)),
-        *("--duration", str(RUN_LIMIT_S), "--timeout", str(ANSWER_LIMIT_S)),
-        *("--pause", str(PAUSE_S)),
-    ]
-    subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
-    if not result.is_file():
-        notes.append(f"{workload} of {first.name}: the benchmark wrote no result")
-        return []
-    rows = msgspec.json.decode(result.read_bytes(), type=Report).rows
+    folder = settings.folder or embedded_folder()
+    args = parse(
+        [
+            *("--url", first.url, "--name", first.name),
+            *(part for one in others for part in ("--peer", f"{one.name}={one.url}")),
+            *("--tokenizer-name", str(folder), "--workload", workload),
+            *("--runs", str(settings.rounds), "--pause", str(PAUSE_S)),
+            *("--duration", str(RUN_LIMIT_S), "--timeout", str(ANSWER_LIMIT_S)),
+        ]
+    )
+    assert isinstance(args, BenchmarkArgs)
+    rows: list[Row] = []
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(benchmark.measure(args, Words.load(folder), rows, turn))
     notes += unequal(rows)
     return rows
 

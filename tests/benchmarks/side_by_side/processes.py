@@ -7,7 +7,7 @@ it makes process groups, or loses its parent.
 import contextlib
 import os
 import signal
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 PROC = Path("/proc")
@@ -51,8 +51,19 @@ def _pss(text: str) -> int:
     return 0  # it is ending: no pages are left
 
 
-def kill_session(session: int, found: Mapping[int, list[int]] | None = None) -> None:
-    """End what is left of a session at once."""
-    for pid in (found or sessions()).get(session, ()):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+def send(number: signal.Signals, chosen: Collection[int]) -> None:
+    """Send all processes of some sessions a signal."""
+    for session, pids in sessions().items():
+        for pid in pids if session in chosen else ():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+
+@contextlib.contextmanager
+def stopped(chosen: Collection[int]) -> Iterator[None]:
+    """Some sessions' processes stand still meanwhile."""
+    try:
+        send(signal.SIGSTOP, chosen)
+        yield
+    finally:
+        send(signal.SIGCONT, chosen)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.benchmarks.side_by_side.memory import PeakMemory
-from tests.benchmarks.side_by_side.processes import kill_session
+from tests.benchmarks.side_by_side.processes import send
 from tests.integration.conftest import free_port
 
 _POLL_S = 0.02
@@ -107,7 +107,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
     finally:  # also when it is interrupted once more
-        kill_session(process.pid)
+        send(signal.SIGKILL, {process.pid})
         process.wait()
 
 

@@ -1,8 +1,8 @@
 import asyncio
 import json
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -108,6 +108,22 @@ def _noting(pauses: list[float]) -> Callable[[float], Awaitable[None]]:
         pauses.append(seconds)
 
     return sleep
+
+
+async def test_every_run_is_a_turn_of_its_server() -> None:
+    turns: list[str] = []
+
+    @contextmanager
+    def turn(name: str) -> Iterator[None]:
+        turns.append(f"{name} begins")
+        yield
+        turns.append(f"{name} ends")
+
+    async with sse_server(lambda _: []) as one, sse_server(lambda _: []) as other:
+        args = parsed("--url", one.url, "--peer", f"b={other.url}", "-b", "1", "-r", "1", "-w", "1")
+        await measure(args, Words.common(), [], turn)
+
+    assert turns == ["server begins", "server ends", "b begins", "b ends"] * 2
 
 
 async def _at_once() -> bool:
