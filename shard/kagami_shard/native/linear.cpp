@@ -29,7 +29,7 @@ void store_gated(const kg_op& op, const kg_linear& weight, const Tile& tile, kg_
     const float* sums = tile.sums + r * kPanel;
     const __m512 gate = finished(weight, sums, tile.first_column);
     const __m512 up = finished(weight, sums + kBlock, tile.first_column + kBlock);
-    const __m512 value = _mm512_mul_ps(activate(op.activation, gate, op.bound), up);
+    const __m512 value = _mm512_mul_ps(activate_to_bf16(op.activation, gate, op.bound), up);
     store_bf16(out + (tile.first_row + r) * stride + column, mask, value);
   }
 }
@@ -57,7 +57,7 @@ void store(const kg_op& op, const kg_linear& weight, const Tile& tile, void* out
     case KG_STORE_BF16:
       return store_each(weight, tile, [&](int64_t row, int64_t column, __mmask16 mask, __m512 y) {
         kg_bf16* p = (kg_bf16*)((char*)out + row * row_bytes) + column;
-        store_bf16(p, mask, activate(op.activation, y, op.bound));
+        store_bf16(p, mask, activate_to_bf16(op.activation, y, op.bound));
       });
     case KG_ADD:
       return store_each(weight, tile, [&](int64_t row, int64_t column, __mmask16 mask, __m512 y) {

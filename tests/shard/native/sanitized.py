@@ -4,21 +4,9 @@ import sys
 from pathlib import Path
 
 import torch
+from tests.shard.native.attention_steps import MIXED, TREES, WIDE, Case, branching, layers, steps_of
+from tests.shard.native.programs import ARRANGED, Program, Weights, is_near, prompt
 from tests.shard.native.test_decodes import both
-from tests.shard.native.test_ops import (
-    ARRANGED,
-    MIXED,
-    TREES,
-    WIDE,
-    Case,
-    Program,
-    Weights,
-    branching,
-    is_near,
-    layers,
-    prompt,
-    steps_of,
-)
 from tests.shard.native.test_quantized import QUANTIZERS, linear
 
 from kagami_shard.layers.embedding import Head

@@ -3,7 +3,8 @@
 import pytest
 import torch
 from tests.fakes.batches import FakeSequence, build_batch
-from tests.shard.native.test_ops import BLOCK_SIZE, CPU, Case, Weights
+from tests.shard.native.attention_steps import Case
+from tests.shard.native.programs import BLOCK_SIZE, CPU, Weights
 
 from kagami_shard.graphs import Tape, record
 from kagami_shard.kv_cache import KVCache

@@ -7,21 +7,19 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.shard.native.test_ops import (
+from tests.shard.native.attention_steps import WIDE, layers, steps_of
+from tests.shard.native.programs import (
     ARRANGED,
     BLOCK_SIZE,
     CPU,
-    WIDE,
     Program,
     Weights,
     is_near,
-    layers,
     lengths,
     prompt,
     quick,
     seeds,
     sizes,
-    steps_of,
 )
 from torch import Tensor
 
