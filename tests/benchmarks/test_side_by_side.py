@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tests.benchmarks.side_by_side import processes, report
 from tests.benchmarks.side_by_side.bars import Line, Measured
-from tests.benchmarks.side_by_side.groups import unequal
+from tests.benchmarks.side_by_side.groups import of_present_limit, unequal
 from tests.benchmarks.side_by_side.memory import PeakMemory
 from tests.benchmarks.side_by_side.servers import NotStarted, Plan, running
 from tests.integration.conftest import free_port
@@ -81,6 +81,19 @@ def test_requests_that_failed_are_told() -> None:
     failed = replace(ROW, num_succeeded=0)
 
     assert unequal([failed]) == ["ours W1: 0 of 6 requests succeeded"]
+
+
+def test_the_share_is_of_what_the_memory_gives_now() -> None:
+    row = of_present_limit(replace(ROW, bandwidth_share=0.5), 60e9, [30e9, 50e9])
+
+    assert row.bandwidth_share == pytest.approx(0.75)
+
+
+@pytest.mark.parametrize("limits", [[0.0, 50e9], [50e9, 0.0]])
+def test_a_limit_that_was_not_measured_changes_no_share(limits: list[float]) -> None:
+    row = replace(ROW, bandwidth_share=0.5)
+
+    assert of_present_limit(row, 60e9, limits) == row
 
 
 def test_processes_are_found_by_session_whatever_their_names(tmp_path: Path) -> None:

@@ -3,12 +3,13 @@
 import asyncio
 import os
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 
+import torch
 import uvloop
 from tests.benchmarks.side_by_side import peers, processes, servers
 from tests.benchmarks.side_by_side.bars import Measured
@@ -21,8 +22,10 @@ from kagami_router.benchmark.cli import BenchmarkArgs, parse
 from kagami_router.benchmark.figures import Row
 from kagami_router.benchmark.prompts import Words
 from kagami_router.benchmark.workload import NAMED
+from kagami_shard.bandwidth import read_bandwidth
 
 ALL = tuple(NAMED)
+CPU = torch.device("cpu")
 ANSWER_LIMIT_S, RUN_LIMIT_S = 180, 120
 # vLLM's worker yields in a loop for a second behind its last step, and may: servers stand still
 # only while another one is driven.
@@ -152,15 +155,22 @@ def _drive(
     notes: list[str],
 ) -> list[Row]:
     """One workload on every target in turn; whoever else is `up` stands still meanwhile."""
+    ours, *others = targets
+    limits: list[float] = []
 
-    def turn(name: str) -> AbstractContextManager[None]:
-        return processes.stopped({one.session for one in up if one.name != name})
+    @contextmanager
+    def turn(name: str) -> Iterator[None]:
+        with processes.stopped({one.session for one in up if one.name != name}):
+            if name == ours.name:
+                limits.append(read_bandwidth(CPU))
+            yield
+            if name == ours.name:
+                limits.append(read_bandwidth(CPU))
 
-    first, *others = targets
     folder = settings.folder or embedded_folder()
     args = parse(
         [
-            *("--url", first.url, "--name", first.name),
+            *("--url", ours.url, "--name", ours.name),
             *(part for one in others for part in ("--peer", f"{one.name}={one.url}")),
             *("--tokenizer-name", str(folder), "--workload", workload),
             *("--runs", str(settings.rounds), "--pause", str(PAUSE_S)),
@@ -172,7 +182,18 @@ def _drive(
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(benchmark.measure(args, Words.load(folder), rows, turn))
     notes += unequal(rows)
-    return rows
+    told = servers.told_bandwidth(ours)
+    return [of_present_limit(row, told, limits[-2:]) for row in rows]
+
+
+def of_present_limit(row: Row, told: float, limits: Sequence[float]) -> Row:
+    """The share of what the memory gave before and behind the last run, not at the server's start.
+
+    `told` is what the server measured then, in bytes a second; neighbours change it by the minute.
+    """
+    if row.bandwidth_share is None or not all(limits):
+        return row
+    return replace(row, bandwidth_share=row.bandwidth_share * told / fmean(limits))
 
 
 def unequal(rows: Sequence[Row]) -> list[str]:

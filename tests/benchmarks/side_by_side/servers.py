@@ -4,11 +4,13 @@ import contextlib
 import http.client
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +24,7 @@ _POLL_S = 0.02
 _ANSWER_LIMIT_S = 60
 _STOP_LIMIT_S = 20
 _LOG_LINES = 15
+_BANDWIDTH = re.compile(r"^tgi_memory_bandwidth_bytes_per_second(?:{[^}]*})? (\S+)$", re.MULTILINE)
 _FIRST = {"model": "model", "prompt": "The capital of France is", "max_tokens": 1, "temperature": 0}
 
 
@@ -92,6 +95,15 @@ def _answers(url: str, process: subprocess.Popen[bytes], deadline: float) -> boo
                     return True
         time.sleep(_POLL_S)
     return False
+
+
+def told_bandwidth(server: Running) -> float:
+    """Bytes a second that our own server found its memory to give at its start; 0: not measured."""
+    url = urllib.parse.urljoin(server.url, "/metrics")
+    with urllib.request.urlopen(url, timeout=_ANSWER_LIMIT_S) as answer:
+        found = _BANDWIDTH.search(answer.read().decode())
+    assert found
+    return float(found[1])
 
 
 def _tail(log: Path) -> str:
