@@ -12,10 +12,10 @@ namespace {
 // of 16 rows of a 1B 83.9 -> 82.2 ms, where the memory is fast 79.6 -> 79.2; with one row 1.5 % lost).
 constexpr int64_t kPairsAhead = 32;
 
-// kPrefetch lines of `next` for each pair of k: they arrive while this panel is computed, so that
+// Lines of `next` are asked for in each pair of k: they arrive while this panel is computed, so that
 // a second pass over the panel's rows does not leave the memory idle (m: 13.3 -> 9.5 ms for
 // 16 rows of a 268 MB weight on two Zen 4 cores, 0.95 of what the units can multiply).
-template <int kRows, int kPrefetch>
+template <int kRows, int kFetching>
 void multiply(const Panel& panel) {
   __m512 sum[kRows][2];
   KG_UNROLL for (int r = 0; r < kRows; r++) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
@@ -31,8 +31,8 @@ void multiply(const Panel& panel) {
   for (int64_t i = 0; i < pairs; i++) {
     const __m512bh w0 = (__m512bh)_mm512_loadu_si512(first + i * 32);
     const __m512bh w1 = (__m512bh)_mm512_loadu_si512(second + i * 32);
-    for (int line = 0; line < kPrefetch; line++, next += 64) _mm_prefetch(next, _MM_HINT_T1);
-    if constexpr (kPrefetch && kRows > kFewRows) {
+    next = fetch<kFetching>(next, i);
+    if constexpr (kFetching && kRows > kFewRows) {
       _mm_prefetch((const char*)(first + (i + kPairsAhead) * 32), _MM_HINT_T0);
       _mm_prefetch((const char*)(second + (i + kPairsAhead) * 32), _MM_HINT_T0);
     }
@@ -47,8 +47,9 @@ void multiply(const Panel& panel) {
 
 template <int kRows>
 void multiply_rows(const Panel& panel) {
-  const int64_t lines = panel.next ? panel.next_lines / (panel.k / 2) : 0;
-  switch (std::min<int64_t>(lines, 2)) {
+  switch (fetching_of<kRows>(panel.next, panel.next_lines, panel.k / 2)) {
+    case kOneOfFour:
+      return multiply<kRows, kOneOfFour>(panel);
     case 0:
       return multiply<kRows, 0>(panel);
     case 1:

@@ -13,7 +13,7 @@ inline __m512i four(const uint8_t* p) {
   return _mm512_set1_epi32(value);
 }
 
-template <int kRows, int kPrefetch>
+template <int kRows, int kFetching>
 void multiply(const Int8Panel& panel) {
   const char* first = panel.weight;
   const char* second = first + kBlock * panel.depth;
@@ -28,7 +28,7 @@ void multiply(const Int8Panel& panel) {
   for (int64_t i = 0; i < panel.depth; i += 4) {
     const __m512i w0 = _mm512_loadu_si512(first + i * kBlock);
     const __m512i w1 = _mm512_loadu_si512(second + i * kBlock);
-    for (int line = 0; line < kPrefetch; line++, next += 64) _mm_prefetch(next, _MM_HINT_T1);
+    next = fetch<kFetching>(next, i / 4);
     for (int r = 0; r < kRows; r++) {
       const __m512i x = four(panel.x + r * panel.x_stride + i);
       sum[r][0] = _mm512_dpbusd_epi32(sum[r][0], x, w0);
@@ -48,8 +48,9 @@ void multiply(const Int8Panel& panel) {
 
 template <int kRows>
 void multiply_rows(const Int8Panel& panel) {
-  const int64_t lines = panel.next ? panel.next_lines / (panel.depth / 4) : 0;
-  switch (std::min<int64_t>(lines, 2)) {
+  switch (fetching_of<kRows>(panel.next, panel.next_lines, panel.depth / 4)) {
+    case kOneOfFour:
+      return multiply<kRows, kOneOfFour>(panel);
     case 0:
       return multiply<kRows, 0>(panel);
     case 1:
