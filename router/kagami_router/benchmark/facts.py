@@ -9,8 +9,8 @@ from msgspec import Struct
 
 # Of the last steps that only decoded; 0 as long as there is none.
 BANDWIDTH_SHARE = "tgi_memory_bandwidth_used_ratio"
+BANDWIDTH = "tgi_memory_bandwidth_bytes_per_second"
 _TIMEOUT_S = 5.0
-_SAMPLE = re.compile(rf"^{BANDWIDTH_SHARE}(?:{{[^}}]*}})? (\S+)$", re.MULTILINE)
 
 
 class _Info(Struct):
@@ -44,9 +44,15 @@ async def model_name(session: aiohttp.ClientSession, origin: str) -> str:
 async def bandwidth_share(session: aiohttp.ClientSession, origin: str) -> float | None:
     """Share of the memory bandwidth that decoding used; None where the server does not tell."""
     body = await _read(session, f"{origin}/metrics")
-    found = _SAMPLE.search(body.decode(errors="replace")) if body is not None else None
+    return (gauge(body, BANDWIDTH_SHARE) or None) if body is not None else None
+
+
+def gauge(metrics: bytes, name: str) -> float | None:
+    """The value of a gauge in Prometheus' text; None where it is missing, or no number."""
+    pattern = rf"^{name}(?:{{[^}}]*}})? (\S+)$"
+    found = re.search(pattern, metrics.decode(errors="replace"), re.MULTILINE)
     try:
-        return (float(found[1]) or None) if found else None
+        return float(found[1]) if found else None
     except ValueError:
         return None
 

@@ -47,16 +47,9 @@ void multiply(const Panel& panel) {
 
 template <int kRows>
 void multiply_rows(const Panel& panel) {
-  switch (fetching_of<kRows>(panel.next, panel.next_lines, panel.k / 2)) {
-    case kOneOfFour:
-      return multiply<kRows, kOneOfFour>(panel);
-    case 0:
-      return multiply<kRows, 0>(panel);
-    case 1:
-      return multiply<kRows, 1>(panel);
-    default:
-      return multiply<kRows, 2>(panel);
-  }
+  with_fetching<kRows>(panel.next, panel.next_lines, panel.k / 2, [&](auto fetching) {
+    multiply<kRows, decltype(fetching)::value>(panel);
+  });
 }
 
 }  // namespace

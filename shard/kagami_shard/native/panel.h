@@ -7,6 +7,7 @@
 // processor.
 #pragma once
 #include <algorithm>
+#include <type_traits>
 
 #include "ops.h"
 
@@ -56,11 +57,23 @@ inline Kernel kernel_for(int64_t rows, bool use_amx) {
 constexpr int kOneOfFour = -1;
 constexpr int64_t kLongPanel = 1024;  // lines
 
-template <int kRows>
-inline int fetching_of(const char* next, int64_t lines, int64_t steps) {
-  if (!next) return 0;
-  if (kRows <= kFewRows && lines >= kLongPanel && lines >= 2 * steps) return kOneOfFour;
-  return (int)std::min<int64_t>(lines / steps, 2);
+template <int kFetching>
+using Fetching = std::integral_constant<int, kFetching>;
+
+// `multiply(Fetching<...>)`, for `lines` of `next` in so many steps.
+template <int kRows, class Multiply>
+inline void with_fetching(const char* next, int64_t lines, int64_t steps, Multiply multiply) {
+  const int64_t in_step = next ? lines / steps : 0;
+  if constexpr (kRows <= kFewRows)
+    if (in_step >= 2 && lines >= kLongPanel) return multiply(Fetching<kOneOfFour>());
+  switch (std::min<int64_t>(in_step, 2)) {
+    case 0:
+      return multiply(Fetching<0>());
+    case 1:
+      return multiply(Fetching<1>());
+    default:
+      return multiply(Fetching<2>());
+  }
 }
 
 template <int kFetching>

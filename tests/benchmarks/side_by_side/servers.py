@@ -4,7 +4,6 @@ import contextlib
 import http.client
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -20,11 +19,12 @@ from tests.benchmarks.side_by_side.memory import PeakMemory
 from tests.benchmarks.side_by_side.processes import send
 from tests.integration.conftest import free_port
 
+from kagami_router.benchmark.facts import BANDWIDTH, gauge
+
 _POLL_S = 0.02
 _ANSWER_LIMIT_S = 60
 _STOP_LIMIT_S = 20
 _LOG_LINES = 15
-_BANDWIDTH = re.compile(r"^tgi_memory_bandwidth_bytes_per_second(?:{[^}]*})? (\S+)$", re.MULTILINE)
 _FIRST = {"model": "model", "prompt": "The capital of France is", "max_tokens": 1, "temperature": 0}
 
 
@@ -101,9 +101,9 @@ def told_bandwidth(server: Running) -> float:
     """Bytes a second that our own server found its memory to give at its start; 0: not measured."""
     url = urllib.parse.urljoin(server.url, "/metrics")
     with urllib.request.urlopen(url, timeout=_ANSWER_LIMIT_S) as answer:
-        found = _BANDWIDTH.search(answer.read().decode())
-    assert found
-    return float(found[1])
+        told = gauge(answer.read(), BANDWIDTH)
+    assert told is not None
+    return told
 
 
 def _tail(log: Path) -> str:
