@@ -1,7 +1,8 @@
 """A probe: does a shard answer `Health`? For whoever starts shards and waits for them.
 
-Lives here so that gRPC stays out of the launcher. One connection for each question: a channel that
-met a missing socket once would wait longer and longer before it tries again.
+Lives here so that gRPC stays out of the launcher. One connection for each question: one that met a
+missing socket waits longer and longer before it tries again, and gRPC lends it to every channel of
+the process with the same address, unless told not to.
 """
 
 import grpc
@@ -11,7 +12,8 @@ from kagami_proto import generate_pb2, generate_pb2_grpc
 
 def is_healthy(address: str, timeout_s: float) -> bool:
     """Whether the shard at `address` (`unix:///tmp/text-generation-server-0`) answers in time."""
-    with grpc.insecure_channel(address) as channel:
+    own = [("grpc.use_local_subchannel_pool", 1)]
+    with grpc.insecure_channel(address, own) as channel:
         stub = generate_pb2_grpc.TextGenerationServiceStub(channel)
         try:
             stub.Health(generate_pb2.HealthRequest(), timeout=timeout_s)
