@@ -132,8 +132,8 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> ServeArgs:
 
 
 def cache_folder(environ: Mapping[str, str]) -> Path:
-    """The XDG Base Directory Specification's, and ours in it."""
-    base = environ.get("XDG_CACHE_HOME") or Path(environ.get("HOME") or "/tmp", ".cache")
+    """The XDG Base Directory Specification's, and ours in it; never one that others may fill."""
+    base = environ.get("XDG_CACHE_HOME") or Path(environ.get("HOME") or Path.home(), ".cache")
     return Path(base, "kagami", "native")
 
 

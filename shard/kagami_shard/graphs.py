@@ -304,7 +304,9 @@ class Recorder:
         width = embedded.source.shape[1]
         factor = 1.0 if multiplier is None else float(multiplier)
         if self._tied_head is None:
-            return CEmbedding(width, 0, self._pointer(embedded.weight.contiguous()), factor)
+            embedded.source = embedded.weight.contiguous()
+            self._kept.append(embedded)  # whole: of a table a step reads few rows (bandwidth.py)
+            return CEmbedding(width, 0, pointer(embedded.source), factor)
         embedded.source = torch.empty(0)
         return CEmbedding(width, 1, self._packed[id(self._tied_head)].address, factor)
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from kagami_shard import cgroup
+
 # What the measured step may not have shown: fragmentation, libraries' workspaces.
 _CUDA_RESERVE = 0.03
 # The rest is for the activations of larger steps, the page cache and everything else on the host.
@@ -55,13 +57,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def available_host_bytes() -> int:
-    """MemAvailable of /proc/meminfo, or what the cgroup leaves if that is less."""
+    """MemAvailable of /proc/meminfo, or what the control groups leave if that is less."""
     available = _meminfo("MemAvailable")
-    limit = _read_int(Path("/sys/fs/cgroup/memory.max"))
-    used = _read_int(Path("/sys/fs/cgroup/memory.current"))
-    if limit is not None and used is not None:
-        available = min(available, max(0, limit - used))
-    return available
+    limited = cgroup.available_bytes()
+    return available if limited is None else min(available, limited)
 
 
 def _meminfo(name: str) -> int:
@@ -70,10 +69,3 @@ def _meminfo(name: str) -> int:
         if key == name:
             return int(rest.split()[0]) * 1024
     raise OSError(f"/proc/meminfo has no {name}")
-
-
-def _read_int(path: Path) -> int | None:
-    try:
-        return int(path.read_text(encoding="ascii"))
-    except (OSError, ValueError):
-        return None

@@ -36,30 +36,52 @@ def find_compiler() -> str | None:
 
 
 def library_path(cache: Path, compiler: str, extra: Sequence[str] = ()) -> Path:
-    """Where the library of these sources, this compiler and these flags belongs."""
-    digest = hashlib.sha256()
-    for source in sorted(SOURCES.glob("*.cpp")) + sorted(SOURCES.glob("*.h")):
-        digest.update(source.name.encode() + source.read_bytes())
-    digest.update(repr((*FLAGS, *extra)).encode() + _version(compiler))
-    return cache / f"kagami-native-{digest.hexdigest()[:16]}.so"
+    """Where the library of these sources, these flags and this compiler belongs.
+
+    Raises `BuildFailed`.
+    """
+    return cache / f"{_stem(extra)}-{_short(_version(compiler))}.so"
+
+
+def find_library(cache: Path, extra: Sequence[str] = ()) -> Path | None:
+    """The library, if it is built; without a compiler any compiler's. Raises `BuildFailed`."""
+    if (compiler := find_compiler()) is None:
+        return next(cache.glob(f"{_stem(extra)}-*.so"), None)
+    path = library_path(cache, compiler, extra)
+    return path if path.is_file() else None
 
 
 def build(cache: Path, extra: Sequence[str] = ()) -> Path:
     """The library's path; built if it is not there. Raises `BuildFailed`."""
+    if (built := find_library(cache, extra)) is not None:
+        return built
     if (compiler := find_compiler()) is None:
         raise BuildFailed(f"no compiler: none of {', '.join(COMPILERS)} is on PATH")
     path = library_path(cache, compiler, extra)
-    if path.is_file():
-        return path
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as folder:
             output = Path(folder) / path.name
             _compile(compiler, output, extra)
+            # On the disk before it has its name: half a library ends the process that loads it.
+            with output.open("rb") as written:
+                os.fsync(written.fileno())
             os.replace(output, path)  # two shards may build at once
     except OSError as error:
         raise BuildFailed(f"{error}") from error
     return path
+
+
+def _stem(extra: Sequence[str] = ()) -> str:
+    digest = hashlib.sha256()
+    for source in sorted(SOURCES.glob("*.cpp")) + sorted(SOURCES.glob("*.h")):
+        digest.update(source.name.encode() + source.read_bytes())
+    digest.update(repr((*FLAGS, *extra)).encode())
+    return f"kagami-native-{digest.hexdigest()[:16]}"
+
+
+def _short(text: bytes) -> str:
+    return hashlib.sha256(text).hexdigest()[:8]
 
 
 def _compile(compiler: str, output: Path, extra: Sequence[str]) -> None:
@@ -76,4 +98,7 @@ def _compile(compiler: str, output: Path, extra: Sequence[str]) -> None:
 
 
 def _version(compiler: str) -> bytes:
-    return subprocess.run([compiler, "--version"], capture_output=True, timeout=60).stdout
+    try:
+        return subprocess.run([compiler, "--version"], capture_output=True, timeout=60).stdout
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BuildFailed(f"{compiler} does not say its version: {error}") from error

@@ -150,7 +150,6 @@ class CBuffer(ctypes.Structure):
         ("columns", c_int32),
         ("item_size", c_int32),
         ("is_replicated", c_int32),
-        ("reserved", c_int32),
     )
 
 
@@ -187,7 +186,6 @@ class CDecodes(ctypes.Structure):
 
 
 _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
-    "kg_cpu_is_supported": (c_int, ()),
     "kg_has_amx": (c_int, ()),
     "kg_pool_new": (c_void_p, (c_int, c_int, c_int)),
     "kg_pool_delete": (None, (c_void_p,)),
@@ -217,10 +215,6 @@ class Library(ctypes.CDLL):
         for name, (result, arguments) in _SIGNATURES.items():
             function = getattr(self, name)
             function.restype, function.argtypes = result, arguments
-
-    @property
-    def cpu_is_supported(self) -> bool:
-        return bool(self.kg_cpu_is_supported())
 
 
 def pointer(tensor: Tensor | None) -> int | None:

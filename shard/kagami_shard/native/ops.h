@@ -94,7 +94,6 @@ typedef struct {
 typedef struct {
   int32_t columns, item_size;
   int32_t is_replicated;  // small steps give each thread a copy of its own (KG_NORM's output)
-  int32_t reserved;
 } kg_buffer;
 
 typedef struct kg_batch {  // one step; see batch.py and kv_cache.py
@@ -121,8 +120,7 @@ typedef struct {    // greedy decodes, one token of each sequence, that go on fr
 typedef struct kg_pool kg_pool;
 typedef struct kg_tape kg_tape;
 
-int kg_cpu_is_supported(void);  // AVX-512 with bf16; the only call that any x86-64 may make
-int kg_has_amx(void);           // and this process may use it
+int kg_has_amx(void);  // and this process may use it
 
 // Threads, the caller counted. At a barrier a thread looks `spins` times before it sleeps.
 kg_pool* kg_pool_new(int num_threads, int spins, int use_amx);

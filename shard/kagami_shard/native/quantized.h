@@ -20,10 +20,9 @@
 
 namespace kg {
 
-constexpr int kDepth8 = 64;  // columns of an int8 panel are padded to this: an AMX tile's depth
-
-// Rows of int8 activations: u8 (128 more than the value) padded to kDepth8, then a float scale.
-inline int64_t activation_columns(int64_t columns) { return round_up(columns, kDepth8) + 64; }
+// Columns of an int8 panel are padded to this: an AMX tile's depth. Rows of int8 activations: u8 (128
+// more than the value) padded to this, then a float scale.
+constexpr int kDepth8 = 64;
 
 inline int64_t num_groups(const kg_linear& weight) {
   return (weight.columns + weight.group - 1) / weight.group;

@@ -136,22 +136,22 @@ struct Choice {
   float total;  // of exp(logit - largest); NaN where that is no distribution
 };
 
-Choice choose(const float* logits, int64_t begin, int64_t end) {
+Choice choose(const float* logits, int64_t count) {
   const __m512 none = _mm512_set1_ps(-INFINITY);
   __m512 largest = none;
   __mmask16 unordered = 0;
-  for (int64_t i = begin; i < end; i += kLanes) {
-    const __m512 x = _mm512_mask_loadu_ps(none, lanes(end - i), logits + i);
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const __m512 x = _mm512_mask_loadu_ps(none, lanes(count - i), logits + i);
     unordered |= _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
     largest = _mm512_max_ps(largest, x);
   }
-  Choice choice{_mm512_reduce_max_ps(largest), begin, NAN};
+  Choice choice{_mm512_reduce_max_ps(largest), 0, NAN};
   if (unordered || !isfinite(choice.largest)) return choice;
   const __m512 top = _mm512_set1_ps(choice.largest);
   __m512 total = _mm512_setzero_ps();
   bool is_found = false;
-  for (int64_t i = begin; i < end; i += kLanes) {
-    const __mmask16 mask = lanes(end - i);
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const __mmask16 mask = lanes(count - i);
     const __m512 x = _mm512_mask_loadu_ps(none, mask, logits + i);
     total = _mm512_mask_add_ps(total, mask, total, exp(_mm512_sub_ps(x, top)));
     const __mmask16 hit = is_found ? 0 : _mm512_cmp_ps_mask(x, top, _CMP_EQ_OQ);
@@ -168,7 +168,7 @@ Choice choose(const float* logits, int64_t begin, int64_t end) {
 
 void choose_rows(const float* logits, Part rows, int64_t vocab_size, int64_t* ids, float* logprobs) {
   for (int64_t row = rows.begin; row < rows.end; row++) {
-    const Choice choice = choose(logits + row * vocab_size, 0, vocab_size);
+    const Choice choice = choose(logits + row * vocab_size, vocab_size);
     ids[row] = choice.id;
     logprobs[row] = -logf(choice.total);  // logit - (largest + log total), the two are equal
   }

@@ -4,6 +4,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from kagami_shard.graphs import NotRecordable
 from kagami_shard.models.base import Model
 from kagami_shard.models.decoder import Decoder
 from kagami_shard.models.recorded import RecordedDecoder
-from kagami_shard.native.build import BuildFailed, build, find_compiler, library_path
+from kagami_shard.native.build import BuildFailed, build, find_library
 from kagami_shard.native.check import agrees_with_torch
 from kagami_shard.native.cpu import cpu_is_supported
 from kagami_shard.native.library import Library
@@ -78,9 +79,9 @@ def will_pack(*, dtype: torch.dtype, device: torch.device, cache: Path) -> bool:
     """Whether a decoder's weights will be packed as soon as it is loaded, if nothing is wrong."""
     try:
         _check_place(dtype, device)
+        return _is_built(cache)
     except Unavailable:
         return False
-    return _is_built(cache)
 
 
 def _check(model: Model, dtype: torch.dtype, device: torch.device) -> Decoder:
@@ -101,19 +102,21 @@ def _check_place(dtype: torch.dtype, device: torch.device) -> None:
 
 
 def _is_built(cache: Path) -> bool:
-    compiler = find_compiler()
-    return compiler is not None and library_path(cache, compiler).is_file()
+    try:
+        return find_library(cache) is not None
+    except BuildFailed as error:
+        raise Unavailable(f"the library cannot be built: {error}") from error
 
 
 def _switch(engine: Engine, decoder: Decoder, cache: Path, num_threads: int) -> None:
     started = time.monotonic()
     try:
-        runtime = Runtime(Library(build(cache)), num_threads)
+        runtime = Runtime(_load(build(cache)), num_threads)
         if not agrees_with_torch(runtime):
             raise Unavailable("the library disagrees with torch")
         model = RecordedDecoder(decoder, runtime)
-    except (BuildFailed, OSError) as error:
-        raise Unavailable(f"the library cannot be loaded: {error}") from error
+    except BuildFailed as error:
+        raise Unavailable(f"the library cannot be built: {error}") from error
     except NotRecordable as error:
         raise Unavailable(f"model type {decoder.model_type}: {error}") from error
     if engine.cache is not None:
@@ -127,6 +130,15 @@ def _switch(engine: Engine, decoder: Decoder, cache: Path, num_threads: int) -> 
             "seconds": round(time.monotonic() - started, 2),
         },
     )
+
+
+def _load(path: Path) -> Library:
+    try:
+        return Library(path)
+    except OSError as error:
+        with suppress(OSError):
+            path.unlink()  # it is damaged: the next start builds another
+        raise Unavailable(f"the library cannot be loaded: {error}") from error
 
 
 def _log(reason: Unavailable) -> None:

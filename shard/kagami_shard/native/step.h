@@ -45,7 +45,6 @@ inline bool cuts_rows(int64_t rows, int64_t num_threads, int64_t rows_apart) {
 struct Buffer {
   char* base;
   int64_t row_bytes;
-  int64_t columns;
   bool is_replicated;
 };
 

@@ -226,7 +226,7 @@ extern "C" kg_tape* kg_tape_new(kg_pool* pool, const kg_op* ops, int num_ops,
     int64_t row_bytes = round_up(shape.columns, kDepth) * shape.item_size;
     row_bytes = round_up(row_bytes, 64);
     if (row_bytes % 1024 == 0) row_bytes += 64;
-    tape->buffers.push_back({nullptr, row_bytes, shape.columns, shape.is_replicated != 0});
+    tape->buffers.push_back({nullptr, row_bytes, shape.is_replicated != 0});
   }
   if (!tape->threads.reserve(kScratchBytes * pool->num_threads)) return nullptr;
   for (int i = 0; i < pool->num_threads; i++)
@@ -285,12 +285,6 @@ extern "C" void* kg_huge_alloc(int64_t bytes) {
 
 extern "C" void kg_huge_free(void* base, int64_t bytes) {
   if (base) munmap(base, mapped_bytes(bytes));
-}
-
-extern "C" int kg_cpu_is_supported(void) {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
 }
 
 extern "C" int kg_has_amx(void) { return has_amx(); }

@@ -13,6 +13,7 @@ from tests.shard.models.test_decoder import CONFIGS
 
 from kagami_shard import cli
 from kagami_shard.attention.cpu import CpuAttention
+from kagami_shard.bandwidth import weight_bytes
 from kagami_shard.kv_cache import KVCache
 from kagami_shard.models.decoder import Decoder
 from kagami_shard.models.recorded import RecordedDecoder
@@ -68,6 +69,23 @@ def test_weights_packed_from_their_files_are_those_packed_from_memory(
         runner = Runner(model, dtype=torch.bfloat16, attention=CpuAttention())
         logits.append(runner.step((runner.add(range(9)), 9))[0].clone())
     assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_a_table_that_is_not_the_head_is_not_read_whole(
+    is_tied: bool, quantize: str | None, runtime: Runtime, save_checkpoint: Callable[..., tuple]
+) -> None:
+    config = CONFIGS["llama"].__class__(
+        **{**CONFIGS["llama"].to_dict(), "vocab_size": 50_000, "tie_word_embeddings": is_tied}
+    )
+    folder, _ = save_checkpoint(config)
+    decoder = load_model(
+        folder, dtype=torch.bfloat16, device=torch.device("cpu"), quantize=quantize
+    )
+    model = RecordedDecoder(decoder, runtime)
+    head = 50_000 * config.hidden_size  # its numbers
+    assert head * (1 if quantize else 2) <= weight_bytes(model) < 3 * head
 
 
 def test_a_chunk_in_the_middle_of_a_prompt_wants_no_logits(

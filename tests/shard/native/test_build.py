@@ -4,7 +4,13 @@ import pytest
 from tests.fakes.native import needs_library
 
 from kagami_shard.native import build as module
-from kagami_shard.native.build import BuildFailed, build, find_compiler, library_path
+from kagami_shard.native.build import (
+    BuildFailed,
+    build,
+    find_compiler,
+    find_library,
+    library_path,
+)
 from kagami_shard.native.cpu import cpu_is_supported
 
 
@@ -34,6 +40,26 @@ def test_a_compiler_that_fails_is_told_in_one_line(tmp_path: Path) -> None:
 def test_no_compiler_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "find_compiler", lambda: None)
     with pytest.raises(BuildFailed, match="no compiler"):
+        build(tmp_path)
+
+
+def test_what_was_built_is_found_when_the_compiler_is_gone(
+    native_cache: Path, library: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = build(native_cache)
+    monkeypatch.setattr(module, "find_compiler", lambda: None)
+    assert find_library(native_cache).name.startswith(built.name.rsplit("-", 1)[0])
+    assert build(native_cache).is_file()
+
+
+def test_a_compiler_that_cannot_run_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    no_program = tmp_path / "c++"
+    no_program.write_text("")
+    no_program.chmod(0o755)
+    monkeypatch.setattr(module, "find_compiler", lambda: str(no_program))
+    with pytest.raises(BuildFailed, match=r"c\+\+ does not say its version: .*Exec format"):
         build(tmp_path)
 
 

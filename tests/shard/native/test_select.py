@@ -14,7 +14,8 @@ from kagami_shard.engine import Engine
 from kagami_shard.models.base import Model
 from kagami_shard.models.recorded import RecordedDecoder
 from kagami_shard.models.registry import load_model
-from kagami_shard.native import select
+from kagami_shard.native import build, select
+from kagami_shard.native.build import find_compiler, library_path
 from kagami_shard.native.select import switch_to_native, will_pack
 
 CPU = torch.device("cpu")
@@ -97,6 +98,37 @@ def test_a_library_that_disagrees_is_not_used(
         )
     assert engine.attention_name == "sdpa"
     assert "the library disagrees with torch" in caplog.text
+
+
+def test_a_damaged_library_is_not_used_and_makes_room_for_another(
+    engine: Engine, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    compiler = find_compiler()
+    assert compiler is not None
+    damaged = library_path(tmp_path, compiler)
+    damaged.write_bytes(b"")
+    with caplog.at_level(logging.INFO):
+        later = switch_to_native(
+            engine, dtype=torch.bfloat16, device=CPU, cache=tmp_path, num_threads=2
+        )
+    assert later is None
+    assert engine.attention_name == "sdpa"
+    assert "the library cannot be loaded" in caplog.text
+    assert not damaged.exists()
+
+
+def test_a_compiler_that_cannot_run_leaves_torch(
+    engine: Engine,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(build, "find_compiler", lambda: str(tmp_path))
+    assert not will_pack(dtype=torch.bfloat16, device=CPU, cache=tmp_path)
+    with caplog.at_level(logging.INFO):
+        switch_to_native(engine, dtype=torch.bfloat16, device=CPU, cache=tmp_path, num_threads=2)
+    assert engine.attention_name == "sdpa"
+    assert "the library cannot be built" in caplog.text
 
 
 def test_weights_are_left_in_their_files_for_a_library_that_is_built(
