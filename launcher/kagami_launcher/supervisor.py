@@ -1,9 +1,9 @@
 """Children: start them, forward every line they say, learn of their end, stop them.
 
 Threads and one queue. Each child has two threads that read its pipes and one that waits for its
-end; everything the main thread has to know arrives in the queue as an event. Signal handlers only
-put an event there (`SimpleQueue.put` may be called from one). Children are started by the main
-thread alone: the kernel's parent-death signal is tied to the thread that forked.
+end; everything the main thread has to know arrives in the queue as an event, signals too, which a
+thread hears of. Children are started by the main thread alone: the kernel's parent-death signal is
+tied to the thread that forked.
 
     child stdout ─┐ a thread per pipe: whole lines, parsed, rank and target set ─► Output
     child stderr ─┘
@@ -225,9 +225,19 @@ class Supervisor:
 
     @contextmanager
     def signals(self) -> Iterator[None]:
-        """Turn the stop signals into events while the scope lasts; `nohup` is respected."""
+        """Turn the stop signals into events while the scope lasts; `nohup` is respected.
+
+        Through a pipe that the interpreter writes to at once. A handler in Python runs between two
+        steps of the main thread: for a signal that comes right before that begins to wait, or to
+        another thread, it would run when the wait is over.
+        """
+        reading, writing = os.pipe()
+        os.set_blocking(writing, False)
+        listener = threading.Thread(target=self._hear, args=(reading,), daemon=True)
+        listener.start()
+        writing_before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
         before = {
-            number: signal.signal(number, lambda got, _: self._events.put(StopAsked(got)))
+            number: signal.signal(number, lambda *_: None)
             for number in _STOP_SIGNALS
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
         }
@@ -236,6 +246,15 @@ class Supervisor:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+            signal.set_wakeup_fd(writing_before)
+            os.close(writing)
+            listener.join()
+            os.close(reading)
+
+    def _hear(self, pipe: int) -> None:
+        while numbers := os.read(pipe, 64):
+            for number in numbers:
+                self._events.put(StopAsked(number))
 
     def held_output(self) -> HeldOutput:
         """For a child that nobody shall hear yet."""

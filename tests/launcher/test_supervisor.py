@@ -1,12 +1,15 @@
-"""What a child says before anybody shall hear it."""
+"""What a child says before anybody shall hear it, and signals that come at a bad moment."""
 
 import os
+import signal
+import threading
+import time
 from collections.abc import Iterator
 from threading import Thread
 
 import pytest
 
-from kagami_launcher.supervisor import HeldOutput, Output
+from kagami_launcher.supervisor import HeldOutput, Output, StopAsked, Supervisor
 
 
 class Pipe:
@@ -63,3 +66,28 @@ def test_no_line_is_lost_or_passed_by_while_it_is_released(pipe: Pipe) -> None:
     held.release()
     writer.join()
     assert pipe.heard().split() == [str(number) for number in range(2000)]
+
+
+def test_a_signal_that_another_thread_gets_ends_the_wait(pipe: Pipe) -> None:
+    def signal_itself() -> None:
+        time.sleep(0.2)  # the main thread waits meanwhile; if it does not yet, the test says less
+        signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    supervisor = Supervisor(pipe.output)
+    with supervisor.signals():
+        thread = Thread(target=signal_itself)
+        thread.start()
+        event = supervisor.next_event(20.0)
+        thread.join()
+    assert event == StopAsked(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_every_signal_is_heard_and_none_behind_the_scope(pipe: Pipe) -> None:
+    supervisor = Supervisor(pipe.output)
+    with supervisor.signals():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+    heard = [supervisor.next_event(0.0) for _ in range(3)]
+    assert heard == [StopAsked(signal.SIGINT), StopAsked(signal.SIGTERM), None]
