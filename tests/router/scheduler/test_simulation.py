@@ -244,7 +244,7 @@ class Simulation:
         assert self.num_ended == len(self.tokens)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(worlds)
 def test_everybody_ends_with_the_right_tokens_whatever_happens(world: World) -> None:
     Simulation(world).run()

@@ -122,7 +122,7 @@ def test_values_may_be_of_another_size_than_keys() -> None:
     assert worst_difference(MIXED, Shape(2, 2, head_dim=12, value_dim=8)) < 1e-5
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     work=st.lists(st.tuples(st.integers(0, 14), st.integers(1, 9)), min_size=1, max_size=5),
     shape=st.builds(
