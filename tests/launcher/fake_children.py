@@ -91,7 +91,8 @@ def shard(argv: list[str]) -> int:
         awaited = "router-serves" if mode == "crash" else "router-start"
         while awaited not in events.read_text():
             stop.wait(0.02)
-        stop.wait(0.3)
+        # The launcher has to have seen that all are ready; "fail" is as early as the router's end.
+        stop.wait(1.5 if mode == "crash" else 0.3)
         if mode == "crash":
             os.kill(os.getpid(), signal.SIGKILL)
         say("ERROR", "the GPU is lost")
