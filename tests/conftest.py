@@ -1,8 +1,17 @@
-"""For all tests: no example has to be quick, as others may have the machine just then."""
+"""For all tests: what fails here fails everywhere and again, whoever else has the machine.
+
+Properties are tried on the same examples each time: some compare roundings, and one example in
+thousands is beyond what they allow. `HYPOTHESIS_PROFILE=default` looks for others.
+"""
+
+import os
 
 from hypothesis import HealthCheck, settings
 
 settings.register_profile(
-    "shared machine", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    "shared machine",
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
 )
-settings.load_profile("shared machine")
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "shared machine"))
