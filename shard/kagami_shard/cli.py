@@ -133,7 +133,9 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> ServeArgs:
 
 def cache_folder(environ: Mapping[str, str]) -> Path:
     """The XDG Base Directory Specification's, and ours in it; never one that others may fill."""
-    base = environ.get("XDG_CACHE_HOME") or Path(environ.get("HOME") or Path.home(), ".cache")
+    # Not Path.home(): a container's user may have none, which must not keep a shard from starting.
+    home = environ.get("HOME") or os.path.expanduser("~")
+    base = environ.get("XDG_CACHE_HOME") or Path(home, ".cache")
     return Path(base, "kagami", "native")
 
 

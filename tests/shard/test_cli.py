@@ -1,3 +1,4 @@
+import pwd
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,25 @@ def test_defaults(tmp_path: Path) -> None:
     assert args.model_folder == tmp_path
     assert (args.dtype, args.uds_path) == ("bfloat16", "/tmp/text-generation-server")
     assert (args.rank, args.world_size, args.max_total_tokens) == (0, 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("environ", "folder"),
+    [
+        ({"XDG_CACHE_HOME": "/x", "HOME": "/h"}, "/x/kagami/native"),
+        ({"HOME": "/h"}, "/h/.cache/kagami/native"),
+        ({}, "~/.cache/kagami/native"),
+    ],
+)
+def test_a_user_without_a_home_has_a_cache_all_the_same(
+    environ: dict[str, str], folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_entry(uid: int) -> None:
+        raise KeyError(uid)
+
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", no_entry)
+    assert cli.cache_folder(environ) == Path(folder)
 
 
 def test_rank_and_limits_come_from_the_environment(tmp_path: Path) -> None:

@@ -40,7 +40,8 @@ def library_path(cache: Path, compiler: str, extra: Sequence[str] = ()) -> Path:
 
     Raises `BuildFailed`.
     """
-    return cache / f"{_stem(extra)}-{_short(_version(compiler))}.so"
+    version = hashlib.sha256(_version(compiler)).hexdigest()
+    return cache / f"{_stem(extra)}-{version[:8]}.so"
 
 
 def find_library(cache: Path, extra: Sequence[str] = ()) -> Path | None:
@@ -78,10 +79,6 @@ def _stem(extra: Sequence[str] = ()) -> str:
         digest.update(source.name.encode() + source.read_bytes())
     digest.update(repr((*FLAGS, *extra)).encode())
     return f"kagami-native-{digest.hexdigest()[:16]}"
-
-
-def _short(text: bytes) -> str:
-    return hashlib.sha256(text).hexdigest()[:8]
 
 
 def _compile(compiler: str, output: Path, extra: Sequence[str]) -> None:

@@ -115,8 +115,8 @@ def _switch(engine: Engine, decoder: Decoder, cache: Path, num_threads: int) -> 
         if not agrees_with_torch(runtime):
             raise Unavailable("the library disagrees with torch")
         model = RecordedDecoder(decoder, runtime)
-    except BuildFailed as error:
-        raise Unavailable(f"the library cannot be built: {error}") from error
+    except (BuildFailed, OSError) as error:
+        raise Unavailable(f"the library cannot be loaded: {error}") from error
     except NotRecordable as error:
         raise Unavailable(f"model type {decoder.model_type}: {error}") from error
     if engine.cache is not None:
@@ -135,10 +135,10 @@ def _switch(engine: Engine, decoder: Decoder, cache: Path, num_threads: int) -> 
 def _load(path: Path) -> Library:
     try:
         return Library(path)
-    except OSError as error:
+    except OSError:
         with suppress(OSError):
             path.unlink()  # it is damaged: the next start builds another
-        raise Unavailable(f"the library cannot be loaded: {error}") from error
+        raise
 
 
 def _log(reason: Unavailable) -> None:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -76,9 +77,8 @@ def test_weights_packed_from_their_files_are_those_packed_from_memory(
 def test_a_table_that_is_not_the_head_is_not_read_whole(
     is_tied: bool, quantize: str | None, runtime: Runtime, save_checkpoint: Callable[..., tuple]
 ) -> None:
-    config = CONFIGS["llama"].__class__(
-        **{**CONFIGS["llama"].to_dict(), "vocab_size": 50_000, "tie_word_embeddings": is_tied}
-    )
+    config = deepcopy(CONFIGS["llama"])
+    config.update({"vocab_size": 50_000, "tie_word_embeddings": is_tied})
     folder, _ = save_checkpoint(config)
     decoder = load_model(
         folder, dtype=torch.bfloat16, device=torch.device("cpu"), quantize=quantize

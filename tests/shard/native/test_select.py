@@ -117,6 +117,25 @@ def test_a_damaged_library_is_not_used_and_makes_room_for_another(
     assert not damaged.exists()
 
 
+def test_weights_that_cannot_be_read_while_packed_leave_torch(
+    engine: Engine,
+    native_cache: Path,
+    library: object,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def unreadable(*_: object) -> None:
+        raise OSError("Input/output error")
+
+    monkeypatch.setattr(select, "RecordedDecoder", unreadable)
+    with caplog.at_level(logging.INFO):
+        switch_to_native(
+            engine, dtype=torch.bfloat16, device=CPU, cache=native_cache, num_threads=2
+        )
+    assert engine.attention_name == "sdpa"
+    assert "the library cannot be loaded: Input/output error" in caplog.text
+
+
 def test_a_compiler_that_cannot_run_leaves_torch(
     engine: Engine,
     tmp_path: Path,
