@@ -1,7 +1,7 @@
 """A shard and a router to start instead of the real ones; the environment says how they behave.
 
 FAKE_SHARD: serve (default), die, hang (never ready), deaf (never ready, ignores SIGTERM), crash
-(ready; SIGKILLs itself 0.3 s after a router serves), fail (ready; ends with an error 0.3 s after
+(ready; SIGKILLs itself 1.5 s after a router serves), fail (ready; ends with an error 0.3 s after
 one started), stuck (ready, ignores SIGTERM); FAKE_SHARD_1 for rank 1 alone. FAKE_NUM_SHARD: how
 many the router waits for.
 FAKE_ROUTER: serve (default), busy,
@@ -42,30 +42,25 @@ def note(event: str) -> None:
 
 
 class Stop:
-    """Set by a signal. A `threading.Event` may not be: its handler would wait for the lock that the
-    main thread holds where it begins to wait."""
+    """Set by SIGTERM, as `Supervisor.signals` hears of it: no handler in Python has to run. A
+    `threading.Event` may not be set by one: it would wait for the lock that the main thread holds
+    where it begins to wait."""
 
     def __init__(self) -> None:
-        self._reader, self._writer = os.pipe()
-
-    def set(self) -> None:
-        os.write(self._writer, b"x")
+        self._reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        signal.set_wakeup_fd(writer)
+        signal.signal(signal.SIGTERM, lambda *_: None)
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Whether it is set, at the latest after `timeout_s`."""
         return bool(select.select([self._reader], [], [], timeout_s)[0])
 
 
-def stop_at_sigterm() -> Stop:
-    stop = Stop()
-    signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    return stop
-
-
 def shard(argv: list[str]) -> int:
     rank = os.environ["RANK"]
     mode = os.environ.get(f"FAKE_SHARD_{rank}") or os.environ.get("FAKE_SHARD", "serve")
-    stop = stop_at_sigterm()
+    stop = Stop()
     note("shard-start")
     if mode == "die":
         sys.stderr.write("Traceback (most recent call last):\nRuntimeError: no weight for you\n")
@@ -105,7 +100,7 @@ def shard(argv: list[str]) -> int:
 
 def router(argv: list[str]) -> int:
     mode = os.environ.get("FAKE_ROUTER", "serve")
-    stop = stop_at_sigterm()
+    stop = Stop()
     # Started beside the shards, it waits for them; its warm-up gives the launcher time to see them.
     master = argv[argv.index("--master-shard-uds-path") + 1].removesuffix("-0")
     num_shard = int(os.environ.get("FAKE_NUM_SHARD", "1"))
