@@ -26,7 +26,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,clients]'
 	$(BIN)/pip install --quiet --no-deps $(DEMO) $(CLIENTS)
-	$(BIN)/python -m kagami_shard.native "$${XDG_CACHE_HOME:-$$HOME/.cache}/kagami/native"
+	$(BIN)/python -m kagami_shard.backends.native "$${XDG_CACHE_HOME:-$$HOME/.cache}/kagami/native"
 	touch $@
 
 install: $(STAMP) ## make the virtual environment with everything in it

@@ -13,7 +13,7 @@ from dataclasses import Field, dataclass, field, fields
 from importlib.metadata import version
 from typing import Any, NoReturn, TypeVar, cast
 
-from kagami_launcher.hub import EMBEDDED_MODEL_ID
+from kagami_launcher.model.source import EMBEDDED_MODEL_ID
 
 PROGRAM = "text-generation-launcher"
 DISTRIBUTION = "kagami-tgi"

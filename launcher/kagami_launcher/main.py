@@ -21,9 +21,11 @@ from pathlib import Path
 from opentelemetry.context import get_current
 from opentelemetry.trace import Span, Tracer, get_current_span
 
-from kagami_launcher import cli, environment, hub, hub_cache, plan, pulse, sockets
+from kagami_launcher import cli, environment, plan, pulse, sockets
 from kagami_launcher.cli import Invocation
-from kagami_launcher.hub import ModelSource
+from kagami_launcher.model import hub_cache
+from kagami_launcher.model import source as hub
+from kagami_launcher.model.source import ModelSource
 from kagami_launcher.notify import Notifier, NotifySettings, own_settings
 from kagami_launcher.plan import Devices, LaunchFailed, RouterPlan, ShardPlan
 from kagami_launcher.supervisor import (

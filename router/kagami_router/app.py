@@ -22,24 +22,24 @@ from kagami_proto import logs
 from kagami_proto.errors import GenerationFailed, ShardLost
 from kagami_proto.span_names import Key, SpanName
 from kagami_proto.tracing import NO_TRACING, Tracing, context_of, open_tracing, span
-from kagami_router import chat_template, tokenizer
-from kagami_router.api.connections import Runner
+from kagami_router.api.native.service import TGI_VERSION, Door, Front
 from kagami_router.api.routes import make_app, make_metrics_app
-from kagami_router.api.schemas import Info
-from kagami_router.api.service import TGI_VERSION, Door, Front
-from kagami_router.batching_loop import BatchingLoop
+from kagami_router.api.schemas.native import Info
+from kagami_router.api.web.connections import Runner
 from kagami_router.cli import RouterArgs, own_version
-from kagami_router.infer import Infer
-from kagami_router.metrics import Capacity, Metrics
+from kagami_router.request.validation import Limits, Validation
 from kagami_router.scheduler.scheduler import (
     DEFAULT_MAX_WAITING_TOKENS,
     DEFAULT_WAITING_SERVED_RATIO,
     Scheduler,
     SchedulerConfig,
 )
-from kagami_router.shard_client import Pool, ShardGroup, ShardInfo
-from kagami_router.tool_formats import find_format
-from kagami_router.validation import Limits, Validation
+from kagami_router.serving.batching_loop import BatchingLoop
+from kagami_router.serving.infer import Infer
+from kagami_router.shards.client import Pool, ShardGroup, ShardInfo
+from kagami_router.telemetry.metrics import Capacity, Metrics
+from kagami_router.text import chat_template, tokenizer
+from kagami_router.tools.formats import find_format
 
 logger = logging.getLogger(__name__)
 

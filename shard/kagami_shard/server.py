@@ -22,21 +22,21 @@ from kagami_proto.errors import KagamiError, RankLost
 from kagami_proto.generate_pb2_grpc import add_TextGenerationServiceServicer_to_server
 from kagami_proto.span_names import Key, SpanName
 from kagami_proto.tracing import context_of, open_tracing, span
-from kagami_shard import cgroup
-from kagami_shard.attention.select import select_attention
-from kagami_shard.bandwidth import read_bandwidth
+from kagami_shard.backends.native.select import LaterSwitch, switch_to_native, will_pack
+from kagami_shard.backends.select import select_attention
 from kagami_shard.cli import ServeArgs
-from kagami_shard.distributed import connect
-from kagami_shard.engine import Engine
-from kagami_shard.memory import is_out_of_memory
+from kagami_shard.engine.engine import Engine
+from kagami_shard.engine.traces import SequenceTraces
+from kagami_shard.engine.worker import Worker
+from kagami_shard.machine import cgroup
+from kagami_shard.machine.bandwidth import read_bandwidth
+from kagami_shard.machine.distributed import connect
+from kagami_shard.machine.memory import is_out_of_memory
 from kagami_shard.models.base import Model
 from kagami_shard.models.registry import load_model
-from kagami_shard.native.select import LaterSwitch, switch_to_native, will_pack
 from kagami_shard.sampling.grammar import Grammars
 from kagami_shard.sampling.watermark import Watermark
-from kagami_shard.sequence_traces import SequenceTraces
 from kagami_shard.service import TextGenerationService
-from kagami_shard.worker import Worker
 
 logger = logging.getLogger(__name__)
 

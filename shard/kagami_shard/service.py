@@ -16,12 +16,12 @@ from kagami_proto import generate_pb2_grpc
 from kagami_proto.errors import InvalidRequest, RankLost
 from kagami_proto.span_names import Key, SpanName
 from kagami_proto.tracing import NO_TRACING, context_of, span
-from kagami_shard.engine import Engine, Limits
-from kagami_shard.kv_cache import KVCache
+from kagami_shard.engine.engine import Engine, Limits
+from kagami_shard.engine.step import NewSequence, PromptLogprobs, Step, StepResult, WorkColumns
+from kagami_shard.engine.worker import Worker
+from kagami_shard.forward.kv_cache import KVCache
 from kagami_shard.sampling.grammar import Grammar, GrammarKind
 from kagami_shard.sampling.sampler import SamplingParameters
-from kagami_shard.step import NewSequence, PromptLogprobs, Step, StepResult, WorkColumns
-from kagami_shard.worker import Worker
 
 
 class TextGenerationService(generate_pb2_grpc.TextGenerationServiceServicer):

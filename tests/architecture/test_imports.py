@@ -1,4 +1,4 @@
-"""Who may import whom (style.md §3), read from the sources."""
+"""Who may import whom read from the sources."""
 
 import ast
 from pathlib import Path
@@ -9,24 +9,29 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = {
     "kagami_proto": ROOT / "proto",
     "kagami_router": ROOT / "router",
+    "kagami_benchmark": ROOT / "router",
     "kagami_shard": ROOT / "shard",
     "kagami_launcher": ROOT / "launcher",
 }
-FILES = [(package, path) for package, folder in PACKAGES.items() for path in folder.rglob("*.py")]
+FILES = [
+    (package, path)
+    for package, folder in PACKAGES.items()
+    for path in sorted((folder / package).rglob("*.py"))
+]
 # Where a heavy library may be imported; everywhere else it may not.
 HOMES = {
-    "torch": ("shard/", "launcher/kagami_launcher/convert"),
-    "transformers": ("shard/", "launcher/kagami_launcher/convert"),
+    "torch": ("shard/", "launcher/kagami_launcher/convert/"),
+    "transformers": ("shard/", "launcher/kagami_launcher/convert/"),
     "huggingface_hub": ("launcher/kagami_launcher/download/",),
-    "gguf": ("launcher/kagami_launcher/convert",),
+    "gguf": ("launcher/kagami_launcher/convert/",),
     "aiohttp": (
         "router/kagami_router/api/",
         "router/kagami_router/app.py",
-        "router/kagami_router/benchmark/",
+        "router/kagami_benchmark/",
     ),
     "grpc": (
         "proto/",
-        "router/kagami_router/shard_client.py",
+        "router/kagami_router/shards/client.py",
         "shard/kagami_shard/service.py",
         "shard/kagami_shard/server.py",
     ),

@@ -16,12 +16,12 @@ import torch
 from tests.integration.conftest import embedded_folder
 
 from kagami_shard import cli
-from kagami_shard.attention.select import select_attention
-from kagami_shard.engine import Engine, Limits
+from kagami_shard.backends.native.select import switch_to_native
+from kagami_shard.backends.select import select_attention
+from kagami_shard.engine.engine import Engine, Limits
+from kagami_shard.engine.step import NewSequence, Step, WorkColumns
 from kagami_shard.models.registry import load_model
-from kagami_shard.native.select import switch_to_native
 from kagami_shard.sampling.sampler import SamplingParameters
-from kagami_shard.step import NewSequence, Step, WorkColumns
 
 _BLOCK_SIZE = 32
 _LIMITS = Limits(512, 64, 2048, 40_000)

@@ -7,9 +7,9 @@ import sys
 import timeit
 from collections.abc import Callable
 
-from tests.router.test_metrics import DECODES, MIXED, REPORT, RESULTS, warm
+from tests.router.telemetry.test_metrics import DECODES, MIXED, REPORT, RESULTS, warm
 
-from kagami_router.metrics import GenerationStats
+from kagami_router.telemetry.metrics import GenerationStats
 
 ROUNDS, CALLS = 7, 20_000
 

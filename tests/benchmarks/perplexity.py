@@ -21,17 +21,17 @@ from tokenizers import Tokenizer
 from torch.nn.functional import cross_entropy
 
 from kagami_shard import cli
-from kagami_shard.attention.base import Attention
-from kagami_shard.attention.cpu import CpuAttention
-from kagami_shard.attention.sdpa import SdpaAttention
+from kagami_shard.backends.native.attention import CpuAttention
+from kagami_shard.backends.native.build import build, find_compiler
+from kagami_shard.backends.native.cpu import cpu_is_supported
+from kagami_shard.backends.native.library import Library
+from kagami_shard.backends.native.model import RecordedDecoder
+from kagami_shard.backends.native.runtime import Runtime
+from kagami_shard.backends.torch.sdpa import SdpaAttention
+from kagami_shard.layers.attention import Attention
 from kagami_shard.models.base import Model
 from kagami_shard.models.decoder import Decoder
-from kagami_shard.models.recorded import RecordedDecoder
 from kagami_shard.models.registry import load_model
-from kagami_shard.native.build import build, find_compiler
-from kagami_shard.native.cpu import cpu_is_supported
-from kagami_shard.native.library import Library
-from kagami_shard.native.runtime import Runtime
 
 TEXT = Path(__file__).parents[1] / "texts" / "devils_dictionary.txt"
 WINDOW = 512

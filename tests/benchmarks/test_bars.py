@@ -2,11 +2,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import pytest
+from tests.benchmark.test_report import ROW
 from tests.benchmarks.side_by_side.bars import LARGE, MEMORY, SMALL, START, Line, Measured, lines
-from tests.router.benchmark.test_report import ROW
 
-from kagami_router.benchmark.figures import Row
-from kagami_router.benchmark.workload import NAMED
+from kagami_benchmark.figures import Row
+from kagami_benchmark.workload import NAMED
 
 OURS = "kagami"
 

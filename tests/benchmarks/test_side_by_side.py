@@ -6,13 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tests.benchmark.test_report import ROW
 from tests.benchmarks.side_by_side import processes, report
 from tests.benchmarks.side_by_side.bars import Line, Measured
 from tests.benchmarks.side_by_side.groups import of_present_limit, unequal
 from tests.benchmarks.side_by_side.memory import PeakMemory
 from tests.benchmarks.side_by_side.servers import NotStarted, Plan, running
 from tests.integration.conftest import free_port
-from tests.router.benchmark.test_report import ROW
 
 LINE = Line(
     what="W1",

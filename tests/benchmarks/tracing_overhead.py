@@ -25,7 +25,7 @@ def main() -> int:
     ):
         code = subprocess.call(
             [
-                *(sys.executable, "-m", "kagami_router.benchmark", "--workload", "W2"),
+                *(sys.executable, "-m", "kagami_benchmark", "--workload", "W2"),
                 *("--url", off.url, "--name", "off", "--tokenizer-name", str(embedded_folder())),
                 *("--peer", f"traced={on.url}", *sys.argv[1:]),
             ]

@@ -9,7 +9,7 @@ import yaml
 
 from kagami_launcher.cli import flags
 from kagami_router.api.routes import ROUTES
-from kagami_router.metrics import Metrics
+from kagami_router.telemetry.metrics import Metrics
 
 FOLDER = Path(__file__).parents[2] / "deploy" / "k8s"
 DOCUMENTS = [

@@ -8,10 +8,10 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from kagami_shard.attention.base import Attention
-from kagami_shard.attention.sdpa import SdpaAttention
-from kagami_shard.batch import ForwardBatch, Queries
-from kagami_shard.kv_cache import KVCache, blocks_for
+from kagami_shard.backends.torch.sdpa import SdpaAttention
+from kagami_shard.forward.batch import ForwardBatch, Queries
+from kagami_shard.forward.kv_cache import KVCache, blocks_for
+from kagami_shard.layers.attention import Attention
 from kagami_shard.models.base import Model
 
 CPU = torch.device("cpu")

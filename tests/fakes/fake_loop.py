@@ -5,8 +5,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field
 
-from kagami_router.infer import Events
-from kagami_router.requests import (
+from kagami_router.request.values import (
     End,
     FinishReason,
     PrefillToken,
@@ -15,6 +14,7 @@ from kagami_router.requests import (
     Token,
     ValidRequest,
 )
+from kagami_router.serving.infer import Events
 
 EOS = Token(2, "</s>", -0.0625, True)
 FAILED = Token(5229, " failed", -2.583984375, False)

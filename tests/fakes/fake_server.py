@@ -11,17 +11,17 @@ from tests.fakes.fake_loop import COLON, EOS, FAILED, FakeLoop
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 from kagami_proto.tracing import NO_TRACING, Tracing
-from kagami_router.api.connections import Runner
+from kagami_router.api.native.service import Door, Front
 from kagami_router.api.routes import make_app
-from kagami_router.api.schemas import Info
-from kagami_router.api.service import Door, Front
-from kagami_router.chat_template import ChatTemplate, MissingTemplate
-from kagami_router.detokenize import TextDecoder
-from kagami_router.infer import Infer
-from kagami_router.metrics import Metrics
-from kagami_router.tokenizer import SpecialTokens, Tokenizer
-from kagami_router.tool_formats import find_format
-from kagami_router.validation import CompileGrammar, Limits, Validation
+from kagami_router.api.schemas.native import Info
+from kagami_router.api.web.connections import Runner
+from kagami_router.request.validation import CompileGrammar, Limits, Validation
+from kagami_router.serving.infer import Infer
+from kagami_router.telemetry.metrics import Metrics
+from kagami_router.text.chat_template import ChatTemplate, MissingTemplate
+from kagami_router.text.detokenize import TextDecoder
+from kagami_router.text.tokenizer import SpecialTokens, Tokenizer
+from kagami_router.tools.formats import find_format
 
 LIMITS = Limits(
     max_best_of=2,

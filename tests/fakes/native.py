@@ -2,8 +2,8 @@
 
 import pytest
 
-from kagami_shard.native.build import find_compiler
-from kagami_shard.native.cpu import cpu_is_supported
+from kagami_shard.backends.native.build import find_compiler
+from kagami_shard.backends.native.cpu import cpu_is_supported
 
 
 def needs_library() -> None:

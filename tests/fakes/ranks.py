@@ -6,7 +6,7 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-from kagami_shard.distributed import Group, _gloo
+from kagami_shard.machine.distributed import Group, _gloo
 
 T = TypeVar("T")
 

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from kagami_shard.attention.base import AttentionSpec, AttentionStep
-from kagami_shard.batch import ForwardBatch
-from kagami_shard.kv_cache import LayerShape
+from kagami_shard.forward.batch import ForwardBatch
+from kagami_shard.forward.kv_cache import LayerShape
+from kagami_shard.layers.attention import AttentionSpec, AttentionStep
 
 VOCAB = 64
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 8

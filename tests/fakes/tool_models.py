@@ -6,8 +6,8 @@ import tokenizers
 from tests.fakes.byte_tokenizer import byte_tokenizer
 from tokenizers import AddedToken
 
-from kagami_router.requests import Token
-from kagami_router.tool_formats import ToolFormat, find_format
+from kagami_router.request.values import Token
+from kagami_router.tools.formats import ToolFormat, find_format
 
 
 class Described(NamedTuple):

@@ -113,7 +113,8 @@ def model_folder(server: Server) -> Path:
 
 def embedded_folder() -> Path:
     """Where the launcher has put the embedded model, once it was served."""
-    from kagami_launcher import hub, hub_cache
+    from kagami_launcher.model import hub_cache
+    from kagami_launcher.model import source as hub
 
     cache = hub_cache.cache_folder(None, os.environ)
     return hub.resolve(hub.EMBEDDED_MODEL_ID, revision=None, cache=cache).folder

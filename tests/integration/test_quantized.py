@@ -6,7 +6,7 @@ import pytest
 from tests.benchmarks.perplexity import WINDOW, Perplexities, measure, native_runtime
 from tests.fakes.native import needs_library
 
-from kagami_shard.native.runtime import Runtime
+from kagami_shard.backends.native.runtime import Runtime
 
 pytestmark = pytest.mark.slow
 # Of the text. Over 3 windows the native int8 is at +1.4 %, over 12 at +0.8 %, over all at +0.7 %.

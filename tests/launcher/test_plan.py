@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from kagami_launcher.cli import Invocation, parse
-from kagami_launcher.hub import ModelSource
+from kagami_launcher.model.source import ModelSource
 from kagami_launcher.plan import (
     Devices,
     LaunchFailed,

@@ -93,7 +93,7 @@ def test_a_level_is_read_as_tgi_reads_it(text: str, level: int) -> None:
 
 def test_a_log_record_becomes_a_line(stream: io.StringIO) -> None:
     logs.configure("text_generation_router", level="info", json_output=False, stream=stream)
-    log = logging.getLogger("kagami_router.infer")
+    log = logging.getLogger("kagami_router.serving.infer")
     log.info("Success", extra={"total_time": "1ms", "span": "generate"})
     log.debug("unheard")
     logging.getLogger("somebody.else").info("unheard")

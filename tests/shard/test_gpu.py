@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 from tests.fakes.tiny_model import TinyModel
-from tests.shard.test_engine import ABC, A, B, C, D, letters
+from tests.shard.engine.test_engine import ABC, A, B, C, D, letters
 
-from kagami_shard.attention.sdpa import SdpaAttention
-from kagami_shard.engine import Engine, Limits
+from kagami_shard.backends.torch.sdpa import SdpaAttention
+from kagami_shard.engine.engine import Engine, Limits
+from kagami_shard.engine.step import NewSequence, Step, Work
 from kagami_shard.sampling.grammar import Grammars
 from kagami_shard.sampling.sampler import SamplingParameters
-from kagami_shard.step import NewSequence, Step, Work
 
 pytestmark = [
     pytest.mark.gpu,

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kagami_shard import cgroup
+from kagami_shard.machine import cgroup
 from kagami_shard.server import default_threads, eos_token_ids
 
 

@@ -16,10 +16,10 @@ from kagami_proto.generate_pb2_grpc import (
     TextGenerationServiceStub,
     add_TextGenerationServiceServicer_to_server,
 )
-from kagami_shard.attention.sdpa import SdpaAttention
-from kagami_shard.engine import Engine
+from kagami_shard.backends.torch.sdpa import SdpaAttention
+from kagami_shard.engine.engine import Engine
+from kagami_shard.engine.worker import Worker
 from kagami_shard.service import TextGenerationService
-from kagami_shard.worker import Worker
 
 PROMPT = [3, 1, 4, 1, 5]
 GREEDY = pb.SamplingParameters(temperature=1, top_p=1, typical_p=1, repetition_penalty=1)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from kagami_launcher import hub_cache
 from kagami_launcher.download.files import PREFERRED
+from kagami_launcher.model import hub_cache
 
 PROGRAM = "text-generation-server download-weights"
 

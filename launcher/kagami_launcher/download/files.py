@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kagami_launcher.hub_cache import WEIGHT_EXTENSIONS
+from kagami_launcher.model.hub_cache import WEIGHT_EXTENSIONS
 
 PREFERRED = ".safetensors"
 # TGI's: these are what a trainer left behind.

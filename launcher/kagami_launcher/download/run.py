@@ -18,7 +18,6 @@ from typing import TypeVar
 
 from huggingface_hub import HfApi, get_token
 
-from kagami_launcher import hub, hub_cache
 from kagami_launcher.download.cli import DownloadArgs
 from kagami_launcher.download.errors import DownloadFailed, Unreachable, explain
 from kagami_launcher.download.files import (
@@ -30,6 +29,8 @@ from kagami_launcher.download.files import (
 )
 from kagami_launcher.download.progress import Progress, open_progress
 from kagami_launcher.download.transfer import Commit, clear_wrong_size, fetch
+from kagami_launcher.model import hub_cache
+from kagami_launcher.model import source as hub
 
 log = logging.getLogger(__name__)
 

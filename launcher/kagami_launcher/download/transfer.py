@@ -21,7 +21,7 @@ from huggingface_hub.utils import WeakFileLock, build_hf_headers
 from kagami_launcher.download.errors import WrongContent
 from kagami_launcher.download.files import RemoteFile
 from kagami_launcher.download.progress import TransferBar
-from kagami_launcher.hub_cache import repository_folder
+from kagami_launcher.model.hub_cache import repository_folder
 
 
 @dataclass(frozen=True, slots=True)

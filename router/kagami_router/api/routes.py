@@ -8,50 +8,24 @@ from aiohttp import web
 from aiohttp.typedefs import Middleware
 
 from kagami_proto.tracing import NO_TRACING, Tracing
-from kagami_router.api import (
-    chat,
-    clouds,
-    completions,
-    docs,
-    generate,
-    kserve,
-    messages,
-    openapi,
-    responses,
-    service,
-    sse,
-)
-from kagami_router.api.answers import TRACES_CONTENT
-from kagami_router.api.chunk_schemas import ChatChunk, CompletionChunk
-from kagami_router.api.error_shapes import Family
-from kagami_router.api.messages_schemas import (
+from kagami_router.api.anthropic import messages
+from kagami_router.api.docs import openapi
+from kagami_router.api.docs import page as docs
+from kagami_router.api.docs.openapi import Operation, Route
+from kagami_router.api.native import generate, service
+from kagami_router.api.native.service import DOOR, TGI_VERSION, Door
+from kagami_router.api.openai import chat, completions
+from kagami_router.api.platforms import clouds, kserve
+from kagami_router.api.responses import responses
+from kagami_router.api.schemas.chunks import ChatChunk, CompletionChunk
+from kagami_router.api.schemas.messages import (
     CountTokensRequest,
     MessageAnswer,
     MessageEvent,
     MessagesRequest,
     TokensCount,
 )
-from kagami_router.api.middleware import api_key, count_calls, errors
-from kagami_router.api.openapi import Operation, Route
-from kagami_router.api.platform_schemas import (
-    InferRequest,
-    InferResponse,
-    Live,
-    ServerMetadata,
-    VertexRequest,
-    VertexResponse,
-)
-from kagami_router.api.request_span import trace_calls
-from kagami_router.api.response_events import (
-    RESPONSE_EVENTS,
-)
-from kagami_router.api.response_headers import cors
-from kagami_router.api.responses_schemas import (
-    InputTokens,
-    ResponseObject,
-    ResponsesRequest,
-)
-from kagami_router.api.schemas import (
+from kagami_router.api.schemas.native import (
     ChatChoice,
     ChatRequest,
     ChatTokenizeResponse,
@@ -68,7 +42,28 @@ from kagami_router.api.schemas import (
     StreamResponse,
     encode,
 )
-from kagami_router.api.service import DOOR, TGI_VERSION, Door
+from kagami_router.api.schemas.platforms import (
+    InferRequest,
+    InferResponse,
+    Live,
+    ServerMetadata,
+    VertexRequest,
+    VertexResponse,
+)
+from kagami_router.api.schemas.response_events import (
+    RESPONSE_EVENTS,
+)
+from kagami_router.api.schemas.responses import (
+    InputTokens,
+    ResponseObject,
+    ResponsesRequest,
+)
+from kagami_router.api.web import sse
+from kagami_router.api.web.call import TRACES_CONTENT
+from kagami_router.api.web.errors import Family
+from kagami_router.api.web.headers import cors
+from kagami_router.api.web.middleware import api_key, count_calls, errors
+from kagami_router.api.web.request_span import trace_calls
 
 _HELLO = {"inputs": "The three primary colours are", "parameters": {"max_new_tokens": 12}}
 _CHAT = {"messages": [{"role": "user", "content": "Say hi."}], "max_tokens": 8}

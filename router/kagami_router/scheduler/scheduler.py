@@ -21,9 +21,9 @@ from collections import deque
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
-from kagami_router.requests import ValidRequest
+from kagami_router.request.token_log import TokenLog
+from kagami_router.request.values import ValidRequest
 from kagami_router.scheduler.blocks import BlockAllocator
-from kagami_router.scheduler.draft import Draft
 from kagami_router.scheduler.isolation import FaultIsolation
 from kagami_router.scheduler.prefix_cache import Node, PrefixCache
 from kagami_router.scheduler.sequence import Sequence, Status, WaitReason, age
@@ -38,7 +38,7 @@ from kagami_router.scheduler.step import (
     TokenSampled,
     Work,
 )
-from kagami_router.token_log import TokenLog
+from kagami_router.scheduler.step_builder import Draft
 
 _make = tuple.__new__
 

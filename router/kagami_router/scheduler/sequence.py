@@ -3,9 +3,9 @@
 import enum
 from dataclasses import dataclass, field
 
-from kagami_router.requests import ValidRequest
+from kagami_router.request.token_log import TokenLog
+from kagami_router.request.values import ValidRequest
 from kagami_router.scheduler.prefix_cache import Node
-from kagami_router.token_log import TokenLog
 
 
 class Status(enum.Enum):

@@ -5,9 +5,9 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from kagami_router.requests import ValidRequest
+from kagami_router.request.token_log import TopToken
+from kagami_router.request.values import ValidRequest
 from kagami_router.scheduler.sequence import Sequence
-from kagami_router.token_log import TopToken
 
 
 class NewSequence(NamedTuple):

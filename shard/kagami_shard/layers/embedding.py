@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from kagami_shard.distributed import TensorParallel
 from kagami_shard.layers.linear import Projection
+from kagami_shard.machine.distributed import TensorParallel
 from kagami_shard.weights.stored import Matrix, tensor_of
 
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from kagami_shard.distributed import TensorParallel
-from kagami_shard.native.memory import PackedWeight, Packer
+from kagami_shard.backends.native.memory import PackedWeight, Packer
+from kagami_shard.machine.distributed import TensorParallel
 from kagami_shard.quantization.base import DenseWeight, Weight
 from kagami_shard.quantization.fp8 import Fp8Weight
 from kagami_shard.quantization.grouped import GroupedWeight

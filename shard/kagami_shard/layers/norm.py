@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm
 
-from kagami_shard.distributed import TensorParallel
+from kagami_shard.machine.distributed import TensorParallel
 
 
 class Norm(Protocol):

@@ -4,9 +4,9 @@ from typing import Protocol
 
 from torch import Tensor
 
-from kagami_shard.attention.base import AttentionStep
-from kagami_shard.batch import ForwardBatch
-from kagami_shard.kv_cache import LayerShape
+from kagami_shard.forward.batch import ForwardBatch
+from kagami_shard.forward.kv_cache import LayerShape
+from kagami_shard.layers.attention import AttentionStep
 
 
 class Model(Protocol):

@@ -16,10 +16,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from kagami_proto.errors import InvalidCheckpoint, UnsupportedModel
-from kagami_shard.attention.base import AttentionSpec, AttentionStep
-from kagami_shard.batch import ForwardBatch
-from kagami_shard.distributed import TensorParallel
-from kagami_shard.kv_cache import LayerShape
+from kagami_shard.forward.batch import ForwardBatch
+from kagami_shard.forward.kv_cache import LayerShape
+from kagami_shard.layers.attention import AttentionSpec, AttentionStep
 from kagami_shard.layers.embedding import Embedding, Head, ShardedEmbedding, ShardedHead
 from kagami_shard.layers.linear import Projection, RowLinear, projection
 from kagami_shard.layers.mlp import ACTIVATIONS, MLP, GatedMLP
@@ -33,6 +32,7 @@ from kagami_shard.layers.norm import (
     no_norm,
 )
 from kagami_shard.layers.rotary import RotaryEmbedding
+from kagami_shard.machine.distributed import TensorParallel
 from kagami_shard.models.ops import Ops, SelfAttention, T, TorchOps
 from kagami_shard.models.spec import ModelSpec, NormKind, QKNorm
 from kagami_shard.quantization.base import DenseWeight, Weight

@@ -10,8 +10,8 @@ from typing import Protocol, TypeVar
 
 from torch import Tensor
 
-from kagami_shard.attention.base import AttentionSpec, AttentionStep
-from kagami_shard.batch import ForwardBatch
+from kagami_shard.forward.batch import ForwardBatch
+from kagami_shard.layers.attention import AttentionSpec, AttentionStep
 from kagami_shard.layers.embedding import Embedding, Head
 from kagami_shard.layers.linear import Projection
 from kagami_shard.layers.mlp import MLP, GatedMLP

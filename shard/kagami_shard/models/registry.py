@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from kagami_proto.errors import UnsupportedModel
-from kagami_shard.distributed import Alone, TensorParallel
+from kagami_shard.machine.distributed import Alone, TensorParallel
 from kagami_shard.models.base import Model
 from kagami_shard.models.config import Config, read_config
 from kagami_shard.models.decoder import Decoder
@@ -71,7 +71,7 @@ def load_model(
                 f"--quantize {quantize}: model type {config.model_type} runs with transformers' "
                 "own code, whose weights are not quantized: start it without --quantize"
             )
-        transformers_path = import_module("kagami_shard.models.transformers")
+        transformers_path = import_module("kagami_shard.backends.torch.transformers")
         model: Model = transformers_path.load_transformers(
             folder, config, dtype=dtype, device=device, trust_remote_code=trust_remote_code
         )

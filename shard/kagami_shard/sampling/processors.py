@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from kagami_shard.device import to_device
+from kagami_shard.machine.device import to_device
 from kagami_shard.sampling.grammar import Banned
 
 # The nucleus of real text lies within this many candidates; a row that needs more is sorted whole.

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kagami_shard.device import to_device
+from kagami_shard.machine.device import to_device
 from kagami_shard.sampling.grammar import Banned
 from kagami_shard.sampling.logprobs import score
 from kagami_shard.sampling.philox import uniform

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kagami_shard.device import to_device
+from kagami_shard.machine.device import to_device
 
 # splitmix64's increment and multipliers (Steele, Lea, Flood: "Fast splittable pseudorandom number
 # generators", OOPSLA 2014), as signed 64-bit numbers: torch's product wraps around.

@@ -3,8 +3,8 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from kagami_router.benchmark.figures import Row
-from kagami_router.benchmark.workload import NAMED
+from kagami_benchmark.figures import Row
+from kagami_benchmark.workload import NAMED
 
 OURS = "Kagami"
 START, MEMORY = "start to first answer", "peak memory"

@@ -17,12 +17,12 @@ from tests.benchmarks.side_by_side.memory import PeakMemory
 from tests.benchmarks.side_by_side.servers import NotStarted, Running
 from tests.integration.conftest import embedded_folder, free_port
 
-from kagami_router.benchmark import run as benchmark
-from kagami_router.benchmark.cli import BenchmarkArgs, parse
-from kagami_router.benchmark.figures import Row
-from kagami_router.benchmark.prompts import Words
-from kagami_router.benchmark.workload import NAMED
-from kagami_shard.bandwidth import read_bandwidth
+from kagami_benchmark import run as benchmark
+from kagami_benchmark.cli import BenchmarkArgs, parse
+from kagami_benchmark.figures import Row
+from kagami_benchmark.prompts import Words
+from kagami_benchmark.workload import NAMED
+from kagami_shard.machine.bandwidth import read_bandwidth
 
 ALL = tuple(NAMED)
 CPU = torch.device("cpu")

@@ -12,7 +12,7 @@ from rich.table import Table
 from tests.benchmarks.side_by_side.bars import OURS, Line, Measured
 from tests.benchmarks.side_by_side.peers import MAKERS, PEERS
 
-from kagami_router.benchmark import report as latencies
+from kagami_benchmark import report as latencies
 
 _WIDTH = 150
 _MET = {True: "yes", False: "no", None: "-"}

@@ -19,7 +19,7 @@ from tests.benchmarks.side_by_side.memory import PeakMemory
 from tests.benchmarks.side_by_side.processes import send
 from tests.integration.conftest import free_port
 
-from kagami_router.benchmark.facts import BANDWIDTH, gauge
+from kagami_benchmark.facts import BANDWIDTH, gauge
 
 _POLL_S = 0.02
 _ANSWER_LIMIT_S = 60

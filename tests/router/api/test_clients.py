@@ -13,7 +13,7 @@ from huggingface_hub.errors import ValidationError
 from tests.fakes.fake_loop import EOS, FakeLoop, turns_of
 from tests.fakes.fake_server import serving
 
-from kagami_router.requests import FinishReason, Token
+from kagami_router.request.values import FinishReason, Token
 
 HI = Token(40, "Hi", -0.25, False)
 BANG = Token(41, "!", -0.5, False)

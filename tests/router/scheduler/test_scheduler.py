@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 import pytest
 
-from kagami_router.requests import SamplingParams, StoppingParams, ValidRequest
+from kagami_router.request.values import SamplingParams, StoppingParams, ValidRequest
 from kagami_router.scheduler.scheduler import Scheduler, SchedulerConfig
 from kagami_router.scheduler.step import (
     Event,

@@ -7,7 +7,7 @@ from tests.fakes.batches import CPU, Runner
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kagami_shard.distributed import TensorParallel
+from kagami_shard.machine.distributed import TensorParallel
 from kagami_shard.models.registry import load_model
 
 NUM_TOKENS = (23, 9, 17)

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import GPT2Config, LlamaConfig, Olmo2Config, PreTrainedConfig
 
 from kagami_proto.errors import UnsupportedModel
-from kagami_shard.distributed import Alone, Group, TensorParallel
+from kagami_shard.machine.distributed import Alone, Group, TensorParallel
 from kagami_shard.models.registry import load_model
 
 Save = Callable[..., tuple[Path, object]]

@@ -1,0 +1,123 @@
+"""GGUF file -> Hugging Face folder.
+
+Knows llama.cpp's names and layouts and turns them back into a checkpoint's: config.json,
+generation_config.json, tokenizer.json, tokenizer_config.json, chat_template.jinja and one
+model.safetensors in bfloat16. Tensor by tensor and with numpy alone: neither torch nor a whole
+model is ever in memory.
+"""
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from gguf import quants
+
+from kagami_launcher.convert.files import (
+    ConversionRefused,
+    StoredTensor,
+    write_json,
+    write_safetensors,
+)
+from kagami_launcher.convert.gguf_families import (
+    Family,
+    checkpoint_name,
+    family_of,
+    model_config,
+)
+from kagami_launcher.convert.gguf_tokenizer import (
+    Metadata,
+    build_tokenizer,
+    generation_config,
+    tokenizer_config,
+)
+
+log = logging.getLogger(__name__)
+
+
+def unpermute(weight: Any, num_heads: int) -> Any:
+    """Undo llama.cpp's order of q and k rows: it rotates neighbours, a checkpoint halves."""
+    half = weight.shape[0] // num_heads // 2
+    pairs = weight.reshape(num_heads, half, 2, *weight.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(weight.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class _Placed:
+    """A source tensor with its name in the checkpoint."""
+
+    name: str
+    source: Any
+    family: Family
+
+    @property
+    def shape(self) -> list[int]:
+        return [int(size) for size in reversed(self.source.shape)]  # GGUF lists the fastest first
+
+    @property
+    def num_bytes(self) -> int:
+        return 2 * int(np.prod(self.shape))
+
+    def stored(self, config: Mapping[str, Any]) -> StoredTensor:
+        return StoredTensor(
+            self.name, "BF16", self.shape, self.num_bytes, lambda: self.to_bfloat16(config).data
+        )
+
+    def check_type(self) -> None:
+        """Refuse a type that the gguf package cannot read, before anything is written."""
+        try:
+            quants.dequantize(self.source.data[:1], self.source.tensor_type)
+        except NotImplementedError as error:
+            kind = self.source.tensor_type.name
+            raise ConversionRefused(f"tensor `{self.source.name}` has type {kind}") from error
+
+    def to_bfloat16(self, config: Mapping[str, Any]) -> Any:
+        weight = quants.dequantize(self.source.data, self.source.tensor_type).reshape(self.shape)
+        if self.family.swaps_rotary_rows and ".q_proj." in self.name:
+            weight = unpermute(weight, config["num_attention_heads"])
+        elif self.family.swaps_rotary_rows and ".k_proj." in self.name:
+            weight = unpermute(weight, config["num_key_value_heads"])
+        elif self.family.adds_one_to_norms and self.name.endswith("norm.weight"):
+            weight = weight - 1
+        bits = np.ascontiguousarray(weight, dtype=np.float32).view(np.uint32)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16  # to nearest, ties to even
+        return rounded.astype("<u2")
+
+
+def write_weights(
+    path: Path, tensors: Mapping[str, Any], config: Mapping[str, Any], family: Family
+) -> None:
+    """Write all tensors as one safetensors file; only one is in memory at a time."""
+    placed = [
+        _Placed(checkpoint_name(name, family), tensor, family)
+        for name, tensor in tensors.items()
+        if name != "rope_freqs.weight"
+    ]
+    for item in placed:
+        item.check_type()
+    write_safetensors(path, [item.stored(config) for item in placed])
+
+
+def write_folder(source: Path, folder: Path) -> None:
+    """Fill `folder` with the checkpoint that the GGUF file `source` holds."""
+    started = time.monotonic()
+    reader = gguf.GGUFReader(source)
+    metadata = Metadata(reader)
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    family = family_of(metadata)
+    if "token_embd.weight" not in tensors or not metadata.get("tokenizer.ggml.tokens"):
+        raise ConversionRefused("the file holds no embeddings or no vocabulary")
+    config = model_config(metadata, tensors, family)
+    build_tokenizer(metadata).save(str(folder / "tokenizer.json"))
+    write_json(folder / "config.json", config)
+    write_json(folder / "generation_config.json", generation_config(metadata))
+    write_json(folder / "tokenizer_config.json", tokenizer_config(metadata))
+    if template := metadata.get("tokenizer.chat_template"):
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    write_weights(folder / "model.safetensors", tensors, config, family)
+    log.info("Convert: [1/1] -- Took: %s", timedelta(seconds=time.monotonic() - started))

@@ -1,0 +1,223 @@
+"""The model half of a GGUF file: config.json and tensor names, by architecture.
+
+llama.cpp keeps its own names for everything, the same for all architectures; a family says which
+checkpoint's names they become and what llama.cpp did to the weights. The table holds what a test
+compares with transformers' own reader; another architecture is refused, not guessed.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from gguf import quants
+
+from kagami_launcher.convert.files import ConversionRefused
+from kagami_launcher.convert.gguf_tokenizer import Metadata
+
+_Tensors = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """How one architecture of llama.cpp's is written as a checkpoint."""
+
+    model_type: str
+    architecture: str
+    block_names: Mapping[str, str]
+    settings: Callable[[Metadata, _Tensors], dict[str, Any]]
+    swaps_rotary_rows: bool = False  # rows of q and k lie in the order that rotates neighbours
+    adds_one_to_norms: bool = False  # the checkpoint's norms are centered at zero
+
+
+_LLAMA_NAMES = MappingProxyType(
+    {
+        "attn_norm": "input_layernorm",
+        "attn_q": "self_attn.q_proj",
+        "attn_k": "self_attn.k_proj",
+        "attn_v": "self_attn.v_proj",
+        "attn_output": "self_attn.o_proj",
+        "ffn_norm": "post_attention_layernorm",
+        "ffn_gate": "mlp.gate_proj",
+        "ffn_up": "mlp.up_proj",
+        "ffn_down": "mlp.down_proj",
+    }
+)
+_TOP_NAMES: Mapping[str, str] = MappingProxyType(
+    {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+)
+
+
+def _llama(metadata: Metadata, tensors: _Tensors) -> dict[str, Any]:
+    return {"attention_bias": "blk.0.attn_q.bias" in tensors, "mlp_bias": False}
+
+
+def _qwen2(metadata: Metadata, tensors: _Tensors) -> dict[str, Any]:
+    return {"use_sliding_window": False}
+
+
+def _qwen3(metadata: Metadata, tensors: _Tensors) -> dict[str, Any]:
+    return {"use_sliding_window": False, "attention_bias": "blk.0.attn_q.bias" in tensors}
+
+
+def _phi3(metadata: Metadata, tensors: _Tensors) -> dict[str, Any]:
+    return {"sliding_window": metadata.of_model("attention.sliding_window") or None}
+
+
+def _gemma2(metadata: Metadata, tensors: _Tensors) -> dict[str, Any]:
+    heads, hidden = metadata.need("attention.head_count"), metadata.need("embedding_length")
+    # Not in the file: the 27B (46 layers) alone scales by what its heads would have by division.
+    is_27b = metadata.need("block_count") == 46
+    scalar = hidden // heads if is_27b else _head_dim(metadata)
+    return {
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": scalar,
+        "attn_logit_softcapping": metadata.of_model("attn_logit_softcapping", 50.0),
+        "final_logit_softcapping": metadata.of_model("final_logit_softcapping", 30.0),
+        "sliding_window": metadata.need("attention.sliding_window"),
+        "attention_bias": False,
+    }
+
+
+# general.architecture -> its family.
+FAMILIES: Mapping[str, Family] = MappingProxyType(
+    {
+        "llama": Family("llama", "LlamaForCausalLM", _LLAMA_NAMES, _llama, swaps_rotary_rows=True),
+        "qwen2": Family("qwen2", "Qwen2ForCausalLM", _LLAMA_NAMES, _qwen2),
+        "qwen3": Family(
+            "qwen3",
+            "Qwen3ForCausalLM",
+            {**_LLAMA_NAMES, "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"},
+            _qwen3,
+        ),
+        "phi3": Family(
+            "phi3",
+            "Phi3ForCausalLM",
+            {**_LLAMA_NAMES, "attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"},
+            _phi3,
+        ),
+        "gemma2": Family(
+            "gemma2",
+            "Gemma2ForCausalLM",
+            {
+                **_LLAMA_NAMES,
+                "post_attention_norm": "post_attention_layernorm",
+                "ffn_norm": "pre_feedforward_layernorm",
+                "post_ffw_norm": "post_feedforward_layernorm",
+            },
+            _gemma2,
+            adds_one_to_norms=True,
+        ),
+    }
+)
+
+
+def family_of(metadata: Metadata) -> Family:
+    """The family of a file; refuses what is not in the table."""
+    family = FAMILIES.get(metadata.architecture)
+    if family is None or metadata.of_model("expert_count", 0):
+        kind = "with experts " if metadata.of_model("expert_count", 0) else ""
+        raise ConversionRefused(
+            f"GGUF architecture `{metadata.architecture}` {kind}is not supported yet, only "
+            f"{', '.join(FAMILIES)}"
+        )
+    return family
+
+
+def checkpoint_name(name: str, family: Family) -> str:
+    """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`."""
+    match name.split("."):
+        case ["blk", layer, part, suffix] if part in family.block_names:
+            return f"model.layers.{layer}.{family.block_names[part]}.{suffix}"
+        case [part, suffix] if part in _TOP_NAMES:
+            return f"{_TOP_NAMES[part]}.{suffix}"
+    raise ConversionRefused(f"tensor `{name}` has no place in a {family.model_type} model")
+
+
+def _plain_float(value: float) -> float:
+    """GGUF stores 32-bit floats: 9.999999747e-06 was written as 1e-05."""
+    return float(str(np.float32(value)))
+
+
+def _head_dim(metadata: Metadata) -> int:
+    heads, hidden = metadata.need("attention.head_count"), metadata.need("embedding_length")
+    return int(metadata.of_model("attention.key_length") or hidden // heads)
+
+
+def model_config(metadata: Metadata, tensors: _Tensors, family: Family) -> dict[str, Any]:
+    """config.json, with the names a checkpoint uses."""
+    heads, hidden = metadata.need("attention.head_count"), metadata.need("embedding_length")
+    head_dim = _head_dim(metadata)
+    rotated = metadata.of_model("rope.dimension_count", head_dim)
+    if rotated != head_dim:
+        raise ConversionRefused(f"only {rotated} of {head_dim} dimensions of a head are rotated")
+    theta = _plain_float(metadata.of_model("rope.freq_base", 10000.0))
+    return {
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
+        "hidden_act": "silu",
+        "hidden_size": hidden,
+        "intermediate_size": metadata.need("feed_forward_length"),
+        "num_hidden_layers": metadata.need("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": metadata.of_model("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "max_position_embeddings": metadata.need("context_length"),
+        "rms_norm_eps": _plain_float(metadata.of_model("attention.layer_norm_rms_epsilon", 1e-5)),
+        "rope_theta": theta,
+        "rope_scaling": rope_scaling(metadata, tensors.get("rope_freqs.weight"), theta, head_dim),
+        "vocab_size": int(tensors["token_embd.weight"].shape[1]),
+        "tie_word_embeddings": "output.weight" not in tensors,
+        "bos_token_id": metadata.token_id("bos"),
+        "eos_token_id": metadata.token_id("eos"),
+        "pad_token_id": metadata.token_id("padding"),
+        "dtype": "bfloat16",
+        "torch_dtype": "bfloat16",
+        **family.settings(metadata, tensors),
+    }
+
+
+# Llama 3.1's and 3.2's own values; the factor is read from the file.
+_LLAMA3_SCALING: Mapping[str, Any] = MappingProxyType(
+    {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+)
+
+
+def rope_scaling(
+    metadata: Metadata, factors: Any, theta: float, head_dim: int
+) -> dict[str, Any] | None:
+    """`rope_scaling` of config.json; `factors` is the tensor that Llama 3's scaling becomes."""
+    kind = metadata.of_model("rope.scaling.type", "none")
+    if factors is not None:
+        found = dict(_LLAMA3_SCALING)
+        stored = quants.dequantize(factors.data, factors.tensor_type).reshape(-1)
+        found["factor"] = _plain_float(float(stored.max()))
+        expected = llama3_factors(found, theta, head_dim)
+        if stored.shape != expected.shape or not np.allclose(stored, expected, rtol=1e-3):
+            raise ConversionRefused("`rope_freqs.weight` is not the scaling of Llama 3")
+        return found
+    if kind == "linear":
+        return {
+            "rope_type": "linear",
+            "factor": _plain_float(metadata.of_model("rope.scaling.factor", 1.0)),
+        }
+    if kind != "none":
+        raise ConversionRefused(f"rope scaling `{kind}` is not supported yet")
+    return None
+
+
+def llama3_factors(scaling: Mapping[str, Any], theta: float, head_dim: int) -> Any:
+    """What llama.cpp stores for this scaling: a divisor for each frequency, `[head_dim / 2]`."""
+    frequencies = theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    wavelengths = 2 * np.pi / frequencies
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = scaling["original_max_position_embeddings"] / wavelengths
+    smooth = np.clip((turns - low) / (high - low), 0, 1)
+    return 1 / ((1 - smooth) / scaling["factor"] + smooth)

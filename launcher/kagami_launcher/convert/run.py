@@ -1,0 +1,122 @@
+"""The conversion child: `python -m kagami_launcher.convert.run SOURCE DESTINATION`.
+
+Makes DESTINATION a folder that the shard and the router can read:
+
+    a .gguf file                 -> a new folder
+    a folder with an adapter     -> a new folder, merged into --base
+    a folder with .bin, .pt or tokenizer.model
+                                 -> the missing files in it, or in a new folder with the rest of it
+
+A new folder appears by one rename, files in an existing one by one each, so a kill leaves nothing
+that could be taken for finished. torch is imported only where pickles or adapters are read.
+"""
+
+import argparse
+import logging
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+from kagami_launcher.convert import gguf as convert_gguf
+from kagami_launcher.convert.files import ConversionRefused, new_folder, only_one
+from kagami_launcher.convert.sentencepiece_model import write_tokenizer
+from kagami_launcher.model import folder as model_folder
+from kagami_proto import logs
+
+log = logging.getLogger("kagami_launcher.convert.run")  # __name__ is "__main__" in the child
+
+# TGI 2.0's, word for word: operators grep for it.
+_UNSAFE = (
+    "🚨🚨BREAKING CHANGE in 2.0🚨🚨: Safetensors conversion is disabled without "
+    "`--trust-remote-code` because Pickle files are unsafe and can essentially contain remote code "
+    "execution!Please check for more information here: "
+    "https://huggingface.co/docs/text-generation-inference/basic_tutorials/safety"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What is to be made of what, and what the operator called it."""
+
+    source: Path
+    destination: Path
+    base: Path | None = None  # the model that the adapter in `source` belongs to
+    model_id: str = ""
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+
+def convert(task: Task) -> None:
+    """Make the destination, unless it is there already; raises `ConversionRefused`, `OSError`."""
+    if task.source == task.destination:
+        with only_one(task.destination):
+            _complete(task, task.destination)
+        return
+    with new_folder(task.destination) as folder:
+        if folder is None:
+            return
+        if task.source.is_file():
+            convert_gguf.write_folder(task.source, folder)
+        elif task.base is not None:
+            import_module("kagami_launcher.convert.adapter").merge(
+                task.source, task.base, folder, destination=task.destination
+            )
+            _complete(task, folder)
+        else:
+            for file in model_folder.side_files(task.source):
+                shutil.copyfile(file, folder / file.name)
+            _complete(task, folder)
+
+
+def _complete(task: Task, folder: Path) -> None:
+    """Make what is missing of weights and tokenizer in `folder`."""
+    if not (folder / "tokenizer.json").is_file():
+        write_tokenizer(folder, folder)  # takes a second; what it refuses is better known early
+    if not model_folder.missing_weights(folder):
+        return
+    if not model_folder.missing_weights(task.source):
+        for file in model_folder.weight_files(task.source):
+            (folder / file.name).symlink_to(file)
+        index = task.source / model_folder.INDEX
+        if index.is_file():
+            shutil.copyfile(index, folder / index.name)
+        return
+    if not task.trust_remote_code:
+        log.warning(_UNSAFE)
+    log.warning(
+        "No safetensors weights found for model %s at revision %s. "
+        "Converting PyTorch weights to safetensors.",
+        task.model_id,
+        task.revision,
+    )
+    import_module("kagami_launcher.convert.pickles").convert_weights(task.source, folder)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Convert; a refusal is one ERROR line and exit code 1."""
+    logs.configure("text_generation_launcher", level="info", json_output=True)
+    task = _parse(arguments)
+    try:
+        convert(task)
+    except (ConversionRefused, OSError, ValueError, RuntimeError) as error:
+        log.error("Cannot convert %s: %s", task.source, error)
+        return 1
+    return 0
+
+
+def _parse(arguments: Sequence[str]) -> Task:
+    parser = argparse.ArgumentParser(prog="python -m kagami_launcher.convert.run")
+    parser.add_argument("source", type=Path)
+    parser.add_argument("destination", type=Path)
+    parser.add_argument("--base", type=Path)
+    parser.add_argument("--model-id", default="")
+    parser.add_argument("--revision")
+    parser.add_argument("--trust-remote-code", action="store_true")
+    return Task(**vars(parser.parse_args(arguments)))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

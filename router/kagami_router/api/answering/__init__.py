@@ -1,0 +1,1 @@
+"""What all generating routes share: from a request to its answer or its stream."""

@@ -1,0 +1,286 @@
+"""A conversation as any chat route means it, made ready: prompt, grammar, and a reader of answers.
+
+The routes bring messages in OpenAI's form and domain values; how the model is shown its tools, how
+it is held to them and how its answer is read is the same for all of them, and here.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from kagami_proto.errors import InvalidRequest, ToolError
+from kagami_proto.span_names import SpanName
+from kagami_proto.tracing import span
+from kagami_router.api.native.service import Front
+from kagami_router.request.values import FinishReason, Grammar, GrammarKind
+from kagami_router.serving.infer import Generation
+from kagami_router.text.chat_template import PromptOptions
+from kagami_router.tools.formats import ToolForm, ToolFormat, arguments_schema
+from kagami_router.tools.offers import AUTO, AllowedCalls, Tool, ToolChoice, allowed_calls
+from kagami_router.tools.parser import (
+    CallArguments,
+    CallParser,
+    CallStart,
+    Delta,
+    TextDelta,
+    TextOnly,
+)
+
+Message = Mapping[str, Any]
+AnswerParser = TextOnly | CallParser
+
+_NO_OPTIONS = PromptOptions()
+# One of these stands in a template that does something of its own with results of tools.
+_TOOL_ROLE = ("'tool'", '"tool"', "tool_call_id")
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """What a client asks; messages are OpenAI's, and have been checked."""
+
+    messages: Sequence[Message]
+    tools: tuple[Tool, ...] = ()
+    choice: ToolChoice = AUTO
+    is_parallel: bool = True
+    tool_prompt: str | None = None
+    """What the model is told about its tools in place of our own words."""
+    grammar: Grammar | None = None
+    """Of an answer without calls."""
+    options: PromptOptions = _NO_OPTIONS
+    """For the template; its `tools` are these."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What to generate from, under which grammar, and how to read each answer."""
+
+    prompt: str
+    grammar: Grammar | None
+    has_tools: bool
+    new_parser: Callable[[], AnswerParser]
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call of a whole answer; the arguments are JSON text."""
+
+    id: str
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A whole answer, read; `text` None = it has none, only calls."""
+
+    text: str | None
+    calls: tuple[Call, ...]
+
+
+async def prompt(front: Front, conversation: Conversation) -> str:
+    """What the model gets to read; raises `ToolError`, or `TemplateError` for the messages."""
+    is_shown = _calls_of(conversation) is not None
+    with span(front.tracer, SpanName.TEMPLATE):
+        return await _render(front, conversation, tools=conversation.tools if is_shown else ())
+
+
+async def prepare(front: Front, conversation: Conversation) -> Prepared:
+    """The prompt, and all that its answers need; raises as `prompt`."""
+    calls = _calls_of(conversation)
+    if calls is None:
+        text = await prompt(front, conversation)
+        return Prepared(text, conversation.grammar, False, TextOnly)
+    if conversation.grammar is not None:
+        raise ToolError("Grammar and tools are mutually exclusive")
+    tool_format = front.tool_format
+    grammar = None
+    if front.validation.has_grammars:
+        grammar = tool_format.grammar(calls)
+    elif calls.is_required:
+        raise InvalidRequest("grammar is not supported")
+    text = await prompt(front, conversation)
+    if grammar is not None:
+        await _check_grammar(front, grammar, calls)
+    return Prepared(
+        text,
+        grammar,
+        True,
+        lambda: CallParser(tool_format, calls, is_constrained=grammar is not None),
+    )
+
+
+def _calls_of(conversation: Conversation) -> AllowedCalls | None:
+    return allowed_calls(
+        conversation.tools, conversation.choice, is_parallel=conversation.is_parallel
+    )
+
+
+def read_deltas(generation: Generation, parser: AnswerParser) -> list[Delta]:
+    """One whole answer as it was said, piece by piece."""
+    deltas: list[Delta] = []
+    for token, tail in zip(generation.tokens, generation.tails, strict=True):
+        deltas += parser.push(token, tail)
+    return deltas + parser.finish(is_cut=generation.end.finish_reason is FinishReason.LENGTH)
+
+
+def read_answer(generation: Generation, parser: AnswerParser) -> Answer:
+    """One whole answer as text and calls."""
+    deltas = read_deltas(generation, parser)
+    texts = [delta.text for delta in deltas if isinstance(delta, TextDelta)]
+    arguments: dict[int, list[str]] = {}
+    for delta in deltas:
+        if isinstance(delta, CallArguments):
+            arguments.setdefault(delta.index, []).append(delta.text)
+    calls = tuple(
+        Call(delta.id, delta.name, "".join(arguments.get(delta.index, ())))
+        for delta in deltas
+        if isinstance(delta, CallStart)
+    )
+    return Answer("".join(texts) if texts or not calls else None, calls)
+
+
+async def _check_grammar(front: Front, grammar: Grammar, calls: AllowedCalls) -> None:
+    """Compile it now; where that fails, find the tool whose schema it is."""
+    try:
+        await front.validation.ready_grammar(grammar)
+    except InvalidRequest as whole:
+        for tool in calls.tools:
+            alone = Grammar(GrammarKind.LARK, f"start: %json {arguments_schema(tool)}\n")
+            try:
+                await front.validation.ready_grammar(alone)
+            except InvalidRequest as error:
+                raise ToolError(f"`parameters` of the tool {tool.name}: {error}") from error
+        raise ToolError(f"the grammar of the tools: {whole}") from whole
+
+
+async def _render(front: Front, conversation: Conversation, *, tools: Sequence[Tool]) -> str:
+    """The prompt, `tools` shown in the way this template knows."""
+    template, tool_format = front.template, front.tool_format
+    messages = [_with_objects(message) for message in conversation.messages]
+    if "tool_calls" not in template.source:
+        messages = _calls_as_text(messages, tool_format.form)
+    if not any(sign in template.source for sign in _TOOL_ROLE):
+        messages = _results_as_user(messages)
+    options = conversation.options
+    if tools and tool_format.is_known:
+        options = replace(options, tools=[tool.wire for tool in tools])
+        if conversation.tool_prompt:
+            messages = _with_note(messages, conversation.tool_prompt)
+    elif tools:
+        messages = _with_note(messages, _tools_note(tools, tool_format, conversation.tool_prompt))
+    return await template.prompt(messages, options)
+
+
+class _Arguments(dict[str, Any]):
+    """A call's arguments for all that templates do with them.
+
+    Most ask for an object, some (DeepSeek's) put a text together with them: then it is the JSON
+    text that the client sent.
+    """
+
+    def __init__(self, text: str, value: Mapping[str, Any]) -> None:
+        super().__init__(value)
+        self._text = text
+
+    def __str__(self) -> str:
+        return self._text
+
+    def __radd__(self, before: str) -> str:
+        return before + self._text
+
+    def __add__(self, after: str) -> str:
+        return self._text + after
+
+
+def _with_objects(message: Message) -> Message:
+    """Arguments of calls as objects: OpenAI's wire has JSON text, templates read objects."""
+    calls = message.get("tool_calls")
+    if not isinstance(calls, list):
+        return message
+    return {**message, "tool_calls": [_call_with_object(call) for call in calls]}
+
+
+def _call_with_object(call: Any) -> Any:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping):
+        return call
+    arguments = function.get("arguments", function.get("parameters"))
+    if isinstance(arguments, str):
+        try:
+            value = json.loads(arguments) if arguments.strip() else {}
+        except (ValueError, RecursionError):
+            value = None
+        if isinstance(value, dict):
+            arguments = _Arguments(arguments or "{}", value)
+    return {**call, "function": {**function, "arguments": arguments}}
+
+
+def _calls_as_text(messages: Sequence[Message], form: ToolForm) -> list[Message]:
+    """For a template without `tool_calls`: a model that never sees its calls repeats them."""
+    changed: list[Message] = []
+    for message in messages:
+        calls = message.get("tool_calls")
+        if isinstance(calls, list) and calls:
+            written = _written(calls, form)
+            text = _text_of(message)
+            rest = {key: value for key, value in message.items() if key != "tool_calls"}
+            message = {**rest, "content": f"{text}\n{written}" if text else written}
+        changed.append(message)
+    return changed
+
+
+def _written(calls: Sequence[Any], form: ToolForm) -> str:
+    """Calls as the model writes them."""
+    heads = []
+    for call in calls:
+        function = call.get("function") if isinstance(call, Mapping) else None
+        function = function if isinstance(function, Mapping) else {}
+        arguments = function.get("arguments")
+        text = str(arguments) if isinstance(arguments, _Arguments) else json.dumps(arguments or {})
+        heads.append(f"{form.before}{function.get('name')}{form.after}{text}{form.foot}")
+    return form.opener + form.lead + form.between.join(heads) + form.closer
+
+
+def _results_as_user(messages: Sequence[Message]) -> list[Message]:
+    """For a template without a role `tool`: the user brings results, neighbours in one message."""
+    changed: list[Message] = []
+    is_result = False
+    for message in messages:
+        was_result, is_result = is_result, message.get("role") == "tool"
+        if is_result:
+            text = f"<tool_response>\n{_text_of(message)}\n</tool_response>"
+            if was_result:
+                text = f"{changed.pop()['content']}\n{text}"
+            message = {"role": "user", "content": text}
+        changed.append(message)
+    return changed
+
+
+def _text_of(message: Message) -> str:
+    content = message.get("content") or ""
+    return content if isinstance(content, str) else "".join(one["text"] for one in content)
+
+
+def _with_note(messages: Sequence[Message], note: str) -> list[Message]:
+    """`note` behind the last message that is not the assistant's, where TGI puts it."""
+    changed = list(messages)
+    for index in reversed(range(len(changed))):
+        message = changed[index]
+        if message.get("role") != "assistant":
+            changed[index] = {**message, "content": f"{_text_of(message)}\n---\n{note}"}
+            return changed
+    return [{"role": "user", "content": note}, *changed]
+
+
+def _tools_note(tools: Sequence[Tool], tool_format: ToolFormat, tool_prompt: str | None) -> str:
+    """The tools, and how to call them, for a model whose template cannot show them."""
+    listed = json.dumps([tool.wire for tool in tools], ensure_ascii=False)
+    form = tool_format.form
+    example = f"{form.before}NAME{form.after}{{…}}{form.foot}"
+    told = tool_prompt or (
+        "These functions can be called. If one of them helps, call it, and write nothing but the"
+        f" call:\n{form.opener}{form.lead}{example}{form.closer}\n"
+        "If none of them helps, answer in plain text."
+    )
+    return f"{listed}\n{told}"

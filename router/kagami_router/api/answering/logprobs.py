@@ -1,0 +1,125 @@
+"""Log-probabilities as OpenAI's routes write them: a chat's list of objects, completions' columns.
+
+A token stands there as it is in the vocabulary, whatever part of it is text already: what waits
+for a stop string or for the rest of a character has its entry too.
+"""
+
+import codecs
+from collections.abc import Iterable, Sequence
+
+from kagami_router.api.schemas.native import (
+    ChatLogprob,
+    ChatLogprobs,
+    CompletionLogprobs,
+    TopLogprob,
+    shortest,
+)
+from kagami_router.request.values import PrefillToken, Token
+from kagami_router.text.detokenize import TextDecoder
+
+# OpenAI's sign for "as good as impossible"; its clients read numbers only.
+_IMPOSSIBLE = -9999.0
+
+
+def chat_logprobs(
+    decoder: TextDecoder, tokens: Iterable[tuple[Token, Sequence[Token]]]
+) -> ChatLogprobs:
+    """Generated tokens, each with its alternatives."""
+    content = []
+    for token, alternatives in tokens:
+        tops = [TopLogprob(*_named(decoder, one)) for one in alternatives]
+        text, logprob, its_bytes = _named(decoder, token)
+        content.append(ChatLogprob(text, logprob, its_bytes, tops))
+    return ChatLogprobs(content)
+
+
+class Columns:
+    """The `logprobs` of one completion, as it grows.
+
+    Offsets count characters from the start of the prompt, as OpenAI's do even where the answer
+    does not repeat it.
+    """
+
+    def __init__(self, decoder: TextDecoder, prompt: str) -> None:
+        self._decoder = decoder
+        self._prompt = prompt
+        self._offset = len(prompt)
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._entries: list[_Entry] = []
+
+    def add_prompt(self, tokens: Sequence[PrefillToken]) -> None:
+        """The tokens of the prompt; before any other."""
+        prompt = self._prompt
+        offset, is_start = 0, True
+        utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        for token in tokens:
+            piece = self._decoder.piece(token.id)
+            logprob = None if token.logprob is None else _finite(token.logprob)
+            if (literal := self._decoder.special.get(token.id)) is not None:
+                # One that the tokenizer put there is no part of the text.
+                length = len(literal) if prompt.startswith(literal, offset) else 0
+            else:
+                # SentencePiece writes a space in front of the first word that the text has not.
+                if is_start and isinstance(piece, str) and not prompt.startswith(" ", offset):
+                    piece = piece.removeprefix(" ")
+                is_start = False
+                length = len(utf8.decode(_bytes_of(piece)))
+            self._add(piece, logprob, token.top_tokens, min(offset, len(prompt)))
+            offset += length
+
+    def add(self, token: Token, alternatives: Sequence[Token]) -> None:
+        """The next generated token."""
+        piece = self._decoder.piece(token.id)
+        self._add(piece, _finite(token.logprob), alternatives, self._offset)
+        if not token.special:
+            self._offset += len(self._utf8.decode(_bytes_of(piece)))
+
+    def take(self) -> CompletionLogprobs:
+        """All that came since the last time."""
+        entries, self._entries = self._entries, []
+        return CompletionLogprobs(
+            tokens=[text for text, *_ in entries],
+            token_logprobs=[logprob for _, logprob, *_ in entries],
+            top_logprobs=[tops for _, _, tops, _ in entries],
+            text_offset=[offset for *_, offset in entries],
+        )
+
+    def _add(
+        self, piece: str | bytes, logprob: float | None, tops: Sequence[Token], offset: int
+    ) -> None:
+        text = _legacy_text(piece)
+        if logprob is None:
+            self._entries.append((text, None, None, offset))
+            return
+        named: dict[str, float] = {}
+        for top in tops:  # of two with one name the likelier
+            named.setdefault(_legacy_text(self._decoder.piece(top.id)), _finite(top.logprob))
+        named.setdefault(text, logprob)
+        self._entries.append((text, logprob, named, offset))
+
+
+_Entry = tuple[str, float | None, dict[str, float] | None, int]
+
+
+def _named(decoder: TextDecoder, token: Token) -> tuple[str, float, list[int]]:
+    """A chat token: its text, in which bytes of half a character are escaped, and its bytes."""
+    piece = decoder.piece(token.id)
+    text = piece if isinstance(piece, str) else _escaped(piece)
+    return text, _finite(token.logprob), list(_bytes_of(piece))
+
+
+def _legacy_text(piece: str | bytes) -> str:
+    return piece if isinstance(piece, str) else f"bytes:{_escaped(piece)}"
+
+
+def _escaped(piece: bytes) -> str:
+    return "".join(f"\\x{byte:02x}" for byte in piece)
+
+
+def _bytes_of(piece: str | bytes) -> bytes:
+    return piece.encode() if isinstance(piece, str) else piece
+
+
+def _finite(logprob: float) -> float:
+    number = shortest(logprob)
+    return _IMPOSSIBLE if number is None else number

@@ -1,0 +1,174 @@
+"""How /v1/messages writes an answer: blocks of text and of calls, whole or event by event."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, get_args
+
+import msgspec
+from msgspec import Raw
+from msgspec.structs import replace
+
+from kagami_proto.errors import KagamiError
+from kagami_router.api.answering.conversation import AnswerParser, read_deltas
+from kagami_router.api.schemas import messages as wire
+from kagami_router.api.schemas.native import encode
+from kagami_router.api.web.errors import Family, error_event
+from kagami_router.api.web.sse import named_event
+from kagami_router.request.values import End, FinishReason, StreamEvent, ValidRequest
+from kagami_router.serving.infer import Generation
+from kagami_router.tools.parser import CallArguments, CallStart, Delta, TextDelta
+
+OutBlock = wire.TextBlock | wire.CallBlock
+
+_NO_INPUT = Raw(b"{}")
+_EMPTY_TEXT = wire.TextBlock("")
+_NAMES: Mapping[type[wire.MessageEvent], str] = {
+    kind: str(kind.__struct_config__.tag) for kind in get_args(wire.MessageEvent)
+}
+_STOP_REASONS: Mapping[FinishReason, wire.StopReason] = {
+    FinishReason.EOS_TOKEN: "end_turn",
+    FinishReason.STOP_SEQUENCE: "stop_sequence",
+    FinishReason.LENGTH: "max_tokens",
+}
+
+
+class MessageWriter:
+    """Writes one answer, in the terms of `one_answer.AnswerWriter`."""
+
+    def __init__(self, message_id: str, model: str, max_tokens: int, parser: AnswerParser) -> None:
+        self._id = message_id
+        self._model = model
+        self._max_tokens = max_tokens
+        self._parser = parser
+        self._request: ValidRequest | None = None
+        self._end: End | None = None
+        self._index = -1  # of the block that is open
+        self._open: type[OutBlock] | None = None
+
+    def whole(self, generation: Generation) -> wire.MessageAnswer:
+        """The answer in one piece."""
+        content = _blocks(read_deltas(generation, self._parser))
+        stop = self._stop(generation.request, generation.end)
+        usage = _usage(generation.request, generation.end)
+        return replace(
+            self._empty(usage),
+            content=content,
+            stop_reason=stop.stop_reason,
+            stop_sequence=stop.stop_sequence,
+        )
+
+    def start(self, request: ValidRequest) -> bytes:
+        """What is known before the first token."""
+        self._request = request
+        message = self._empty(_usage(request, None))
+        return _written((wire.MessageStart(message), wire.Ping()))
+
+    def events(self, turn: Sequence[StreamEvent]) -> bytes:
+        """What a turn says."""
+        deltas: list[Delta] = []
+        for event in turn:
+            deltas += self._parser.push(event.token, event.tail)
+            if event.end is not None:
+                self._end = event.end
+                is_cut = event.end.finish_reason is FinishReason.LENGTH
+                deltas += self._parser.finish(is_cut=is_cut)
+        return _written(event for delta in deltas for event in self._said(delta))
+
+    def end(self) -> bytes:
+        """The last block's end, the reason, the usage."""
+        assert self._request is not None, "a stream has started"
+        assert self._end is not None, "its last turn has the end"
+        events: list[wire.MessageEvent] = []
+        if self._index < 0:
+            events += self._opened(_EMPTY_TEXT)
+        return _written(
+            (
+                *events,
+                wire.ContentBlockStop(self._index),
+                wire.MessageDelta(
+                    self._stop(self._request, self._end), _usage(self._request, self._end)
+                ),
+                wire.MessageStop(),
+            )
+        )
+
+    def failed(self, error: KagamiError) -> bytes:
+        """The error that ends a stream."""
+        return error_event(error, Family.ANTHROPIC)
+
+    def _said(self, delta: Delta) -> list[wire.MessageEvent]:
+        match delta:
+            case CallStart(_, call_id, name):
+                return self._opened(wire.CallBlock(_call_id(call_id), name, _NO_INPUT))
+            case CallArguments(_, text):
+                return [wire.ContentBlockDelta(self._index, wire.InputJsonDelta(text))]
+            case TextDelta(text):
+                opened = [] if self._open is wire.TextBlock else self._opened(_EMPTY_TEXT)
+                return [*opened, wire.ContentBlockDelta(self._index, wire.TextDelta(text))]
+
+    def _opened(self, block: OutBlock) -> list[wire.MessageEvent]:
+        before = [] if self._open is None else [wire.ContentBlockStop(self._index)]
+        self._index += 1
+        self._open = type(block)
+        return [*before, wire.ContentBlockStart(self._index, block)]
+
+    def _empty(self, usage: wire.MessageUsage) -> wire.MessageAnswer:
+        return wire.MessageAnswer(self._id, "assistant", self._model, [], None, None, usage)
+
+    def _stop(self, request: ValidRequest, end: End) -> wire.Stop:
+        """A cut answer says so, calls or not; and whether it was the context that cut it."""
+        reason = end.finish_reason
+        if reason is FinishReason.LENGTH and request.stopping.max_new_tokens < self._max_tokens:
+            return wire.Stop("model_context_window_exceeded", None)
+        if reason is not FinishReason.LENGTH and self._parser.num_calls:
+            return wire.Stop("tool_use", None)
+        return wire.Stop(_STOP_REASONS[reason], end.stop)
+
+
+def _blocks(deltas: Iterable[Delta]) -> list[OutBlock]:
+    """What was said, in its order; always at least one block, for clients read the first."""
+    groups: list[tuple[CallStart | None, list[str]]] = []
+    for delta in deltas:
+        match delta:
+            case CallStart():
+                groups.append((delta, []))
+            case CallArguments(_, text):
+                groups[-1][1].append(text)
+            case TextDelta(text):
+                if not groups or groups[-1][0] is not None:
+                    groups.append((None, []))
+                groups[-1][1].append(text)
+    return [_block(call, "".join(pieces)) for call, pieces in groups] or [_EMPTY_TEXT]
+
+
+def _block(call: CallStart | None, text: str) -> OutBlock:
+    if call is None:
+        return wire.TextBlock(text)
+    return wire.CallBlock(_call_id(call.id), call.name, _input(text))
+
+
+def _input(text: str) -> Raw:
+    """The arguments as the model wrote them, if that is an object."""
+    try:
+        msgspec.json.decode(text, type=dict[str, Any])
+    except (msgspec.MsgspecError, RecursionError):
+        return _NO_INPUT
+    return Raw(text.encode())
+
+
+def _call_id(call_id: str) -> str:
+    return f"toolu_{call_id.removeprefix('call_')}"
+
+
+def _usage(request: ValidRequest, end: End | None) -> wire.MessageUsage:
+    """Anthropic's `input_tokens` are those that no cache had; before the end none is known."""
+    num_cached = end.cached_tokens if end else 0
+    return wire.MessageUsage(
+        input_tokens=len(request.prompt_ids) - num_cached,
+        cache_creation_input_tokens=0,
+        cache_read_input_tokens=num_cached,
+        output_tokens=end.num_generated if end else 0,
+    )
+
+
+def _written(events: Iterable[wire.MessageEvent]) -> bytes:
+    return b"".join([named_event(_NAMES[type(event)], encode(event)) for event in events])

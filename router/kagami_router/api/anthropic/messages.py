@@ -1,0 +1,253 @@
+"""Anthropic's /v1/messages and /v1/messages/count_tokens, over the one way to converse.
+
+Reads Anthropic's messages, tools and choice as OpenAI's; message_blocks.py writes the answers.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from itertools import groupby
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from kagami_proto.errors import InvalidRequest, ToolError
+from kagami_router.api.answering import conversation, grammars
+from kagami_router.api.answering import single as one_answer
+from kagami_router.api.answering.conversation import Conversation
+from kagami_router.api.anthropic.message_blocks import MessageWriter
+from kagami_router.api.native.service import Front, front_of, json_response
+from kagami_router.api.schemas import messages as wire
+from kagami_router.api.web.call import Call
+from kagami_router.api.web.middleware import read_body
+from kagami_router.request.validation import GenerationParams
+from kagami_router.request.values import Grammar
+from kagami_router.text.chat_template import PromptOptions
+from kagami_router.tools import offers as tools
+from kagami_router.tools.offers import Tool, ToolChoice
+
+_MESSAGES = msgspec.json.Decoder(wire.MessagesRequest)
+_COUNT = msgspec.json.Decoder(wire.CountTokensRequest)
+_CHOICES: Mapping[str, ToolChoice] = {
+    "auto": tools.AUTO,
+    "any": tools.REQUIRED,
+    "none": tools.NONE,
+}
+_MEDIA: Mapping[type[wire.Block], str] = {
+    wire.ImageBlock: "an image",
+    wire.DocumentBlock: "a document",
+}
+_Json = Mapping[str, Any]
+
+
+async def messages(request: web.Request) -> web.StreamResponse:
+    """Anthropic's Messages: one answer, or its events."""
+    body = await read_body(request, _MESSAGES)
+    front, call = front_of(request), Call.of(request)
+    params = _params(front, body)  # before the prompt, which costs more to make
+    prepared = await conversation.prepare(front, _conversation(body))
+    writer = MessageWriter(
+        f"msg_{call.id}", front.served_model(body.model), body.max_tokens, prepared.new_parser()
+    )
+    return await one_answer.respond(
+        request,
+        call,
+        prompt=prepared.prompt,
+        params=replace(params, grammar=prepared.grammar),
+        is_stream=bool(body.stream),
+        writer=writer,
+    )
+
+
+async def count_tokens(request: web.Request) -> web.Response:
+    """How long the prompt of such a conversation is."""
+    body = await read_body(request, _COUNT)
+    front = front_of(request)
+    prompt = await conversation.prompt(front, _conversation(body))
+    prompt_ids = await front.tokenizer.encode(prompt, add_special_tokens=False)
+    return json_response(wire.TokensCount(len(prompt_ids)))
+
+
+def _params(front: Front, body: wire.MessagesRequest) -> GenerationParams:
+    """Sampling is on unless temperature or top_p is 0; top_p 1 and top_k below 1 are off."""
+    if body.max_tokens == 0:
+        raise InvalidRequest("`max_tokens` must be strictly positive. Given: 0")
+    stop = tuple(text for text in body.stop_sequences or () if text)
+    max_stop = front.validation.limits.max_stop_sequences
+    if len(stop) > max_stop:
+        raise InvalidRequest(
+            f"`stop_sequences` supports up to {max_stop} stop sequences. Given: {len(stop)}"
+        )
+    is_greedy = body.temperature == 0 or body.top_p == 0
+    params = GenerationParams(
+        do_sample=not is_greedy,
+        temperature=None if is_greedy else body.temperature,
+        top_p=None if is_greedy or body.top_p == 1 else body.top_p,
+        top_k=None if is_greedy or (body.top_k or 0) < 1 else body.top_k,
+        max_new_tokens=body.max_tokens,
+        may_be_shortened=True,
+        stop=stop,
+        keep_stop=False,
+    )
+    front.validation.check_params(params)
+    return params
+
+
+def _conversation(body: wire.CountTokensRequest) -> Conversation:
+    if not body.messages:
+        raise InvalidRequest("`messages` cannot be empty")
+    choice = body.tool_choice or wire.Choice("auto")
+    is_off = body.thinking is not None and body.thinking.type == "disabled"
+    return Conversation(
+        messages=_openai_messages(body),
+        tools=tools.read_tools(body.tools or (), _tool),
+        choice=_choice(choice),
+        is_parallel=not choice.disable_parallel_tool_use,
+        grammar=_grammar(body),
+        options=PromptOptions(variables={"enable_thinking": False} if is_off else {}),
+    )
+
+
+def _grammar(body: wire.CountTokensRequest) -> Grammar | None:
+    config = body.output_config
+    output = (config.format if config else None) or body.output_format
+    if output is None:
+        return None
+    if body.messages[-1].role == "assistant":
+        raise InvalidRequest(
+            "`output_config.format` needs a last message of the user's: an answer that is begun"
+            " cannot be held to a schema"
+        )
+    return grammars.json_schema(output.schema)
+
+
+def _choice(choice: wire.Choice) -> ToolChoice:
+    if choice.type != "tool":
+        return _CHOICES[choice.type]
+    if choice.name is None:
+        raise InvalidRequest("`tool_choice.name` is missing: the type `tool` needs it")
+    return ToolChoice(tools.REQUIRED.mode, (choice.name,))
+
+
+def _tool(place: str, given: object) -> Tool:
+    """A tool as OpenAI defines it."""
+    assert isinstance(given, wire.ToolDefinition)
+    if given.type not in (None, "custom"):
+        raise ToolError(
+            f"`{place}.type` must be `custom`: tools that Anthropic's servers define are not"
+            f" served. Given: {given.type[:80]!r}"
+        )
+    if given.input_schema is None:
+        raise ToolError(f"`{place}.input_schema` is missing")
+    kind = given.input_schema.get("type", "object")
+    if kind != "object":
+        raise ToolError(
+            f"`{place}.input_schema` must be the schema of an object. Given: {str(kind)[:80]!r}"
+        )
+    function = {
+        "name": given.name,
+        **({"description": given.description} if given.description is not None else {}),
+        "parameters": given.input_schema,
+        **({"strict": given.strict} if given.strict is not None else {}),
+    }
+    return tools.tool(place, {"type": "function", "function": function}, schema=given.input_schema)
+
+
+def _openai_messages(body: wire.CountTokensRequest) -> list[_Json]:
+    """The conversation as OpenAI writes it; neighbours of one role are one message.
+
+    Each role has its own way with blocks: texts of an answer belong together as they are, texts
+    of a user or a system stand on lines of their own.
+    """
+    read: list[_Json] = []
+    if body.system:
+        texts = [body.system] if isinstance(body.system, str) else [b.text for b in body.system]
+        read.append({"role": "system", "content": "\n".join(texts)})
+    names: dict[str, str] = {}
+    placed = enumerate(body.messages)
+    for role, turn in groupby(placed, key=lambda one: one[1].role):
+        blocks = [block for index, message in turn for block in _placed_blocks(index, message)]
+        if role == "assistant":
+            names |= {b.id: b.name for _, b in blocks if isinstance(b, wire.ToolUseBlock)}
+            read.append(_assistant(blocks))
+        else:
+            read += _from_outside(role, blocks, names)
+    return read
+
+
+def _placed_blocks(index: int, message: wire.Message) -> Iterator[tuple[str, wire.Block]]:
+    """The blocks of a message, each with its place in the request."""
+    place = f"messages[{index}].content"
+    if isinstance(message.content, str):
+        yield place, wire.TextBlock(message.content)
+        return
+    for number, block in enumerate(message.content):
+        yield f"{place}[{number}]", block
+
+
+def _assistant(blocks: Iterable[tuple[str, wire.Block]]) -> _Json:
+    """What a model has thought is left out."""
+    texts: list[str] = []
+    calls: list[_Json] = []
+    for place, block in blocks:
+        match block:
+            case wire.TextBlock(text):
+                texts.append(text)
+            case wire.ToolUseBlock(call_id, name, given):
+                function = {"name": name, "arguments": json.dumps(given or {})}
+                calls.append({"id": call_id, "type": "function", "function": function})
+            case wire.ThinkingBlock() | wire.RedactedThinkingBlock():
+                pass
+            case _:
+                raise _misplaced(place, block, "assistant")
+    content = "".join(texts)
+    if not calls:
+        return {"role": "assistant", "content": content}
+    return {"role": "assistant", "content": content or None, "tool_calls": calls}
+
+
+def _from_outside(
+    role: str, blocks: Iterable[tuple[str, wire.Block]], names: Mapping[str, str]
+) -> list[_Json]:
+    """A turn of the user or the system: texts, and results as messages of their own."""
+    read: list[_Json] = []
+    for place, block in blocks:
+        match block:
+            case wire.TextBlock(text):
+                if read and read[-1]["role"] == role:
+                    text = f"{read.pop()['content']}\n{text}"
+                read.append({"role": role, "content": text})
+            case wire.ToolResultBlock() if role == "user":
+                read.append(_result(place, block, names.get(block.tool_use_id)))
+            case _:
+                raise _misplaced(place, block, role)
+    return read or [{"role": role, "content": ""}]
+
+
+def _result(place: str, block: wire.ToolResultBlock, name: str | None) -> _Json:
+    """OpenAI's results cannot say that they are errors: the text does."""
+    given = block.content
+    parts = [wire.TextBlock(given)] if isinstance(given, str) else given or ()
+    text = "\n".join(_text(f"{place}.content[{number}]", p) for number, p in enumerate(parts))
+    return {
+        "role": "tool",
+        "tool_call_id": block.tool_use_id,
+        **({"name": name} if name else {}),
+        "content": f"Error: {text}" if block.is_error else text,
+    }
+
+
+def _text(place: str, block: wire.TextBlock | wire.ImageBlock | wire.DocumentBlock) -> str:
+    if isinstance(block, wire.TextBlock):
+        return block.text
+    raise _misplaced(place, block, "tool")
+
+
+def _misplaced(place: str, block: wire.Block, role: str) -> InvalidRequest:
+    if medium := _MEDIA.get(type(block)):
+        return InvalidRequest(f"`{place}` is {medium}, and this model reads text only")
+    return InvalidRequest(
+        f"`{place}` has the type `{block.__struct_config__.tag}`,"
+        f" which no message of the role `{role}` can have"
+    )

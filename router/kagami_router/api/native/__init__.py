@@ -1,0 +1,1 @@
+"""TGI's own routes, and what is asked about the server."""

@@ -1,0 +1,133 @@
+"""How /v1/chat/completions writes its choices: text, calls, log-probabilities, finish reasons."""
+
+from collections.abc import Sequence
+
+from msgspec import UNSET
+from msgspec.structs import replace
+
+from kagami_router.api.answering.conversation import AnswerParser, Prepared, read_answer
+from kagami_router.api.answering.logprobs import chat_logprobs
+from kagami_router.api.openai import answers as openai
+from kagami_router.api.schemas.native import (
+    ChatChoice,
+    ChatDelta,
+    ChatMessage,
+    FunctionCall,
+    FunctionCallDelta,
+    ToolCall,
+    ToolCallDelta,
+    encode,
+)
+from kagami_router.request.values import FinishReason, StreamEvent
+from kagami_router.serving.infer import Generation
+from kagami_router.text.detokenize import TextDecoder
+from kagami_router.tools.parser import CallArguments, CallStart, Delta, TextDelta
+
+_NULL = b"null"
+_PLAIN_CHOICE = (b'{"index":%d,"delta":{"content":', b'},"logprobs":null,"finish_reason":null}')
+_TOOL_CALLS = "tool_calls"
+_TOOL_CALLS_JSON = encode(_TOOL_CALLS)
+
+
+class ChoiceWriter:
+    """Writes the choices of one chat; in a stream the first chunk of each has the role.
+
+    A chunk stands for a token; where tools are offered, for each thing said, and a last one for
+    the finish reason of calls.
+    """
+
+    def __init__(self, prepared: Prepared, decoder: TextDecoder | None) -> None:
+        self._prepared = prepared
+        self._decoder = decoder  # None: no logprobs
+        self._parsers: dict[int, AnswerParser] = {}
+        self._started: set[int] = set()
+
+    @property
+    def plain_choice(self) -> tuple[bytes, bytes] | None:
+        """A choice around its text, in every chunk but the first and the last."""
+        return None if self._decoder is not None or self._prepared.has_tools else _PLAIN_CHOICE
+
+    def choices(self, generations: Sequence[Generation]) -> list[ChatChoice]:
+        """Those of a whole answer."""
+        return [self._choice(index, generation) for index, generation in enumerate(generations)]
+
+    def _choice(self, index: int, generation: Generation) -> ChatChoice:
+        logprobs = None
+        if self._decoder is not None:
+            logprobs = chat_logprobs(self._decoder, generation.tokens_with_alternatives())
+        answer = read_answer(generation, self._prepared.new_parser())
+        calls = [
+            ToolCall(call.id, "function", FunctionCall(call.name, call.arguments))
+            for call in answer.calls
+        ]
+        reason = generation.end.finish_reason
+        return ChatChoice(
+            index,
+            ChatMessage("assistant", answer.text, calls or UNSET),
+            logprobs,
+            _TOOL_CALLS if _ends_in_calls(len(calls), reason) else openai.FINISH_REASON[reason],
+        )
+
+    def chunk_choices(self, index: int, event: StreamEvent, finish_reason: bytes) -> list[bytes]:
+        """Those of one event's chunks."""
+        logprobs = _NULL
+        if self._decoder is not None:
+            logprobs = encode(chat_logprobs(self._decoder, [(event.token, event.top_tokens)]))
+        if not self._prepared.has_tools:
+            deltas = [ChatDelta(content=openai.text_of(event))]
+        else:
+            if index not in self._parsers:
+                self._parsers[index] = self._prepared.new_parser()
+            parser = self._parsers[index]
+            deltas = _deltas(parser, event)
+            if event.end and _ends_in_calls(parser.num_calls, event.end.finish_reason):
+                finish_reason = _TOOL_CALLS_JSON
+            if not deltas and self._decoder is not None:
+                deltas = [ChatDelta()]  # each token has its logprobs
+        if deltas and index not in self._started:
+            self._started.add(index)
+            deltas[0] = replace(
+                deltas[0],
+                role="assistant",
+                content=None if deltas[0].content is UNSET else deltas[0].content,
+            )
+        last = len(deltas) - 1
+        return [
+            b'{"index":%d,"delta":%b,"logprobs":%b,"finish_reason":%b}'
+            % (
+                index,
+                encode(delta),
+                _NULL if number else logprobs,
+                finish_reason if number == last else _NULL,
+            )
+            for number, delta in enumerate(deltas)
+        ]
+
+
+def _ends_in_calls(num_calls: int, reason: FinishReason) -> bool:
+    """A cut answer says so, calls or not."""
+    return num_calls > 0 and reason is not FinishReason.LENGTH
+
+
+def _deltas(parser: AnswerParser, event: StreamEvent) -> list[ChatDelta]:
+    """What one event adds; at the end there is at least one, for the finish reason."""
+    said = parser.push(event.token, event.tail)
+    if event.end is None:
+        return [_delta(one) for one in said]
+    said += parser.finish(is_cut=event.end.finish_reason is FinishReason.LENGTH)
+    deltas = [_delta(one) for one in said]
+    if parser.num_calls:
+        return [*deltas, ChatDelta()]
+    return deltas or [ChatDelta(content="")]
+
+
+def _delta(said: Delta) -> ChatDelta:
+    match said:
+        case TextDelta(text):
+            return ChatDelta(content=text)
+        case CallStart(index, call_id, name):
+            function = FunctionCallDelta(name, "")
+            return ChatDelta(tool_calls=[ToolCallDelta(index, call_id, "function", function)])
+        case CallArguments(index, text):
+            function = FunctionCallDelta(arguments=text)
+            return ChatDelta(tool_calls=[ToolCallDelta(index, function=function)])

@@ -1,0 +1,220 @@
+"""/v1/completions: one or several prompts, each continued as it stands."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from kagami_proto.errors import (
+    BatchSizeExceeded,
+    InvalidRequest,
+    MalformedBody,
+    SuffixNotSupported,
+)
+from kagami_router.api.answering.logprobs import Columns
+from kagami_router.api.native.service import Front, front_of
+from kagami_router.api.openai import answers as openai
+from kagami_router.api.schemas.native import CompletionChoice, CompletionRequest, encode
+from kagami_router.api.web.call import Call
+from kagami_router.api.web.middleware import read_body
+from kagami_router.request.validation import TokenPrompt
+from kagami_router.request.values import PrefillToken, StreamEvent
+from kagami_router.serving.infer import Generation
+from kagami_router.text.detokenize import TextDecoder
+
+_COMPLETION = msgspec.json.Decoder(CompletionRequest)
+_PLAIN_CHOICE = (b'{"index":%d,"text":', b',"logprobs":null,"finish_reason":null}')
+_PROMPT_FORMS = "expected a text, token ids, or a list of texts or of lists of token ids"
+
+
+async def completions(request: web.Request) -> web.StreamResponse:
+    """One answer, or one chunk for each token."""
+    body = await read_body(request, _COMPLETION)
+    front, call = front_of(request), Call.of(request)
+    if body.suffix is not None:
+        raise SuffixNotSupported(
+            "Suffix is not supported and can be achieved by preprocessing the prompt."
+        )
+    given = _split(body.prompt, front.validation.limits.max_client_batch_size)
+    plan = _plan(front, body)
+    prompts = [await _prompt(front, *one) for one in given]
+    shows_output = not _is_scoring(body)
+    writer = _ChoiceWriter(
+        [one if isinstance(one, str) else one.text for one in prompts],
+        num_choices=body.n or 1,
+        echo=bool(body.echo),
+        shows_output=shows_output,
+        decoder=None if _num_logprobs(front, body) is None else front.decoder,
+    )
+    form = openai.Form(
+        kind="text_completion",
+        chunk_kind="text_completion",
+        id_prefix="cmpl",
+        adds_special_tokens=True,
+        has_own_usage=True,
+        choices=writer.choices,
+        chunk_choices=writer.chunk_choices,
+        shows_output=shows_output,
+        take_prompt=writer.take_prompt if plan.params.prompt_logprobs else None,
+        plain_choice=writer.plain_choice,
+    )
+    return await openai.respond(request, call, body, plan=plan, prompts=prompts, form=form)
+
+
+@dataclass(slots=True, eq=False)
+class _Progress:
+    """What one choice of a stream has said."""
+
+    columns: Columns | None
+    is_started: bool = False
+
+
+class _ChoiceWriter:
+    """Writes the choices of one call: each prompt has `num_choices` of them, in its place."""
+
+    def __init__(
+        self,
+        prompts: Sequence[str],
+        *,
+        num_choices: int,
+        echo: bool,
+        shows_output: bool,
+        decoder: TextDecoder | None,
+    ) -> None:
+        self._prompts = prompts
+        self._num_choices = num_choices
+        self._echo = echo
+        self._shows_output = shows_output
+        self._decoder = decoder  # None: no logprobs
+        self._progress = [
+            _Progress(self._columns(prompt)) for prompt in prompts for _ in range(num_choices)
+        ]
+
+    def choices(self, generations: Sequence[Generation]) -> list[CompletionChoice]:
+        """Those of a whole answer; of more generations than choices the likeliest."""
+        num_samples = len(generations) // len(self._prompts)
+        chosen = [
+            one
+            for at in range(0, len(generations), num_samples)
+            for one in _best(generations[at : at + num_samples], self._num_choices)
+        ]
+        return [self._choice(index, one) for index, one in enumerate(chosen)]
+
+    def chunk_choices(self, index: int, event: StreamEvent, finish_reason: bytes) -> list[bytes]:
+        """That of one chunk; the prompt is part of the first."""
+        progress = self._progress[index]
+        columns = progress.columns
+        text = openai.text_of(event) if self._shows_output else ""
+        if self._echo and not progress.is_started:
+            text = self._prompts[index // self._num_choices] + text
+        progress.is_started = True
+        if columns is not None and self._shows_output:
+            columns.add(event.token, event.top_tokens)
+        choice = b'{"index":%d,"text":%b,"logprobs":%b,"finish_reason":%b}' % (
+            index,
+            encode(text),
+            encode(None if columns is None else columns.take()),
+            finish_reason,
+        )
+        return [choice]
+
+    @property
+    def plain_choice(self) -> tuple[bytes, bytes] | None:
+        """A choice around its text, in every chunk but the first and the last."""
+        return _PLAIN_CHOICE if self._decoder is None and self._shows_output else None
+
+    def take_prompt(self, index: int, tokens: Sequence[PrefillToken]) -> None:
+        """The prompt's logprobs, before the first chunk of a choice."""
+        columns = self._progress[index].columns
+        if columns is not None:
+            columns.add_prompt(tokens)
+
+    def _choice(self, index: int, generation: Generation) -> CompletionChoice:
+        prompt = self._prompts[index // self._num_choices]
+        columns = self._columns(prompt)
+        if columns is not None:
+            columns.add_prompt(generation.prefill)
+            for token, alternatives in generation.tokens_with_alternatives():
+                columns.add(token, alternatives)
+        return CompletionChoice(
+            index,
+            (prompt if self._echo else "") + generation.end.generated_text,
+            None if columns is None else columns.take(),
+            openai.FINISH_REASON[generation.end.finish_reason],
+        )
+
+    def _columns(self, prompt: str) -> Columns | None:
+        return None if self._decoder is None else Columns(self._decoder, prompt)
+
+
+def _best(samples: Sequence[Generation], count: int) -> Sequence[Generation]:
+    if len(samples) == count:
+        return samples
+    return sorted(samples, key=lambda one: one.mean_logprob, reverse=True)[:count]
+
+
+def _is_scoring(body: CompletionRequest) -> bool:
+    """The prompt's logprobs are all that is wanted: evaluation harnesses ask so."""
+    return bool(body.echo) and openai.max_tokens_of(body) == 0
+
+
+def _plan(front: Front, body: CompletionRequest) -> openai.Plan:
+    num_logprobs = _num_logprobs(front, body)
+    is_scoring = _is_scoring(body)
+    max_tokens = 1 if is_scoring else openai.max_tokens_of(body)
+    params, num_choices = openai.plan(front, body, max_tokens, num_logprobs or 0)
+    num_samples = _num_samples(front, body, num_choices)
+    has_prompt_logprobs = bool(body.echo) and num_logprobs is not None
+    return openai.Plan(
+        replace(params, prompt_logprobs=has_prompt_logprobs),
+        num_choices if is_scoring else num_samples,
+    )
+
+
+def _num_samples(front: Front, body: CompletionRequest, num_choices: int) -> int:
+    """How many generations the choices are taken from."""
+    best_of, limit = body.best_of or num_choices, front.validation.limits.max_best_of
+    if best_of > limit:
+        raise InvalidRequest(f"`best_of` must be > 0 and <= {limit}. Given: {best_of}")
+    if best_of < num_choices:
+        raise InvalidRequest(f"`best_of` must be >= `n`, which is {num_choices}. Given: {best_of}")
+    if body.stream and best_of > num_choices:
+        raise InvalidRequest(
+            f"`best_of` > `n` is not supported when streaming tokens. Given: {best_of}"
+        )
+    return best_of
+
+
+def _num_logprobs(front: Front, body: CompletionRequest) -> int | None:
+    """Alternatives for each token; None = no logprobs at all."""
+    if body.logprobs is None or body.logprobs is False:
+        return None
+    count, limit = int(body.logprobs), front.validation.limits.max_top_n_tokens
+    if count > limit:
+        raise InvalidRequest(f"`logprobs` must be >= 0 and <= {limit}. Given: {count}")
+    return count
+
+
+def _split(prompt: str | list[Any], max_prompts: int) -> list[tuple[str, str | list[Any]]]:
+    """The prompts, each with its place in the body; looks at no token id."""
+    if isinstance(prompt, str):
+        return [("prompt", prompt)]
+    if not prompt:
+        raise MalformedBody(
+            "prompt: Empty array detected. Do not use an empty array for the prompt."
+        )
+    if isinstance(prompt[0], int):
+        return [("prompt", prompt)]
+    if len(prompt) > max_prompts:
+        raise BatchSizeExceeded(
+            f"Number of prompts exceeds the maximum allowed batch size of {max_prompts}"
+        )
+    if not all(isinstance(one, type(prompt[0])) for one in prompt):
+        raise MalformedBody(f"prompt: {_PROMPT_FORMS}")
+    return [(f"prompt[{index}]", one) for index, one in enumerate(prompt)]
+
+
+async def _prompt(front: Front, place: str, given: str | list[Any]) -> str | TokenPrompt:
+    return given if isinstance(given, str) else await front.validation.token_prompt(given, place)

@@ -1,0 +1,1 @@
+"""SageMaker, Vertex AI and KServe."""

@@ -1,0 +1,172 @@
+"""What a client of /v1/responses gives: items and flat tools, as messages and tools of a chat.
+
+JSON values in, chat messages in OpenAI's form out, or an `InvalidRequest` that names the place.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from kagami_proto.errors import InvalidRequest, MalformedBody, ToolError
+from kagami_router.api.schemas.responses import ResponsesRequest
+from kagami_router.tools import offers as tools
+from kagami_router.tools.offers import Tool, ToolChoice
+
+Message = dict[str, Any]
+
+# Templates know no developer; who has instructions for the model is its system to them.
+_ROLES: Mapping[str, str] = {
+    "user": "user",
+    "assistant": "assistant",
+    "system": "system",
+    "developer": "system",
+}
+_TEXT_PARTS: Mapping[str, str] = {  # the type of a part: where its text stands
+    "input_text": "text",
+    "output_text": "text",
+    "text": "text",
+    "refusal": "refusal",
+}
+_OTHER_PARTS = ("input_image", "input_file", "input_audio")
+_QUOTED = 80  # characters of a value that an error shows
+
+
+def read_messages(body: ResponsesRequest) -> list[Message]:
+    """The conversation: `instructions`, then the items of `input`."""
+    if body.input is None:
+        raise MalformedBody(
+            "Failed to deserialize the JSON body into the target type: missing field `input`"
+        )
+    messages: list[Message] = []
+    if body.instructions:
+        messages.append({"role": "system", "content": body.instructions})
+    if isinstance(body.input, str):
+        return [*messages, {"role": "user", "content": body.input}]
+    if not body.input:
+        raise InvalidRequest("`input` cannot be empty")
+    for index, item in enumerate(body.input):
+        _add_item(messages, f"input[{index}]", item)
+    if not messages:
+        raise InvalidRequest("`input` has no message")
+    return messages
+
+
+def _add_item(messages: list[Message], place: str, item: Mapping[str, Any]) -> None:
+    match item.get("type"):
+        case None | "message":
+            _add_message(messages, place, item)
+        case "function_call":
+            _add_call(messages, place, item)
+        case "function_call_output":
+            messages.append(
+                {
+                    "role": "tool",
+                    "tool_call_id": _text(place, item, "call_id"),
+                    "content": _content(f"{place}.output", item.get("output")),
+                }
+            )
+        case "reasoning":
+            pass  # of another model: ours think in plain text, which is in their messages
+        case "item_reference":
+            raise InvalidRequest(
+                f"`{place}` is an item_reference, and this server keeps no items: send the item"
+            )
+        case other:
+            raise InvalidRequest(
+                f"`{place}.type` must be `message`, `function_call`, `function_call_output` or"
+                f" `reasoning`. Given: {_quote(other)}"
+            )
+
+
+def _add_message(messages: list[Message], place: str, item: Mapping[str, Any]) -> None:
+    role = _ROLES.get(_text(place, item, "role"))
+    if role is None:
+        raise InvalidRequest(
+            f"`{place}.role` must be one of {', '.join(_ROLES)}. Given: {_quote(item['role'])}"
+        )
+    content = _content(f"{place}.content", item.get("content"))
+    if role == "system" and messages and messages[-1]["role"] == "system":
+        # Many templates take one system message, the first.
+        content = f"{messages.pop()['content']}\n\n{content}"
+    messages.append({"role": role, "content": content})
+
+
+def _add_call(messages: list[Message], place: str, item: Mapping[str, Any]) -> None:
+    """Calls belong to the assistant's message before them, if there is one."""
+    call = {
+        "id": _text(place, item, "call_id"),
+        "type": "function",
+        "function": {
+            "name": _text(place, item, "name"),
+            "arguments": _text(place, item, "arguments"),
+        },
+    }
+    if not messages or messages[-1]["role"] != "assistant":
+        messages.append({"role": "assistant", "content": None, "tool_calls": []})
+    messages[-1].setdefault("tool_calls", []).append(call)
+
+
+def _content(place: str, content: object) -> str:
+    """The text of a message or of a call's output."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise MalformedBody(f"{place}: expected a text or a list of parts")
+    return "".join(_part(f"{place}[{number}]", part) for number, part in enumerate(content))
+
+
+def _part(place: str, part: object) -> str:
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if isinstance(part, Mapping) and isinstance(kind, str):
+        if kind in _TEXT_PARTS:
+            return _text(place, part, _TEXT_PARTS[kind])
+        if kind in _OTHER_PARTS:
+            raise InvalidRequest(f"`{place}` is an {kind}, and this model reads text only")
+    raise MalformedBody(f'{place}: expected {{"type":"input_text","text":…}}')
+
+
+def _text(place: str, item: Mapping[str, Any], name: str) -> str:
+    value = item.get(name)
+    if value is None:
+        raise MalformedBody(f"{place}: missing field `{name}`")
+    if not isinstance(value, str):
+        raise MalformedBody(f"{place}.{name}: expected a string")
+    return value
+
+
+def read_tools(wire: Sequence[object]) -> tuple[Tool, ...]:
+    """Flat tools; what OpenAI runs on its own servers is refused by name."""
+    return tools.read_tools(wire, _read_tool)
+
+
+def _read_tool(place: str, wire: object) -> Tool:
+    kind = wire.get("type") if isinstance(wire, Mapping) else None
+    if not isinstance(wire, Mapping) or not isinstance(kind, str):
+        raise ToolError(f'`{place}` must be {{"type":"function","name":…,"parameters":…}}')
+    if kind != "function":
+        raise ToolError(
+            f"`{place}.type` must be `function`: no other tools are here. Given: {kind}"
+        )
+    function = {key: value for key, value in wire.items() if key != "type" and value is not None}
+    return tools.tool(
+        place, {"type": "function", "function": function}, schema=wire.get("parameters")
+    )
+
+
+def read_choice(wire: object) -> ToolChoice:
+    """`tool_choice`, None = auto."""
+    match wire:
+        case None | "auto" | "none" | "required":
+            return tools.read_choice(wire)
+        case {"type": "function", "name": str(name)}:
+            return tools.read_choice({"type": "function", "function": {"name": name}})
+        case {"type": "allowed_tools"}:
+            return tools.read_choice({"type": "allowed_tools", "allowed_tools": wire})
+        case _:
+            raise ToolError(
+                "`tool_choice` must be `auto`, `none`, `required`, or"
+                f' {{"type":"function","name":…}}. Given: {_quote(wire)}'
+            )
+
+
+def _quote(value: object) -> str:
+    return repr(value)[:_QUOTED]

@@ -1,0 +1,154 @@
+"""An answer as items of a Response: messages and calls, and the events in which they grow.
+
+The whole answer and the stream come from here; who wants no events passes them over.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import msgspec
+
+from kagami_router.api.answering.conversation import AnswerParser
+from kagami_router.api.answering.logprobs import chat_logprobs
+from kagami_router.api.schemas.native import ChatLogprob
+from kagami_router.api.schemas.response_events import (
+    CallArgumentsDelta,
+    CallArgumentsDone,
+    ContentPartAdded,
+    ContentPartDone,
+    OutputItemAdded,
+    OutputItemDone,
+    OutputTextDelta,
+    OutputTextDone,
+    ResponseEvent,
+)
+from kagami_router.api.schemas.responses import (
+    OutputCall,
+    OutputItem,
+    OutputMessage,
+    OutputText,
+)
+from kagami_router.request.values import FinishReason, StreamEvent
+from kagami_router.text.detokenize import TextDecoder
+from kagami_router.tools.parser import CallArguments, CallStart, Delta, TextDelta
+
+IN_PROGRESS, COMPLETED, INCOMPLETE = "in_progress", "completed", "incomplete"
+_PART = 0  # a message has one
+
+
+@dataclass(slots=True, eq=False)
+class _Growing:
+    """The item that is being said; without a call it is a message."""
+
+    id: str
+    index: int
+    call: CallStart | None
+    pieces: list[str] = field(default_factory=list)
+    logprobs: list[ChatLogprob] = field(default_factory=list)
+
+    def item(self, status: str) -> OutputItem:
+        text = "".join(self.pieces)
+        if self.call is not None:
+            return OutputCall(self.id, self.call.id, self.call.name, text, status)
+        is_empty = status == IN_PROGRESS
+        part = OutputText("output_text", text, [], self.logprobs)
+        return OutputMessage(self.id, status, "assistant", [] if is_empty else [part])
+
+
+class Output:
+    """Reads one answer: `push` every event; `items` are whole when the last one was."""
+
+    def __init__(self, answer_id: str, parser: AnswerParser, decoder: TextDecoder | None) -> None:
+        self._answer_id = answer_id
+        self._parser = parser
+        self._decoder = decoder  # None: no logprobs
+        self._logprobs: list[ChatLogprob] = []  # of tokens whose text is still held back
+        self._growing: _Growing | None = None
+        self._num_events = 0
+        self.items: list[OutputItem] = []
+
+    def next_number(self) -> int:
+        """The number of the next event, whoever writes it."""
+        number = self._num_events
+        self._num_events += 1
+        return number
+
+    def push(self, event: StreamEvent) -> list[ResponseEvent]:
+        """What this token adds, and after the last one what was held back."""
+        token, end = event.token, event.end
+        if self._decoder is not None and not token.special:
+            self._logprobs += chat_logprobs(self._decoder, [(token, event.top_tokens)]).content
+        deltas = self._parser.push(token, event.tail)
+        if end is None:
+            return [one for delta in deltas for one in self._add(delta)]
+        is_cut = end.finish_reason is FinishReason.LENGTH
+        deltas += self._parser.finish(is_cut=is_cut)
+        events = [one for delta in deltas for one in self._add(delta)]
+        if self._growing is None:  # the model had nothing to say: an empty message
+            events += self._open(None)
+        return [*events, *self._close(is_cut=is_cut)]
+
+    def _add(self, delta: Delta) -> Iterator[ResponseEvent]:
+        match delta:
+            case TextDelta(text):
+                yield from self._add_text(text)
+            case CallStart():
+                self._logprobs.clear()  # calls have none
+                yield from self._close()
+                yield from self._open(delta)
+            case CallArguments(_, text):
+                self._logprobs.clear()
+                growing = self._known()
+                growing.pieces.append(text)
+                yield CallArgumentsDelta(self.next_number(), growing.id, growing.index, text)
+
+    def _add_text(self, text: str) -> Iterator[ResponseEvent]:
+        if self._growing is None or self._growing.call is not None:
+            yield from self._close()
+            yield from self._open(None)
+        growing = self._known()
+        logprobs, self._logprobs = self._logprobs, []
+        growing.pieces.append(text)
+        growing.logprobs += logprobs
+        yield OutputTextDelta(self.next_number(), growing.id, growing.index, _PART, text, logprobs)
+
+    def _known(self) -> _Growing:
+        assert self._growing is not None, "arguments follow the start of their call"
+        return self._growing
+
+    def _open(self, call: CallStart | None) -> Iterator[ResponseEvent]:
+        index = len(self.items)
+        prefix = "msg" if call is None else "fc"
+        growing = _Growing(f"{prefix}_{self._answer_id}{index:02x}", index, call)
+        self._growing = growing
+        yield OutputItemAdded(self.next_number(), index, growing.item(IN_PROGRESS))
+        if call is None:
+            part = OutputText("output_text", "", [], [])
+            yield ContentPartAdded(self.next_number(), growing.id, index, _PART, part)
+
+    def _close(self, *, is_cut: bool = False) -> Iterator[ResponseEvent]:
+        growing = self._growing
+        if growing is None:
+            return
+        self._growing = None
+        item = growing.item(COMPLETED)
+        if is_cut and not (isinstance(item, OutputCall) and _is_json(item.arguments)):
+            item = growing.item(INCOMPLETE)
+        self.items.append(item)
+        number, at = self.next_number, (growing.id, growing.index)
+        if isinstance(item, OutputCall):
+            yield CallArgumentsDone(number(), *at, item.name, item.arguments)
+        else:
+            (part,) = item.content
+            yield OutputTextDone(number(), *at, _PART, part.text, part.logprobs)
+            yield ContentPartDone(number(), *at, _PART, part)
+        yield OutputItemDone(number(), growing.index, item)
+
+
+def _is_json(text: str) -> bool:
+    """Whether a call that the limit cut has all its arguments."""
+    try:
+        msgspec.json.decode(text)
+    except (msgspec.DecodeError, RecursionError):
+        return False
+    return True

@@ -1,0 +1,273 @@
+"""/v1/responses, OpenAI's newer form of a chat, and how long its prompts are; nothing is kept."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import msgspec
+from aiohttp import web
+from msgspec.structs import replace as changed
+
+from kagami_proto.errors import InvalidRequest, KagamiError, MalformedBody
+from kagami_router.api.answering import conversation, grammars
+from kagami_router.api.answering import single as one_answer
+from kagami_router.api.answering.conversation import Conversation, Prepared
+from kagami_router.api.native.service import Front, front_of, json_response
+from kagami_router.api.openai import answers as openai
+from kagami_router.api.responses import items as response_items
+from kagami_router.api.responses.output import COMPLETED, IN_PROGRESS, INCOMPLETE, Output
+from kagami_router.api.schemas.native import OpenAIRequest, encode
+from kagami_router.api.schemas.response_events import (
+    ResponseCompleted,
+    ResponseCreated,
+    ResponseErrorEvent,
+    ResponseEvent,
+    ResponseFailed,
+    ResponseIncomplete,
+    ResponseInProgress,
+)
+from kagami_router.api.schemas.responses import (
+    IncompleteDetails,
+    InputTokens,
+    InputTokensDetails,
+    OutputTokensDetails,
+    Reasoning,
+    ResponseError,
+    ResponseObject,
+    ResponsesRequest,
+    ResponseUsage,
+    TextEcho,
+    TextFormat,
+    TextSettings,
+)
+from kagami_router.api.web import sse
+from kagami_router.api.web.call import Call
+from kagami_router.api.web.errors import error_kind, error_text
+from kagami_router.api.web.middleware import read_body
+from kagami_router.request.validation import GenerationParams
+from kagami_router.request.values import End, FinishReason, Grammar, StreamEvent, ValidRequest
+from kagami_router.serving.infer import Generation
+from kagami_router.text.chat_template import PromptOptions
+from kagami_router.text.detokenize import TextDecoder
+from kagami_router.tools import offers as tools
+
+_BODY = msgspec.json.Decoder(ResponsesRequest)
+_LOGPROBS = "message.output_text.logprobs"
+_TEXT = TextFormat("text")
+_REFUSED: Mapping[str, str] = {
+    "background": "answers are made while the client waits",
+    "conversation": "no conversation is kept; send its items as `input`",
+    "previous_response_id": "no response is kept; send the items so far as `input`",
+    "prompt": "no prompt is kept; send its text as `instructions` or `input`",
+}
+
+
+async def responses(request: web.Request) -> web.StreamResponse:
+    """One Response, or the events in which it grows."""
+    body = await _read(request)
+    front, call = front_of(request), Call.of(request)
+    params = _params(front, body)  # before the prompt, which costs more to make
+    prepared = await conversation.prepare(front, _conversation(body))
+    return await one_answer.respond(
+        request,
+        call,
+        prompt=prepared.prompt,
+        params=replace(params, grammar=prepared.grammar),
+        is_stream=bool(body.stream),
+        writer=ResponseWriter(
+            _begun(front, call, body), prepared, front.decoder if _has_logprobs(body) else None
+        ),
+    )
+
+
+async def input_tokens(request: web.Request) -> web.Response:
+    """How long the prompt of such a Response is."""
+    body = await _read(request)
+    front = front_of(request)
+    prompt = await conversation.prompt(front, _conversation(body))
+    prompt_ids = await front.tokenizer.encode(prompt, add_special_tokens=False)
+    return json_response(InputTokens(len(prompt_ids)))
+
+
+async def _read(request: web.Request) -> ResponsesRequest:
+    body = await read_body(request, _BODY)
+    for name, reason in _REFUSED.items():
+        if getattr(body, name):
+            raise InvalidRequest(f"`{name}` is not supported: {reason}")
+    return body
+
+
+def _has_logprobs(body: ResponsesRequest) -> bool:
+    return _LOGPROBS in (body.include or ()) or bool(body.top_logprobs)
+
+
+def _params(front: Front, body: ResponsesRequest) -> GenerationParams:
+    top_logprobs = body.top_logprobs or 0
+    max_top = front.validation.limits.max_top_n_tokens
+    if top_logprobs > max_top:
+        raise InvalidRequest(f"`top_logprobs` must be >= 0 and <= {max_top}. Given: {top_logprobs}")
+    if body.max_output_tokens == 0:
+        raise InvalidRequest("`max_output_tokens` must be strictly positive")
+    given = OpenAIRequest(
+        temperature=body.temperature,
+        top_p=body.top_p,
+        top_k=body.top_k,
+        frequency_penalty=body.frequency_penalty,
+        presence_penalty=body.presence_penalty,
+        repetition_penalty=body.repetition_penalty,
+        stop=body.stop,
+        seed=body.seed,
+    )
+    return openai.plan(front, given, body.max_output_tokens, top_logprobs).params
+
+
+def _conversation(body: ResponsesRequest) -> Conversation:
+    choice = response_items.read_choice(body.tool_choice)
+    return Conversation(
+        messages=response_items.read_messages(body),
+        tools=() if choice == tools.NONE else response_items.read_tools(body.tools or ()),
+        choice=choice,
+        is_parallel=body.parallel_tool_calls is not False,
+        grammar=_grammar(_format(body)),
+        options=_options(body),
+    )
+
+
+def _options(body: ResponsesRequest) -> PromptOptions:
+    """An assistant's message at the end is answered, not continued: OpenAI's own does so.
+
+    gpt-oss's template reads `reasoning_effort`, Qwen 3's `enable_thinking`.
+    """
+    effort = body.reasoning.effort if body.reasoning else None
+    variables = {"reasoning_effort": effort} if effort else {}
+    thinking = {"enable_thinking": False} if effort == "none" else {}
+    return PromptOptions(add_generation_prompt=True, variables=variables | thinking)
+
+
+def _format(body: ResponsesRequest) -> TextFormat:
+    return (body.text or TextSettings()).format or _TEXT
+
+
+def _grammar(wire: TextFormat) -> Grammar | None:
+    if wire.type == "text":
+        return None
+    if wire.type == "json_object":
+        return grammars.json_schema({"type": "object"})
+    if wire.schema is None:
+        raise MalformedBody("text.format: missing field `schema`")
+    return grammars.json_schema(wire.schema)
+
+
+def _begun(front: Front, call: Call, body: ResponsesRequest) -> ResponseObject:
+    """The Response before its first token: who made it, and the settings."""
+    text = body.text or TextSettings()
+    return ResponseObject(
+        id=f"resp_{call.id}",
+        created_at=call.created,
+        status=IN_PROGRESS,
+        instructions=body.instructions,
+        max_output_tokens=body.max_output_tokens,
+        model=front.served_model(body.model),
+        parallel_tool_calls=body.parallel_tool_calls is not False,
+        prompt_cache_key=body.prompt_cache_key,
+        reasoning=Reasoning(body.reasoning.effort if body.reasoning else None),
+        safety_identifier=body.safety_identifier,
+        temperature=_or_one(body.temperature),
+        text=TextEcho(_format(body), text.verbosity),
+        tool_choice="auto" if body.tool_choice is None else body.tool_choice,
+        tools=body.tools or [],
+        top_logprobs=body.top_logprobs or 0,
+        top_p=_or_one(body.top_p),
+        user=body.user,
+        metadata=body.metadata or {},
+    )
+
+
+def _or_one(given: float | None) -> float:
+    return 1.0 if given is None else given
+
+
+class ResponseWriter:
+    """Writes one Response, from how it began to its end."""
+
+    def __init__(
+        self, begun: ResponseObject, prepared: Prepared, decoder: TextDecoder | None
+    ) -> None:
+        self._begun = begun
+        answer_id = begun.id.removeprefix("resp_")
+        self._output = Output(answer_id, prepared.new_parser(), decoder)
+        self._num_input = 0
+        self._end: End | None = None
+
+    def whole(self, generation: Generation) -> ResponseObject:
+        """The Response in one piece."""
+        self._num_input = len(generation.request.prompt_ids)
+        last = len(generation.tokens) - 1
+        spoken = zip(generation.tokens_with_alternatives(), generation.tails, strict=True)
+        for number, ((token, alternatives), tail) in enumerate(spoken):
+            end = generation.end if number == last else None
+            self._output.push(StreamEvent(token, alternatives, tail, end))
+        return self._finished(generation.end)
+
+    def start(self, request: ValidRequest) -> bytes:
+        """The two events before the first item."""
+        self._num_input = len(request.prompt_ids)
+        number = self._output.next_number
+        return _written(
+            [ResponseCreated(number(), self._begun), ResponseInProgress(number(), self._begun)]
+        )
+
+    def events(self, turn: Sequence[StreamEvent]) -> bytes:
+        """Items and what they grow by."""
+        self._end = turn[-1].end
+        return _written([one for event in turn for one in self._output.push(event)])
+
+    def end(self) -> bytes:
+        """The Response as it became."""
+        assert self._end is not None, "the last turn of a stream brings its end"
+        response = self._finished(self._end)
+        kind = ResponseCompleted if response.status == COMPLETED else ResponseIncomplete
+        return _written([kind(self._output.next_number(), response)])
+
+    def failed(self, error: KagamiError) -> bytes:
+        """The error for who reads events, and a Response that has it."""
+        text, number = error_text(error), self._output.next_number
+        response = changed(
+            self._begun,
+            status="failed",
+            error=ResponseError("server_error", text),
+            output=self._output.items,
+        )
+        return _written(
+            [
+                ResponseErrorEvent(number(), error_kind(error), text, None),
+                ResponseFailed(number(), response),
+            ]
+        )
+
+    def _finished(self, end: End) -> ResponseObject:
+        is_cut = end.finish_reason is FinishReason.LENGTH
+        return changed(
+            self._begun,
+            status=INCOMPLETE if is_cut else COMPLETED,
+            completed_at=None if is_cut else int(time.time()),
+            incomplete_details=IncompleteDetails("max_output_tokens") if is_cut else None,
+            output=self._output.items,
+            usage=ResponseUsage(
+                self._num_input,
+                InputTokensDetails(end.cached_tokens),
+                end.num_generated,
+                OutputTokensDetails(),
+                self._num_input + end.num_generated,
+            ),
+        )
+
+
+def _written(events: Sequence[ResponseEvent]) -> bytes:
+    return b"".join([sse.named_event(_name(one), encode(one)) for one in events])
+
+
+def _name(event: ResponseEvent) -> str:
+    tag: Any = event.__struct_config__.tag
+    return str(tag)

@@ -1,0 +1,1 @@
+"""The JSON of every route, as msgspec structs; nothing behind `api` knows them."""

@@ -1,0 +1,1 @@
+"""Around every handler: connections, middleware, errors, headers, streams, the log line."""

@@ -1,0 +1,187 @@
+"""What every generating route does around an answer: ids, `x-*` headers, the line in the log.
+
+One HTTP call is one `Call`, whatever number of generations it runs.
+"""
+
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from operator import truediv
+from typing import NamedTuple
+
+from aiohttp import web
+
+from kagami_router.api.web.call_log import TALLY, duration, log_answered, origin_of
+from kagami_router.request.values import End, ValidRequest
+from kagami_router.serving.infer import Tally
+from kagami_router.telemetry.request_trace import describe_answer
+
+TRACES_CONTENT = web.AppKey("traces_content", bool)
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One HTTP call: when it came in, what it brought, what its log line names.
+
+    `id` is ours and goes into the ids of answers; the client's own may be in `origin`.
+    """
+
+    id: str
+    tally: Tally
+    created: int
+    """Seconds since the epoch."""
+    traces_content: bool
+    """Whether its texts go into its span."""
+    origin: Mapping[str, object]
+    """What its log line says of where it came from."""
+
+    @property
+    def received(self) -> float:
+        """When its body was read, in monotonic seconds."""
+        return self.tally.received
+
+    @classmethod
+    def of(cls, request: web.Request) -> "Call":
+        """The call that starts with `request`, now."""
+        return cls(
+            secrets.token_hex(12),
+            request.setdefault(TALLY, Tally(time.monotonic())),
+            int(time.time()),
+            request.app[TRACES_CONTENT],
+            origin_of(request),
+        )
+
+
+class Finished(NamedTuple):
+    """One generation at its end."""
+
+    request: ValidRequest
+    end: End
+
+
+class Times(NamedTuple):
+    """Seconds, summed over the generations of a call."""
+
+    total: float
+    validation: float
+    queue: float
+    inference: float
+    per_token: float
+
+    @classmethod
+    def of(cls, call: Call, finished: Sequence[Finished]) -> "Times":
+        """The times of these generations."""
+        timings = [one.end.timings for one in finished]
+        inference = [one.finished - one.scheduled for one in timings]
+        generated = [max(1, one.end.num_generated) for one in finished]
+        return cls(
+            total=sum(one.finished - call.received for one in timings),
+            validation=sum(one.submitted - call.received for one in timings),
+            queue=sum(one.scheduled - one.submitted for one in timings),
+            inference=sum(inference),
+            per_token=sum(map(truediv, inference, generated)),
+        )
+
+
+def stream_headers(
+    compute_type: str, call: Call, requests: Sequence[ValidRequest]
+) -> dict[str, str]:
+    """The `x-*` headers that are known before the first token."""
+    return {
+        "x-compute-type": compute_type,
+        "x-compute-characters": str(sum(len(one.prompt_text) for one in requests)),
+        "x-validation-time": _milliseconds(time.monotonic() - call.received),
+        "x-prompt-tokens": str(sum(len(one.prompt_ids) for one in requests)),
+    }
+
+
+def stream_comment(call: Call, finished: Sequence[Finished]) -> bytes:
+    """What a stream's headers could not tell, as its last line: a comment to every client."""
+    phases = {f"{name}-ms": ms for name, ms in _phases(call, finished).items()}
+    told = _times_headers(call, finished) | phases
+    return f": {' '.join(f'{name}={value}' for name, value in told.items())}\n\n".encode()
+
+
+def whole_headers(
+    compute_type: str, prompts: Sequence[str], call: Call, finished: Sequence[Finished]
+) -> dict[str, str]:
+    """The `x-*` headers of an answer in one piece."""
+    return {
+        "x-compute-type": compute_type,
+        "x-compute-characters": str(sum(len(prompt) for prompt in prompts)),
+        "x-prompt-tokens": str(sum(len(one.request.prompt_ids) for one in finished)),
+        **_times_headers(call, finished),
+        "server-timing": _server_timing(call, finished),
+    }
+
+
+def _phases(call: Call, finished: Sequence[Finished]) -> dict[str, str]:
+    """Where the time went, in milliseconds.
+
+    Of several generations, which run side by side, the longest counts. `device` is what the steps
+    took that it was part of, shared with others.
+    """
+    timings = [one.end.timings for one in finished]
+    seconds = {
+        "validate": max(one.submitted - call.received for one in timings),
+        "queue": max(one.scheduled - one.submitted for one in timings),
+        "prefill": max(one.first_token - one.scheduled for one in timings),
+        "decode": max(one.finished - one.first_token for one in timings),
+        "device": max(one.device_s for one in timings),
+        "total": max(one.finished for one in timings) - call.received,
+    }
+    return {name: f"{value * 1e3:.3f}" for name, value in seconds.items()}
+
+
+def _server_timing(call: Call, finished: Sequence[Finished]) -> str:
+    """The phases as browsers' tools draw them: https://www.w3.org/TR/server-timing/."""
+    return ", ".join(f"{name};dur={ms}" for name, ms in _phases(call, finished).items())
+
+
+def _times_headers(call: Call, finished: Sequence[Finished]) -> dict[str, str]:
+    """What is known at the end: milliseconds, but x-compute-time in seconds."""
+    times = Times.of(call, finished)
+    return {
+        "x-compute-time": f"{times.total:.9f}",
+        "x-total-time": _milliseconds(times.total),
+        "x-validation-time": _milliseconds(times.validation),
+        "x-queue-time": _milliseconds(times.queue),
+        "x-inference-time": _milliseconds(times.inference),
+        "x-time-per-token": _milliseconds(times.per_token),
+        "x-generated-tokens": str(sum(one.end.num_generated for one in finished)),
+    }
+
+
+def log_success(call: Call, finished: Sequence[Finished]) -> None:
+    """The one line of a call that was answered in full; times in TGI's words and form."""
+    describe_answer(
+        finished,
+        answer_id=call.id,
+        received=call.received,
+        with_content=call.traces_content,
+    )
+    times = Times.of(call, finished)
+    sampling = finished[0].request.sampling
+    ends = [one.end for one in finished]
+    first_token = min(end.timings.first_token for end in ends)
+    log_answered(
+        {
+            "total_time": duration(times.total),
+            "validation_time": duration(times.validation),
+            "queue_time": duration(times.queue),
+            "inference_time": duration(times.inference),
+            "time_per_token": duration(times.per_token),
+            "seed": sampling.seed if sampling.do_sample else None,
+            "time_to_first_token": duration(first_token - call.received),
+            "prompt_tokens": sum(len(one.request.prompt_ids) for one in finished),
+            "cached_tokens": sum(end.cached_tokens for end in ends),
+            "generated_tokens": sum(end.num_generated for end in ends),
+            "finish_reason": ",".join(end.finish_reason.value for end in ends),
+        },
+        call.origin,
+    )
+
+
+def _milliseconds(seconds: float) -> str:
+    return str(int(seconds * 1000))

@@ -1,0 +1,104 @@
+"""Connections: what aiohttp answers by itself, told and logged as any other answer.
+
+A message that is no HTTP reaches no middleware and no route. Here it gets the error's JSON and the
+headers that every answer has, in place of a plain text that names the server's software.
+"""
+
+import logging
+from typing import Any
+
+from aiohttp import web
+from aiohttp.http_exceptions import BadHttpMethod, HttpProcessingError
+from aiohttp.web_protocol import RequestHandler
+
+from kagami_proto.errors import KagamiError, NotJson
+from kagami_router.api.web.errors import Family, error_body, error_status
+from kagami_router.api.web.middleware import on_one_line, report
+
+logger = logging.getLogger(__name__)
+
+
+class MalformedHttp(NotJson):
+    """The message is no HTTP; its path may not be known."""
+
+
+class Runner(web.AppRunner):
+    """Runs an application, its handlers cancelled when their clients leave."""
+
+    def __init__(self, app: web.Application, *, shutdown_timeout: float) -> None:
+        super().__init__(app, shutdown_timeout=shutdown_timeout)
+
+    async def _make_server(self) -> web.Server:
+        made = await super()._make_server()
+        return _Server(
+            made.request_handler,
+            request_factory=made.request_factory,
+            handler_cancellation=True,
+            app=self.app,
+            access_log=None,
+            logger=logger,
+        )
+
+
+class _Server(web.Server):
+    """Makes one protocol for each connection."""
+
+    def __call__(self) -> RequestHandler:
+        return _Connection(self, loop=self._loop, **self._kwargs)
+
+
+class _Connection(RequestHandler):
+    """One connection."""
+
+    __slots__ = ("_app",)
+
+    def __init__(self, *args: Any, app: web.Application, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._app = app
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """The answer to what no handler has seen, or to a fault behind all of them."""
+        if request.writer.output_size > 0:
+            raise ConnectionError("The answer has begun: there is no room for another")
+        assert isinstance(request, web.Request), "the application makes every request"
+        return _Answer(self._app, _known(request, exc))
+
+    def log_exception(self, *args: Any, **kwargs: Any) -> None:
+        """A body that breaks off is the client's fault, and `read_body` has said so."""
+        if not isinstance(kwargs.get("exc_info"), web.RequestPayloadError):
+            super().log_exception(*args, **kwargs)
+
+
+def _known(request: web.Request, exc: BaseException | None) -> KagamiError:
+    """The error as the client may know it; its log line is written."""
+    if isinstance(exc, HttpProcessingError):
+        # aiohttp quotes the line that is wrong, which may be the one with the key.
+        reason = on_one_line(exc).partition(": b")[0]
+        error = MalformedHttp(f"Malformed HTTP: {reason}")
+        is_scan = isinstance(exc, BadHttpMethod)  # TLS, say: not worth a line
+        return error if is_scan else report(request, error)
+    return report(request, exc if isinstance(exc, Exception) else RuntimeError("no cause is known"))
+
+
+class _Answer(web.Response):
+    """An error's answer, with the application's headers: the request belongs to no route."""
+
+    def __init__(self, app: web.Application, error: KagamiError) -> None:
+        super().__init__(
+            body=error_body(error, Family.NATIVE),
+            status=error_status(error),
+            content_type="application/json",
+        )
+        self.force_close()
+        self._app = app
+
+    async def _prepare_headers(self) -> None:
+        await super()._prepare_headers()
+        if isinstance(self._req, web.Request):
+            await self._app.on_response_prepare.send(self._req, self)

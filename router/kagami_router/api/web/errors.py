@@ -1,0 +1,139 @@
+"""How each family of routes writes an error: whole, and as an event of a stream.
+
+The class of an error decides its status and TGI's `error_type` (`kagami_proto.errors`); the path
+of the request decides the shape around them.
+"""
+
+import enum
+import re
+from collections.abc import Callable, Mapping
+from http import HTTPStatus
+from typing import NamedTuple
+
+from kagami_proto.errors import InvalidRequest, KagamiError, row_of
+from kagami_router.api.schemas.native import (
+    AnthropicError,
+    AnthropicErrorResponse,
+    ErrorResponse,
+    OpenAIError,
+    OpenAIErrorResponse,
+    OpenAIStreamError,
+    OpenAIStreamErrorEvent,
+    encode,
+)
+
+# Our texts name the field that is wrong first: `temperature` must be …, or messages[0].content: …
+_FIELD = re.compile(r"`(?P<quoted>[\w.\[\]]+)`|(?P<path>[A-Za-z_][\w.\[\]]*): ", re.ASCII)
+_MALFORMED = "Failed to deserialize the JSON body into the target type: "
+_SERVER_ERROR = HTTPStatus.INTERNAL_SERVER_ERROR
+_OPENAI_TYPES: Mapping[HTTPStatus, str] = {
+    HTTPStatus.UNAUTHORIZED: "authentication_error",
+    HTTPStatus.TOO_MANY_REQUESTS: "rate_limit_error",
+    HTTPStatus.FAILED_DEPENDENCY: "server_error",
+}
+_ANTHROPIC_TYPES: Mapping[HTTPStatus, str] = {
+    HTTPStatus.UNAUTHORIZED: "authentication_error",
+    HTTPStatus.NOT_FOUND: "not_found_error",
+    HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "request_too_large",
+    HTTPStatus.TOO_MANY_REQUESTS: "rate_limit_error",
+    HTTPStatus.SERVICE_UNAVAILABLE: "overloaded_error",
+    HTTPStatus.FAILED_DEPENDENCY: "api_error",
+}
+
+
+class Family(enum.Enum):
+    """Whose clients call a route."""
+
+    NATIVE = enum.auto()
+    OPENAI = enum.auto()
+    ANTHROPIC = enum.auto()
+
+    @classmethod
+    def of(cls, path: str) -> "Family":
+        """The family of a path, whether or not there is such a route."""
+        if path == "/v1/messages" or path.startswith("/v1/messages/"):
+            return cls.ANTHROPIC
+        return cls.OPENAI if path == "/v1" or path.startswith("/v1/") else cls.NATIVE
+
+
+def error_text(error: KagamiError) -> str:
+    """What the client reads."""
+    row = row_of(error)
+    return f"{row.prefix if row else ''}{error}"
+
+
+def error_status(error: KagamiError) -> HTTPStatus:
+    """The HTTP status of an error."""
+    row = row_of(error)
+    return row.status if row else HTTPStatus.INTERNAL_SERVER_ERROR
+
+
+def error_body(error: KagamiError, family: Family = Family.NATIVE) -> bytes:
+    """The JSON of a whole error answer."""
+    return _SHAPES[family].body(error)
+
+
+def error_event(error: KagamiError, family: Family) -> bytes:
+    """What a stream ends with when it fails after its status line."""
+    return _SHAPES[family].event(error)
+
+
+class _Shape(NamedTuple):
+    body: Callable[[KagamiError], bytes]
+    event: Callable[[KagamiError], bytes]
+
+
+def error_kind(error: KagamiError) -> str:
+    """The stable name of an error: TGI's `error_type`."""
+    row = row_of(error)
+    return row.kind if row else "internal"
+
+
+def _native(error: KagamiError) -> bytes:
+    return encode(ErrorResponse(error_text(error), error_kind(error)))
+
+
+def _openai(error: KagamiError) -> bytes:
+    inner = OpenAIError(error_text(error), _openai_type(error), _field(error), error_kind(error))
+    return encode(OpenAIErrorResponse(inner, error_kind(error)))
+
+
+def _openai_event(error: KagamiError) -> bytes:
+    inner = OpenAIStreamError(
+        error_text(error),
+        error_status(error).value,
+        _openai_type(error),
+        _field(error),
+        error_kind(error),
+    )
+    return b"data: %b\n\ndata: [DONE]\n\n" % encode(OpenAIStreamErrorEvent(inner))
+
+
+def _anthropic(error: KagamiError) -> bytes:
+    status = error_status(error)
+    default = "api_error" if status >= _SERVER_ERROR else "invalid_request_error"
+    inner = AnthropicError(_ANTHROPIC_TYPES.get(status, default), error_text(error))
+    return encode(AnthropicErrorResponse("error", inner))
+
+
+def _openai_type(error: KagamiError) -> str:
+    status = error_status(error)
+    default = "server_error" if status >= _SERVER_ERROR else "invalid_request_error"
+    return _OPENAI_TYPES.get(status, default)
+
+
+def _field(error: KagamiError) -> str | None:
+    """The name of the field that is wrong, where the text begins with it."""
+    if not isinstance(error, InvalidRequest):
+        return None
+    found = _FIELD.match(str(error).removeprefix(_MALFORMED))
+    return (found["quoted"] or found["path"]) if found else None
+
+
+_SHAPES: Mapping[Family, _Shape] = {
+    Family.NATIVE: _Shape(_native, lambda error: b"data: %b\n\n" % _native(error)),
+    Family.OPENAI: _Shape(_openai, _openai_event),
+    Family.ANTHROPIC: _Shape(
+        _anthropic, lambda error: b"event: error\ndata: %b\n\n" % _anthropic(error)
+    ),
+}

@@ -1,0 +1,266 @@
+"""Around every handler: the API key, errors to answers, and the counting of calls.
+
+The only broad `except` of the HTTP side is here: what is outside the error tree is a bug, logged
+with its traceback, and the client still gets an answer.
+"""
+
+import asyncio
+import hmac
+import logging
+import re
+from typing import TypeVar
+
+import msgspec
+from aiohttp import hdrs, web
+from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.typedefs import Handler, Middleware
+from opentelemetry import trace
+
+from kagami_proto.errors import (
+    BodyTooLarge,
+    IncompleteGeneration,
+    InvalidRequest,
+    KagamiError,
+    MalformedBody,
+    MethodNotAllowed,
+    NotFound,
+    NotJson,
+    Overloaded,
+    TemplateError,
+    Unauthorized,
+    Unavailable,
+    Unhealthy,
+    UnsupportedMediaType,
+)
+from kagami_proto.span_names import EventName, Key
+from kagami_proto.tracing import mark_failed
+from kagami_router.api.web.call_log import origin_of, so_far
+from kagami_router.api.web.errors import (
+    Family,
+    error_body,
+    error_kind,
+    error_status,
+    error_text,
+)
+from kagami_router.telemetry.metrics import Metrics
+
+logger = logging.getLogger(__name__)
+
+
+# Where a stream leaves the `err` label of what its status line could not tell any more.
+FAILURE_CAUSE = web.RequestKey("failure_cause", str)
+# Where a path serves several families, what the body turned out to be.
+FAMILY = web.RequestKey("family", Family)
+
+
+class InternalError(KagamiError):
+    """A bug of ours, as the client sees it."""
+
+
+class UnreadableBody(NotJson):
+    """The body broke off, or is not coded as its headers say."""
+
+
+def family_of(request: web.Request) -> Family:
+    """In whose words this request is answered."""
+    return request.get(FAMILY) or Family.of(request.path)
+
+
+def on_one_line(error: BaseException) -> str:
+    """What aiohttp says of a broken message."""
+    text = error.message if isinstance(error, HttpProcessingError) else str(error)
+    return " ".join(text.split())
+
+
+def report(request: web.Request, error: Exception) -> KagamiError:
+    """Write the one log line of a failed call; the error as the client may know it.
+
+    What is outside the tree is logged with its traceback and stands as `InternalError`. Probes of
+    a server that is not ready are not worth a line.
+    """
+    if isinstance(error, RecursionError):  # decoded with the last frame, too deep for all after it
+        error = MalformedBody("The request body is nested too deeply")
+    mark_failed(trace.get_current_span(), error)
+    if not isinstance(error, KagamiError):
+        logger.error("Internal error", extra=_fields(request, error), exc_info=error)
+        return InternalError("Internal error")
+    is_probe = request.method in (hdrs.METH_GET, hdrs.METH_HEAD)
+    if not isinstance(error, Unhealthy | Unavailable) or not is_probe:
+        is_theirs = isinstance(
+            error, InvalidRequest | NotFound | Overloaded | Unauthorized | Unavailable
+        )
+        level = logging.WARNING if is_theirs else logging.ERROR
+        hint = {"limit": "--max-concurrent-requests"} if isinstance(error, Overloaded) else {}
+        logger.log(level, "%s", error_text(error), extra={**_fields(request, error), **hint})
+    return error
+
+
+def _fields(request: web.Request, error: BaseException) -> dict[str, object]:
+    kind = error_kind(error) if isinstance(error, KagamiError) else "internal"
+    return {"error_type": kind, **so_far(request), **origin_of(request)}
+
+
+def failure_cause(error: BaseException) -> str:
+    """The `err` label of tgi_request_failure."""
+    for kind, cause in (
+        (TemplateError, "template"),
+        (InvalidRequest | RecursionError, "validation"),
+        (Overloaded, "overloaded"),
+        (Unavailable, "unavailable"),
+        (IncompleteGeneration, "incomplete"),
+    ):
+        if isinstance(error, kind):
+            return cause
+    return "generation"
+
+
+def error_response(request: web.Request, error: KagamiError) -> web.Response:
+    """A whole error answer, in the words of the route's family."""
+    response = web.Response(
+        body=error_body(error, family_of(request)),
+        status=error_status(error),
+        content_type="application/json",
+    )
+    if isinstance(error, Overloaded | Unavailable):
+        response.headers[hdrs.RETRY_AFTER] = "1"
+    if isinstance(error, Unauthorized):
+        response.headers[hdrs.WWW_AUTHENTICATE] = "Bearer"
+    return response
+
+
+@web.middleware
+async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Every request gets an answer, whatever its handler raises."""
+    if request.method == hdrs.METH_OPTIONS:
+        return web.Response()  # the CORS headers come with the signal below
+    try:
+        return await handler(request)
+    except web.HTTPRequestEntityTooLarge:
+        too_large = BodyTooLarge(
+            "Failed to buffer the request body: length limit exceeded"
+            f" ({request.client_max_size} bytes, set by --payload-limit)"
+        )
+        return error_response(request, report(request, too_large))
+    except web.HTTPException as refusal:
+        return _refusal(request, refusal)
+    except Exception as error:
+        return error_response(request, report(request, error))
+    except asyncio.CancelledError:
+        report_dropped(request)
+        raise
+
+
+def report_dropped(request: web.Request) -> None:
+    """Write the one log line of a call whose client did not wait for its end."""
+    logger.info(
+        "The connection was closed before the end",
+        extra={"error_type": "dropped", **so_far(request), **origin_of(request)},
+    )
+    trace.get_current_span().add_event(EventName.CANCELLED)
+    trace.get_current_span().set_attribute(Key.ERROR_TYPE, "cancelled")
+
+
+def _refusal(request: web.Request, refusal: web.HTTPException) -> web.Response:
+    """404 and 405: without a body on native paths, as in TGI."""
+    response = web.Response(status=refusal.status)
+    if Family.of(request.path) is not Family.NATIVE:
+        is_there = isinstance(refusal, web.HTTPMethodNotAllowed)
+        error = MethodNotAllowed if is_there else NotFound
+        response = error_response(request, error(f"There is no {request.method} {request.path}"))
+    if allowed := refusal.headers.get(hdrs.ALLOW):
+        response.headers[hdrs.ALLOW] = allowed
+    return response
+
+
+def count_calls(metrics: Metrics, paths: frozenset[str]) -> Middleware:
+    """A middleware that counts POSTs to `paths`, as routes write them, and how each ended."""
+
+    @web.middleware
+    async def count(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if request.method != "POST" or _route_path(request) not in paths:
+            return await handler(request)
+        metrics.request_started()
+        try:
+            response = await handler(request)
+        except asyncio.CancelledError:
+            metrics.request_failed("dropped")
+            raise
+        except web.HTTPException:
+            metrics.request_failed("validation")  # 413; unknown paths do not come here
+            raise
+        except Exception as error:
+            metrics.request_failed(failure_cause(error))
+            raise
+        if cause := request.get(FAILURE_CAUSE):
+            metrics.request_failed(cause)
+        else:
+            metrics.request_succeeded()
+        return response
+
+    return count
+
+
+def _route_path(request: web.Request) -> str | None:
+    """The path of the request's route, its variables by name."""
+    resource = request.match_info.route.resource
+    return resource.canonical if resource is not None else None
+
+
+_JSON_TYPE = re.compile(r"application/(?:[\w.!#$&^+-]+\+)?json", re.IGNORECASE)
+_PLACE = re.compile(r"(?P<reason>.*) - at `(?:key in )?\$\.?(?P<path>.*)`", re.DOTALL)
+_Body = TypeVar("_Body")
+
+
+async def read_body(request: web.Request, decoder: msgspec.json.Decoder[_Body]) -> _Body:
+    """The request's body as the route's type; raises the `InvalidRequest` that fits."""
+    if not _JSON_TYPE.fullmatch(request.content_type):
+        raise UnsupportedMediaType("Expected request with `Content-Type: application/json`")
+    try:
+        body = await request.read()
+    except web.RequestPayloadError as error:
+        cause = on_one_line(error.__cause__ or error)
+        raise UnreadableBody(f"Failed to buffer the request body: {cause}") from error
+    try:
+        return decoder.decode(body)
+    except msgspec.ValidationError as error:
+        raise MalformedBody(
+            f"Failed to deserialize the JSON body into the target type: {reason_of(error)}"
+        ) from error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise NotJson(f"Failed to parse the request body as JSON: {error}") from error
+
+
+def reason_of(error: msgspec.ValidationError, place: str = "") -> str:
+    """What is wrong with a body, behind the path of where; `place` is the path of its root."""
+    text = str(error)
+    if found := _PLACE.fullmatch(text):
+        place, text = ".".join(filter(None, (place, found["path"]))), found["reason"]
+    return f"{place}: {text}" if place else text
+
+
+def api_key(key: str, open_paths: frozenset[str]) -> Middleware:
+    """A middleware that asks for the key except on `open_paths`, as routes write them.
+
+    As `Authorization: Bearer {key}`, or as Anthropic's clients send it, `x-api-key: {key}`.
+    """
+    expected = key.encode()
+
+    @web.middleware
+    async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if request.match_info.http_exception is None and not _is_open(request, open_paths):
+            if not hmac.compare_digest(
+                _given_key(request).encode(errors="surrogateescape"), expected
+            ):
+                raise Unauthorized("The API key is missing or wrong")
+        return await handler(request)
+
+    return check
+
+
+def _given_key(request: web.Request) -> str:
+    scheme, _, given = request.headers.get(hdrs.AUTHORIZATION, "").partition(" ")
+    return given.strip() if scheme.lower() == "bearer" else request.headers.get("x-api-key", "")
+
+
+def _is_open(request: web.Request, open_paths: frozenset[str]) -> bool:
+    return request.method in ("GET", "HEAD") and _route_path(request) in open_paths

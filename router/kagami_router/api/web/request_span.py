@@ -1,0 +1,106 @@
+"""The SERVER span of a call: its parent, what HTTP says of it, and what the client learns.
+
+Attributes follow OpenTelemetry's semantic conventions for HTTP and for generative AI
+(`span_names.SEMCONV_VERSION`).
+"""
+
+import asyncio
+from collections.abc import Callable
+
+from aiohttp import hdrs, web
+from aiohttp.typedefs import Handler, Middleware
+from opentelemetry import trace
+from opentelemetry.context import Context
+
+from kagami_proto.span_names import Key
+from kagami_proto.tracing import Tracing
+from kagami_router.api.web.call_log import request_id
+
+# What the client learns of its trace; set for as long as a call runs.
+TRACE_HEADERS = web.RequestKey("trace_headers", dict[str, str])
+_CHATS = frozenset(("/v1/chat/completions", "/v1/responses", "/v1/messages"))
+# nginx's word for a client that went away; it is never sent.
+_CLIENT_CLOSED_REQUEST = 499
+
+
+def trace_calls(
+    tracing: Tracing, model_of: Callable[[], str | None], generating: frozenset[str]
+) -> Middleware:
+    """A middleware that gives every POST a span; `generating` are paths as routes write them.
+
+    Where traces are off it still takes the client's trace id, for the log and the answer.
+    """
+
+    @web.middleware
+    async def traced(request: web.Request, handler: Handler) -> web.StreamResponse:
+        resource = request.match_info.route.resource
+        if request.method != hdrs.METH_POST or resource is None:
+            return await handler(request)
+        if not tracing.is_on and "traceparent" not in request.headers:
+            return await handler(request)
+        route = resource.canonical
+        parent = tracing.propagator.extract(request.headers, Context())
+        span = tracing.tracer.start_span(
+            f"{request.method} {route}", parent, trace.SpanKind.SERVER, _asked(request, route)
+        )
+        with trace.use_span(
+            span, end_on_exit=True, record_exception=False, set_status_on_exception=False
+        ):
+            request[TRACE_HEADERS] = _headers(span.get_span_context(), tracing.is_on)
+            if route in generating and span.is_recording():
+                span.set_attributes(_generation(route, model_of()))
+            try:
+                response = await handler(request)
+            except asyncio.CancelledError:
+                span.set_attribute(Key.HTTP_STATUS, _CLIENT_CLOSED_REQUEST)
+                raise
+            span.set_attribute(Key.HTTP_STATUS, response.status)
+            return response
+
+    return traced
+
+
+def _asked(request: web.Request, route: str) -> dict[str, str | int]:
+    server = request.url
+    attributes: dict[str, str | int] = {
+        Key.HTTP_METHOD: request.method,
+        Key.HTTP_ROUTE: route,
+        Key.URL_PATH: request.path,
+        Key.URL_SCHEME: request.scheme,
+        Key.REQUEST_ID: request_id(request),
+    }
+    if server.host:
+        attributes[Key.SERVER_ADDRESS] = server.host
+    if server.port:
+        attributes[Key.SERVER_PORT] = server.port
+    if request.remote:
+        attributes[Key.CLIENT_ADDRESS] = request.remote
+    if agent := request.headers.get(hdrs.USER_AGENT):
+        attributes[Key.USER_AGENT] = agent
+    return attributes
+
+
+def _generation(route: str, model: str | None) -> dict[str, str]:
+    attributes: dict[str, str] = {
+        Key.OPERATION: "chat" if route in _CHATS else "text_completion",
+        Key.PROVIDER: "kagami",
+        Key.OUTPUT_TYPE: "text",
+    }
+    if model:
+        attributes |= {Key.REQUEST_MODEL: model, Key.RESPONSE_MODEL: model}
+    return attributes
+
+
+def _headers(context: trace.SpanContext, is_on: bool) -> dict[str, str]:
+    """`x-trace-id`, and W3C's `traceresponse` where the span is ours.
+
+    https://w3c.github.io/trace-context/#traceresponse-header
+    """
+    if not context.is_valid:
+        return {}
+    trace_id = trace.format_trace_id(context.trace_id)
+    headers = {"x-trace-id": trace_id}
+    if is_on:
+        span_id = trace.format_span_id(context.span_id)
+        headers["traceresponse"] = f"00-{trace_id}-{span_id}-{int(context.trace_flags) & 1:02x}"
+    return headers

@@ -1,0 +1,1 @@
+"""A request after validation: its values, and the ids of its sequences."""

@@ -1,0 +1,378 @@
+"""The door: what a route asks becomes a `ValidRequest`, or an `InvalidRequest` with TGI's text.
+
+The rules stand in TGI's order, the first that fails wins. Behind this file nothing is checked
+again. Knows limits and text; knows no HTTP and no route.
+"""
+
+import random
+import struct
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+from opentelemetry import trace
+
+from kagami_proto.errors import InvalidRequest, MalformedBody
+from kagami_proto.span_names import Key, SpanName
+from kagami_proto.tracing import NO_TRACING, span
+from kagami_router.request.values import Grammar, SamplingParams, StoppingParams, ValidRequest
+from kagami_router.text.tokenizer import Tokenizer
+
+MAX_SEED = 2**64 - 1
+MAX_LOGIT_BIAS = 100  # OpenAI's: never, or always
+_FLOAT = struct.Struct("<f")  # the native form has no overflow, it packs infinity
+# Colder is the same as greedy in float32, and a logit divided by less can overflow.
+MIN_TEMPERATURE = 1e-4
+# Beyond, a factor says no more than "never" or "always", and a logit can overflow in float32.
+MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 1e-4, 1e4
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one request may ask of this server."""
+
+    max_best_of: int
+    max_stop_sequences: int
+    max_top_n_tokens: int
+    max_input_tokens: int
+    max_total_tokens: int
+    max_client_batch_size: int
+    vocab_size: int
+    """Ids a request may name are below it."""
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationParams:
+    """What a route asks of one generation, unchecked; None = not given."""
+
+    best_of: int | None = None
+    do_sample: bool = False
+    temperature: float | None = None
+    repetition_penalty: float | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    typical_p: float | None = None
+    max_new_tokens: int | None = None
+    may_be_shortened: bool = False
+    """More `max_new_tokens` than the context leaves are not refused: the answer ends there."""
+    stop: tuple[str, ...] = ()
+    keep_stop: bool = True
+    ignore_eos: bool = False
+    truncate: int | None = None
+    prompt_logprobs: bool = False
+    seed: int | None = None
+    top_n_tokens: int | None = None
+    grammar: Grammar | None = None
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    watermark: bool = False
+    unsupported: Mapping[str, object] = field(default_factory=dict)
+    """Fields that this server knows but cannot serve, by name; None, false, empty = neutral."""
+
+    @property
+    def is_sampling_asked(self) -> bool:
+        """Any of the parameters is there that go with sampling, whatever its value."""
+        return self.do_sample or any(
+            value is not None
+            for value in (self.temperature, self.top_k, self.top_p, self.typical_p)
+        )
+
+    @property
+    def num_samples(self) -> int:
+        """Sequences to generate; `best_of: 0` is 1, in streams too."""
+        return max(1, self.best_of or 1)
+
+
+class TokenPrompt(NamedTuple):
+    """A prompt that came as ids, all of them known, and the text they stand for."""
+
+    ids: tuple[int, ...]
+    text: str
+
+
+CompileGrammar = Callable[[Grammar], Awaitable[None]]
+
+
+class Validation:
+    """Holds the limits, the tokenizer that prompts are measured with, and the way to a grammar.
+
+    `compile_grammar` returns when every shard has it ready, and raises `InvalidRequest` where it
+    cannot be compiled; None = grammars are switched off.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        limits: Limits,
+        compile_grammar: CompileGrammar | None = None,
+        *,
+        tracer: trace.Tracer = NO_TRACING.tracer,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._tracer = tracer
+        self._compile_grammar = compile_grammar
+        self.limits = limits
+
+    def check_stream(self, params: GenerationParams) -> None:
+        """What only one whole answer can carry; comes before the permit."""
+        if params.num_samples > 1:
+            raise InvalidRequest("`best_of` != 1 is not supported when streaming tokens")
+        if params.prompt_logprobs:
+            raise InvalidRequest(
+                "`decoder_input_details` == true is not supported when streaming tokens"
+            )
+
+    def check_best_of(self, params: GenerationParams) -> None:
+        """How many samples one call may draw; comes before the permits they take."""
+        limit = self.limits.max_best_of
+        if params.num_samples > 1 and limit == 1:
+            raise InvalidRequest("`best_of` != 1 is not allowed for this endpoint")
+        if params.num_samples > limit:
+            raise InvalidRequest(f"`best_of` must be > 0 and <= {limit}. Given: {params.best_of}")
+
+    def check_params(self, params: GenerationParams) -> None:
+        """What can be refused without the prompt; for a route that has to work to make one."""
+        self._sampling(params)
+        self._check_counts(params)
+        self._check_logit_bias(params)
+
+    async def token_prompt(self, ids: Sequence[object], place: str) -> TokenPrompt:
+        """The ids that a client gave at `place` of its body; raises `InvalidRequest`."""
+        limits = self.limits
+        if len(ids) > limits.max_input_tokens:  # before any work that grows with them
+            raise _too_many_tokens(limits, len(ids))
+        known = tuple(self._token_id(token_id, place, index) for index, token_id in enumerate(ids))
+        return TokenPrompt(known, await self._tokenizer.decode(known))
+
+    def _token_id(self, given: object, place: str, index: int) -> int:
+        if not isinstance(given, int) or isinstance(given, bool):
+            raise MalformedBody(f"{place}[{index}]: expected a token id")
+        size = self.limits.vocab_size
+        if not 0 <= given < size:
+            raise InvalidRequest(
+                f"`{place}[{index}]` must be a token id, >= 0 and < {size}. Given: {given}"
+            )
+        return given
+
+    async def validate(
+        self,
+        prompt: str | TokenPrompt,
+        params: GenerationParams,
+        *,
+        add_special_tokens: bool,
+    ) -> ValidRequest:
+        """The one way to a `ValidRequest`; raises `InvalidRequest`."""
+        with span(self._tracer, SpanName.VALIDATE) as opened:
+            valid = await self._validate(prompt, params, add_special_tokens)
+            opened.set_attribute(Key.PROMPT_TOKENS, len(valid.prompt_ids))
+            return valid
+
+    async def _validate(
+        self, prompt: str | TokenPrompt, params: GenerationParams, add_special_tokens: bool
+    ) -> ValidRequest:
+        sampling = self._sampling(params)
+        self._check_counts(params)
+        self._check_logit_bias(params)
+        text, given_ids = (prompt, None) if isinstance(prompt, str) else (prompt.text, prompt.ids)
+        if not (text if given_ids is None else given_ids):
+            raise InvalidRequest("`inputs` cannot be empty")
+        self._check_truncate(params.truncate)
+        prompt_ids = given_ids or await self._encode(text, params.truncate, add_special_tokens)
+        max_new_tokens = self._max_new_tokens(len(prompt_ids), params)
+        if params.grammar is not None:
+            await self.ready_grammar(params.grammar)
+        _check_supported(params)
+        return ValidRequest(
+            prompt_ids=tuple(prompt_ids),
+            prompt_text=text,
+            sampling=sampling,
+            stopping=StoppingParams(
+                max_new_tokens=max_new_tokens,
+                stop=tuple(text for text in params.stop if text),  # "" would end at once
+                # A grammar ends by EOS: nothing else may follow it.
+                ignore_eos=params.ignore_eos and params.grammar is None,
+                keep_stop=params.keep_stop,
+            ),
+            top_n_tokens=params.top_n_tokens or 0,
+            prompt_logprobs=params.prompt_logprobs,
+            grammar=params.grammar,
+        )
+
+    @property
+    def has_grammars(self) -> bool:
+        """Whether outputs can be held to a grammar."""
+        return self._compile_grammar is not None
+
+    async def ready_grammar(self, grammar: Grammar) -> None:
+        """Rules 17 to 20: compile it, on every shard; raises `InvalidRequest`."""
+        if self._compile_grammar is None:
+            raise InvalidRequest("grammar is not supported")
+        started = time.monotonic()
+        await self._compile_grammar(grammar)
+        compile_ms = (time.monotonic() - started) * 1e3
+        trace.get_current_span().set_attribute(Key.GRAMMAR_MS, compile_ms)
+
+    def _sampling(self, params: GenerationParams) -> SamplingParams:
+        """Rules 1 to 7, and whether the sequence samples at all."""
+        if params.num_samples > 1 and not params.is_sampling_asked:
+            raise InvalidRequest("you must use sampling when `best_of` is > 1")
+        temperature = _float32("temperature", params.temperature, 1.0)
+        if temperature <= 0:
+            raise InvalidRequest("`temperature` must be strictly positive")
+        repetition_penalty = _float32("repetition_penalty", params.repetition_penalty, 1.0)
+        if repetition_penalty <= 0:
+            raise InvalidRequest("`repetition_penalty` must be strictly positive")
+        frequency_penalty = _additive_penalty("frequency_penalty", params.frequency_penalty)
+        presence_penalty = _additive_penalty("presence_penalty", params.presence_penalty)
+        top_p = _share("top_p", params.top_p)
+        typical_p = _share("typical_p", params.typical_p)
+        if params.top_k is not None and params.top_k <= 0:
+            raise InvalidRequest("`top_k` must be strictly positive")
+        do_sample = (
+            params.do_sample
+            or temperature != 1.0
+            or any(value is not None for value in (params.top_k, params.top_p, params.typical_p))
+        )
+        return SamplingParams(
+            do_sample=do_sample,
+            seed=_seed(params.seed, do_sample),
+            temperature=max(temperature, MIN_TEMPERATURE),
+            top_k=params.top_k or 0,
+            top_p=top_p,
+            typical_p=typical_p,
+            repetition_penalty=min(
+                max(repetition_penalty, MIN_REPETITION_PENALTY), MAX_REPETITION_PENALTY
+            ),
+            frequency_penalty=frequency_penalty,
+            presence_penalty=presence_penalty,
+            logit_bias=params.logit_bias,
+            watermark=params.watermark,
+        )
+
+    def _check_counts(self, params: GenerationParams) -> None:
+        """Rules 8 to 11."""
+        limits = self.limits
+        if params.max_new_tokens == 0:
+            raise InvalidRequest("`max_new_tokens` must be strictly positive")
+        if len(params.stop) > limits.max_stop_sequences:
+            raise InvalidRequest(
+                f"`stop` supports up to {limits.max_stop_sequences} stop sequences."
+                f" Given: {len(params.stop)}"
+            )
+        if params.seed is not None and params.num_samples > 1:
+            raise InvalidRequest("`seed` must not be set when `best_of` > 1")
+        if (params.top_n_tokens or 0) > limits.max_top_n_tokens:
+            raise InvalidRequest(
+                f"`top_n_tokens` must be >= 0 and <= {limits.max_top_n_tokens}."
+                f" Given: {params.top_n_tokens}"
+            )
+
+    def _check_logit_bias(self, params: GenerationParams) -> None:
+        size = self.limits.vocab_size
+        for token_id, bias in params.logit_bias:
+            if not 0 <= token_id < size:
+                raise InvalidRequest(
+                    f"`logit_bias` has ids of the vocabulary, >= 0 and < {size}. Given: {token_id}"
+                )
+            if not -MAX_LOGIT_BIAS <= bias <= MAX_LOGIT_BIAS:
+                raise InvalidRequest(
+                    f"`logit_bias` must be >= -{MAX_LOGIT_BIAS} and <= {MAX_LOGIT_BIAS}."
+                    f" Given: {bias} for the id {token_id}"
+                )
+
+    def _check_truncate(self, truncate: int | None) -> None:
+        """Rule 13."""
+        limit = self.limits.max_input_tokens
+        if truncate is not None and not 0 < truncate <= limit:
+            raise InvalidRequest(
+                f"`truncate` must be strictly positive and less than {limit}. Given: {truncate}"
+            )
+
+    async def _encode(
+        self, prompt: str, truncate: int | None, add_special_tokens: bool
+    ) -> list[int]:
+        """Rule 14: the last `truncate` tokens of the prompt, all of them without it."""
+        prompt_ids = await self._tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
+        if not prompt_ids:
+            raise InvalidRequest("`inputs` has no tokens")
+        return prompt_ids if truncate is None else prompt_ids[-truncate:]
+
+    def _max_new_tokens(self, num_input: int, params: GenerationParams) -> int:
+        """Rules 15 and 16; without a wish, the rest of the context."""
+        limits = self.limits
+        rest = max(0, limits.max_total_tokens - num_input)
+        max_new = rest if params.max_new_tokens is None else params.max_new_tokens
+        if params.may_be_shortened:
+            max_new = min(max_new, rest)
+        if num_input + max_new > limits.max_total_tokens:
+            raise InvalidRequest(
+                f"`inputs` tokens + `max_new_tokens` must be <= {limits.max_total_tokens}."
+                f" Given: {num_input} `inputs` tokens and {max_new} `max_new_tokens`"
+            )
+        if num_input > limits.max_input_tokens:
+            raise _too_many_tokens(limits, num_input)
+        return max_new
+
+
+def samples(request: ValidRequest, count: int) -> list[ValidRequest]:
+    """`count` generations of one prompt: the request itself, then its twins with other seeds.
+
+    Randomness is a function of (seed, position), so neighbouring seeds are unrelated.
+    """
+    return [request] + [
+        replace(
+            request,
+            sampling=replace(request.sampling, seed=(request.sampling.seed + offset) & MAX_SEED),
+        )
+        for offset in range(1, count)
+    ]
+
+
+def _too_many_tokens(limits: Limits, count: int) -> InvalidRequest:
+    return InvalidRequest(
+        f"`inputs` must have less than {limits.max_input_tokens} tokens. Given: {count}"
+    )
+
+
+def _check_supported(params: GenerationParams) -> None:
+    """What is known but not served yet."""
+    for name, value in params.unsupported.items():
+        if value:
+            raise InvalidRequest(f"`{name}` is not supported yet")
+
+
+def _float32(name: str, value: float | None, default: float) -> float:
+    """What the shard will see of `value`: 1e-60 is 0 there."""
+    if value is None:
+        return default
+    try:
+        rounded: float = _FLOAT.unpack(_FLOAT.pack(value))[0]
+    except OverflowError:
+        raise InvalidRequest(f"`{name}` is out of range. Given: {value}") from None
+    return rounded
+
+
+def _additive_penalty(name: str, value: float | None) -> float:
+    penalty = _float32(name, value, 0.0)
+    if not -2.0 <= penalty <= 2.0:
+        raise InvalidRequest(f"`{name}` must be >= -2.0 and <= 2.0")
+    return penalty
+
+
+def _share(name: str, value: float | None) -> float:
+    if value is None:
+        return 1.0
+    share = _float32(name, value, 1.0)
+    if not 0.0 < share < 1.0:
+        raise InvalidRequest(f"`{name}` must be > 0.0 and < 1.0")
+    return share
+
+
+def _seed(given: int | None, do_sample: bool) -> int:
+    if given is not None:
+        if given > MAX_SEED:
+            raise InvalidRequest(f"`seed` must be <= {MAX_SEED}. Given: {given}")
+        return given
+    return random.getrandbits(64) if do_sample else 0

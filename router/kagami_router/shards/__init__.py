@@ -1,0 +1,1 @@
+"""The shards as the router sees them: the step stream without grpcio, and the unary calls."""

@@ -1,0 +1,1 @@
+"""Tools: what a request offers, how models write calls, and how calls are read."""

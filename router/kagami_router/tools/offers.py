@@ -1,0 +1,198 @@
+"""Tools: what a request offers, and which calls its answer may make.
+
+Pure: JSON values in, frozen values or a `ToolError` out. How a model writes a call is in
+tool_formats.py, how its text is read in tool_parser.py.
+"""
+
+import enum
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kagami_proto.errors import ToolError
+from kagami_router.tools.json_schema import requires_unnamed
+
+MAX_TOOLS = 128  # OpenAI's
+MAX_CALLS = 16  # in one answer
+# OpenAI takes [a-zA-Z0-9_-]{1,64}; MCP servers have dots and slashes, others their own letters.
+NAME = r"[\w.:/-]{1,128}"
+_NAME = re.compile(NAME)
+# A schema with one of these says what it allows in more than one place: it stays as it is.
+_OPEN_KEYWORDS = frozenset(
+    "additionalProperties unevaluatedProperties patternProperties propertyNames"
+    " $ref $dynamicRef allOf anyOf oneOf not if then else dependentSchemas".split()
+)
+_QUOTED = 80  # characters of a value that an error shows
+
+
+@dataclass(frozen=True, slots=True)
+class Tool:
+    """One function that may be called."""
+
+    name: str
+    schema: Mapping[str, Any]
+    """What its arguments obey: always of an object, without further members unless it says so."""
+    is_strict: bool
+    """A keyword that cannot be held is an error; otherwise such a keyword is passed over."""
+    wire: Mapping[str, Any]
+    """As OpenAI writes it and as chat templates read it."""
+
+
+class Mode(enum.Enum):
+    """Whether an answer calls tools."""
+
+    NONE = enum.auto()
+    AUTO = enum.auto()
+    REQUIRED = enum.auto()
+
+
+@dataclass(frozen=True, slots=True)
+class ToolChoice:
+    """What the client asked for; `names` None = any of the tools."""
+
+    mode: Mode
+    names: tuple[str, ...] | None = None
+    max_calls: int = MAX_CALLS
+
+
+AUTO = ToolChoice(Mode.AUTO)
+NONE = ToolChoice(Mode.NONE)
+REQUIRED = ToolChoice(Mode.REQUIRED)
+
+
+@dataclass(frozen=True, slots=True)
+class AllowedCalls:
+    """The calls that one answer may make, at least one of them if `is_required`."""
+
+    tools: tuple[Tool, ...]
+    is_required: bool
+    max_calls: int
+
+
+def read_tools(
+    wire: Sequence[object], read: Callable[[str, object], Tool] | None = None
+) -> tuple[Tool, ...]:
+    """`tools`, each by `read(its place, itself)`; without it as OpenAI's chats have them."""
+    read = read or _read_tool
+    if len(wire) > MAX_TOOLS:
+        raise ToolError(f"`tools` must have at most {MAX_TOOLS} tools. Given: {len(wire)}")
+    tools: dict[str, Tool] = {}
+    for index, one in enumerate(wire):
+        tool = read(f"tools[{index}]", one)
+        if tool.name in tools:
+            raise ToolError(f"`tools[{index}]` has a name that was given before: {tool.name}")
+        tools[tool.name] = tool
+    return tuple(tools.values())
+
+
+def _read_tool(place: str, wire: object) -> Tool:
+    """TGI's key `arguments` is read as `parameters`."""
+    function = wire.get("function") if isinstance(wire, Mapping) else None
+    if not isinstance(wire, Mapping) or not isinstance(function, Mapping):
+        raise ToolError(f'`{place}` must be {{"type":"function","function":{{"name":…}}}}')
+    kind = wire.get("type", "function")
+    if kind != "function":
+        raise ToolError(f"`{place}.type` must be `function`. Given: {_quote(kind)}")
+    function = dict(function)
+    arguments = function.pop("arguments", None)
+    if function.get("parameters") is None:
+        function.pop("parameters", None)
+        if arguments is not None:
+            function["parameters"] = arguments
+    return tool(
+        f"{place}.function",
+        {**wire, "type": "function", "function": function},
+        schema=function.get("parameters"),
+    )
+
+
+def tool(place: str, wire: Mapping[str, Any], *, schema: object) -> Tool:
+    """A tool that stands at `place` of the request; `schema` None = it takes `{}`."""
+    function = wire["function"]
+    name = function.get("name")
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise ToolError(
+            f"`{place}.name` must have 1 to 128 letters, digits or any of `_-.:/`."
+            f" Given: {_quote(name)}"
+        )
+    is_strict = function.get("strict") is True
+    return Tool(name, _object_schema(f"{place}.parameters", schema), is_strict, wire)
+
+
+def _object_schema(place: str, schema: object) -> Mapping[str, Any]:
+    if schema is None:
+        schema = {}
+    if not isinstance(schema, Mapping):
+        raise ToolError(f"`{place}` must be a JSON schema. Given: {_quote(schema)}")
+    kind = schema.get("type", "object")
+    if kind != "object":
+        raise ToolError(f"`{place}` must be the schema of an object. Given: {_quote(kind)}")
+    is_open = schema.keys() & _OPEN_KEYWORDS or requires_unnamed(schema)
+    is_closed = not is_open and (not schema or "properties" in schema)
+    closing = {"additionalProperties": False} if is_closed else {}
+    return {"type": "object", **schema, **closing}
+
+
+def read_choice(wire: object) -> ToolChoice:
+    """OpenAI's `tool_choice`, None = auto; TGI's plain name of a tool too."""
+    if wire is None:
+        return AUTO
+    if isinstance(wire, str):
+        return _MODES.get(wire) or _this_one(wire)
+    kind = wire.get("type", "function") if isinstance(wire, Mapping) else None
+    match wire:
+        case {"function": {"name": str(name)}} if kind == "function":
+            return _this_one(name)
+        case {"allowed_tools": {"mode": "auto" | "required" as mode, "tools": [*listed]}} if (
+            kind == "allowed_tools"
+        ):
+            return ToolChoice(_MODES[mode].mode, tuple(_listed_name(one) for one in listed))
+        case _:
+            raise ToolError(
+                "`tool_choice` must be `auto`, `none`, `required`, or"
+                f' {{"type":"function","function":{{"name":…}}}}. Given: {_quote(wire)}'
+            )
+
+
+def _this_one(name: str) -> ToolChoice:
+    """The one tool that a client named: it gets its one call, as from OpenAI and TGI."""
+    return ToolChoice(Mode.REQUIRED, (name,), max_calls=1)
+
+
+_MODES: Mapping[str, ToolChoice] = {"auto": AUTO, "none": NONE, "required": REQUIRED}
+
+
+def _listed_name(wire: object) -> str:
+    match wire:
+        case {"function": {"name": str(name)}} | {"name": str(name)}:
+            return name
+        case _:
+            raise ToolError(f"`tool_choice.allowed_tools.tools` has no such form: {_quote(wire)}")
+
+
+def allowed_calls(
+    tools: Sequence[Tool], choice: ToolChoice, *, is_parallel: bool
+) -> AllowedCalls | None:
+    """What `choice` leaves of `tools`; None = no calls, and no tools to be shown."""
+    if choice.mode is Mode.NONE:
+        return None
+    if not tools:
+        if choice == AUTO:
+            return None
+        raise ToolError("`tool_choice` is only allowed when `tools` are given")
+    chosen = tuple(tools)
+    if choice.names is not None:
+        by_name = {one.name: one for one in tools}
+        for name in choice.names:
+            if name not in by_name:
+                raise ToolError(f"Tool with name {name[:_QUOTED]} not found")
+        chosen = tuple(by_name[name] for name in dict.fromkeys(choice.names))
+        if not chosen:
+            raise ToolError("`tool_choice.allowed_tools.tools` cannot be empty")
+    max_calls = choice.max_calls if is_parallel else 1
+    return AllowedCalls(chosen, choice.mode is Mode.REQUIRED, max_calls)
+
+
+def _quote(value: object) -> str:
+    return repr(value)[:_QUOTED]

@@ -1,1 +1,0 @@
-"""Paged attention: one protocol, one file per backend."""

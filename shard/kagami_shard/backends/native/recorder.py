@@ -1,0 +1,439 @@
+"""Record a step once, replay it in one call: the native tape of a CPU.
+
+`record` runs a decoder with verbs that compute nothing: they note which op of the library reads
+which buffer. The size of a step is an argument of the replay, so one recording serves all. The
+weights are packed when all is noted down; the decoder has given them away then and computes no
+more.
+"""
+
+import ctypes
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from kagami_shard.backends.native.library import (
+    LOGITS,
+    Activation,
+    CAttention,
+    CBatch,
+    CBuffer,
+    CDecodes,
+    CEmbedding,
+    CNorm,
+    Code,
+    COp,
+    CQuantize,
+    CRope,
+    Epilogue,
+    NormKind,
+    QKNorm,
+    pointer,
+)
+from kagami_shard.backends.native.memory import PackedWeight, Packer
+from kagami_shard.backends.native.runtime import Runtime
+from kagami_shard.layers.embedding import Embedding, Head
+from kagami_shard.layers.linear import Linear, Packable, Projection
+from kagami_shard.layers.mlp import ACTIVATIONS, MLP, GatedMLP
+from kagami_shard.layers.norm import FullNorm, LayerNorm, Norm, RMSNorm, Rounding, no_norm
+from kagami_shard.layers.rotary import RotaryEmbedding
+from kagami_shard.models.ops import Ops, SelfAttention, T
+
+# What attention.cpp has room for.
+_MAX_HEAD_DIM = 256
+_MAX_GROUP = 64
+# What a thread's scratch holds as float32 (kScratchBytes).
+_MAX_QUANTIZED = (1 << 18) // 4
+
+_ACTIVATIONS: Mapping[str, Activation] = {
+    "silu": Activation.SILU,
+    "gelu": Activation.GELU,
+    "gelu_pytorch_tanh": Activation.GELU_TANH,
+    "relu": Activation.RELU,
+}
+
+
+class NotRecordable(Exception):
+    """The library has no op for this model; the reason in one line."""
+
+
+class Recordable(Protocol):
+    """A decoder, or a part of one."""
+
+    @property
+    def ropes(self) -> Sequence[RotaryEmbedding]: ...
+
+    def run(self, ops: Ops[T]) -> T: ...
+
+
+class Buffer(NamedTuple):
+    """Rows of the step, by number."""
+
+    number: int
+    columns: int
+
+
+class Product(NamedTuple):
+    """A matmul that is not noted down yet: what comes after it decides how it ends."""
+
+    input: Buffer
+    projection: Packable
+
+
+Value = Buffer | Product
+
+
+@dataclass(frozen=True, slots=True)
+class _Op:
+    """`COp`, its parameters made when the weights are packed."""
+
+    code: Code
+    input: int
+    output: int
+    params: Callable[[], ctypes.Structure] | None
+    kept: bool
+    index: int = 0
+    epilogue: Epilogue = Epilogue.STORE_FLOAT
+    activation: Activation = Activation.NONE
+    alpha: float = 1.0
+    bound: float = 0.0
+
+
+class Recorder:
+    """The verbs of `Ops`, noted down."""
+
+    def __init__(self, decoder: Recordable, packer: Packer) -> None:
+        self._packer = packer
+        self._ropes = decoder.ropes
+        self._ops: list[_Op] = []
+        self._shapes: list[CBuffer] = []
+        self._buffers: dict[str, Buffer] = {}
+        self._kept: list[object] = []
+        """What the ops point to"""
+        self._packed: dict[int, PackedWeight] = {}
+        """By the projection's identity"""
+        self._tied_head: Linear | None = None
+        self._keeps = False
+
+    # ------------------------------------------------------------------ the verbs
+
+    def embed(self, embedding: Embedding) -> Value:
+        if type(embedding) is not Embedding:
+            raise NotRecordable("its embedding lies on several ranks")
+        width = embedding.source.shape[1]
+        self._embedded = embedding
+        stream = self._buffer("stream", width, torch.float32)
+        self._note(Code.EMBED, None, stream, self._embedding)
+        for index, rope in enumerate(self._ropes):
+            half = len(rope.frequencies)
+            tables = self._buffer(f"rope {index}", 2 * half, torch.float32)
+            frequencies = rope.frequencies.float().contiguous()
+            struct = CRope(half, rope.attention_factor, self._pointer(frequencies))
+            self._note(Code.ROPE, None, tables, partial(_same, struct))
+        return stream
+
+    def norm(self, hidden: Value, norm: Norm) -> Value:
+        return self._norm(_buffer_of(hidden), norm)
+
+    def linear(self, hidden: Value, projection: Projection) -> Product:
+        if not isinstance(projection, Packable):
+            raise NotRecordable(f"{type(projection).__name__} has no packed form")
+        return Product(_buffer_of(hidden), projection)
+
+    def write(self, qkv: Value, attention: SelfAttention) -> Value:
+        dim, group = attention.head_dim, attention.num_heads // attention.num_kv_heads
+        if dim > _MAX_HEAD_DIM or group > _MAX_GROUP or dim % 2:
+            raise NotRecordable(f"{group} queries share a key of {dim} dimensions")
+        if attention.spec.sinks is not None:
+            raise NotRecordable("its attention has sinks")
+        heads = self._finished(qkv, "heads")
+        struct = self._attention(attention)
+        tables = self._buffers[f"rope {attention.rope}"]
+        self._note(Code.WRITE, heads, heads, partial(_same, struct), index=tables.number)
+        return heads
+
+    def attend(self, queries: Value, attention: SelfAttention) -> Value:
+        columns = attention.num_heads * attention.head_dim
+        output = self._buffer("attended", columns, torch.bfloat16)
+        struct = self._attention(attention)
+        self._note(Code.ATTEND, _buffer_of(queries), output, partial(_same, struct))
+        return output
+
+    def keep(self, *values: Value) -> tuple[Value, ...]:
+        sources = [self._finished(value, "update") for value in values]
+        self._keeps = True
+        return tuple(self._kept_rows(source) for source in sources)
+
+    def mlp(self, hidden: Value, mlp: GatedMLP | MLP) -> Value:
+        up, gated = (mlp.gate_up, True) if isinstance(mlp, GatedMLP) else (mlp.up, False)
+        product = self.linear(hidden, up)
+        columns = product.projection.out_features // (2 if gated else 1)
+        output = self._buffer("activated", columns, torch.bfloat16)
+        self._product(
+            product,
+            output,
+            Epilogue.GATED if gated else Epilogue.STORE_BF16,
+            activation=_activation(mlp),
+            gated=gated,
+        )
+        return self.linear(output, mlp.down)
+
+    def add(self, hidden: Value, update: Value, norm: Norm, factor: float) -> Value:
+        stream = _buffer_of(hidden)
+        if norm is no_norm and isinstance(update, Product):
+            self._product(update, stream, Epilogue.ADD, alpha=factor)
+            return stream
+        source = self._finished(update, "update")
+        struct = self._norm_struct(norm, stream.columns)
+        self._note(Code.ADD_NORM, source, stream, partial(_same, struct), alpha=factor)
+        return stream
+
+    def logits(self, hidden: Value, norm: Norm, head: Head) -> Value:
+        if type(head) is not Head:
+            raise NotRecordable("its head lies on several ranks")
+        project = head.project
+        if not isinstance(project, Packable):
+            raise NotRecordable(f"its head, {type(project).__name__}, has no packed form")
+        if isinstance(project, Linear) and project.source is self._embedded.source:
+            self._tied_head = project
+        last = self._finished(hidden, "update")
+        product = Product(self._norm(last, norm), project)
+        capped = head.softcap is not None
+        self._product(
+            product,
+            Buffer(LOGITS, head.vocab_size),
+            Epilogue.STORE_FLOAT,
+            activation=Activation.SOFTCAP if capped else Activation.NONE,
+            alpha=1.0 / head.divisor,
+            bound=head.softcap or 0.0,
+        )
+        return Buffer(LOGITS, head.vocab_size)
+
+    # ------------------------------------------------------------------ notes
+
+    def _note(
+        self,
+        code: Code,
+        source: Buffer | None,
+        output: Buffer,
+        params: Callable[[], ctypes.Structure] | None,
+        **fields: object,
+    ) -> None:
+        number = source.number if source else 0
+        op = _Op(code, number, output.number, params, self._keeps, **fields)  # type: ignore[arg-type]  # the fields of _Op, by name
+        self._ops.append(op)
+
+    def _product(
+        self,
+        product: Product,
+        output: Buffer,
+        epilogue: Epilogue,
+        *,
+        gated: bool = False,
+        **fields: object,
+    ) -> None:
+        projection, source = product.projection, product.input
+        if projection.turn:
+            source = self._quantized(source, projection.turn)
+
+        def params() -> ctypes.Structure:
+            weight = projection.pack(self._packer, gated=gated)
+            self._packed[id(projection)] = weight
+            return weight.struct()
+
+        self._note(Code.LINEAR, source, output, params, epilogue=epilogue, **fields)
+
+    def _quantized(self, source: Buffer, turn: int) -> Buffer:
+        """`source` in 8 bits; where every thread has its own copy of it, of this too."""
+        if source.columns > _MAX_QUANTIZED:
+            raise NotRecordable(f"activations of {source.columns} columns are in 8 bits")
+        is_replicated = source == self._buffers.get("normed")
+        name = f"8 bits of {source.columns}{', replicated' if is_replicated else ''}"
+        # quantized.h: the values, padded, and a line for the scale.
+        columns = -(-source.columns // 64) * 64 + 64
+        output = self._buffer(name, columns, torch.uint8, is_replicated=is_replicated)
+        struct = CQuantize(source.columns, turn)
+        self._note(Code.QUANTIZE, source, output, partial(_same, struct))
+        return output
+
+    def _finished(self, value: Value, name: str) -> Buffer:
+        """As float32 in the buffer `name`."""
+        if isinstance(value, Buffer):
+            return value
+        output = self._buffer(name, value.projection.out_features, torch.float32)
+        self._product(value, output, Epilogue.STORE_FLOAT)
+        return output
+
+    def _norm(self, hidden: Buffer, norm: Norm) -> Buffer:
+        output = self._buffer("normed", hidden.columns, torch.bfloat16, is_replicated=True)
+        struct = self._norm_struct(norm, hidden.columns)
+        self._note(Code.NORM, hidden, output, partial(_same, struct))
+        return output
+
+    def _kept_rows(self, source: Buffer) -> Buffer:
+        """Where all rows are kept this is `source`'s memory, and nothing is copied."""
+        self._shapes.append(self._shapes[source.number])
+        output = Buffer(len(self._shapes) - 1, source.columns)
+        self._note(Code.KEEP, source, output, None)
+        return output
+
+    def _buffer(
+        self, name: str, columns: int, dtype: torch.dtype, *, is_replicated: bool = False
+    ) -> Buffer:
+        """The buffer of that name; all layers use the same."""
+        if (known := self._buffers.get(name)) is not None:
+            if known.columns != columns:
+                raise NotRecordable(f"its layers differ in the width of what is {name}")
+            return known
+        self._shapes.append(CBuffer(columns, dtype.itemsize, is_replicated))
+        buffer = self._buffers[name] = Buffer(len(self._shapes) - 1, columns)
+        return buffer
+
+    def _pointer(self, tensor: Tensor | None) -> int | None:
+        self._kept.append(tensor)
+        return pointer(tensor)
+
+    # ------------------------------------------------------------------ parameters
+
+    def _embedding(self) -> CEmbedding:
+        embedded, multiplier = self._embedded, self._embedded.multiplier
+        width = embedded.source.shape[1]
+        factor = 1.0 if multiplier is None else float(multiplier)
+        if self._tied_head is None:
+            embedded.source = embedded.weight.contiguous()
+            self._kept.append(embedded)  # whole: of a table a step reads few rows (bandwidth.py)
+            return CEmbedding(width, 0, pointer(embedded.source), factor)
+        embedded.source = torch.empty(0)
+        return CEmbedding(width, 1, self._packed[id(self._tied_head)].address, factor)
+
+    def _norm_struct(self, norm: Norm, width: int) -> CNorm:
+        match norm:
+            case RMSNorm():
+                weight = self._pointer(norm.weight.contiguous())
+                return CNorm(NormKind.RMS, width, norm.eps, weight, None)
+            case LayerNorm():
+                weight, bias = self._pointer(norm.weight), self._pointer(norm.bias)
+                return CNorm(NormKind.LAYER, width, norm.eps, weight, bias)
+            case Rounding():
+                return CNorm(NormKind.ROUND, width, 0.0, None, None)
+            case _:
+                raise NotRecordable(f"the norm {norm} has no op")
+
+    def _attention(self, attention: SelfAttention) -> CAttention:
+        spec = attention.spec
+        kind, eps, weight = _qk_norm(attention.qk_norm)
+        return CAttention(
+            layer=spec.layer,
+            num_heads=attention.num_heads,
+            num_kv_heads=attention.num_kv_heads,
+            head_dim=attention.head_dim,
+            rotary_half=len(self._ropes[attention.rope].frequencies),
+            window=spec.window or 0,
+            qk_norm=kind,
+            scale=spec.scale,
+            softcap=spec.softcap or 0.0,
+            eps=eps,
+            qk_weight=self._pointer(weight),
+        )
+
+    # ------------------------------------------------------------------ the tape
+
+    def tape(self, runtime: Runtime) -> "Tape":
+        """Pack the weights in the order of their use, and make the tape."""
+        structs: dict[int, ctypes.Structure] = {}
+        order = sorted(range(len(self._ops)), key=lambda i: self._ops[i].code is not Code.LINEAR)
+        for index in order:
+            if (make := self._ops[index].params) is not None:
+                structs[index] = make()
+        ops = (COp * len(self._ops))(
+            *(
+                COp(
+                    code=op.code,
+                    input=op.input,
+                    output=op.output,
+                    index=op.index,
+                    epilogue=op.epilogue,
+                    activation=op.activation,
+                    kept=op.kept,
+                    alpha=op.alpha,
+                    bound=op.bound,
+                    params=ctypes.addressof(structs[index]) if index in structs else None,
+                )
+                for index, op in enumerate(self._ops)
+            )
+        )
+        buffers = (CBuffer * len(self._shapes))(*self._shapes)
+        kept = (structs, self._kept, self._packed)
+        return Tape(runtime, ops, buffers, kept)
+
+
+class Tape:
+    """A recorded step."""
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        ops: "ctypes.Array[COp]",
+        buffers: "ctypes.Array[CBuffer]",
+        kept: object,
+    ) -> None:
+        """`kept` is what the ops point to."""
+        self.runtime = runtime
+        self._kept = kept
+        library = runtime.library
+        self._tape = library.kg_tape_new(runtime.pool, ops, len(ops), buffers, len(buffers))
+        if not self._tape:
+            raise MemoryError("no memory for the threads' scratch")
+        weakref.finalize(self, library.kg_tape_delete, self._tape)
+
+    def replay(self, batch: CBatch) -> None:
+        """Run the step. Raises MemoryError."""
+        if self.runtime.library.kg_replay(self._tape, ctypes.byref(batch)):
+            raise MemoryError(f"no memory for a step of {batch.num_tokens} tokens")
+
+    def decode(self, decodes: CDecodes) -> int:
+        """Run a step of `decodes`, how many rows gave no distribution. Raises MemoryError."""
+        num_lost: int = self.runtime.library.kg_decode(self._tape, ctypes.byref(decodes))
+        if num_lost < 0:
+            raise MemoryError(f"no memory for a step of {decodes.batch.num_tokens} tokens")
+        return num_lost
+
+
+def record(decoder: Recordable, runtime: Runtime) -> Tape:
+    """The tape of `decoder`, whose weights it takes. `NotRecordable` leaves them where they are."""
+    recorder = Recorder(decoder, Packer(runtime.library))
+    decoder.run(recorder)
+    return recorder.tape(runtime)
+
+
+def _same(struct: ctypes.Structure) -> ctypes.Structure:
+    return struct
+
+
+def _buffer_of(value: Value) -> Buffer:
+    assert isinstance(value, Buffer)
+    return value
+
+
+def _activation(mlp: GatedMLP | MLP) -> Activation:
+    for name, code in _ACTIVATIONS.items():
+        if ACTIVATIONS[name] is mlp.activation:
+            return code
+    raise NotRecordable("its activation has no op")
+
+
+def _qk_norm(norm: Norm) -> tuple[QKNorm, float, Tensor | None]:
+    match norm:
+        case FullNorm(of_query=RMSNorm() as of_query, of_key=RMSNorm() as of_key):
+            weight = torch.cat((of_query.weight, of_key.weight)).contiguous()
+            return QKNorm.ALL, of_query.eps, weight
+        case RMSNorm():
+            return QKNorm.HEADS, norm.eps, norm.weight.contiguous()
+        case _ if norm is no_norm:
+            return QKNorm.NONE, 0.0, None
+        case _:
+            raise NotRecordable(f"the norm {norm} of queries and keys has no op")

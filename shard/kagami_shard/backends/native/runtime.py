@@ -1,0 +1,40 @@
+"""The library's threads, and what is computed on them outside of a tape."""
+
+import weakref
+
+import torch
+from torch import Tensor
+
+from kagami_shard.backends.native.library import Library, pointer
+from kagami_shard.forward.kv_cache import KVCache
+
+# Looks at a barrier before a thread sleeps; see notes/0008.
+SPINS = 2_000
+
+
+class Runtime:
+    """A pool of `num_threads` threads, the caller's counted; one thread calls at a time."""
+
+    def __init__(
+        self, library: Library, num_threads: int, *, spins: int = SPINS, use_amx: bool | None = None
+    ) -> None:
+        self.library = library
+        self.num_threads = num_threads
+        self.use_amx = bool(library.kg_has_amx()) if use_amx is None else use_amx
+        self.pool = library.kg_pool_new(num_threads, spins, self.use_amx)
+        weakref.finalize(self, library.kg_pool_delete, self.pool)
+
+    def arrange(self, cache: KVCache) -> None:
+        """What torch has written into `cache`, in the order that the library reads."""
+        for keys, values in zip(cache.keys, cache.values, strict=True):
+            self.library.kg_arrange(pointer(keys), pointer(values), *keys.shape)
+
+    def choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """The most likely id of each row, `[num_rows]` int64, and its log probability."""
+        num_rows, vocab_size = logits.shape
+        ids = torch.empty(num_rows, dtype=torch.int64)
+        logprobs = torch.empty(num_rows)
+        self.library.kg_greedy(
+            self.pool, pointer(logits), num_rows, vocab_size, pointer(ids), pointer(logprobs)
+        )
+        return ids, logprobs

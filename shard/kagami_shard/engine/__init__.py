@@ -1,0 +1,1 @@
+"""Runs steps: the worker thread, the sequences in memory, sampling, results."""

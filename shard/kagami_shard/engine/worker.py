@@ -1,0 +1,182 @@
+"""The loop that drives the engine on its one thread, fed by a queue.
+
+It runs steps in the order they come, publishes results through a callback and keeps what `Health`
+asks for: plain attributes, written here alone and read from anywhere.
+"""
+
+import logging
+import queue
+import time
+from collections.abc import Callable
+from concurrent.futures import Executor, Future, wait
+from contextlib import suppress
+
+import torch
+
+from kagami_proto.errors import RankLost
+from kagami_shard.engine.engine import Engine
+from kagami_shard.engine.launched import Launched, is_known_done
+from kagami_shard.engine.step import Step, StepResult
+from kagami_shard.engine.traces import SequenceTraces
+from kagami_shard.machine.memory import is_out_of_memory
+
+logger = logging.getLogger(__name__)
+
+# Without anything to do for so long a server is idle, and not between two steps.
+_IDLE_S = 0.1
+
+Publish = Callable[[StepResult], None]
+
+
+class Worker:
+    """A context manager: its loop occupies the one thread of `thread` from entering to leaving.
+
+    The thread should be the one that loaded the model, and no other may compute: OpenMP keeps a
+    team of threads for each thread that ever did, and with more threads than cores it stops
+    spinning between two operations (m: 27 ms a step against 16, SmolLM2-135M on two cores).
+
+    With `overlap` a step is launched before the one before it is collected, if it is there by
+    then and the device still works; on a CPU, where launching is computing, that would only delay
+    results. Ranks of one model may not overlap: what a collected step says about failures must
+    reach the next one on all of them, and each would find another moment to collect.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        thread: Executor,
+        *,
+        overlap: bool,
+        traces: SequenceTraces | None = None,
+    ) -> None:
+        self._engine = engine
+        self.traces = traces or SequenceTraces()
+        self._thread = thread
+        self._overlap = overlap
+        self._queue: queue.SimpleQueue[Callable[[], None] | tuple[Step, Publish] | None] = (
+            queue.SimpleQueue()
+        )
+        self.ended: Future[None] = Future()
+        """Done when the loop has ended: at the exit, or by the exception that it then holds"""
+        self._launched: tuple[Launched | StepResult, Step, Publish, int] | None = None
+        self.last_step = 0
+        self.last_step_ns = 0
+        """`time.monotonic_ns()` when it finished"""
+        self.busy_since_ns = 0
+        """0 when idle"""
+
+    def __enter__(self) -> "Worker":
+        self.ended = self._thread.submit(self._run)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+        wait((self.ended,))
+
+    def stop(self) -> None:
+        """End the loop behind what is queued."""
+        self._queue.put(None)
+
+    def run(self, step: Step, publish: Publish) -> None:
+        """Queue a step; `publish` is called with its result on the worker's thread."""
+        self._queue.put((step, publish))
+
+    def call(self, function: Callable[[], None]) -> None:
+        """Queue a call between steps, in order with them."""
+        self._queue.put(function)
+
+    def reset(self) -> None:
+        """Forget every sequence; on the worker's thread."""
+        self._engine.reset()
+        self.traces.reset()
+
+    def _run(self) -> None:
+        while (entry := self._next()) is not None:
+            if isinstance(entry, tuple):
+                self._step(*entry)
+            else:
+                self._collect()
+                entry()
+        self._collect()
+
+    def _next(self) -> Callable[[], None] | tuple[Step, Publish] | None:
+        """The next entry; a launched step is collected while there is none."""
+        try:
+            return self._queue.get_nowait()
+        except queue.Empty:
+            self._collect()
+            self.busy_since_ns = 0
+        with suppress(queue.Empty):
+            return self._queue.get(timeout=_IDLE_S)
+        while self._engine.take_memory_ahead():
+            with suppress(queue.Empty):
+                return self._queue.get_nowait()
+        return self._queue.get()
+
+    def _step(self, step: Step, publish: Publish) -> None:
+        self.busy_since_ns = time.monotonic_ns()
+        started_ns = time.time_ns()
+        self.traces.launched(step)
+        # A device that is idle gains nothing from a launch that comes first, and whoever waits for
+        # the last step would wait for the launch too (m: two tokens each 28 ms, not one each 14).
+        is_idle = self._launched is not None and is_known_done(self._launched[0])
+        if is_idle or self._engine.reads_history(step):
+            self._collect()
+        try:
+            launched = self._engine.launch(step)
+        # A border: whatever a forward pass raises fails this step, and the shard goes on.
+        except Exception as error:
+            self._collect()
+            failed = self._failed(step.number, error)
+            self.traces.finished(step, failed, started_ns)
+            _raise_if_parted(error)
+            publish(failed)
+            _raise_if_lost(error)
+            return
+        self._collect()
+        self._launched = (launched, step, publish, started_ns)
+        if not self._overlap:
+            self._collect()
+
+    def _collect(self) -> None:
+        if self._launched is None:
+            return
+        (launched, step, publish, started_ns), self._launched = self._launched, None
+        try:
+            result = self._engine.collect(launched)
+        # A device reports a failed kernel when its results are read.
+        except Exception as error:
+            failed = self._failed(launched.number, error)
+            self.traces.finished(step, failed, started_ns)
+            _raise_if_parted(error)
+            publish(failed)
+            _raise_if_lost(error)
+            return
+        self.last_step = result.number
+        self.last_step_ns = time.monotonic_ns()
+        publish(result)
+        self.traces.finished(step, result, started_ns)
+
+    def _failed(self, number: int, error: Exception) -> StepResult:
+        logger.error("Step failed", exc_info=error, extra={"step": number})
+        out_of_memory = is_out_of_memory(error)
+        if out_of_memory and torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        text = " ".join(str(error).split()) or type(error).__name__
+        return StepResult(number=number, error=text, out_of_memory=out_of_memory)
+
+
+def _raise_if_lost(error: Exception) -> None:
+    """A CUDA error is sticky: every later call fails too, and only a new process helps."""
+    if isinstance(error, torch.AcceleratorError) and not isinstance(error, torch.OutOfMemoryError):
+        raise error
+
+
+def _raise_if_parted(error: Exception) -> None:
+    """Ranks do not find together again.
+
+    No result says so: the router would wait for that of a rank that hangs, while the end of this
+    one's stream is heard at once.
+    """
+    if isinstance(error, RankLost):
+        raise error

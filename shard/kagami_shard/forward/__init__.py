@@ -1,0 +1,1 @@
+"""What a forward pass reads: the batch and the KV cache."""

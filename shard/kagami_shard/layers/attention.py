@@ -1,0 +1,59 @@
+"""What an attention backend is.
+
+`prepare` looks at a step once; the `AttentionStep` it returns is then called by every layer with
+that layer's fresh queries, keys and values, writes the keys and values into the cache and attends.
+The last layer attends with those tokens alone that logits are wanted for.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from kagami_shard.forward.batch import ForwardBatch
+from kagami_shard.forward.kv_cache import KVCache
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AttentionSpec:
+    """What is fixed for one layer."""
+
+    layer: int
+    """Index into the cache"""
+    scale: float
+    """Factor on the scores, usually head_dim ** -0.5"""
+    window: int | None = None
+    """A token sees itself and the `window - 1` tokens before it; None: all of them"""
+    softcap: float | None = None
+    """Scores become `softcap * tanh(scores / softcap)` (Gemma 2, arXiv:2408.00118)"""
+    sinks: Tensor | None = None
+    """`[num_heads]`, one more score per head that takes weight and gives nothing (gpt-oss)"""
+
+
+class AttentionStep(Protocol):
+    """Attention over one step's tokens."""
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec) -> Tensor:
+        """Write `key`, `value` (`[num_tokens, num_kv_heads, dim]`), attend with `query`.
+
+        `query` is `[num_tokens, num_heads, head_dim]`; returns `[num_tokens, num_heads,
+        value_dim]`.
+        """
+
+    def write(self, key: Tensor, value: Tensor, spec: AttentionSpec) -> None:
+        """The first half of a call."""
+
+    def attend(self, query: Tensor, spec: AttentionSpec) -> Tensor:
+        """The second."""
+
+    def kept(self) -> "AttentionStep":
+        """The step that attends with the queries of `batch.kept`, and writes as this one does."""
+
+
+class Attention(Protocol):
+    """A backend."""
+
+    @property
+    def name(self) -> str: ...
+
+    def prepare(self, batch: ForwardBatch, cache: KVCache) -> AttentionStep: ...

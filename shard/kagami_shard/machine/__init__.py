@@ -1,0 +1,1 @@
+"""The machine: its memory, bandwidth, devices, limits, and the ranks of one model."""

@@ -1,0 +1,125 @@
+import json
+from typing import Any
+
+import msgspec
+import pytest
+
+from kagami_proto.errors import InvalidRequest, MalformedBody
+from kagami_router.api.answering import grammars
+from kagami_router.api.schemas.native import GrammarType, ResponseFormat
+from kagami_router.request.values import Grammar, GrammarKind
+
+PERSON = {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]}
+CLOSED_PERSON = {**PERSON, "additionalProperties": False}
+ANY_OBJECT = {"type": "object"}
+
+
+def native(wire: object) -> Grammar | None:
+    return grammars.native(msgspec.convert(wire, GrammarType))
+
+
+def response_format(wire: object) -> Grammar | None:
+    return grammars.response_format(msgspec.convert(wire, ResponseFormat))
+
+
+def schema_of(grammar: Grammar | None) -> Any:
+    assert grammar is not None
+    assert grammar.kind is GrammarKind.JSON_SCHEMA
+    return json.loads(grammar.source)
+
+
+@pytest.mark.parametrize(
+    "wire",
+    [
+        {"type": "json", "value": PERSON},
+        {"type": "json_object", "value": PERSON},
+        {"type": "json", "value": json.dumps(PERSON)},
+        {"type": "json_schema", "value": {"name": "person", "schema": PERSON}},
+    ],
+)
+def test_every_form_of_a_schema_is_one_grammar(wire: object) -> None:
+    assert schema_of(native(wire)) == CLOSED_PERSON
+    assert schema_of(response_format(wire)) == CLOSED_PERSON
+
+
+def test_openai_names_the_schema_its_own_way() -> None:
+    wire = {"type": "json_schema", "json_schema": {"name": "p", "schema": PERSON, "strict": True}}
+    assert schema_of(response_format(wire)) == CLOSED_PERSON
+
+
+def test_a_json_object_without_a_schema_is_any_object() -> None:
+    assert schema_of(response_format({"type": "json_object"})) == ANY_OBJECT
+
+
+def test_text_asks_for_no_grammar() -> None:
+    assert response_format({"type": "text"}) is None
+
+
+def test_a_regex_is_taken_as_it_is() -> None:
+    assert native({"type": "regex", "value": "a+"}) == Grammar(GrammarKind.REGEX, "a+")
+
+
+def test_a_schema_with_properties_is_an_object() -> None:
+    wire = {"type": "json", "value": {"properties": {"a": {"type": "integer"}}}}
+    assert schema_of(native(wire))["type"] == "object"
+
+
+def test_objects_have_just_their_properties_at_every_depth() -> None:
+    nested = {"items": {"anyOf": [PERSON, {"type": "null"}]}, "$defs": {"person": PERSON}}
+    closed = schema_of(native({"type": "json", "value": nested}))
+    assert closed["items"]["anyOf"][0] == CLOSED_PERSON
+    assert closed["$defs"]["person"] == CLOSED_PERSON
+
+
+@pytest.mark.parametrize("name", ["properties", "allOf", "$ref"])
+def test_a_property_may_be_called_like_a_keyword(name: str) -> None:
+    wire = {"type": "json", "value": {"type": "object", "properties": {name: PERSON}}}
+    assert schema_of(native(wire))["properties"][name] == CLOSED_PERSON
+
+
+def test_alternatives_that_name_no_properties_leave_an_object_closed() -> None:
+    either = {**PERSON, "anyOf": [{"required": ["name"]}, True]}
+    assert schema_of(native({"type": "json", "value": either}))["additionalProperties"] is False
+
+
+@pytest.mark.parametrize(
+    "opened",
+    [
+        {**PERSON, "additionalProperties": True},
+        {**PERSON, "patternProperties": {"^x": {"type": "integer"}}},
+        {"type": "object", "allOf": [PERSON, {"properties": {"age": {"type": "integer"}}}]},
+        {**PERSON, "anyOf": [{"properties": {"age": {"type": "integer"}}}, {"required": ["name"]}]},
+        {"items": {**PERSON, "$ref": "#/$defs/aged"}, "$defs": {"aged": PERSON}},
+        {**PERSON, "required": ["name", "age"]},
+    ],
+)
+def test_what_is_open_on_purpose_stays_open(opened: dict[str, Any]) -> None:
+    assert schema_of(native({"type": "json", "value": opened})) == opened
+
+
+@pytest.mark.parametrize(
+    ("wire", "text"),
+    [
+        ({"type": "json", "value": "{"}, "grammar is not valid"),
+        ({"type": "json", "value": "[1]"}, "grammar is not valid"),
+        ({"type": "json_schema", "value": {"name": "x"}}, "missing field `schema`"),
+        ({"type": "json_schema", "value": "x"}, "missing field `schema`"),
+        ({"type": "regex", "value": {}}, "expected a string"),
+    ],
+)
+def test_a_value_of_the_wrong_form_is_refused(wire: object, text: str) -> None:
+    with pytest.raises(InvalidRequest, match=text):
+        native(wire)
+
+
+def test_a_response_format_without_its_value_is_refused() -> None:
+    with pytest.raises(MalformedBody, match="missing field `value`"):
+        response_format({"type": "regex"})
+
+
+def test_a_schema_nested_too_deeply_is_refused() -> None:
+    schema: dict[str, Any] = {}
+    for _ in range(5000):
+        schema = {"items": schema}
+    with pytest.raises(InvalidRequest, match="nested too deeply"):
+        grammars.json_schema(schema)

@@ -1,0 +1,149 @@
+import time
+
+import pytest
+from tests.fakes.fake_loop import FakeLoop
+from tests.fakes.fake_server import flat_error, serving
+
+from kagami_router.api.native.service import TGI_VERSION
+
+GENERATING = [
+    ("/", {"inputs": "a"}),
+    ("/generate", {"inputs": "a"}),
+    ("/generate_stream", {"inputs": "a"}),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}]}),
+    ("/v1/completions", {"prompt": "a"}),
+    ("/tokenize", {"inputs": "a"}),
+]
+
+
+@pytest.mark.parametrize("path", ["/health", "/", "/ping"])
+async def test_health_is_empty_when_well(path: str) -> None:
+    async with serving() as server, server.http.get(path) as response:
+        assert response.status == 200
+        assert await response.read() == b""
+        assert not {"content-type", "server"} & {name.lower() for name in response.headers}
+
+
+async def test_health_follows_the_loop() -> None:
+    async with serving(FakeLoop(is_healthy=False)) as server:
+        async with server.http.get("/health") as response:
+            assert response.status == 503
+            assert await response.read() == b'{"error":"unhealthy","error_type":"healthcheck"}'
+
+
+async def test_head_works_where_get_does() -> None:
+    async with serving() as server, server.http.head("/health") as response:
+        assert response.status == 200
+
+
+@pytest.mark.parametrize(("path", "body"), GENERATING)
+async def test_before_the_model_is_warm_nothing_is_served(path: str, body: object) -> None:
+    async with serving(is_open=False) as server:
+        async with server.post(path, body) as response:
+            assert response.status == 503
+            assert await flat_error(response) == {
+                "error": "The model is still loading",
+                "error_type": "unavailable",
+            }
+        async with server.http.get("/health") as response:
+            assert response.status == 503
+        async with server.http.get("/metrics") as response:
+            assert response.status == 200
+
+
+async def test_a_stopping_server_refuses_new_work() -> None:
+    async with serving() as server:
+        server.door.close()
+        async with server.post("/generate", {"inputs": "a"}) as response:
+            assert response.status == 503
+            assert (await flat_error(response))["error"] == "The server is shutting down"
+
+
+async def test_info_is_the_union_of_both_versions() -> None:
+    async with serving() as server, server.http.get("/info") as response:
+        info = await response.json()
+    assert list(info)[:14] == [
+        "model_id",
+        "model_sha",
+        "model_pipeline_tag",
+        "max_concurrent_requests",
+        "max_best_of",
+        "max_stop_sequences",
+        "max_input_tokens",
+        "max_total_tokens",
+        "validation_workers",
+        "max_client_batch_size",
+        "router",
+        "version",
+        "sha",
+        "docker_label",
+    ]
+    assert info["max_input_length"] == info["max_input_tokens"] == 63
+    assert {"model_dtype", "model_device_type", "max_batch_total_tokens"} <= set(info)
+
+
+def test_the_version_is_one_that_clients_accept() -> None:
+    # llama-index refuses a server below 2.1.0
+    assert tuple(int(part) for part in TGI_VERSION.split(".")) >= (2, 1, 0)
+
+
+async def test_models_lists_the_one_model() -> None:
+    async with serving() as server, server.http.get("/v1/models") as response:
+        assert await response.read() == (
+            b'{"object":"list","data":[{"id":"M","object":"model","created":%d,"owned_by":"M"}]}'
+            % server.front.created
+        )
+        assert abs(server.front.created - time.time()) < 60
+
+
+@pytest.mark.parametrize(("name", "status"), [("M", 200), ("m", 404), ("a/b", 404)])
+async def test_a_model_is_found_by_its_name(name: str, status: int) -> None:
+    async with serving() as server, server.http.get(f"/v1/models/{name}") as response:
+        assert response.status == status
+        if status == 404:
+            assert (await flat_error(response))["error"] == f"The model `{name}` does not exist"
+
+
+async def test_alive_is_not_ready() -> None:
+    async with serving(is_open=False) as server:
+        for path, status in (
+            ("/health/live", 200),
+            ("/health/ready", 503),
+            ("/v2/health/live", 200),
+            ("/v2/health/ready", 503),
+        ):
+            async with server.http.get(path) as response:
+                assert response.status == status
+
+
+@pytest.mark.parametrize("path", ["/health", "/info", "/v1/models", "/metrics", "/docs/"])
+async def test_head_works_wherever_get_does(path: str) -> None:
+    async with serving() as server, server.http.head(path) as response:
+        assert response.status == 200
+        assert await response.read() == b""
+
+
+async def test_tokenize_counts_bytes() -> None:
+    async with serving() as server, server.post("/tokenize", {"inputs": "Hé!"}) as response:
+        assert await response.json() == [
+            {"id": 0, "text": "", "start": 0, "stop": 0},
+            {"id": server_id(server, "H"), "text": "H", "start": 0, "stop": 1},
+            {"id": server_id(server, "Ã"), "text": "é", "start": 1, "stop": 3},
+            {"id": server_id(server, "©"), "text": "é", "start": 1, "stop": 3},
+            {"id": server_id(server, "!"), "text": "!", "start": 3, "stop": 4},
+        ]
+
+
+def server_id(server: object, token: str) -> int:
+    return server.front.tokenizer.backend.token_to_id(token)  # type: ignore[attr-defined]
+
+
+async def test_metrics_are_prometheus_text() -> None:
+    async with serving() as server:
+        await server.post("/generate", {"inputs": "a", "parameters": {"max_new_tokens": 2}})
+        async with server.http.get("/metrics") as response:
+            text = await response.text()
+    assert "\ntgi_request_count 1\n" in text
+    assert "\ntgi_request_success 1\n" in text
+    assert "\ntgi_request_generated_tokens_sum 2\n" in text
+    assert "\ntgi_request_input_length_sum 2\n" in text

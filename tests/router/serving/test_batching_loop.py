@@ -1,0 +1,440 @@
+"""The loop against a fake shard over a real socket."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from tests.fakes.byte_tokenizer import byte_tokenizer
+from tests.fakes.fake_shard import EOS, FakeShard, Request, generated
+
+from kagami_proto.errors import GenerationFailed, ShardLost
+from kagami_proto.tracing import NO_TRACING, Tracing
+from kagami_router.request.values import (
+    End,
+    FinishReason,
+    SamplingParams,
+    StoppingParams,
+    StreamEvent,
+    ValidRequest,
+)
+from kagami_router.scheduler.scheduler import Scheduler, SchedulerConfig
+from kagami_router.scheduler.step import Step, StepResults
+from kagami_router.serving.batching_loop import MAX_FAILED_STEPS, BatchingLoop
+from kagami_router.serving.generation_stream import GenerationStream
+from kagami_router.shards.client import ShardGroup
+from kagami_router.telemetry.metrics import StepReport
+
+PROMPT = b"The quick brown fox"
+
+
+@dataclass
+class RecordingMetrics:
+    """Keeps what the loop told it."""
+
+    sent: list[Step] = field(default_factory=list)
+    finished: list[tuple[Step, StepResults, StepReport]] = field(default_factory=list)
+
+    def step_sent(self, step: Step) -> None:
+        self.sent.append(step)
+
+    def step_finished(self, step: Step, results: StepResults, report: StepReport) -> None:
+        self.finished.append((step, results, report))
+
+    @property
+    def num_preempted(self) -> int:
+        return sum(len(step.preempted) for step in self.sent)
+
+
+@dataclass
+class Served:
+    """A running loop and everything around it."""
+
+    shard: FakeShard
+    loop: BatchingLoop
+    scheduler: Scheduler
+    metrics: RecordingMetrics
+    running: asyncio.Task[None]
+    now: float = 0.0
+
+
+def new_request(prompt: bytes = PROMPT, max_new_tokens: int = 8, **changes: object) -> ValidRequest:
+    stopping = {
+        key: changes.pop(key) for key in ("stop", "ignore_eos", "keep_stop") if key in changes
+    }
+    return ValidRequest(
+        prompt_ids=tuple(prompt),
+        prompt_text=prompt.decode(),
+        sampling=SamplingParams(),
+        stopping=StoppingParams(max_new_tokens, **stopping),
+        **changes,
+    )
+
+
+@asynccontextmanager
+async def serving(
+    folder: Path, *, num_blocks: int = 64, eos_every: int = 0, tracing: Tracing = NO_TRACING
+) -> AsyncIterator[Served]:
+    async with (
+        FakeShard(str(folder / "s"), num_blocks=num_blocks, eos_every=eos_every) as shard,
+        ShardGroup([shard.address]) as group,
+    ):
+        info = await group.wait_ready()
+        pool = await group.warmup(
+            max_step_tokens=64, max_batch_size=32, max_total_tokens=64, max_pool_tokens=0
+        )
+        scheduler = Scheduler(
+            SchedulerConfig(
+                num_blocks=pool.num_blocks,
+                block_size=pool.block_size,
+                max_step_tokens=64,
+                max_batch_size=32,
+            )
+        )
+        metrics = RecordingMetrics()
+        loop = BatchingLoop(
+            group,
+            scheduler,
+            tokenizer=byte_tokenizer(),
+            eos_token_ids=info.eos_token_ids,
+            metrics=metrics,
+            tracing=tracing,
+        )
+        running = asyncio.ensure_future(loop.run())
+        try:
+            yield Served(shard, loop, scheduler, metrics, running)
+            scheduler.check_integrity()
+        finally:
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+
+
+async def collect(stream: GenerationStream) -> list[StreamEvent]:
+    async with stream:
+        return [event async for events in stream for event in events]
+
+
+def end_of(events: list[StreamEvent]) -> End:
+    assert [event.end is not None for event in events] == [False] * (len(events) - 1) + [True]
+    end = events[-1].end
+    assert end is not None
+    text = "".join(
+        ("" if event.token.special else event.token.text) + event.tail for event in events
+    )
+    assert text == end.generated_text
+    return end
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110 - the loop itself is what is watched
+            await asyncio.sleep(0)
+
+
+async def test_the_shards_forget_a_sequence_that_was_the_last(tmp_path: Path) -> None:
+    async with serving(tmp_path) as served:
+        await collect(served.loop.submit(new_request()))
+        await until(lambda: served.loop.idle and not served.shard.engine.ids)
+        assert all(step.work for step, *_ in served.metrics.finished)
+
+
+async def test_the_device_time_of_a_request_is_that_of_its_steps(tmp_path: Path) -> None:
+    async with serving(tmp_path) as served:
+        await collect(served.loop.submit(new_request()))
+        before = len(served.metrics.finished)
+        end = end_of(await collect(served.loop.submit(new_request(b"another"))))
+        mine = served.metrics.finished[before:]
+    assert end.timings.device_s == pytest.approx(sum(one.device_ns for _, one, _ in mine) / 1e9)
+
+
+async def test_a_request_gets_its_tokens_and_its_end(tmp_path: Path) -> None:
+    async with serving(tmp_path) as served:
+        events = await collect(served.loop.submit(new_request()))
+    assert [event.token.id for event in events] == generated(PROMPT, 8)
+    end = end_of(events)
+    assert end.generated_text == bytes(generated(PROMPT, 8)).decode()
+    assert (end.finish_reason, end.num_generated) == (FinishReason.LENGTH, 8)
+    times = end.timings
+    assert times.submitted <= times.scheduled <= times.first_token <= times.finished
+
+
+async def test_sixteen_at_once_in_a_pool_for_four(tmp_path: Path) -> None:
+    prompts = [b"request number %d" % number for number in range(16)]
+    async with serving(tmp_path, num_blocks=30) as served:
+        streams = [served.loop.submit(new_request(prompt, 12)) for prompt in prompts]
+        results = await asyncio.gather(*map(collect, streams))
+        assert served.metrics.num_preempted > 0
+        await until(lambda: served.loop.idle)
+        assert served.scheduler.stats().blocks_used == 0
+    for prompt, events in zip(prompts, results, strict=True):
+        assert [event.token.id for event in events] == generated(prompt, 12)
+
+
+async def test_two_steps_are_in_flight(tmp_path: Path) -> None:
+    async with serving(tmp_path) as served:
+        served.shard.gate.clear()
+        stream = served.loop.submit(new_request())
+        await until(lambda: served.scheduler.num_in_flight == 2)
+        served.shard.gate.set()
+        await collect(stream)
+
+
+async def test_leaving_a_stream_early_frees_its_blocks(tmp_path: Path) -> None:
+    async with serving(tmp_path) as served:
+        async with served.loop.submit(new_request(max_new_tokens=40)) as stream:
+            await anext(stream)
+        assert served.scheduler.stats().blocks_used == 0
+        await until(lambda: served.loop.idle)
+        await collect(served.loop.submit(new_request(b"another")))
+        assert 1 not in served.shard.engine.ids
+
+
+async def test_end_of_sequence_ends_and_is_no_text(tmp_path: Path) -> None:
+    async with serving(tmp_path, eos_every=5) as served:
+        events = await collect(served.loop.submit(new_request(max_new_tokens=40)))
+        end = end_of(events)
+    assert end.finish_reason is FinishReason.EOS_TOKEN
+    assert events[-1].token[:2] == (EOS, "<eos>")
+    assert events[-1].token.special
+    assert "<eos>" not in end.generated_text
+
+
+async def test_end_of_sequence_can_be_ignored(tmp_path: Path) -> None:
+    async with serving(tmp_path, eos_every=5) as served:
+        request = new_request(max_new_tokens=40, ignore_eos=True)
+        end = end_of(await collect(served.loop.submit(request)))
+    assert (end.finish_reason, end.num_generated) == (FinishReason.LENGTH, 40)
+
+
+@pytest.mark.parametrize("keep_stop", [True, False])
+async def test_a_stop_string_ends_even_on_the_last_token(tmp_path: Path, keep_stop: bool) -> None:
+    text = bytes(generated(PROMPT, 8)).decode()
+    async with serving(tmp_path) as served:
+        request = new_request(max_new_tokens=8, stop=(text[5:8],), keep_stop=keep_stop)
+        end = end_of(await collect(served.loop.submit(request)))
+    assert end.finish_reason is FinishReason.STOP_SEQUENCE
+    assert end.generated_text == (text if keep_stop else text[:5])
+    assert end.stop == text[5:8]
+
+
+async def test_text_held_back_for_a_stop_string_is_not_lost(tmp_path: Path) -> None:
+    text = bytes(generated(PROMPT, 8)).decode()
+    async with serving(tmp_path) as served:
+        request = new_request(max_new_tokens=8, stop=(text[5:] + "!",), keep_stop=False)
+        events = await collect(served.loop.submit(request))
+    assert end_of(events).generated_text == text
+    assert events[-1].tail == text[5:]
+
+
+@pytest.mark.parametrize("keep_stop", [True, False])
+@pytest.mark.parametrize("num_before", [0, 2])
+async def test_a_special_token_can_complete_a_stop_string(
+    tmp_path: Path, keep_stop: bool, num_before: int
+) -> None:
+    *ids, eos = generated(PROMPT, 40, eos_every=5)
+    assert eos == EOS
+    text = bytes(ids).decode()
+    stop = text[len(text) - num_before :] + "<eos>"
+    async with serving(tmp_path, eos_every=5) as served:
+        request = new_request(max_new_tokens=40, ignore_eos=True, stop=(stop,), keep_stop=keep_stop)
+        end = end_of(await collect(served.loop.submit(request)))
+    assert end.finish_reason is FinishReason.STOP_SEQUENCE
+    assert end.generated_text == (text if keep_stop else text[: len(text) - num_before])
+
+
+async def test_text_that_a_special_token_frees_goes_out_with_it(tmp_path: Path) -> None:
+    *ids, _ = generated(PROMPT, 40, eos_every=5)
+    text = bytes(ids).decode()
+    async with serving(tmp_path, eos_every=5) as served:
+        request = new_request(
+            max_new_tokens=40, ignore_eos=True, stop=(text[-1] + "!",), keep_stop=False
+        )
+        events = await collect(served.loop.submit(request))
+    assert events[len(ids)].token.special
+    assert events[len(ids)].tail == text[-1]
+    end_of(events)
+
+
+async def test_prompt_logprobs_and_top_tokens_come_with_their_text(tmp_path: Path) -> None:
+    async with serving(tmp_path) as served:
+        request = new_request(b"abc", 1, prompt_logprobs=True, top_n_tokens=2)
+        (event,) = await collect(served.loop.submit(request))
+    assert event.end is not None
+    assert [tuple(token)[:3] for token in event.prefill] == [
+        (97, "a", None),
+        (98, "b", -1.0),
+        (99, "c", -1.0),
+    ]
+    assert [[top.text for top in token.top_tokens] for token in event.prefill] == [
+        [],
+        ["b", "A"],
+        ["c", "A"],
+    ]
+    assert [token.id for token in event.top_tokens] == [event.token.id, 0]
+
+
+async def test_a_prompt_seen_before_is_found_in_the_cache(tmp_path: Path) -> None:
+    async with serving(tmp_path) as served:
+        await collect(served.loop.submit(new_request()))
+        end = end_of(await collect(served.loop.submit(new_request())))
+        new = [new for step in served.metrics.sent for new in step.new_sequences]
+        assert [one.num_cached_tokens for one in new] == [0, 16]
+    assert end.cached_tokens == 16
+
+
+async def test_a_failing_step_is_a_pause_and_no_error(tmp_path: Path) -> None:
+    failing = iter(["", "", "kernel broke"])
+    async with serving(tmp_path) as served:
+        served.shard.engine.faults.pass_error = lambda _: next(failing, "")
+        prompts = [b"one", b"two", b"three"]
+        streams = [served.loop.submit(new_request(prompt)) for prompt in prompts]
+        results = await asyncio.gather(*map(collect, streams))
+        assert any(results.error for _, results, _ in served.metrics.finished)
+    for prompt, events in zip(prompts, results, strict=True):
+        assert [event.token.id for event in events] == generated(prompt, 8)
+
+
+async def test_the_culprit_of_failing_steps_fails_alone(tmp_path: Path) -> None:
+    async with serving(tmp_path) as served:
+
+        def poisoned(step: Request) -> str:
+            return "poison" if any(entry.id == 3 for entry in step.work) else ""
+
+        served.shard.engine.faults.pass_error = poisoned
+        streams = [served.loop.submit(new_request(b"number %d" % n)) for n in range(6)]
+        results = await asyncio.gather(*map(collect, streams), return_exceptions=True)
+    assert isinstance(results[2], GenerationFailed)
+    assert str(results[2]) == "poison"
+    assert [len(events) for events in results if isinstance(events, list)] == [8] * 5
+
+
+async def test_a_failing_sequence_harms_only_itself(tmp_path: Path) -> None:
+    async with serving(tmp_path) as served:
+        served.shard.engine.faults.sequence_error = lambda key: "bad grammar" if key == 2 else ""
+        streams = [served.loop.submit(new_request(b"number %d" % n)) for n in range(3)]
+        results = await asyncio.gather(*map(collect, streams), return_exceptions=True)
+    assert isinstance(results[1], GenerationFailed)
+    assert len(results[0]) == len(results[2]) == 8
+
+
+async def test_a_dead_shard_fails_every_request(tmp_path: Path) -> None:
+    async with serving(tmp_path) as served:
+        served.shard.gate.clear()
+        streams = [served.loop.submit(new_request()) for _ in range(3)]
+        await until(lambda: len(served.shard.steps) > 0)
+        assert served.loop.is_healthy
+        await served.shard.kill()
+        results = await asyncio.gather(*map(collect, streams), return_exceptions=True)
+        assert [type(result) for result in results] == [ShardLost] * 3
+        with pytest.raises(ShardLost):
+            await served.running
+        assert not served.loop.is_healthy
+        with pytest.raises(ShardLost):
+            await collect(served.loop.submit(new_request()))
+
+
+async def test_stopping_the_loop_tells_open_requests(tmp_path: Path) -> None:
+    async with serving(tmp_path) as served:
+        served.shard.gate.clear()
+        collecting: Awaitable[list[StreamEvent]] = asyncio.ensure_future(
+            collect(served.loop.submit(new_request()))
+        )
+        await until(lambda: len(served.shard.steps) > 0)
+        served.running.cancel()
+        with pytest.raises(GenerationFailed):
+            await collecting
+
+
+class Panic(BaseException):
+    """What the tokenizers library raises where it did not expect its input."""
+
+
+@pytest.mark.parametrize("bug", [ZeroDivisionError, Panic])
+async def test_a_bug_in_one_text_ends_that_request_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bug: type[BaseException]
+) -> None:
+    def step(self: object, token_id: int) -> str:
+        raise bug
+
+    async with serving(tmp_path) as served:
+        broken = served.loop.submit(new_request(b"broken"))
+        monkeypatch.setattr(served.loop._generations[1].detokenizer.__class__, "step", step)
+        with pytest.raises(GenerationFailed, match="internal error"):
+            await collect(broken)
+        monkeypatch.undo()
+        assert len(await collect(served.loop.submit(new_request()))) == 8
+
+
+async def test_a_step_that_never_ends_is_unhealthy(tmp_path: Path) -> None:
+    async with serving(tmp_path) as served:
+        now = 0.0
+        served.loop._clock = lambda: now
+        served.shard.gate.clear()
+        stream = served.loop.submit(new_request())
+        await until(lambda: len(served.shard.steps) > 0)
+        assert served.loop.is_healthy
+        now = 61.0
+        assert not served.loop.is_healthy
+        served.shard.gate.set()
+        await collect(stream)
+        assert served.loop.is_healthy
+
+
+async def test_a_device_that_fails_every_step_is_unhealthy_until_one_succeeds(
+    tmp_path: Path,
+) -> None:
+    async with serving(tmp_path) as served:
+        await until(lambda: served.loop.is_healthy)
+        served.shard.engine.faults.pass_error = lambda _: "an illegal memory access"
+        while served.loop.is_healthy:
+            assert len(served.metrics.finished) < MAX_FAILED_STEPS
+            with pytest.raises(GenerationFailed):
+                await collect(served.loop.submit(new_request()))
+        assert len(served.metrics.finished) in (MAX_FAILED_STEPS, MAX_FAILED_STEPS + 1)
+        served.shard.engine.faults.pass_error = lambda _: ""
+        await collect(served.loop.submit(new_request()))
+        assert served.loop.is_healthy
+
+
+async def test_a_sink_gets_what_the_iterator_would_have_brought(tmp_path: Path) -> None:
+    async with serving(tmp_path) as served:
+        taken: list[StreamEvent] = []
+        async with served.loop.submit(new_request()) as stream:
+            stream.divert(lambda turn: taken.extend(turn) is None)
+            assert [turn async for turn in stream] == []
+
+    assert [event.token.id for event in taken] == generated(PROMPT, 8)
+    assert end_of(taken).num_generated == 8
+
+
+async def test_what_a_sink_refuses_is_iterated_and_nothing_passes_it(tmp_path: Path) -> None:
+    async with serving(tmp_path) as served:
+        told: list[StreamEvent] = []
+        is_slow = False
+
+        def sink(turn: tuple[StreamEvent, ...]) -> bool:
+            nonlocal is_slow
+            is_slow = not is_slow
+            return not is_slow and told.extend(turn) is None
+
+        async with served.loop.submit(new_request()) as stream:
+            stream.divert(sink)
+            async for turn in stream:
+                told.extend(turn)
+
+    assert [event.token.id for event in told] == generated(PROMPT, 8)
+
+
+async def test_a_sink_that_raises_ends_its_own_stream_only(tmp_path: Path) -> None:
+    def broken(turn: tuple[StreamEvent, ...]) -> bool:
+        raise ZeroDivisionError
+
+    async with serving(tmp_path) as served:
+        other = asyncio.ensure_future(collect(served.loop.submit(new_request())))
+        async with served.loop.submit(new_request(b"another")) as stream:
+            stream.divert(broken)
+            with pytest.raises(ZeroDivisionError):
+                await anext(stream)
+        assert end_of(await other).num_generated == 8

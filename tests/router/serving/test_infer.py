@@ -1,0 +1,96 @@
+import asyncio
+
+import pytest
+from tests.fakes.fake_loop import FakeLoop
+
+from kagami_proto.errors import IncompleteGeneration, Overloaded, Unavailable
+from kagami_router.request.values import SamplingParams, StoppingParams, ValidRequest
+from kagami_router.serving.infer import Infer, Tally
+from kagami_router.telemetry.metrics import Metrics
+
+REQUEST = ValidRequest((1, 2), "ab", SamplingParams(), StoppingParams(2))
+
+
+def infer_over(loop: FakeLoop, permits: int = 2) -> Infer:
+    return Infer(loop, Metrics(), max_concurrent_requests=permits)
+
+
+async def test_permits_come_back_whatever_happens() -> None:
+    infer = infer_over(FakeLoop())
+    with pytest.raises(ZeroDivisionError), infer.permits(2):
+        raise ZeroDivisionError
+    with infer.permits(2):
+        assert infer.num_permits_held == 2
+
+
+async def test_all_or_none_of_the_permits_are_taken() -> None:
+    infer = infer_over(FakeLoop())
+    with infer.permits(1):
+        with pytest.raises(Overloaded, match="Model is overloaded"), infer.permits(2):
+            pass
+        assert infer.num_permits_held == 1
+
+
+async def test_collect_is_the_stream_in_one_piece() -> None:
+    generation = await infer_over(FakeLoop()).collect(REQUEST, Tally(0.0))
+    assert generation.end.generated_text == " failed:"
+    assert [token.text for token in generation.tokens] == [" failed", ":"]
+    assert generation.seed is None
+
+
+async def test_streams_together_carry_their_index() -> None:
+    infer = infer_over(FakeLoop())
+    seen = []
+    async with infer.stream_all([REQUEST, REQUEST], Tally(0.0)) as turns:
+        async for turn in turns:
+            seen += [(index, event.token.text) for index, event in turn]
+    assert sorted(seen) == [(0, " failed"), (0, ":"), (1, " failed"), (1, ":")]
+
+
+async def test_leaving_streams_together_cancels_them() -> None:
+    loop = FakeLoop()
+    loop.gate.clear()
+    task = asyncio.ensure_future(infer_over(loop).collect_all([REQUEST, REQUEST], Tally(0.0)))
+    await loop.entered.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert loop.num_open == 0
+
+
+async def test_draining_waits_for_what_runs_and_refuses_what_comes() -> None:
+    loop = FakeLoop()
+    loop.gate.clear()
+    infer = infer_over(loop)
+
+    async def work() -> str:
+        with infer.permits():
+            return (await infer.collect(REQUEST, Tally(0.0))).end.generated_text
+
+    running = asyncio.ensure_future(work())
+    await loop.entered.wait()
+    draining = asyncio.ensure_future(infer.drain(60, 0))
+    await asyncio.sleep(0)
+    with pytest.raises(Unavailable), infer.permits():
+        pass
+    assert not draining.done()
+    loop.gate.set()
+    assert await running == " failed:"
+    await draining
+
+
+async def test_the_deadline_ends_what_still_runs() -> None:
+    loop = FakeLoop()
+    loop.gate.clear()
+    infer = infer_over(loop)
+
+    async def work() -> None:
+        with infer.permits():
+            await infer.collect(REQUEST, Tally(0.0))
+
+    running = asyncio.ensure_future(work())
+    await loop.entered.wait()
+    await infer.drain(0, 60)
+    with pytest.raises(IncompleteGeneration, match="the server was stopped"):
+        await running
+    assert loop.num_open == 0

@@ -1,0 +1,184 @@
+from typing import Any
+
+import pytest
+import tokenizers
+from llguidance import LLMatcher, LLTokenizer
+from tests.fakes.byte_tokenizer import EOS
+from tests.fakes.tool_models import MODELS, Described, format_of, vocabulary
+
+from kagami_router.request.values import GrammarKind
+from kagami_router.tools.formats import find_format
+from kagami_router.tools.offers import AUTO, REQUIRED, allowed_calls, read_choice, read_tools
+
+TOOLS = read_tools(
+    [
+        {
+            "type": "function",
+            "function": {
+                "name": "weather",
+                "parameters": {
+                    "type": "object",
+                    "properties": {"city": {"$ref": "#/$defs/City"}, "days": {"type": "integer"}},
+                    "required": ["city"],
+                    "$defs": {"City": {"type": "string"}},
+                },
+            },
+        },
+        {"type": "function", "function": {"name": "now"}},
+        {
+            "type": "function",
+            "function": {
+                "name": "paint",
+                "parameters": {
+                    "type": "object",
+                    "properties": {"city": {"$ref": "#/$defs/City"}},
+                    "required": ["city"],
+                    "$defs": {"City": {"enum": ["red", "blue"]}},
+                },
+            },
+        },
+    ]
+)
+WEATHER = '{"city": "Rome", "days": 3}'
+
+
+def said(model: str, *calls: tuple[str, str]) -> str:
+    """Calls as this model writes them."""
+    form = format_of(model).form
+    each = [form.before + name + form.after + arguments + form.foot for name, arguments in calls]
+    return form.opener + form.lead + form.between.join(each) + form.closer
+
+
+def matcher(model: str, choice: Any = None, *, is_parallel: bool = True) -> LLMatcher:
+    calls = allowed_calls(TOOLS, read_choice(choice), is_parallel=is_parallel)
+    assert calls is not None
+    grammar = format_of(model).grammar(calls)
+    assert grammar.kind is GrammarKind.LARK
+    vocabulary = LLTokenizer(MODELS[model][1].to_str(), eos_token=EOS)
+    made = LLMatcher(vocabulary, LLMatcher.grammar_from_lark(grammar.source), log_level=0)
+    assert not made.is_error(), made.get_error()
+    return made
+
+
+def accepts(made: LLMatcher, tokenizer: tokenizers.Tokenizer, text: str) -> bool:
+    """Whether `text` may be said, and the answer may end behind it."""
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    return made.try_consume_tokens(ids) == len(ids) and made.is_accepting()
+
+
+def takes(model: str, text: str, choice: Any = None, *, is_parallel: bool = True) -> bool:
+    made = matcher(model, choice, is_parallel=is_parallel)
+    return accepts(made, MODELS[model][1], text)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("choice", [None, "required", "weather"])
+def test_a_valid_call_is_accepted(model: str, choice: str | None) -> None:
+    assert takes(model, said(model, ("weather", WEATHER)), choice)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("weather", '{"days": 3}'),
+        ("weather", '{"city": 3}'),
+        ("weather", '{"city": "Rome", "more": 1}'),
+        ("unknown", "{}"),
+        ("now", '{"city": "Rome"}'),
+        ("paint", '{"city": "Rome"}'),
+        ("weather", '{   "city": "Rome"}'),
+        ("weather", "[]"),
+    ],
+)
+@pytest.mark.parametrize("choice", ["auto", "required"])
+def test_an_invalid_call_is_refused(model: str, name: str, arguments: str, choice: str) -> None:
+    assert not takes(model, said(model, (name, arguments)), choice)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    "text", ["Hello!", "", "a < b and {c}", "{}", '{"name', "[1, 2]", "<tool", "two\nlines"]
+)
+def test_auto_allows_text_and_required_does_not(model: str, text: str) -> None:
+    assert takes(model, text, "auto")
+    assert not takes(model, text, "required")
+
+
+@pytest.mark.parametrize("model", [one for one in MODELS if not one.startswith("llama")])
+def test_auto_allows_text_before_a_call(model: str) -> None:
+    assert takes(model, "I will look. " + said(model, ("now", "{}")))
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_nothing_but_calls_follows_a_call(model: str) -> None:
+    assert not takes(model, said(model, ("now", "{}")) + " So.")
+
+
+@pytest.mark.parametrize("model", [one for one in MODELS if not one.startswith("llama")])
+def test_several_calls_unless_they_are_not_wanted(model: str) -> None:
+    text = said(model, ("now", "{}"), ("weather", WEATHER))
+    assert takes(model, text)
+    assert takes(model, text, "required")
+    assert not takes(model, text, is_parallel=False)
+    assert not takes(model, text, "required", is_parallel=False)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_named_tool_is_the_only_one(model: str) -> None:
+    assert takes(model, said(model, ("now", "{}")), "now")
+    assert not takes(model, said(model, ("paint", '{"city": "red"}')), "now")
+
+
+def test_llama_may_put_its_tag_before_a_call() -> None:
+    call = said("llama", ("weather", WEATHER))
+    assert takes("llama", "<|python_tag|>" + call)
+    assert takes("llama", "<|python_tag|>" + call, "required")
+
+
+def test_an_unfinished_call_is_no_answer() -> None:
+    assert not takes("qwen", said("qwen", ("now", "{}"))[:-3])
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("unaware", "hermes"),
+        ("qwen", "hermes"),
+        ("llama", "llama"),
+        ("mistral", "mistral"),
+        ("mistral-args", "mistral-args"),
+    ],
+)
+def test_the_form_follows_the_template(model: str, name: str) -> None:
+    assert format_of(model).form.name == name
+
+
+def test_a_form_that_is_not_known_is_told_like_that_of_a_model_without_tools() -> None:
+    xml = Described("{{ tools }}<tool_call><function=…>")
+    assert not find_format(xml, vocabulary()).is_known
+    assert not format_of("unaware").is_known
+    assert format_of("qwen").is_known
+
+
+def test_only_tokens_without_text_are_special_markers() -> None:
+    assert not format_of("qwen").special_markers
+    assert format_of("mistral").special_markers == {"[TOOL_CALLS]"}
+
+
+@pytest.mark.parametrize("is_strict", [True, False])
+def test_what_cannot_be_held_is_an_error_of_strict_tools_alone(is_strict: bool) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "string", "format": "color"}}}
+    function = {"name": "f", "parameters": schema, "strict": is_strict}
+    calls = allowed_calls(read_tools([{"function": function}]), REQUIRED, is_parallel=True)
+    assert calls is not None
+    source = LLMatcher.grammar_from_lark(format_of("qwen").grammar(calls).source)
+    assert bool(LLMatcher.validate_grammar(source)) is is_strict
+
+
+def test_a_hundred_tools_compile() -> None:
+    many = read_tools([{"function": {"name": f"f{n}", "parameters": {}}} for n in range(100)])
+    calls = allowed_calls(many, AUTO, is_parallel=True)
+    assert calls is not None
+    source = format_of("qwen").grammar(calls).source
+    assert LLMatcher.validate_grammar(LLMatcher.grammar_from_lark(source)) == ""
