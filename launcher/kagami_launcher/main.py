@@ -41,8 +41,9 @@ from kagami_launcher.supervisor import (
 )
 from kagami_proto import logs
 from kagami_proto.health import is_healthy
+from kagami_proto.open_tracing import open_tracing
 from kagami_proto.span_names import Key, SpanName
-from kagami_proto.tracing import NO_TRACING, context_of, headers_of, open_tracing, span
+from kagami_proto.tracing import NO_TRACING, context_of, headers_of, span
 
 log = logging.getLogger(__name__)
 

@@ -11,8 +11,7 @@ from pathlib import Path
 
 from kagami_launcher.cli import Invocation, LauncherArgs, debug_text, flags, option
 from kagami_launcher.model.source import ModelSource
-from kagami_proto import tracing
-from kagami_proto.tracing import TracingPlan
+from kagami_proto.tracing_plan import TracingPlan, plan_or_problem
 
 SHARD_COMMAND = "text-generation-server"
 ROUTER_COMMAND = "text-generation-router"
@@ -328,7 +327,7 @@ def _traces(invocation: Invocation) -> list[str]:
 def trace_plan(invocation: Invocation) -> tuple[TracingPlan | None, str]:
     """Where the launcher's own spans go, or why they cannot."""
     args, given = invocation.args, invocation.given
-    return tracing.plan_or_problem(
+    return plan_or_problem(
         invocation.environ,
         endpoint=args.otlp_endpoint,
         service_name=args.otlp_service_name if "otlp_service_name" in given else None,

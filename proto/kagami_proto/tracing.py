@@ -1,19 +1,13 @@
-"""Traces: where they go (OTLP), and how their context travels between processes.
+"""What a process traces with, and how a trace's context travels between processes.
 
-    plan(environ, …) -> TracingPlan | None     pure; None = off
-    open_tracing(plan, …) -> Tracing           loads the SDK, starts the exporting thread
-
-The SDK is imported when there is somewhere to export to, and not before. The names of spans and
+`tracing_plan.py` decides where traces go, `open_tracing.py` starts them; the names of spans and
 attributes are in `span_names.py`. W3C Trace Context: https://www.w3.org/TR/trace-context/.
 """
 
-import logging
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib import import_module
 from typing import Any, Protocol
-from urllib.parse import urlsplit
 
 from opentelemetry import trace
 from opentelemetry.context import Context
@@ -22,94 +16,6 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 from kagami_proto.errors import row_of
 from kagami_proto.span_names import Key
-
-logger = logging.getLogger(__name__)
-
-GRPC, HTTP = "grpc", "http/protobuf"
-_EXPORTERS = {
-    GRPC: "opentelemetry.exporter.otlp.proto.grpc.trace_exporter",
-    HTTP: "opentelemetry.exporter.otlp.proto.http.trace_exporter",
-}
-_HTTP_PORT, _HTTP_PATH = 4318, "/v1/traces"
-_SUFFIXES = {"router": "", "shard": "-shard", "launcher": "-launcher"}
-
-
-@dataclass(frozen=True, slots=True)
-class TracingPlan:
-    """Where spans go, and under which name."""
-
-    endpoint: str
-    protocol: str
-    service_name: str
-    queue: Mapping[str, str] = field(default_factory=dict)
-    """The variables OTEL_BSP_*."""
-
-
-def plan(
-    environ: Mapping[str, str], *, endpoint: str | None, service_name: str | None, part: str
-) -> TracingPlan | None:
-    """What flags and OTEL_* variables ask for; None: no traces.
-
-    `part` is "router", "shard" or "launcher": the service is `kagami-{part}`, or what
-    `service_name` or OTEL_SERVICE_NAME say, with `-shard` or `-launcher` behind it. Raises
-    `ValueError` that names the variable or flag.
-    """
-    is_off = environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true"
-    exporter = environ.get("OTEL_TRACES_EXPORTER", "otlp").strip().lower()
-    if is_off or exporter == "none":
-        return None
-    if exporter not in ("otlp", ""):
-        raise ValueError(f"OTEL_TRACES_EXPORTER must be otlp or none. Given: {exporter!r}")
-    own_endpoint = environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
-    given = endpoint or own_endpoint or environ.get("OTEL_EXPORTER_OTLP_ENDPOINT")
-    if not given:
-        return None
-    name = service_name or environ.get("OTEL_SERVICE_NAME")
-    url, protocol = _url(given), _protocol(environ)
-    if protocol is None:
-        is_http = url.port == _HTTP_PORT or url.path.endswith(_HTTP_PATH)
-        protocol = HTTP if is_http else GRPC
-    address = url.geturl()
-    if protocol == HTTP and (endpoint or not own_endpoint) and not url.path.endswith(_HTTP_PATH):
-        address = address.rstrip("/") + _HTTP_PATH
-    return TracingPlan(
-        endpoint=address,
-        protocol=protocol,
-        service_name=name + _SUFFIXES[part] if name else f"kagami-{part}",
-        queue={key: value for key, value in environ.items() if key.startswith("OTEL_BSP_")},
-    )
-
-
-def plan_or_problem(
-    environ: Mapping[str, str], *, endpoint: str | None, service_name: str | None, part: str
-) -> tuple[TracingPlan | None, str]:
-    """As `plan`, but what is wrong comes beside it: it must not keep a server from serving."""
-    try:
-        return plan(environ, endpoint=endpoint, service_name=service_name, part=part), ""
-    except ValueError as error:
-        return None, str(error)
-
-
-def _url(text: str) -> Any:
-    url = urlsplit(text if "://" in text else f"http://{text}")
-    try:
-        has_place = bool(url.hostname) and url.port != 0
-    except ValueError:
-        has_place = False
-    if url.scheme not in ("http", "https") or not has_place:
-        raise ValueError(
-            f"the OTLP endpoint must be a URL such as http://collector:4317. Given: {text!r}"
-        )
-    return url
-
-
-def _protocol(environ: Mapping[str, str]) -> str | None:
-    for name in ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL"):
-        if value := environ.get(name):
-            if value not in _EXPORTERS:
-                raise ValueError(f"{name} must be {GRPC} or {HTTP}. Given: {value!r}")
-            return value
-    return None
 
 
 class _Export(Protocol):
@@ -159,33 +65,6 @@ class Tracing:
 
 
 NO_TRACING = Tracing()
-
-
-@contextmanager
-def open_tracing(
-    wanted: TracingPlan | None,
-    attributes: Mapping[str, str | int] | None = None,
-    *,
-    problem: str = "",
-) -> Iterator[Tracing]:
-    """Trace inside this context, to its end with what is queued (one second at most).
-
-    `attributes` are of the process (the resource). What is wrong with the plan, or was with what
-    it should have been made of, is logged, and costs the traces and nothing else.
-    """
-    if problem:
-        logger.warning("Traces are off: %s", problem)
-    with ExitStack() as stack:
-        tracing = NO_TRACING
-        if wanted is not None:
-            try:
-                # Takes 100 ms that nobody should pay who does not trace.
-                sdk = import_module("kagami_proto.tracing_sdk")
-                opened = sdk.open_sdk(wanted, dict(attributes or {}), _EXPORTERS[wanted.protocol])
-                tracing = stack.enter_context(opened)
-            except (ImportError, ValueError, OSError) as error:
-                logger.warning("Traces are off: %s", error)
-        yield tracing
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""OpenTelemetry's SDK, put together as `tracing.py` asks; imported only where traces are on."""
+"""OpenTelemetry's SDK, put together as a `TracingPlan` asks; imported only where traces are on."""
 
 import logging
 import uuid
@@ -16,7 +16,8 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 from kagami_proto.span_export import BatchLimits, SpanExport
 from kagami_proto.span_names import SCHEMA_URL
-from kagami_proto.tracing import Tracing, TracingPlan
+from kagami_proto.tracing import Tracing
+from kagami_proto.tracing_plan import TracingPlan
 
 logger = logging.getLogger(__name__)
 

@@ -20,8 +20,9 @@ from opentelemetry.trace import SpanKind
 
 from kagami_proto import logs
 from kagami_proto.errors import GenerationFailed, ShardLost
+from kagami_proto.open_tracing import open_tracing
 from kagami_proto.span_names import Key, SpanName
-from kagami_proto.tracing import NO_TRACING, Tracing, context_of, open_tracing, span
+from kagami_proto.tracing import NO_TRACING, Tracing, context_of, span
 from kagami_router.api.native.service import TGI_VERSION, Door, Front
 from kagami_router.api.routes import make_app, make_metrics_app
 from kagami_router.api.schemas.native import Info

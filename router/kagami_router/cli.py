@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
-from kagami_proto import tracing
-from kagami_proto.tracing import TracingPlan
+from kagami_proto.tracing_plan import TracingPlan, plan_or_problem
 
 DEFAULT_PREFILL_TOKENS = 4096
 
@@ -200,7 +199,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Route
             parser, _Flag("--aip-http-port", _port, None, ""), environ
         )
     origins = values.pop("cors_allow_origin") or []
-    wanted, problem = tracing.plan_or_problem(
+    wanted, problem = plan_or_problem(
         environ,
         endpoint=values["otlp_endpoint"],
         service_name=values["otlp_service_name"],

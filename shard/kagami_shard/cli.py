@@ -12,8 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NoReturn
 
-from kagami_proto import tracing
-from kagami_proto.tracing import TracingPlan
+from kagami_proto.tracing_plan import TracingPlan, plan_or_problem
 
 # TGI's spellings, and int8 and int4, which say what they do.
 QUANTIZE = (
@@ -87,7 +86,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> ServeArgs:
         parser.error(f"MODEL_ID: {args.model_id} is not a folder; the launcher resolves names")
     if args.sharded and (missing := [name for name in _SHARDED if not environ.get(name)]):
         parser.error(f"--sharded: the variable {missing[0]} is not set")
-    wanted, problem = tracing.plan_or_problem(
+    wanted, problem = plan_or_problem(
         environ,
         endpoint=args.otlp_endpoint or environ.get("OTLP_ENDPOINT"),
         service_name=args.otlp_service_name or environ.get("OTLP_SERVICE_NAME"),

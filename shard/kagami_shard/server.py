@@ -20,8 +20,9 @@ import uvloop
 from kagami_proto import generate_pb2 as pb
 from kagami_proto.errors import KagamiError, RankLost
 from kagami_proto.generate_pb2_grpc import add_TextGenerationServiceServicer_to_server
+from kagami_proto.open_tracing import open_tracing
 from kagami_proto.span_names import Key, SpanName
-from kagami_proto.tracing import context_of, open_tracing, span
+from kagami_proto.tracing import context_of, span
 from kagami_shard.backends.native.select import LaterSwitch, switch_to_native, will_pack
 from kagami_shard.backends.select import select_attention
 from kagami_shard.cli import ServeArgs

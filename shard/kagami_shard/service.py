@@ -16,12 +16,11 @@ from kagami_proto import generate_pb2_grpc
 from kagami_proto.errors import InvalidRequest, RankLost
 from kagami_proto.span_names import Key, SpanName
 from kagami_proto.tracing import NO_TRACING, context_of, span
+from kagami_proto.wire import grammar_from_pb, sampling_from_pb
 from kagami_shard.engine.engine import Engine, Limits
 from kagami_shard.engine.step import NewSequence, PromptLogprobs, Step, StepResult, WorkColumns
 from kagami_shard.engine.worker import Worker
 from kagami_shard.forward.kv_cache import KVCache
-from kagami_shard.sampling.grammar import Grammar, GrammarKind
-from kagami_shard.sampling.sampler import SamplingParameters
 
 
 class TextGenerationService(generate_pb2_grpc.TextGenerationServiceServicer):
@@ -108,7 +107,7 @@ class TextGenerationService(generate_pb2_grpc.TextGenerationServiceServicer):
         started = time.monotonic_ns()
         try:
             await asyncio.get_running_loop().run_in_executor(
-                self._compiling, self._engine.compile_grammar, _grammar_from_pb(request)
+                self._compiling, self._engine.compile_grammar, grammar_from_pb(request)
             )
         except InvalidRequest as error:
             return pb.CompileGrammarResponse(error=str(error))
@@ -199,43 +198,19 @@ def step_from_pb(message: pb.Step) -> Step:
 
 
 def _new_sequence(new: pb.NewSequence) -> NewSequence:
-    sampling = new.sampling
     return NewSequence(
         id=new.id,
         token_ids=new.token_ids,
         num_prompt_tokens=new.num_prompt_tokens,
-        sampling=SamplingParameters(
-            do_sample=sampling.do_sample,
-            seed=sampling.seed,
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            typical_p=sampling.typical_p,
-            repetition_penalty=sampling.repetition_penalty,
-            frequency_penalty=sampling.frequency_penalty,
-            presence_penalty=sampling.presence_penalty,
-            logit_bias=tuple(zip(sampling.bias_ids, sampling.biases, strict=True)),
-            watermark=sampling.watermark,
-        ),
+        sampling=sampling_from_pb(new.sampling),
         top_n_tokens=new.top_n_tokens,
         prompt_logprobs=new.prompt_logprobs,
-        grammar=_grammar_from_pb(new.grammar) if new.HasField("grammar") else None,
+        grammar=grammar_from_pb(new.grammar) if new.HasField("grammar") else None,
         traceparent=new.traceparent,
         tracestate=new.tracestate,
         decode_span_id=new.decode_span_id,
         refused=_refusal(new),
     )
-
-
-_GRAMMAR_KINDS = {
-    pb.Grammar.JSON_SCHEMA: GrammarKind.JSON_SCHEMA,
-    pb.Grammar.REGEX: GrammarKind.REGEX,
-    pb.Grammar.LARK: GrammarKind.LARK,
-}
-
-
-def _grammar_from_pb(grammar: pb.Grammar) -> Grammar:
-    return Grammar(_GRAMMAR_KINDS[grammar.kind], grammar.source)
 
 
 def _refusal(new: pb.NewSequence) -> str:

@@ -15,13 +15,13 @@ from typing import NamedTuple
 import torch
 from tests.integration.conftest import embedded_folder
 
+from kagami_proto.values import SamplingParams
 from kagami_shard import cli
 from kagami_shard.backends.native.select import switch_to_native
 from kagami_shard.backends.select import select_attention
 from kagami_shard.engine.engine import Engine, Limits
 from kagami_shard.engine.step import NewSequence, Step, WorkColumns
 from kagami_shard.models.registry import load_model
-from kagami_shard.sampling.sampler import SamplingParameters
 
 _BLOCK_SIZE = 32
 _LIMITS = Limits(512, 64, 2048, 40_000)
@@ -116,7 +116,7 @@ def _run(engine: Engine, shape: Shape) -> float:
     length = shape.context + shape.tokens
     ids = [7 + i % 911 for i in range(length + (shape.tokens > 1))]
     sequences = [
-        NewSequence(number, ids, len(ids), SamplingParameters())
+        NewSequence(number, ids, len(ids), SamplingParams())
         for number in range(shape.num_sequences)
     ]
     num_shared = shape.shared // _BLOCK_SIZE

@@ -24,19 +24,19 @@ from opentelemetry.semconv.attributes import (
 from opentelemetry.semconv.schemas import Schemas
 from tests.fakes.collector import Collector, collecting
 
-from kagami_proto import tracing
+from kagami_proto import tracing_plan
 from kagami_proto.errors import GenerationFailed, InvalidRequest
+from kagami_proto.open_tracing import open_tracing
 from kagami_proto.span_export import BatchLimits, SpanExport
 from kagami_proto.span_names import SCHEMA_URL, Key, names_of
 from kagami_proto.tracing import (
     NO_TRACING,
-    TracingPlan,
     context_of,
     current_trace_id,
     headers_of,
-    open_tracing,
     span,
 )
+from kagami_proto.tracing_plan import TracingPlan
 
 PARENT = f"00-{'ab' * 16}-{'cd' * 8}-01"
 FAST = {"OTEL_BSP_SCHEDULE_DELAY": "10"}
@@ -48,7 +48,7 @@ def plan(
     name: str | None = None,
     part: str = "router",
 ) -> TracingPlan | None:
-    return tracing.plan(environ or {}, endpoint=endpoint, service_name=name, part=part)
+    return tracing_plan.plan(environ or {}, endpoint=endpoint, service_name=name, part=part)
 
 
 @pytest.fixture
@@ -138,7 +138,7 @@ def test_what_is_wrong_is_named(environ: dict[str, str], endpoint: str, text: st
 
 
 def test_a_problem_costs_the_traces_and_nothing_else(caplog: pytest.LogCaptureFixture) -> None:
-    wanted, problem = tracing.plan_or_problem(
+    wanted, problem = tracing_plan.plan_or_problem(
         {}, endpoint="ftp://c", service_name=None, part="router"
     )
     with open_tracing(wanted, problem=problem) as opened:

@@ -7,11 +7,11 @@ import torch
 from tests.fakes.tiny_model import TinyModel
 from tests.shard.engine.test_engine import ABC, A, B, C, D, letters
 
+from kagami_proto.values import SamplingParams
 from kagami_shard.backends.torch.sdpa import SdpaAttention
 from kagami_shard.engine.engine import Engine, Limits
 from kagami_shard.engine.step import NewSequence, Step, Work
 from kagami_shard.sampling.grammar import Grammars
-from kagami_shard.sampling.sampler import SamplingParameters
 
 pytestmark = [
     pytest.mark.gpu,
@@ -38,7 +38,7 @@ def new_engine(device: str, grammars: Grammars | None = None) -> Engine:
     return engine
 
 
-def generate(device: str, sampling: SamplingParameters, *, overlap: bool) -> dict[int, list[int]]:
+def generate(device: str, sampling: SamplingParams, *, overlap: bool) -> dict[int, list[int]]:
     news = [NewSequence(i, ids, len(ids), sampling) for i, ids in PROMPTS.items()]
     return run(new_engine(device), news, overlap=overlap)
 
@@ -74,12 +74,12 @@ def collect(engine: Engine, launched: object, seen: dict[int, list[int]]) -> Non
 @pytest.mark.parametrize(
     "sampling",
     [
-        SamplingParameters(),
-        SamplingParameters(do_sample=True, seed=3, temperature=1.5, top_p=0.9, top_k=20),
-        SamplingParameters(do_sample=True, seed=3, typical_p=0.8, repetition_penalty=1.3),
+        SamplingParams(),
+        SamplingParams(do_sample=True, seed=3, temperature=1.5, top_p=0.9, top_k=20),
+        SamplingParams(do_sample=True, seed=3, typical_p=0.8, repetition_penalty=1.3),
     ],
 )
-def test_cuda_gives_what_the_cpu_gives(sampling: SamplingParameters, overlap: bool) -> None:
+def test_cuda_gives_what_the_cpu_gives(sampling: SamplingParams, overlap: bool) -> None:
     expected = generate("cpu", sampling, overlap=False)
 
     assert generate("cuda", sampling, overlap=overlap) == expected
@@ -89,7 +89,7 @@ def test_cuda_gives_what_the_cpu_gives(sampling: SamplingParameters, overlap: bo
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
 def test_a_launch_does_not_wait_for_the_device() -> None:
     engine = new_engine("cuda")
-    sampling = SamplingParameters(do_sample=True, seed=3, top_p=0.9)
+    sampling = SamplingParams(do_sample=True, seed=3, top_p=0.9)
     news = [NewSequence(i, ids, len(ids), sampling) for i, ids in PROMPTS.items()]
     first = Step(1, news, (), [Work(i, 0, len(ids)) for i, ids in PROMPTS.items()], BLOCKS)
     second = Step(2, work=[Work(i, len(ids), 1) for i, ids in PROMPTS.items()])
@@ -105,7 +105,7 @@ def test_a_launch_does_not_wait_for_the_device() -> None:
 
 @pytest.mark.parametrize("overlap", [False, True])
 def test_a_grammar_holds_on_cuda(overlap: bool, tmp_path: Path) -> None:
-    hot = SamplingParameters(do_sample=True, seed=5, temperature=50.0)
+    hot = SamplingParams(do_sample=True, seed=5, temperature=50.0)
     grammars = letters(tmp_path)
     news = [
         NewSequence(i, ids, len(ids), hot, grammar=ABC if i == 2 else None)

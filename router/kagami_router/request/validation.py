@@ -16,7 +16,8 @@ from opentelemetry import trace
 from kagami_proto.errors import InvalidRequest, MalformedBody
 from kagami_proto.span_names import Key, SpanName
 from kagami_proto.tracing import NO_TRACING, span
-from kagami_router.request.values import Grammar, SamplingParams, StoppingParams, ValidRequest
+from kagami_proto.values import Grammar, SamplingParams
+from kagami_router.request.values import StoppingParams, ValidRequest
 from kagami_router.text.tokenizer import Tokenizer
 
 MAX_SEED = 2**64 - 1

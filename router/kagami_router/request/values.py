@@ -8,41 +8,7 @@ import enum
 from dataclasses import dataclass
 from typing import NamedTuple
 
-
-@dataclass(frozen=True, slots=True)
-class SamplingParams:
-    """How the next token is chosen; the defaults switch every processor off."""
-
-    do_sample: bool = False
-    seed: int = 0
-    """64 bits; drawn by validation where the client gave none and `do_sample` is on."""
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    typical_p: float = 1.0
-    repetition_penalty: float = 1.0
-    frequency_penalty: float = 0.0
-    presence_penalty: float = 0.0
-    logit_bias: tuple[tuple[int, float], ...] = ()
-    """What is added to the logits of single ids."""
-    watermark: bool = False
-
-
-class GrammarKind(enum.Enum):
-    """How a grammar's source is written."""
-
-    JSON_SCHEMA = enum.auto()
-    REGEX = enum.auto()
-    LARK = enum.auto()
-    """llguidance's dialect of Lark."""
-
-
-@dataclass(frozen=True, slots=True)
-class Grammar:
-    """What the whole output has to be; the source of a JSON schema is its JSON text."""
-
-    kind: GrammarKind
-    source: str
+from kagami_proto.values import Grammar, SamplingParams
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,8 +24,9 @@ from kagami_proto import generate_pb2 as pb
 from kagami_proto import generate_pb2_grpc
 from kagami_proto.errors import GenerationFailed, InvalidRequest, ShardLost
 from kagami_proto.tracing import headers_of
+from kagami_proto.values import Grammar
+from kagami_proto.wire import grammar_to_pb, sampling_to_pb
 from kagami_router.request.token_log import TopToken
-from kagami_router.request.values import Grammar, GrammarKind
 from kagami_router.scheduler.step import (
     Failure,
     NewSequence,
@@ -276,7 +277,7 @@ class ShardGroup:
 
         `ShardLost` where a shard is gone, `GenerationFailed` where it takes too long.
         """
-        message = _grammar_to_pb(grammar)
+        message = grammar_to_pb(grammar)
         calls = [stub.CompileGrammar(message, timeout=COMPILE_TIMEOUT_S) for stub in self._stubs]
         try:
             answers = await asyncio.gather(*calls)
@@ -343,27 +344,13 @@ def step_to_pb(step: Step, contexts: Mapping[int, WireContext] = {}) -> pb.Step:
 
 
 def _new_to_pb(new: NewSequence, context: WireContext | None) -> pb.NewSequence:
-    sampling = new.request.sampling
     context = context or _NOT_TRACED
     return pb.NewSequence(
         id=new.id,
         token_ids=new.token_ids,
         num_prompt_tokens=new.num_prompt_tokens,
-        sampling=pb.SamplingParameters(
-            do_sample=sampling.do_sample,
-            seed=sampling.seed,
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            typical_p=sampling.typical_p,
-            repetition_penalty=sampling.repetition_penalty,
-            frequency_penalty=sampling.frequency_penalty,
-            presence_penalty=sampling.presence_penalty,
-            bias_ids=[token_id for token_id, _ in sampling.logit_bias],
-            biases=[bias for _, bias in sampling.logit_bias],
-            watermark=sampling.watermark,
-        ),
-        grammar=_grammar_to_pb(new.request.grammar) if new.request.grammar else None,
+        sampling=sampling_to_pb(new.request.sampling),
+        grammar=grammar_to_pb(new.request.grammar) if new.request.grammar else None,
         top_n_tokens=new.request.top_n_tokens,
         prompt_logprobs=new.prompt_logprobs,
         traceparent=context.traceparent,
@@ -373,15 +360,6 @@ def _new_to_pb(new: NewSequence, context: WireContext | None) -> pb.NewSequence:
 
 
 _NOT_TRACED = WireContext("", "", 0)
-_GRAMMAR_KINDS = {
-    GrammarKind.JSON_SCHEMA: pb.Grammar.JSON_SCHEMA,
-    GrammarKind.REGEX: pb.Grammar.REGEX,
-    GrammarKind.LARK: pb.Grammar.LARK,
-}
-
-
-def _grammar_to_pb(grammar: Grammar) -> pb.Grammar:
-    return pb.Grammar(kind=_GRAMMAR_KINDS[grammar.kind], source=grammar.source)
 
 
 def results_from_pb(messages: Sequence[pb.StepResult]) -> StepResults:

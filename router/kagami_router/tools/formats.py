@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import tokenizers
 
-from kagami_router.request.values import Grammar, GrammarKind
+from kagami_proto.values import Grammar, GrammarKind
 from kagami_router.tools.offers import AllowedCalls, Tool
 
 # One space where Python's json.dumps has one, as models see it in their training; none elsewhere.

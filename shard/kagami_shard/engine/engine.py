@@ -16,6 +16,7 @@ from math import isfinite
 import torch
 
 from kagami_proto.errors import InvalidRequest
+from kagami_proto.values import Grammar, SamplingParams
 from kagami_shard.engine.generation import GenerationState, Pending
 from kagami_shard.engine.greedy_batch import GreedyBatch, GreedyModel, is_greedy_decode
 from kagami_shard.engine.items import Item, build_batch, prompt_rows
@@ -39,9 +40,9 @@ from kagami_shard.machine.device import to_device
 from kagami_shard.machine.distributed import Alone, TensorParallel
 from kagami_shard.machine.memory import pool_bytes
 from kagami_shard.models.base import Model
-from kagami_shard.sampling.grammar import Banned, Grammar, Grammars, nothing_to_fill
+from kagami_shard.sampling.grammar import Banned, Grammars, nothing_to_fill
 from kagami_shard.sampling.logprobs import Scores, score
-from kagami_shard.sampling.sampler import Choose, Drawn, SamplingParameters, draw
+from kagami_shard.sampling.sampler import Choose, Drawn, draw
 from kagami_shard.sampling.watermark import Watermark
 
 logger = logging.getLogger(__name__)
@@ -500,5 +501,5 @@ def _warmup_sequence(number: int, length: int) -> NewSequence:
         id=number,
         token_ids=[1] * length,
         num_prompt_tokens=length,
-        sampling=SamplingParameters(do_sample=True, top_k=10, top_p=0.9, typical_p=0.9),
+        sampling=SamplingParams(do_sample=True, top_k=10, top_p=0.9, typical_p=0.9),
     )

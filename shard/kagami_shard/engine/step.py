@@ -4,8 +4,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from kagami_shard.sampling.grammar import Grammar
-from kagami_shard.sampling.sampler import SamplingParameters
+from kagami_proto.values import Grammar, SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +15,7 @@ class NewSequence:
     token_ids: Sequence[int]
     """Prompt, and on a replay what was generated since"""
     num_prompt_tokens: int
-    sampling: SamplingParameters
+    sampling: SamplingParams
     top_n_tokens: int = 0
     prompt_logprobs: bool = False
     grammar: Grammar | None = None

@@ -5,7 +5,6 @@ out. The masks of a step are computed on a thread while its forward pass runs. T
 lexer and Earley parser over the vocabulary's trie, is `llguidance`'s.
 """
 
-import enum
 import math
 import os
 import re
@@ -26,6 +25,7 @@ from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
 from torch import Tensor
 
 from kagami_proto.errors import InvalidRequest
+from kagami_proto.values import Grammar, GrammarKind
 
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
@@ -57,21 +57,6 @@ _WORD_BITS = 32
 _TRIED_TOKENS = 4
 # Masks of ordinary grammars take microseconds: a few threads are plenty.
 _MAX_MASK_THREADS = 4
-
-
-class GrammarKind(enum.Enum):
-    """How a grammar's source is written."""
-
-    JSON_SCHEMA = enum.auto()
-    REGEX = enum.auto()
-    LARK = enum.auto()
-
-
-class Grammar(NamedTuple):
-    """What a whole output has to be."""
-
-    kind: GrammarKind
-    source: str
 
 
 class GrammarState:

@@ -8,12 +8,12 @@ null where top_p is set).
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from kagami_proto.values import SamplingParams
 from kagami_shard.machine.device import to_device
 from kagami_shard.sampling.grammar import Banned
 from kagami_shard.sampling.logprobs import score
@@ -31,36 +31,10 @@ from kagami_shard.sampling.watermark import Watermark, add_watermark
 _WATERMARK = Watermark()
 
 
-@dataclass(frozen=True, slots=True)
-class SamplingParameters:
-    """How a sequence's tokens are chosen; the defaults switch every processor off."""
-
-    do_sample: bool = False
-    seed: int = 0
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    typical_p: float = 1.0
-    repetition_penalty: float = 1.0
-    frequency_penalty: float = 0.0
-    presence_penalty: float = 0.0
-    logit_bias: Sequence[tuple[int, float]] = ()
-    """(id, bias); 100 forces, -100 bans"""
-    watermark: bool = False
-
-    @property
-    def has_penalty(self) -> bool:
-        return (
-            self.repetition_penalty != 1.0
-            or self.frequency_penalty != 0.0
-            or self.presence_penalty != 0.0
-        )
-
-
 class Row(NamedTuple):
     """One row of logits to draw from."""
 
-    parameters: SamplingParameters
+    parameters: SamplingParams
     position: int
     """Of the token that is drawn, in its sequence"""
     history: History | None

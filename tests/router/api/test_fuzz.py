@@ -11,8 +11,8 @@ from tests.fakes.fake_server import FakeServer, serving
 from tests.fakes.mutations import BODIES, mutated
 
 from kagami_proto.errors import InvalidRequest
+from kagami_proto.values import Grammar
 from kagami_router.api.routes import ROUTES
-from kagami_router.request.values import Grammar
 
 POSTS = sorted(route.path for route in ROUTES if route.method == "POST")
 ANSWER_S = 10

@@ -6,13 +6,13 @@ import pytest
 from tests.fakes.fake_server import LIMITS, byte_tokenizer
 
 from kagami_proto.errors import InvalidRequest
+from kagami_proto.values import SamplingParams
 from kagami_router.request.validation import (
     MAX_SEED,
     GenerationParams,
     Validation,
     samples,
 )
-from kagami_router.request.values import SamplingParams
 from kagami_router.text.tokenizer import INLINE_CHARACTERS, Tokenizer
 
 

@@ -4,7 +4,8 @@ from collections.abc import Iterable, Sequence
 
 import pytest
 
-from kagami_router.request.values import SamplingParams, StoppingParams, ValidRequest
+from kagami_proto.values import SamplingParams
+from kagami_router.request.values import StoppingParams, ValidRequest
 from kagami_router.scheduler.scheduler import Scheduler, SchedulerConfig
 from kagami_router.scheduler.step import (
     Event,

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.fakes.fake_shard import EOS, Entry, FakeEngine, Request, Result, generated
 
-from kagami_router.request.values import SamplingParams, StoppingParams, ValidRequest
+from kagami_proto.values import SamplingParams
+from kagami_router.request.values import StoppingParams, ValidRequest
 from kagami_router.scheduler.scheduler import Scheduler, SchedulerConfig
 from kagami_router.scheduler.sequence import Sequence
 from kagami_router.scheduler.step import (

@@ -12,10 +12,10 @@ from tests.fakes.fake_shard import EOS, FakeShard, Request, generated
 
 from kagami_proto.errors import GenerationFailed, ShardLost
 from kagami_proto.tracing import NO_TRACING, Tracing
+from kagami_proto.values import SamplingParams
 from kagami_router.request.values import (
     End,
     FinishReason,
-    SamplingParams,
     StoppingParams,
     StreamEvent,
     ValidRequest,

@@ -4,7 +4,8 @@ import pytest
 from tests.fakes.fake_loop import FakeLoop
 
 from kagami_proto.errors import IncompleteGeneration, Overloaded, Unavailable
-from kagami_router.request.values import SamplingParams, StoppingParams, ValidRequest
+from kagami_proto.values import SamplingParams
+from kagami_router.request.values import StoppingParams, ValidRequest
 from kagami_router.serving.infer import Infer, Tally
 from kagami_router.telemetry.metrics import Metrics
 

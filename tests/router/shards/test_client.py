@@ -8,13 +8,8 @@ from tests.fakes.fake_shard import EOS, FakeShard
 
 from kagami_proto import generate_pb2 as pb
 from kagami_proto.errors import GenerationFailed, InvalidRequest, ShardLost
-from kagami_router.request.values import (
-    Grammar,
-    GrammarKind,
-    SamplingParams,
-    StoppingParams,
-    ValidRequest,
-)
+from kagami_proto.values import Grammar, GrammarKind, SamplingParams
+from kagami_router.request.values import StoppingParams, ValidRequest
 from kagami_router.scheduler.scheduler import Scheduler, SchedulerConfig
 from kagami_router.scheduler.step import Failure, PromptLogprobs, Step, StepResults
 from kagami_router.shards import client as shard_client

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from kagami_proto.values import SamplingParams
 from kagami_router.request.token_log import TokenLog
-from kagami_router.request.values import SamplingParams, StoppingParams, ValidRequest
+from kagami_router.request.values import StoppingParams, ValidRequest
 from kagami_router.scheduler.sequence import Sequence
 from kagami_router.scheduler.step import (
     JoinReason,

@@ -6,7 +6,7 @@ from llguidance import LLMatcher, LLTokenizer
 from tests.fakes.byte_tokenizer import EOS
 from tests.fakes.tool_models import MODELS, Described, format_of, vocabulary
 
-from kagami_router.request.values import GrammarKind
+from kagami_proto.values import GrammarKind
 from kagami_router.tools.formats import find_format
 from kagami_router.tools.offers import AUTO, REQUIRED, allowed_calls, read_choice, read_tools
 

@@ -12,17 +12,17 @@ from tokenizers.decoders import ByteLevel
 from tokenizers.models import BPE
 
 from kagami_proto.errors import InvalidRequest
+from kagami_proto.values import Grammar, GrammarKind, SamplingParams
 from kagami_shard.backends.torch.sdpa import SdpaAttention
 from kagami_shard.engine.engine import NOT_FINITE, Engine, Limits
 from kagami_shard.engine.step import NewSequence, Step, StepResult, Work
 from kagami_shard.machine.bandwidth import Probe
 from kagami_shard.machine.distributed import Group, TensorParallel
-from kagami_shard.sampling.grammar import Grammar, GrammarKind, Grammars
-from kagami_shard.sampling.sampler import SamplingParameters
+from kagami_shard.sampling.grammar import Grammars
 
 BLOCK = 4
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]
-GREEDY = SamplingParameters()
+GREEDY = SamplingParams()
 
 
 def new_engine(
@@ -48,7 +48,7 @@ def new_engine(
 def new_sequence(
     sequence_id: int = 1,
     token_ids: list[int] | None = None,
-    sampling: SamplingParameters = GREEDY,
+    sampling: SamplingParams = GREEDY,
     **changes: object,
 ) -> NewSequence:
     ids = PROMPT if token_ids is None else token_ids
@@ -121,11 +121,11 @@ def test_a_batch_gives_what_each_gives_alone() -> None:
     "sampling",
     [
         GREEDY,
-        SamplingParameters(do_sample=True, seed=5, temperature=2.0),
-        SamplingParameters(do_sample=True, seed=5, repetition_penalty=1.4, frequency_penalty=0.5),
+        SamplingParams(do_sample=True, seed=5, temperature=2.0),
+        SamplingParams(do_sample=True, seed=5, repetition_penalty=1.4, frequency_penalty=0.5),
     ],
 )
-def test_overlapped_steps_give_the_same(sampling: SamplingParameters) -> None:
+def test_overlapped_steps_give_the_same(sampling: SamplingParams) -> None:
     new = new_sequence(sampling=sampling)
     expected = generate(new_engine(), new, [1, 2, 3, 4, 5], 8)
     engine = new_engine()
@@ -147,7 +147,7 @@ def test_overlapped_steps_give_the_same(sampling: SamplingParameters) -> None:
 
 
 def test_a_replay_goes_on_where_it_was() -> None:
-    sampling = SamplingParameters(do_sample=True, seed=9, temperature=3.0, presence_penalty=0.7)
+    sampling = SamplingParams(do_sample=True, seed=9, temperature=3.0, presence_penalty=0.7)
     expected = generate(new_engine(), new_sequence(sampling=sampling), [1, 2, 3, 4, 5], 8)
     engine = new_engine()
     started = generate(engine, new_sequence(sampling=sampling), [1, 2, 3, 4, 5], 4)
@@ -199,7 +199,7 @@ def test_prompt_top_tokens_come_where_top_tokens_are_asked_for() -> None:
 
 def test_a_biased_id_beyond_the_vocabulary_fails_its_sequence_only() -> None:
     engine = new_engine()
-    biased = SamplingParameters(logit_bias=((VOCAB, 1.0),))
+    biased = SamplingParams(logit_bias=((VOCAB, 1.0),))
     news = [new_sequence(1, sampling=biased), new_sequence(2)]
 
     result = run(
@@ -349,10 +349,10 @@ def test_ranks_draw_what_rank_0_draws() -> None:
         model = TinyModel()
         if group.rank:
             model.head = model.head.flip(0)  # far more than a GPU's rounding
-        new = new_sequence(sampling=SamplingParameters(do_sample=True, seed=7))
+        new = new_sequence(sampling=SamplingParams(do_sample=True, seed=7))
         return generate(new_engine(model, group), new, [1, 2, 3, 4, 5], 6)
 
-    new = new_sequence(sampling=SamplingParameters(do_sample=True, seed=7))
+    new = new_sequence(sampling=SamplingParams(do_sample=True, seed=7))
     alone = generate(new_engine(), new, [1, 2, 3, 4, 5], 6)
     assert run_ranks(2, draws) == [alone, alone]
 
@@ -430,7 +430,7 @@ def test_a_replayed_sequence_goes_on_in_its_grammar(grammars: Grammars) -> None:
 
 def test_a_sampled_sequence_obeys_its_grammar_at_any_temperature(grammars: Grammars) -> None:
     for seed in range(5):
-        hot = SamplingParameters(do_sample=True, seed=seed, temperature=50.0, top_k=3, top_p=0.9)
+        hot = SamplingParams(do_sample=True, seed=seed, temperature=50.0, top_k=3, top_p=0.9)
         new = new_sequence(1, sampling=hot, grammar=ABC)
         tokens = generate(new_engine(grammars=grammars), new, [1, 2, 3, 4], 4)
         assert tokens in ([A, B, C, 0], [A, B, D, 0])
@@ -480,7 +480,7 @@ def test_an_engine_without_a_vocabulary_refuses_grammars() -> None:
 
 
 def test_grammar_and_watermark_read_the_token_before(grammars: Grammars) -> None:
-    for changes in ({"grammar": ABC}, {"sampling": SamplingParameters(watermark=True)}):
+    for changes in ({"grammar": ABC}, {"sampling": SamplingParams(watermark=True)}):
         engine = new_engine(grammars=grammars)
         launched = engine.launch(
             Step(1, [new_sequence(1, **changes)], (), [Work(1, 0, 11)], {1: [1, 2, 3]})

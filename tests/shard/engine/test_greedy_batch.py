@@ -7,12 +7,12 @@ import torch
 from tests.fakes.tiny_model import TinyModel
 from tests.shard.engine.test_engine import BLOCK, GREEDY, PROMPT, new_engine, new_sequence, run
 
+from kagami_proto.values import SamplingParams
 from kagami_shard.backends.torch.sdpa import SdpaAttention
 from kagami_shard.engine.engine import NOT_FINITE, Engine
 from kagami_shard.engine.step import Step, StepResult, WorkColumns
 from kagami_shard.forward.batch import ForwardBatch, Queries
 from kagami_shard.forward.kv_cache import KVCache
-from kagami_shard.sampling.sampler import SamplingParameters
 
 
 class TorchDecodes:
@@ -101,7 +101,7 @@ def decode(
 
 
 def prefill(
-    engine: Engine, prompts: dict[int, list[int]], sampling: SamplingParameters = GREEDY
+    engine: Engine, prompts: dict[int, list[int]], sampling: SamplingParams = GREEDY
 ) -> StepResult:
     """Each with the blocks from 20 times its id on that its prompt needs."""
     news = [new_sequence(one, ids, sampling) for one, ids in prompts.items()]
@@ -128,7 +128,7 @@ def told(results: Sequence[StepResult]) -> list[object]:
 PROMPTS = {1: PROMPT, 2: PROMPT[:4], 3: [7]}
 
 
-def answers(engine: Engine, sampling: SamplingParameters = GREEDY) -> list[StepResult]:
+def answers(engine: Engine, sampling: SamplingParams = GREEDY) -> list[StepResult]:
     """12 steps of three sequences; blocks come when they are needed, one sequence ends."""
     results = [prefill(engine, PROMPTS, sampling)]
     positions = {one: len(ids) for one, ids in PROMPTS.items()}
@@ -164,14 +164,14 @@ def test_a_batch_is_built_when_it_changes_and_not_else() -> None:
 @pytest.mark.parametrize(
     "sampling",
     [
-        SamplingParameters(do_sample=True, seed=1),
-        SamplingParameters(repetition_penalty=1.3),
-        SamplingParameters(logit_bias=((3, 1.0),)),
-        SamplingParameters(watermark=True),
+        SamplingParams(do_sample=True, seed=1),
+        SamplingParams(repetition_penalty=1.3),
+        SamplingParams(logit_bias=((3, 1.0),)),
+        SamplingParams(watermark=True),
     ],
 )
 def test_whoever_wants_more_than_the_most_likely_token_is_sampled_for(
-    sampling: SamplingParameters,
+    sampling: SamplingParams,
 ) -> None:
     model = SelfFeedingModel()
     answers(new_engine(model), sampling)

@@ -9,10 +9,10 @@ from tests.fakes.traced import Traced, events_of
 from tests.shard.engine.test_worker import PROMPT, new_engine
 
 from kagami_proto.span_names import Key
+from kagami_proto.values import SamplingParams
 from kagami_shard.engine.step import NewSequence, Step, Work
 from kagami_shard.engine.traces import SequenceTraces
 from kagami_shard.engine.worker import Worker
-from kagami_shard.sampling.sampler import SamplingParameters
 
 TRACE, PREFILL, DECODE = "ab" * 16, "cd" * 8, 0xEF
 BLOCKS = {1: [1, 2, 3]}
@@ -23,7 +23,7 @@ def new(flags: str = "01", sequence_id: int = 1) -> NewSequence:
         sequence_id,
         PROMPT,
         len(PROMPT),
-        SamplingParameters(),
+        SamplingParams(),
         traceparent=f"00-{TRACE}-{PREFILL}-{flags}",
         tracestate="vendor=1",
         decode_span_id=DECODE,

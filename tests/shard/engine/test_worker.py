@@ -7,12 +7,12 @@ import pytest
 import torch
 from tests.fakes.tiny_model import TinyModel
 
+from kagami_proto.values import SamplingParams
 from kagami_shard.backends.torch.sdpa import SdpaAttention
 from kagami_shard.engine.engine import Engine, Limits
 from kagami_shard.engine.launched import Launched
 from kagami_shard.engine.step import NewSequence, Step, StepResult, Work
 from kagami_shard.engine.worker import Worker
-from kagami_shard.sampling.sampler import SamplingParameters
 
 PROMPT = [3, 1, 4, 1, 5]
 
@@ -25,7 +25,7 @@ def new_engine(model: TinyModel) -> Engine:
     return engine
 
 
-def steps(sampling: SamplingParameters) -> list[Step]:
+def steps(sampling: SamplingParams) -> list[Step]:
     new = NewSequence(1, PROMPT, len(PROMPT), sampling)
     first = Step(1, [new], (), [Work(1, 0, 5)], {1: [1, 2, 3]})
     return [first, *(Step(n, work=[Work(1, n + 3, 1)]) for n in range(2, 7))]
@@ -43,9 +43,9 @@ def run_all(model: TinyModel, to_run: list[Step], *, overlap: bool) -> list[Step
 
 @pytest.mark.parametrize(
     "sampling",
-    [SamplingParameters(), SamplingParameters(do_sample=True, seed=3, repetition_penalty=1.3)],
+    [SamplingParams(), SamplingParams(do_sample=True, seed=3, repetition_penalty=1.3)],
 )
-def test_overlap_gives_the_same_results_in_order(sampling: SamplingParameters) -> None:
+def test_overlap_gives_the_same_results_in_order(sampling: SamplingParams) -> None:
     plain = run_all(TinyModel(), steps(sampling), overlap=False)
     overlapped = run_all(TinyModel(), steps(sampling), overlap=True)
 
@@ -102,7 +102,7 @@ def test_results_of_an_idle_device_do_not_wait_for_the_next_launch(
     monkeypatch.setattr(engine, "launch", launch_there)
     with ThreadPoolExecutor(1) as thread, Worker(engine, thread, overlap=True) as worker:
         worker.call(all_queued.wait)
-        for step in steps(SamplingParameters())[:3]:
+        for step in steps(SamplingParams())[:3]:
             worker.run(step, lambda result: seen.append(f"result {result.number}"))
         all_queued.set()
 
@@ -113,8 +113,8 @@ def test_results_of_an_idle_device_do_not_wait_for_the_next_launch(
 def test_a_failed_step_keeps_its_place(overlap: bool) -> None:
     model = TinyModel()
     model.fail_at = 9
-    bad = NewSequence(2, [9, 9], 2, SamplingParameters())
-    to_run = steps(SamplingParameters())[:1]
+    bad = NewSequence(2, [9, 9], 2, SamplingParams())
+    to_run = steps(SamplingParams())[:1]
     to_run += [Step(2, [bad], (), [Work(2, 0, 2)], {2: [5]}), Step(3, work=[Work(1, 5, 1)])]
 
     results = run_all(model, to_run, overlap=overlap)
@@ -126,7 +126,7 @@ def test_a_failed_step_keeps_its_place(overlap: bool) -> None:
 def test_calls_run_between_steps_in_their_order() -> None:
     order: list[object] = []
     done: Future[None] = Future()
-    first, second, *_ = steps(SamplingParameters())
+    first, second, *_ = steps(SamplingParams())
 
     with (
         ThreadPoolExecutor(1) as thread,
@@ -147,7 +147,7 @@ def test_memory_is_taken_ahead_only_while_there_is_nothing_to_do(
     order: list[object] = []
     all_taken = Event()
     engine = new_engine(TinyModel())
-    first, *_ = steps(SamplingParameters())
+    first, *_ = steps(SamplingParams())
 
     def take() -> bool:
         order.append("take")
@@ -197,7 +197,7 @@ def test_a_device_that_is_lost_while_it_works_is_told_of_in_the_results() -> Non
     engine.launch = launch_there  # type: ignore[method-assign]  # a device cannot be broken
     with ThreadPoolExecutor(1) as thread, Worker(engine, thread, overlap=True) as worker:
         worker.call(all_queued.wait)
-        for step in steps(SamplingParameters())[:2]:
+        for step in steps(SamplingParams())[:2]:
             worker.run(step, results.append)
         all_queued.set()
         reason = worker.ended.exception(timeout=10)

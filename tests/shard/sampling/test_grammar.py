@@ -7,14 +7,8 @@ import pytest
 from tests.fakes.fake_server import byte_tokenizer
 
 from kagami_proto.errors import InvalidRequest
-from kagami_shard.sampling.grammar import (
-    MAX_KEPT,
-    MAX_SOURCE_BYTES,
-    Grammar,
-    GrammarKind,
-    Grammars,
-    GrammarState,
-)
+from kagami_proto.values import Grammar, GrammarKind
+from kagami_shard.sampling.grammar import MAX_KEPT, MAX_SOURCE_BYTES, Grammars, GrammarState
 
 TOKENIZER = byte_tokenizer()
 VOCAB = TOKENIZER.get_vocab_size()

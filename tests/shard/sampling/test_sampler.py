@@ -1,19 +1,20 @@
 import pytest
 import torch
 
+from kagami_proto.values import SamplingParams
 from kagami_shard.sampling.logprobs import score
 from kagami_shard.sampling.processors import History
-from kagami_shard.sampling.sampler import Row, SamplingParameters, draw
+from kagami_shard.sampling.sampler import Row, draw
 
-GREEDY = SamplingParameters()
+GREEDY = SamplingParams()
 
 
 def logits_of(rows: int, vocab: int = 500, seed: int = 0) -> torch.Tensor:
     return torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed)) * 2
 
 
-def sampled(seed: int, **changes: object) -> SamplingParameters:
-    return SamplingParameters(do_sample=True, seed=seed, **changes)  # type: ignore[arg-type]
+def sampled(seed: int, **changes: object) -> SamplingParams:
+    return SamplingParams(do_sample=True, seed=seed, **changes)  # type: ignore[arg-type]
 
 
 def test_greedy_rows_take_the_argmax_and_its_logprob() -> None:
@@ -77,7 +78,7 @@ def test_top_tokens_come_most_likely_first() -> None:
 
 def test_penalties_change_the_choice_and_not_the_logits() -> None:
     logits = torch.tensor([[2.0, 1.9, 0.0]])
-    parameters = SamplingParameters(frequency_penalty=1.0)
+    parameters = SamplingParams(frequency_penalty=1.0)
 
     drawn = draw(logits, [Row(parameters, 3, History([0], 0), 0)])
 
@@ -107,7 +108,7 @@ def test_a_row_without_a_distribution_is_not_finite() -> None:
 
 def test_a_bias_is_added_to_its_row_only_and_not_to_the_logprob() -> None:
     logits = torch.tensor([[2.0, 1.9, 0.0], [2.0, 1.9, 0.0]])
-    biased = SamplingParameters(logit_bias=((1, 0.2), (2, -3.0)))
+    biased = SamplingParams(logit_bias=((1, 0.2), (2, -3.0)))
 
     drawn = draw(logits, [Row(biased, 0, None, 0), Row(GREEDY, 0, None, 0)])
 

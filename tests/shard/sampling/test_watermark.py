@@ -2,7 +2,8 @@ import math
 
 import torch
 
-from kagami_shard.sampling.sampler import Row, SamplingParameters, draw
+from kagami_proto.values import SamplingParams
+from kagami_shard.sampling.sampler import Row, draw
 from kagami_shard.sampling.watermark import Watermark, add_watermark, green
 
 VOCAB = 1000
@@ -40,7 +41,7 @@ def test_only_green_logits_of_its_rows_are_raised() -> None:
 def z_score(is_marked: bool) -> float:
     """How many standard deviations more green tokens than chance 300 draws have."""
     logits = torch.randn(1, VOCAB, generator=torch.Generator().manual_seed(1))
-    parameters = SamplingParameters(do_sample=True, seed=3, watermark=is_marked)
+    parameters = SamplingParams(do_sample=True, seed=3, watermark=is_marked)
     last, count, num_green = 0, 300, 0
     for position in range(count):
         drawn = int(draw(logits, [Row(parameters, position, None, 0, last)]).token_ids)
@@ -56,7 +57,7 @@ def test_a_watermark_shows_in_a_text_and_is_not_in_others() -> None:
 
 def test_logprobs_are_those_without_the_watermark() -> None:
     logits = torch.randn(1, VOCAB, generator=torch.Generator().manual_seed(1))
-    drawn = draw(logits, [Row(SamplingParameters(watermark=True), 0, None, 0, 1)])
+    drawn = draw(logits, [Row(SamplingParams(watermark=True), 0, None, 0, 1)])
 
     expected = logits.log_softmax(-1)[0, drawn.token_ids[0]]
     torch.testing.assert_close(drawn.logprobs[0], expected)

@@ -12,8 +12,9 @@ from typing import Any
 from kagami_proto.errors import InvalidRequest, ToolError
 from kagami_proto.span_names import SpanName
 from kagami_proto.tracing import span
+from kagami_proto.values import Grammar, GrammarKind
 from kagami_router.api.native.service import Front
-from kagami_router.request.values import FinishReason, Grammar, GrammarKind
+from kagami_router.request.values import FinishReason
 from kagami_router.serving.infer import Generation
 from kagami_router.text.chat_template import PromptOptions
 from kagami_router.tools.formats import ToolForm, ToolFormat, arguments_schema

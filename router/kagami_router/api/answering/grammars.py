@@ -9,8 +9,8 @@ from typing import Any
 import msgspec
 
 from kagami_proto.errors import InvalidRequest, MalformedBody
+from kagami_proto.values import Grammar, GrammarKind
 from kagami_router.api.schemas.native import GrammarType, ResponseFormat, encode
-from kagami_router.request.values import Grammar, GrammarKind
 from kagami_router.tools.json_schema import requires_unnamed
 
 _ANY_OBJECT: Mapping[str, Any] = {"type": "object"}

@@ -13,6 +13,7 @@ import msgspec
 from aiohttp import web
 
 from kagami_proto.errors import InvalidRequest, ToolError
+from kagami_proto.values import Grammar
 from kagami_router.api.answering import conversation, grammars
 from kagami_router.api.answering import single as one_answer
 from kagami_router.api.answering.conversation import Conversation
@@ -22,7 +23,6 @@ from kagami_router.api.schemas import messages as wire
 from kagami_router.api.web.call import Call
 from kagami_router.api.web.middleware import read_body
 from kagami_router.request.validation import GenerationParams
-from kagami_router.request.values import Grammar
 from kagami_router.text.chat_template import PromptOptions
 from kagami_router.tools import offers as tools
 from kagami_router.tools.offers import Tool, ToolChoice

@@ -8,6 +8,7 @@ import msgspec
 from aiohttp import web
 
 from kagami_proto.errors import InvalidRequest, MalformedBody
+from kagami_proto.values import Grammar
 from kagami_router.api.answering import conversation, grammars
 from kagami_router.api.answering.conversation import Conversation, Prepared
 from kagami_router.api.native.service import Front, front_of, json_response, simple_tokens
@@ -16,7 +17,6 @@ from kagami_router.api.openai.chat_writer import ChoiceWriter
 from kagami_router.api.schemas.native import ChatRequest, ChatTokenizeResponse
 from kagami_router.api.web.call import Call
 from kagami_router.api.web.middleware import read_body
-from kagami_router.request.values import Grammar
 from kagami_router.text.chat_template import PromptOptions
 from kagami_router.tools import offers as tools
 

@@ -10,6 +10,7 @@ from aiohttp import web
 from msgspec.structs import replace as changed
 
 from kagami_proto.errors import InvalidRequest, KagamiError, MalformedBody
+from kagami_proto.values import Grammar
 from kagami_router.api.answering import conversation, grammars
 from kagami_router.api.answering import single as one_answer
 from kagami_router.api.answering.conversation import Conversation, Prepared
@@ -46,7 +47,7 @@ from kagami_router.api.web.call import Call
 from kagami_router.api.web.errors import error_kind, error_text
 from kagami_router.api.web.middleware import read_body
 from kagami_router.request.validation import GenerationParams
-from kagami_router.request.values import End, FinishReason, Grammar, StreamEvent, ValidRequest
+from kagami_router.request.values import End, FinishReason, StreamEvent, ValidRequest
 from kagami_router.serving.infer import Generation
 from kagami_router.text.chat_template import PromptOptions
 from kagami_router.text.detokenize import TextDecoder

@@ -5,9 +5,9 @@ import msgspec
 import pytest
 
 from kagami_proto.errors import InvalidRequest, MalformedBody
+from kagami_proto.values import Grammar, GrammarKind
 from kagami_router.api.answering import grammars
 from kagami_router.api.schemas.native import GrammarType, ResponseFormat
-from kagami_router.request.values import Grammar, GrammarKind
 
 PERSON = {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]}
 CLOSED_PERSON = {**PERSON, "additionalProperties": False}

@@ -15,7 +15,8 @@ from tests.fakes.fake_server import TEMPLATE, TOKENS, FakeServer, serving
 from tests.router.api.openai.test_chat_tools import CALL, QWEN, WIDE, compiles, saying
 
 from kagami_proto.errors import GenerationFailed
-from kagami_router.request.values import FinishReason, GrammarKind, Token
+from kagami_proto.values import GrammarKind
+from kagami_router.request.values import FinishReason, Token
 from kagami_router.text.chat_template import ChatTemplate
 
 PATH = "/v1/messages"

@@ -14,8 +14,9 @@ from tests.fakes.fake_server import (
 )
 
 from kagami_proto.errors import InvalidRequest
+from kagami_proto.values import Grammar, GrammarKind
 from kagami_router.request.validation import Limits
-from kagami_router.request.values import FinishReason, Grammar, GrammarKind, Token
+from kagami_router.request.values import FinishReason, Token
 from kagami_router.text.chat_template import ChatTemplate
 
 PATH = "/v1/chat/completions"

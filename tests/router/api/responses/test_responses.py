@@ -11,7 +11,8 @@ from tests.fakes.fake_server import TOKENS, FakeServer, flat_error
 from tests.router.api.openai.test_chat_tools import ARGUMENTS, CALL, serving_tools
 
 from kagami_proto.errors import GenerationFailed
-from kagami_router.request.values import FinishReason, Grammar, GrammarKind, Token
+from kagami_proto.values import Grammar, GrammarKind
+from kagami_router.request.values import FinishReason, Token
 from kagami_router.text.chat_template import ChatTemplate
 
 PATH = "/v1/responses"

@@ -1,0 +1,58 @@
+"""The values of `values.py` to the wire and back; each converter stands beside its inverse."""
+
+from collections.abc import Mapping
+
+from kagami_proto import generate_pb2 as pb
+from kagami_proto.values import Grammar, GrammarKind, SamplingParams
+
+_KINDS: Mapping[GrammarKind, pb.Grammar.Kind.ValueType] = {
+    GrammarKind.JSON_SCHEMA: pb.Grammar.JSON_SCHEMA,
+    GrammarKind.REGEX: pb.Grammar.REGEX,
+    GrammarKind.LARK: pb.Grammar.LARK,
+}
+_KINDS_BY_NUMBER = {number: kind for kind, number in _KINDS.items()}
+
+
+def sampling_to_pb(params: SamplingParams) -> pb.SamplingParameters:
+    """`params` as the wire has them; the biases become two columns."""
+    return pb.SamplingParameters(
+        do_sample=params.do_sample,
+        seed=params.seed,
+        temperature=params.temperature,
+        top_k=params.top_k,
+        top_p=params.top_p,
+        typical_p=params.typical_p,
+        repetition_penalty=params.repetition_penalty,
+        frequency_penalty=params.frequency_penalty,
+        presence_penalty=params.presence_penalty,
+        bias_ids=[token_id for token_id, _ in params.logit_bias],
+        biases=[bias for _, bias in params.logit_bias],
+        watermark=params.watermark,
+    )
+
+
+def sampling_from_pb(message: pb.SamplingParameters) -> SamplingParams:
+    """The inverse of `sampling_to_pb`; raises ValueError if the bias columns differ in length."""
+    return SamplingParams(
+        do_sample=message.do_sample,
+        seed=message.seed,
+        temperature=message.temperature,
+        top_k=message.top_k,
+        top_p=message.top_p,
+        typical_p=message.typical_p,
+        repetition_penalty=message.repetition_penalty,
+        frequency_penalty=message.frequency_penalty,
+        presence_penalty=message.presence_penalty,
+        logit_bias=tuple(zip(message.bias_ids, message.biases, strict=True)),
+        watermark=message.watermark,
+    )
+
+
+def grammar_to_pb(grammar: Grammar) -> pb.Grammar:
+    """`grammar` as the wire has it."""
+    return pb.Grammar(kind=_KINDS[grammar.kind], source=grammar.source)
+
+
+def grammar_from_pb(message: pb.Grammar) -> Grammar:
+    """The inverse of `grammar_to_pb`; raises KeyError on a kind that is not known."""
+    return Grammar(_KINDS_BY_NUMBER[message.kind], message.source)
