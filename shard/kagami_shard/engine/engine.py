@@ -41,8 +41,8 @@ from kagami_shard.machine.distributed import Alone, TensorParallel
 from kagami_shard.machine.memory import pool_bytes
 from kagami_shard.models.base import Model
 from kagami_shard.sampling.grammar import Banned, Grammars, nothing_to_fill
-from kagami_shard.sampling.logprobs import Scores, score
-from kagami_shard.sampling.sampler import Choose, Drawn, draw
+from kagami_shard.sampling.logprobs import Scorer, Scores, TorchScorer, score
+from kagami_shard.sampling.sampler import Drawn, draw
 from kagami_shard.sampling.watermark import Watermark
 
 logger = logging.getLogger(__name__)
@@ -93,7 +93,7 @@ class Engine:
         self._parallel = parallel or Alone()
         self._grammars = grammars
         self._watermark = watermark or Watermark()
-        self._choose: Choose | None = None
+        self._scorer: Scorer = TorchScorer()
         self._greedy: GreedyBatch | None = None
         """The last step, if the next one may go on with it"""
         self._states: dict[int, GenerationState] = {}
@@ -111,9 +111,9 @@ class Engine:
     def attention_name(self) -> str:
         return self._attention.name
 
-    def use(self, model: Model, attention: Attention, choose: Choose) -> None:
+    def use(self, model: Model, attention: Attention, scorer: Scorer) -> None:
         """From the next step on compute the same model in another way; the cache stays."""
-        self._model, self._attention, self._choose = model, attention, choose
+        self._model, self._attention, self._scorer = model, attention, scorer
         self._greedy = None
 
     # ------------------------------------------------------------------ warm-up
@@ -354,7 +354,7 @@ class Engine:
         A draw reads a running sum, which a GPU may round differently each time: rank 0's counts.
         """
         rows = [item.state.row() for item in items]
-        drawn = draw(logits, rows, banned=banned, watermark=self._watermark, choose=self._choose)
+        drawn = draw(logits, rows, banned=banned, watermark=self._watermark, scorer=self._scorer)
         if any(item.state.sampling.do_sample for item in items):
             return drawn._replace(token_ids=self._parallel.broadcast(drawn.token_ids))
         return drawn
@@ -470,7 +470,7 @@ class Engine:
             first = item.position + 1
             targets += item.state.ids[first : first + prompt_rows(item)]
         width = max(item.state.top_n_tokens for item in prompts)
-        return score(logits, self._tensor(targets), width)
+        return score(logits, self._tensor(targets), width, self._scorer)
 
     def _quarantine(self, state: GenerationState) -> None:
         """Stop a sequence whose values are not finite, and whoever shares such a block with it.

@@ -1,8 +1,36 @@
-"""Logprobs of the unprocessed distribution: of given tokens, and of the most likely ones."""
+"""Logprobs of the unprocessed distribution: of given tokens, and of the most likely ones.
 
-from typing import NamedTuple
+Whoever computes the logits also computes every logprob of them, by one function: a token's logprob
+then has the same bits whichever path chose the token.
+"""
 
+from typing import NamedTuple, Protocol
+
+import torch
 from torch import Tensor
+
+
+class Scorer(Protocol):
+    """Computes logprobs, each row by itself: its bits do not depend on the other rows."""
+
+    def choose_tokens(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """The most likely id of each row, `[num_rows]` int64, and its logprob."""
+
+    def logprobs(self, logits: Tensor, ids: Tensor) -> Tensor:
+        """Those of `ids`, `[num_rows, ids_per_row]`; NaN where a row has no distribution."""
+
+
+class TorchScorer:
+    """On any device."""
+
+    def choose_tokens(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """As `Scorer` says."""
+        ids = logits.argmax(-1)
+        return ids, self.logprobs(logits, ids[:, None])[:, 0]
+
+    def logprobs(self, logits: Tensor, ids: Tensor) -> Tensor:
+        """As `Scorer` says."""
+        return logits.gather(-1, ids) - logits.logsumexp(-1, keepdim=True)
 
 
 class Scores(NamedTuple):
@@ -15,12 +43,11 @@ class Scores(NamedTuple):
     top_logprobs: Tensor
 
 
-def score(logits: Tensor, token_ids: Tensor, width: int) -> Scores:
+def score(logits: Tensor, token_ids: Tensor, width: int, scorer: Scorer) -> Scores:
     """The logprob of `token_ids[i]` under row i of `logits`, and the row's `width` most likely."""
-    normalizer = logits.logsumexp(-1, keepdim=True)
-    chosen = logits.gather(-1, token_ids[:, None]) - normalizer
+    ids = token_ids[:, None]
     if width:
-        top_logits, top_ids = logits.topk(min(width, logits.shape[-1]), dim=-1)
-    else:
-        top_logits, top_ids = logits[:, :0], token_ids[:, None][:, :0]
-    return Scores(chosen[:, 0], top_ids, top_logits - normalizer)
+        top_ids = logits.topk(min(width, logits.shape[-1]), dim=-1).indices
+        ids = torch.cat((ids, top_ids), dim=-1)
+    logprobs = scorer.logprobs(logits, ids)
+    return Scores(logprobs[:, 0], ids[:, 1:], logprobs[:, 1:])

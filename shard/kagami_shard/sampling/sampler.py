@@ -7,7 +7,7 @@ Logprobs are those of the unprocessed distribution (TGI's, taken after filtering
 null where top_p is set).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from kagami_proto.values import SamplingParams
 from kagami_shard.machine.device import to_device
 from kagami_shard.sampling.grammar import Banned
-from kagami_shard.sampling.logprobs import score
+from kagami_shard.sampling.logprobs import Scorer, TorchScorer, score
 from kagami_shard.sampling.philox import uniform
 from kagami_shard.sampling.processors import (
     History,
@@ -29,6 +29,7 @@ from kagami_shard.sampling.processors import (
 from kagami_shard.sampling.watermark import Watermark, add_watermark
 
 _WATERMARK = Watermark()
+_SCORER = TorchScorer()
 
 
 class Row(NamedTuple):
@@ -56,25 +57,18 @@ class Drawn(NamedTuple):
     top_logprobs: Tensor
 
 
-Choose = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""The most likely id of each row, `[num_rows]` int64, and its logprob"""
-
-
 def draw(
     logits: Tensor,
     rows: Sequence[Row],
     *,
     banned: Banned | None = None,
     watermark: Watermark = _WATERMARK,
-    choose: Choose | None = None,
+    scorer: Scorer = _SCORER,
 ) -> Drawn:
-    """Draw one token per row of `logits`, `[num_rows, vocab_size]` float32, left unchanged.
-
-    `choose` serves steps in which every row only wants its most likely token.
-    """
+    """Draw one token per row of `logits`, `[num_rows, vocab_size]` float32, left unchanged."""
     processed = _processed(logits, rows, banned, watermark)
-    if choose is not None and processed is logits and _are_greedy(rows):
-        token_ids, logprobs = choose(logits)
+    if processed is logits and _are_greedy(rows):
+        token_ids, logprobs = scorer.choose_tokens(logits)
         return Drawn(token_ids, logprobs, token_ids[:, None][:, :0], logits[:, :0])
     token_ids = processed.argmax(-1)
     is_there = torch.ones_like(token_ids, dtype=torch.bool)
@@ -83,7 +77,7 @@ def draw(
         chosen = rows if len(sampled) == len(rows) else [rows[index] for index in sampled]
         index = to_device(sampled, dtype=torch.int64, device=logits.device)
         token_ids[index], is_there[index] = _draw_sampled(processed[index], chosen)
-    scores = score(logits, token_ids, max((row.top_n for row in rows), default=0))
+    scores = score(logits, token_ids, max((row.top_n for row in rows), default=0), scorer)
     logprobs = scores.logprobs.masked_fill(~is_there, float("nan")) if sampled else scores.logprobs
     return Drawn(token_ids, logprobs, scores.top_ids, scores.top_logprobs)
 

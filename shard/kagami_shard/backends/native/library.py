@@ -203,7 +203,11 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "kg_replay": (c_int, (c_void_p, POINTER(CBatch))),
     "kg_decode": (c_int, (c_void_p, POINTER(CDecodes))),
     "kg_tape_buffer": (c_void_p, (c_void_p, c_int, POINTER(c_int64))),
-    "kg_greedy": (None, (c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p)),
+    "kg_choose_tokens": (None, (c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p)),
+    "kg_logprobs": (
+        None,
+        (c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int64, c_void_p),
+    ),
 }
 
 

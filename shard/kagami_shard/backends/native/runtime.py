@@ -13,7 +13,10 @@ SPINS = 2_000
 
 
 class Runtime:
-    """A pool of `num_threads` threads, the caller's counted; one thread calls at a time."""
+    """A pool of `num_threads` threads, the caller's counted; one thread calls at a time.
+
+    It is the `Scorer` of what the library computes.
+    """
 
     def __init__(
         self, library: Library, num_threads: int, *, spins: int = SPINS, use_amx: bool | None = None
@@ -29,12 +32,28 @@ class Runtime:
         for keys, values in zip(cache.keys, cache.values, strict=True):
             self.library.kg_arrange(pointer(keys), pointer(values), *keys.shape)
 
-    def choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """The most likely id of each row, `[num_rows]` int64, and its log probability."""
+    def choose_tokens(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """As `sampling.logprobs.Scorer` says."""
         num_rows, vocab_size = logits.shape
         ids = torch.empty(num_rows, dtype=torch.int64)
         logprobs = torch.empty(num_rows)
-        self.library.kg_greedy(
+        self.library.kg_choose_tokens(
             self.pool, pointer(logits), num_rows, vocab_size, pointer(ids), pointer(logprobs)
         )
         return ids, logprobs
+
+    def logprobs(self, logits: Tensor, ids: Tensor) -> Tensor:
+        """As `sampling.logprobs.Scorer` says."""
+        num_rows, vocab_size = logits.shape
+        ids = ids.contiguous()
+        logprobs = torch.empty(ids.shape)
+        self.library.kg_logprobs(
+            self.pool,
+            pointer(logits),
+            num_rows,
+            vocab_size,
+            pointer(ids),
+            ids.shape[1],
+            pointer(logprobs),
+        )
+        return logprobs

@@ -121,7 +121,7 @@ def _switch(engine: Engine, decoder: Decoder, cache: Path, num_threads: int) -> 
         raise Unavailable(f"model type {decoder.model_type}: {error}") from error
     if engine.cache is not None:
         runtime.arrange(engine.cache)
-    engine.use(model, CpuAttention(), runtime.choose)
+    engine.use(model, CpuAttention(), runtime)
     logger.info(
         "CPU kernels: native",
         extra={

@@ -78,7 +78,8 @@ def main() -> None:
             assert is_near(runtime, layers, 0, *steps, block_size=ARRANGED), num_rows
         for tree in TREES.values():
             assert is_near(runtime, Case().program, 0, *branching(tree, (30, 9)))
-        runtime.choose(torch.randn(3, 77))
+        ids, _ = runtime.choose_tokens(torch.randn(3, 77))
+        runtime.logprobs(torch.randn(3, 77), ids[:, None])
         one_by_one, going_on = both(runtime)
         assert one_by_one == going_on
     sys.stdout.write("ok\n")

@@ -42,7 +42,7 @@ def steps_one_by_one(tape: Tape, cache: KVCache) -> Tokens:
         logits = torch.empty(len(sequences), VOCAB)
         batch = build_batch([(sequence, 1) for sequence in sequences], BLOCK_SIZE)
         replay_into(tape, batch, PageTables(cache), logits)
-        ids, logprobs = tape.runtime.choose(logits)
+        ids, logprobs = tape.runtime.choose_tokens(logits)
         for sequence, token_id in zip(sequences, ids.tolist(), strict=True):
             sequence.tokens.append(token_id)
             sequence.computed += 1

@@ -137,7 +137,7 @@ def test_greedy_rows_are_argmax_and_its_logprob(
     runtime: Runtime, count: int, vocab_size: int, seed: int
 ) -> None:
     logits = Weights(seed, torch.float32).matrix(count, vocab_size, 5.0)
-    ids, logprobs = runtime.choose(logits)
+    ids, logprobs = runtime.choose_tokens(logits)
     assert (ids == logits.argmax(-1)).all()
     torch.testing.assert_close(logprobs, logits.log_softmax(-1).amax(-1), atol=1e-4, rtol=0)
 
@@ -148,5 +148,26 @@ def test_a_greedy_row_without_a_distribution_has_no_finite_logprob(
 ) -> None:
     logits = torch.zeros(2, 40)
     logits[1, 17] = value
-    _, logprobs = runtime.choose(logits)
+    _, logprobs = runtime.choose_tokens(logits)
     assert logprobs.isfinite().tolist() == [True, False]
+
+
+@quick
+@given(st.integers(1, 9), st.integers(1, 300), seeds)
+def test_logprobs_of_given_ids_have_the_bits_of_the_chosen_token(
+    runtime: Runtime, count: int, vocab_size: int, seed: int
+) -> None:
+    logits = Weights(seed, torch.float32).matrix(count, vocab_size, 5.0)
+    chosen, expected = runtime.choose_tokens(logits)
+    ids = torch.stack((chosen, (chosen + seed) % vocab_size), dim=1)
+    logprobs = runtime.logprobs(logits, ids)
+    assert torch.equal(logprobs[:, 0], expected)
+    exact = logits.log_softmax(-1).gather(-1, ids)
+    torch.testing.assert_close(logprobs, exact, atol=1e-4, rtol=1e-5)
+
+
+def test_a_row_has_the_same_bits_alone_and_among_others(runtime: Runtime) -> None:
+    logits = Weights(0, torch.float32).matrix(7, 3001, 5.0)
+    ids = torch.arange(7)[:, None]
+    alone = [runtime.logprobs(logits[i : i + 1], ids[i : i + 1]) for i in range(7)]
+    assert torch.equal(runtime.logprobs(logits, ids), torch.cat(alone))

@@ -160,9 +160,13 @@ const void* kg_tape_buffer(kg_tape*, int buffer, int64_t* row_bytes);  // for te
 // rows without a distribution, or -1: no memory, and nothing has changed.
 int kg_decode(kg_tape*, kg_decodes*);
 
-// Greedy rows: the most likely id of each row of `logits` and its log probability.
-void kg_greedy(kg_pool*, const float* logits, int64_t num_rows, int64_t vocab_size, int64_t* ids,
-               float* logprobs);
+// The most likely id of each row of `logits`, and its log probability.
+void kg_choose_tokens(kg_pool*, const float* logits, int64_t num_rows, int64_t vocab_size,
+                      int64_t* ids, float* logprobs);
+// The log probabilities of `ids`, [num_rows, ids_per_row]. A token's has the same bits here, there
+// and in kg_decode.
+void kg_logprobs(kg_pool*, const float* logits, int64_t num_rows, int64_t vocab_size,
+                 const int64_t* ids, int64_t ids_per_row, float* logprobs);
 
 #ifdef __cplusplus
 }

@@ -1,4 +1,4 @@
-// What is done row by row: embedding, norms, the rope's tables, and the choice of greedy rows.
+// What is done row by row: embedding, norms, the rope's tables, the choice of greedy rows, and logprobs.
 #include <math.h>
 #include <string.h>
 
@@ -130,13 +130,15 @@ bool keep(const Step& step, const kg_op& op, int thread) {
 
 namespace {
 
-struct Choice {
+struct Distribution {  // what a row of logits says
   float largest;
-  int64_t id;
-  float total;  // of exp(logit - largest); NaN where that is no distribution
+  int64_t id;       // the first of the largest logits
+  float log_total;  // log of the sum of exp(logit - largest); NaN where there is no distribution
+  float logprob(float logit) const { return (logit - largest) - log_total; }
 };
 
-Choice choose(const float* logits, int64_t count) {
+// Each row by one thread, in one order: its bits do not depend on how many rows a step has.
+Distribution distribution_of(const float* logits, int64_t count) {
   const __m512 none = _mm512_set1_ps(-INFINITY);
   __m512 largest = none;
   __mmask16 unordered = 0;
@@ -145,9 +147,9 @@ Choice choose(const float* logits, int64_t count) {
     unordered |= _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
     largest = _mm512_max_ps(largest, x);
   }
-  Choice choice{_mm512_reduce_max_ps(largest), 0, NAN};
-  if (unordered || !isfinite(choice.largest)) return choice;
-  const __m512 top = _mm512_set1_ps(choice.largest);
+  Distribution found{_mm512_reduce_max_ps(largest), 0, NAN};
+  if (unordered || !isfinite(found.largest)) return found;
+  const __m512 top = _mm512_set1_ps(found.largest);
   __m512 total = _mm512_setzero_ps();
   bool is_found = false;
   for (int64_t i = 0; i < count; i += kLanes) {
@@ -156,32 +158,55 @@ Choice choose(const float* logits, int64_t count) {
     total = _mm512_mask_add_ps(total, mask, total, exp(_mm512_sub_ps(x, top)));
     const __mmask16 hit = is_found ? 0 : _mm512_cmp_ps_mask(x, top, _CMP_EQ_OQ);
     if (hit) {
-      choice.id = i + __builtin_ctz(hit);
+      found.id = i + __builtin_ctz(hit);
       is_found = true;
     }
   }
-  choice.total = _mm512_reduce_add_ps(total);
-  return choice;
+  found.log_total = logf(_mm512_reduce_add_ps(total));
+  return found;
+}
+
+// `work(row)` for each of so many rows, on all threads.
+template <class Work>
+void for_each_row(kg_pool* pool, int64_t num_rows, Work work) {
+  auto job = [&](int thread) {
+    const Part rows = part_of(num_rows, thread, pool->num_threads);
+    for (int64_t row = rows.begin; row < rows.end; row++) work(row);
+  };
+  if (num_rows == 1)
+    work(0);
+  else
+    pool->run(job);
 }
 
 }  // namespace
 
-void choose_rows(const float* logits, Part rows, int64_t vocab_size, int64_t* ids, float* logprobs) {
+void choose_tokens(const float* logits, Part rows, int64_t vocab_size, int64_t* ids,
+                   float* logprobs) {
   for (int64_t row = rows.begin; row < rows.end; row++) {
-    const Choice choice = choose(logits + row * vocab_size, vocab_size);
-    ids[row] = choice.id;
-    logprobs[row] = -logf(choice.total);  // logit - (largest + log total), the two are equal
+    const float* of_row = logits + row * vocab_size;
+    const Distribution found = distribution_of(of_row, vocab_size);
+    ids[row] = found.id;
+    logprobs[row] = found.logprob(of_row[found.id]);
   }
 }
 
 }  // namespace kg
 
-extern "C" void kg_greedy(kg_pool* pool, const float* logits, int64_t num_rows, int64_t vocab_size,
-                          int64_t* ids, float* logprobs) {
-  if (num_rows == 1) return kg::choose_rows(logits, {0, 1}, vocab_size, ids, logprobs);
-  auto job = [&](int thread) {
-    const kg::Part rows = kg::part_of(num_rows, thread, pool->num_threads);
-    kg::choose_rows(logits, rows, vocab_size, ids, logprobs);
-  };
-  pool->run(job);
+extern "C" void kg_choose_tokens(kg_pool* pool, const float* logits, int64_t num_rows,
+                                 int64_t vocab_size, int64_t* ids, float* logprobs) {
+  kg::for_each_row(pool, num_rows, [&](int64_t row) {
+    kg::choose_tokens(logits, {row, row + 1}, vocab_size, ids, logprobs);
+  });
+}
+
+extern "C" void kg_logprobs(kg_pool* pool, const float* logits, int64_t num_rows,
+                            int64_t vocab_size, const int64_t* ids, int64_t ids_per_row,
+                            float* logprobs) {
+  kg::for_each_row(pool, num_rows, [&](int64_t row) {
+    const float* of_row = logits + row * vocab_size;
+    const kg::Distribution found = kg::distribution_of(of_row, vocab_size);
+    for (int64_t i = row * ids_per_row; i < (row + 1) * ids_per_row; i++)
+      logprobs[i] = found.logprob(of_row[ids[i]]);
+  });
 }

@@ -150,7 +150,8 @@ bool attend(const Step&, const kg_op&, const Plan&, int thread);
 bool keep(const Step&, const kg_op&, int thread);
 
 // The most likely id of each of these rows of `logits`, and its log probability.
-void choose_rows(const float* logits, Part rows, int64_t vocab_size, int64_t* ids, float* logprobs);
+void choose_tokens(const float* logits, Part rows, int64_t vocab_size, int64_t* ids,
+                   float* logprobs);
 
 void plan_attention(const kg_batch&, const kg_attention&, const int64_t* first_tokens,
                     int num_threads, int64_t rows_apart, Plan&);

@@ -251,8 +251,8 @@ extern "C" int kg_decode(kg_tape* tape, kg_decodes* decodes) {
   auto job = [&](int thread) {
     tape->run(batch, thread);
     if (thread == 0) computed = Clock::now();
-    choose_rows(batch.logits, part_of(batch.num_tokens, thread, tape->pool->num_threads),
-                decodes->vocab_size, decodes->ids, decodes->logprobs);
+    choose_tokens(batch.logits, part_of(batch.num_tokens, thread, tape->pool->num_threads),
+                  decodes->vocab_size, decodes->ids, decodes->logprobs);
   };
   tape->pool->run(job, kLingerUs);
   int num_lost = 0;
