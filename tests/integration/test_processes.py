@@ -67,6 +67,29 @@ def test_killing_the_launcher_leaves_no_orphan(tmp_path: Path) -> None:
     assert within(5, lambda: not any(alive(pid) for pid in tree))
 
 
+def test_sigterm_to_make_run_ends_every_process(tmp_path: Path) -> None:
+    port, log = free_port(), tmp_path / "make.log"
+    venv = BIN.parent
+    # -o: what the environment holds is not installed again.
+    command = ["make", "-o", f"{venv}/.serving", "run", f"VENV={venv}", f"PORT={port}"]
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command,
+            cwd=Path(__file__).parents[2],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "HOSTNAME": "", "SHARD_UDS_PATH": str(tmp_path / "shard")},
+        )
+    wait_until_healthy(Server(f"http://127.0.0.1:{port}", process, log))
+    tree = descendants(process.pid)
+
+    process.send_signal(signal.SIGTERM)
+    process.wait(timeout=10)
+
+    assert len(tree) == 3
+    assert within(5, lambda: not any(alive(pid) for pid in tree))
+
+
 def test_sigterm_during_the_load_ends_the_start(tmp_path: Path) -> None:
     process, log = launch(tmp_path, free_port())
     assert within(60, lambda: "Starting shard" in log.read_text())
