@@ -29,12 +29,12 @@ from kagami_router.api.schemas.native import Info
 from kagami_router.api.web.connections import Runner
 from kagami_router.cli import RouterArgs, own_version
 from kagami_router.request.validation import Limits, Validation
-from kagami_router.scheduler.scheduler import (
+from kagami_router.scheduler.config import (
     DEFAULT_MAX_WAITING_TOKENS,
     DEFAULT_WAITING_SERVED_RATIO,
-    Scheduler,
     SchedulerConfig,
 )
+from kagami_router.scheduler.scheduler import Scheduler
 from kagami_router.serving.batching_loop import BatchingLoop
 from kagami_router.serving.infer import Infer
 from kagami_router.shards.client import Pool, ShardGroup, ShardInfo

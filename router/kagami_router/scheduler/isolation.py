@@ -17,6 +17,7 @@ that runs out of memory alone gets smaller chunks before it is given up.
 
 from collections import deque
 from collections.abc import Sequence as Seq
+from typing import Protocol
 
 from kagami_router.scheduler.sequence import Sequence, Status
 from kagami_router.scheduler.step import Work
@@ -27,10 +28,87 @@ RECOVERY_STEPS = 16
 MIN_STEP_TOKENS = 16
 
 
+class Eligibility(Protocol):
+    """Who may be in the next step, and at whose cost."""
+
+    @property
+    def max_steps_in_flight(self) -> int:
+        """How many steps may be on their way at once."""
+        ...
+
+    @property
+    def joins_at_once(self) -> bool:
+        """Whether newcomers need not mind how many run, when, and who computes their prefix."""
+        ...
+
+    def may_run(self, running: list[Sequence]) -> list[Sequence]:
+        """Among whom decodes and chunks are looked for; oldest first."""
+        ...
+
+    def may_join(self, waiting: list[Sequence]) -> list[Sequence]:
+        """Who may join, oldest first."""
+        ...
+
+    def num_spare_blocks(self, running: list[Sequence]) -> int:
+        """How many blocks a newcomer has to leave."""
+        ...
+
+    def bystander(self, running: list[Sequence]) -> Sequence | None:
+        """The youngest of those who give up their blocks before anybody eligible does."""
+        ...
+
+
+class AsUsual:
+    """Everybody may run."""
+
+    joins_at_once = False
+
+    def __init__(self, max_steps_in_flight: int) -> None:
+        self.max_steps_in_flight = max_steps_in_flight
+
+    def may_run(self, running: list[Sequence]) -> list[Sequence]:
+        return running
+
+    def may_join(self, waiting: list[Sequence]) -> list[Sequence]:
+        return waiting.copy()  # whoever joins leaves it
+
+    def num_spare_blocks(self, running: list[Sequence]) -> int:
+        """One for each that runs, else it would be preempted as soon as they grow."""
+        return len(running)
+
+    def bystander(self, running: list[Sequence]) -> Sequence | None:
+        return None
+
+
+class OnTrial:
+    """Only the suspects may run, one step at a time; they take what they need from the others."""
+
+    joins_at_once = True
+    max_steps_in_flight = 1
+
+    def __init__(self, suspects: list[Sequence]) -> None:
+        self._suspects = suspects
+
+    def may_run(self, running: list[Sequence]) -> list[Sequence]:
+        return self._suspects
+
+    def may_join(self, waiting: list[Sequence]) -> list[Sequence]:
+        return [each for each in self._suspects if each.status is Status.WAITING]
+
+    def num_spare_blocks(self, running: list[Sequence]) -> int:
+        return 0
+
+    def bystander(self, running: list[Sequence]) -> Sequence | None:
+        return next((each for each in reversed(running) if each not in self._suspects), None)
+
+
 class FaultIsolation:
     """The present size of steps, and the groups of suspects still to be tried."""
 
-    def __init__(self, *, max_batch_size: int, max_step_tokens: int) -> None:
+    def __init__(
+        self, *, max_batch_size: int, max_step_tokens: int, max_steps_in_flight: int
+    ) -> None:
+        self._as_usual = AsUsual(max_steps_in_flight)
         self._full_batch_size = max_batch_size
         self._full_step_tokens = max_step_tokens
         self.max_batch_size = max_batch_size
@@ -39,7 +117,12 @@ class FaultIsolation:
         # Each suspect with the position it has to get past; the first group is on trial.
         self._groups: deque[dict[Sequence, int]] = deque()
 
-    def suspects(self) -> list[Sequence]:
+    def eligible(self) -> Eligibility:
+        """Who may be in the next step: everybody, or the group on trial."""
+        suspects = self._suspects()
+        return OnTrial(suspects) if suspects else self._as_usual
+
+    def _suspects(self) -> list[Sequence]:
         """The sequences on trial, oldest first; empty when steps are made as usual."""
         while self._groups:
             group = self._groups[0]

@@ -1,20 +1,25 @@
-"""The step that the scheduler is just making."""
+"""The step that the scheduler makes just now; frozen, it is a `Step`."""
 
 from collections.abc import Sequence as Seq
 
+from kagami_router.scheduler.isolation import Eligibility
 from kagami_router.scheduler.sequence import Sequence
-from kagami_router.scheduler.step import NewSequence, Work
+from kagami_router.scheduler.step import JoinReason, NewSequence, Step, Work
 
 
-class Draft:
-    """The step being made: what is left of its budgets, and what is in it so far."""
+class StepBuilder:
+    """What is in the step until now, what is left of its budgets, and who may be in it."""
 
     __slots__ = (
+        "eligible",
+        "join_reason",
         "new_sequences",
+        "now",
         "num_decodes",
         "num_kv_tokens",
         "num_prefill_tokens",
         "num_samples",
+        "num_updated",
         "number",
         "preempted",
         "room",
@@ -22,10 +27,26 @@ class Draft:
         "work",
     )
 
-    def __init__(self, number: int, *, tokens: int, room: int) -> None:
+    def __init__(
+        self,
+        number: int,
+        now: float,
+        *,
+        tokens: int,
+        room: int,
+        num_updated: int,
+        eligible: Eligibility,
+    ) -> None:
         self.number = number
+        self.now = now
         self.tokens = tokens
+        """The budget: how many more tokens it may compute"""
         self.room = room
+        """How many more sequences may be in it"""
+        self.num_updated = num_updated
+        """The number of the youngest step whose results are known"""
+        self.eligible = eligible
+        self.join_reason: JoinReason | None = None
         self.work: list[Work] = []
         self.new_sequences: list[NewSequence] = []
         self.num_decodes = 0
@@ -38,9 +59,10 @@ class Draft:
     def is_full(self) -> bool:
         return self.tokens <= 0 or self.room <= 0
 
-    def put_chunk(self, sequence: Sequence, count: int, blocks: Seq[int]) -> None:
-        """Schedule the next `count` positions of a sequence that is being prefilled."""
+    def put_chunk(self, sequence: Sequence, blocks: Seq[int]) -> None:
+        """As much of the missing prefill of a sequence as the budget allows."""
         position = sequence.num_scheduled
+        count = min(sequence.prefill_end - position, self.tokens)
         end = position + count
         samples = end >= sequence.prefill_end
         self.work.append(Work(sequence, position, count, blocks, samples))
@@ -59,3 +81,18 @@ class Draft:
         self.num_kv_tokens += num_kv_tokens
         self.tokens -= count
         self.room -= count
+
+    def freeze(self, drop_ids: list[int]) -> Step:
+        """The step as it is sent."""
+        return Step(
+            number=self.number,
+            new_sequences=self.new_sequences,
+            drop_ids=drop_ids,
+            work=self.work,
+            num_decodes=self.num_decodes,
+            num_prefill_tokens=self.num_prefill_tokens,
+            num_samples=self.num_samples,
+            preempted=self.preempted,
+            num_kv_tokens=self.num_kv_tokens,
+            join_reason=self.join_reason if self.new_sequences else None,
+        )

@@ -6,7 +6,8 @@ import pytest
 
 from kagami_proto.values import SamplingParams
 from kagami_router.request.values import StoppingParams, ValidRequest
-from kagami_router.scheduler.scheduler import Scheduler, SchedulerConfig
+from kagami_router.scheduler.config import SchedulerConfig
+from kagami_router.scheduler.scheduler import Scheduler
 from kagami_router.scheduler.step import (
     Event,
     Failure,
@@ -276,7 +277,7 @@ def test_a_preempted_sequence_keeps_the_token_that_was_in_flight() -> None:
     answer(scheduler, first)
     third = schedule(scheduler)
     assert len(third.preempted) == 1
-    waiting = scheduler._waiting[0]
+    waiting = scheduler._queues.waiting[0]
     answer(scheduler, second)
     assert waiting.log.generated_ids == [100, 100]
     assert len(run_dry_from(scheduler, third)) > 0
@@ -398,6 +399,6 @@ def test_stats_count_a_shared_block_once() -> None:
     assert (stats.blocks_total, stats.blocks_used, stats.blocks_cached) == (64, 4, 0)
 
 
-def test_what_can_never_fit_is_a_bug_of_the_door() -> None:
+def test_what_can_never_fit_is_a_bug_of_validation() -> None:
     with pytest.raises(AssertionError):
         add(new_scheduler(num_blocks=3), range(8), 2)

@@ -10,7 +10,8 @@ from tests.fakes.fake_shard import EOS, Entry, FakeEngine, Request, Result, gene
 
 from kagami_proto.values import SamplingParams
 from kagami_router.request.values import StoppingParams, ValidRequest
-from kagami_router.scheduler.scheduler import Scheduler, SchedulerConfig
+from kagami_router.scheduler.config import SchedulerConfig
+from kagami_router.scheduler.scheduler import Scheduler
 from kagami_router.scheduler.sequence import Sequence
 from kagami_router.scheduler.step import (
     Failure,

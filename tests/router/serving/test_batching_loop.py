@@ -20,7 +20,8 @@ from kagami_router.request.values import (
     StreamEvent,
     ValidRequest,
 )
-from kagami_router.scheduler.scheduler import Scheduler, SchedulerConfig
+from kagami_router.scheduler.config import SchedulerConfig
+from kagami_router.scheduler.scheduler import Scheduler
 from kagami_router.scheduler.step import Step, StepResults
 from kagami_router.serving.batching_loop import MAX_FAILED_STEPS, BatchingLoop
 from kagami_router.serving.generation_stream import GenerationStream
@@ -176,7 +177,7 @@ async def test_two_steps_are_in_flight(tmp_path: Path) -> None:
     async with serving(tmp_path) as served:
         served.shard.gate.clear()
         stream = served.loop.submit(new_request())
-        await until(lambda: served.scheduler.num_in_flight == 2)
+        await until(lambda: len(served.metrics.sent) == 2)
         served.shard.gate.set()
         await collect(stream)
 

@@ -10,7 +10,8 @@ from kagami_proto import generate_pb2 as pb
 from kagami_proto.errors import GenerationFailed, InvalidRequest, ShardLost
 from kagami_proto.values import Grammar, GrammarKind, SamplingParams
 from kagami_router.request.values import StoppingParams, ValidRequest
-from kagami_router.scheduler.scheduler import Scheduler, SchedulerConfig
+from kagami_router.scheduler.config import SchedulerConfig
+from kagami_router.scheduler.scheduler import Scheduler
 from kagami_router.scheduler.step import Failure, PromptLogprobs, Step, StepResults
 from kagami_router.shards import client as shard_client
 from kagami_router.shards.client import ShardGroup, results_from_pb, step_to_pb
