@@ -23,14 +23,14 @@ from kagami_shard.models.registry import load_model
 CPU = torch.device("cpu")
 BLOCK = 32
 VOCAB = 64
-PROMPT = [7 * i % 60 for i in range(70)]
-NUM_TOKENS = 24
+PROMPT = [7 * i % 60 for i in range(230)]
+NUM_TOKENS = 40
 CONFIG = LlamaConfig(
     vocab_size=VOCAB,
-    hidden_size=128,
-    intermediate_size=192,
-    num_hidden_layers=2,
-    num_attention_heads=4,
+    hidden_size=256,
+    intermediate_size=512,
+    num_hidden_layers=4,
+    num_attention_heads=8,
     num_key_value_heads=2,
     head_dim=32,
     max_position_embeddings=1024,
@@ -56,7 +56,7 @@ def engine(
         block_size=BLOCK,
         grammars=grammars,
     )
-    engine.warmup(Limits(512, 16, 1024, 128 * BLOCK))
+    engine.warmup(Limits(512, 16, 1024, 200 * BLOCK))
     cache = cli.cache_folder(os.environ)
     build(cache)
     switch_to_native(engine, dtype=torch.bfloat16, device=CPU, cache=cache, num_threads=num_threads)
@@ -84,7 +84,7 @@ class Running:
 
     def __post_init__(self) -> None:
         self.num_prompt_tokens = self.num_prompt_tokens or len(self.ids)
-        first = 1 + 12 * (self.id - 1)
+        first = 12 * self.id
         self.blocks = self.blocks or range(first, first + 12)
         assert blocks_for(len(self.ids) + NUM_TOKENS, BLOCK) <= len(self.blocks)
 
@@ -156,8 +156,11 @@ COMPANY: dict[str, Callable[[], list[Running]]] = {
     "top tokens": lambda: others(changes={"top_n_tokens": 5}),
     "prompt logprobs": lambda: others(changes={"prompt_logprobs": True}),
     "grammar": lambda: others(changes={"grammar": ABC})[:1],
-    "the same prefix": lambda: [Running(one, list(PROMPT)) for one in (2, 3, 4)],
+    "the same prompt": lambda: [Running(one, list(PROMPT)) for one in (2, 3, 4)],
     "a prompt in chunks": lambda: [Running(2, [5 * i % 60 for i in range(340)], chunk=20)],
+    "as many as nobody's cache is cut for": lambda: [
+        Running(one, [one] * 140) for one in range(2, 15)
+    ],
     "a prompt in long chunks": lambda: [Running(2, [5 * i % 60 for i in range(340)], chunk=300)],
 }
 
@@ -196,15 +199,31 @@ def test_chunks_of_the_prompt_change_no_bit(chunk: int, engine: Engine) -> None:
     assert sequence.told == expected
 
 
-def test_a_prefix_hit_changes_no_bit(engine: Engine) -> None:
+@pytest.mark.parametrize("num_blocks", [2, 4, 5, 7])
+def test_a_prefix_hit_changes_no_bit_nor_do_others_that_share_it(
+    num_blocks: int, engine: Engine
+) -> None:
     expected = alone(engine)
     engine.reset()
-    before = Running(2, [*PROMPT[: 2 * BLOCK], 1, 2, 3])
+    shared = num_blocks * BLOCK
+    before = Running(2, [*PROMPT[:shared], 1, 2, 3])
     go(engine, [before], 1)
-    blocks = [*before.blocks[:2], *range(1, 11)]
-    sequence = ours(computed=2 * BLOCK, blocks=blocks)
-    go(engine, [sequence], NUM_TOKENS)
-    assert sequence.told == expected
+    blocks = [*before.blocks[:num_blocks], *range(1, 13 - num_blocks)]
+    sequence = ours(computed=shared, blocks=blocks)
+    mates = [
+        Running(
+            one,
+            [*PROMPT[:shared], *range(one)],
+            computed=shared,
+            blocks=[*before.blocks[:num_blocks], *range(12 * one, 12 * one + 5)],
+        )
+        for one in (3, 4, 5)
+    ]
+    for mates_now in (mates, []):
+        go(engine, [sequence, *mates_now], NUM_TOKENS)
+        assert sequence.told == expected
+        engine.reset()
+        sequence = ours(computed=shared, blocks=blocks)
 
 
 @pytest.mark.parametrize("mates", [0, 1])

@@ -47,7 +47,7 @@ from kagami_shard.models.ops import Ops, SelfAttention, T
 _MAX_HEAD_DIM = 256
 _MAX_GROUP = 64
 # What a thread's scratch holds as float32 (kScratchBytes).
-_MAX_QUANTIZED = (1 << 18) // 4
+_MAX_QUANTIZED = (3 << 17) // 4
 
 _ACTIVATIONS: Mapping[str, Activation] = {
     "silu": Activation.SILU,

@@ -30,6 +30,7 @@ struct Shape {
 struct Scratch {  // one thread's, laid out in its kScratchBytes
   kg_bf16 *queries, *keys, *values, *weights;
   float *scores, *sums, *shifts, *bounds, *totals;
+  float *added_sums, *added_shifts, *added_totals;  // of the stretches before
   Scratch(char* base, const Shape& shape) {
     auto take = [&base](int64_t bytes) {
       char* taken = base;
@@ -45,10 +46,13 @@ struct Scratch {  // one thread's, laid out in its kScratchBytes
     shifts = (float*)take(kMaxRows * 4);
     bounds = (float*)take(kMaxRows * 4);
     totals = (float*)take(kMaxRows * kLanes * 4);
+    added_sums = (float*)take(kMaxRows * shape.depth * 4);
+    added_shifts = (float*)take(kMaxRows * 4);
+    added_totals = (float*)take(kMaxRows * 4);
   }
 };
-static_assert(kMaxRows * kMaxHeadDim * 6 + kTile * kMaxHeadDim * 4 + kMaxRows * kTile * 6 +
-                      kMaxRows * (kLanes + 2) * 4 + 9 * 64 <=
+static_assert(kMaxRows * kMaxHeadDim * 10 + kTile * kMaxHeadDim * 4 + kMaxRows * kTile * 6 +
+                      kMaxRows * (kLanes + 4) * 4 + 12 * 64 <=
                   kScratchBytes,
               "a thread's scratch is too small");
 
@@ -106,6 +110,38 @@ void round_to(kg_bf16* to, const float* from, int64_t count, float factor) {
     const __mmask16 mask = lanes(count - i);
     store_bf16(to + i, mask, _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, from + i), by));
   }
+}
+
+struct Partial {  // what a row has summed up of some of its tokens, times 2^-shift
+  float* sums;    // [depth], of weighted values
+  float &shift, &total;
+};
+
+void store(const Partial& to, const Partial& from, int64_t depth) {
+  memcpy(to.sums, from.sums, depth * 4);
+  to.shift = from.shift;
+  to.total = from.total;
+}
+
+// Stretches of a row are added by this alone, in the order of their tokens. A total of 0: the row
+// has seen nothing.
+void add_partial(const Partial& to, const Partial& more, int64_t depth) {
+  if (more.total == 0) return;
+  if (to.total == 0) {  // its sums and its shift may be anything
+    store(to, more, depth);
+    return;
+  }
+  const float top = std::max(to.shift, more.shift);
+  const __m512 one = _mm512_set1_ps(1.f);
+  const __m512 old_by = _mm512_scalef_ps(one, _mm512_set1_ps(to.shift - top));
+  const __m512 by = _mm512_scalef_ps(one, _mm512_set1_ps(more.shift - top));
+  for (int64_t i = 0; i < depth; i += kLanes) {
+    const __m512 old = _mm512_mul_ps(_mm512_loadu_ps(to.sums + i), old_by);
+    const __m512 added = _mm512_fmadd_ps(_mm512_loadu_ps(more.sums + i), by, old);
+    _mm512_storeu_ps(to.sums + i, added);
+  }
+  to.total = to.total * _mm512_cvtss_f32(old_by) + more.total * _mm512_cvtss_f32(by);
+  to.shift = top;
 }
 
 // An op of a layer's attention, as one thread sees it.
@@ -226,22 +262,48 @@ struct Attention : LayerOp {
       if (shape.depth > spec.head_dim)
         memset(to + spec.head_dim, 0, (shape.depth - spec.head_dim) * 2);
     });
-    softmax(scratch).start(rows);
-    for (int64_t begin = item.begin; begin < item.end; begin += kTile)
-      for (int64_t head = 0; head < item.num_heads; head++) {
-        const Part part{head * of_head, (head + 1) * of_head};
-        const Tile tile = pages.tile({item.sequence, begin, item.end}, item.head + head,
-                                     {scratch.keys, scratch.values});
-        attend_tile(item, begin, position, scratch, part, tile, coming(item, next, begin, head));
-      }
+    const Part all{item.begin / kStretch, (item.end + kStretch - 1) / kStretch};
+    for (int64_t stretch = all.begin; stretch < all.end; stretch++) {
+      const int64_t first = std::max<int64_t>(item.begin, stretch * kStretch);
+      const int64_t end = std::min<int64_t>(item.end, (stretch + 1) * kStretch);
+      softmax(scratch).start(rows);
+      for (int64_t begin = first; begin < end; begin += kTile)
+        for (int64_t head = 0; head < item.num_heads; head++) {
+          const Part part{head * of_head, (head + 1) * of_head};
+          const Tile tile = pages.tile({item.sequence, begin, item.end}, item.head + head,
+                                       {scratch.keys, scratch.values});
+          attend_tile(item, begin, position, scratch, part, tile, coming(item, next, begin, head));
+        }
+      end_stretch(item, stretch - all.begin, stretch + 1 == all.end, scratch);
+    }
+  }
+
+  // What the rows have summed up of the item's stretch `index` goes to those before it, or away.
+  void end_stretch(const Attending& item, int64_t index, bool is_last,
+                   const Scratch& scratch) const {
     each_row(item, [&](int64_t row, Of of) {
-      const float* sums = scratch.sums + row * shape.depth;
-      const float total = _mm512_reduce_add_ps(_mm512_loadu_ps(scratch.totals + row * kLanes));
-      if (of.slot < 0)
-        finish(of.token, of.head, sums, total);
+      float total = _mm512_reduce_add_ps(_mm512_loadu_ps(scratch.totals + row * kLanes));
+      Partial result{scratch.sums + row * shape.depth, scratch.shifts[row], total};
+      if (!item.is_first) {
+        store(partial_of(of.slot + index, of.head), result, shape.depth);
+        return;
+      }
+      const Partial added{scratch.added_sums + row * shape.depth, scratch.added_shifts[row],
+                          scratch.added_totals[row]};
+      if (index == 0) added.total = 0;
+      if (index == 0 && is_last)
+        leave(of, result);
       else
-        keep({of.slot, of.head}, sums, scratch.shifts[row], total);
+        add_partial(added, result, shape.depth);
+      if (index > 0 && is_last) leave(of, added);
     });
+  }
+
+  void leave(const Of& of, const Partial& result) const {
+    if (of.slot < 0)
+      finish(of.token, of.head, result.sums, result.total);
+    else
+      store(partial_of(of.slot, of.head), result, shape.depth);
   }
 
   // The tile that is read after this one.
@@ -283,35 +345,17 @@ struct Attention : LayerOp {
 
   // A slot has the unfinished results of all heads: [num_heads][depth] sums, then the
   // shifts, then the totals.
-  struct Kept {
-    int64_t slot, head;
-  };
-  float* slot_at(int64_t slot) const { return step.partials + slot * partial_floats(spec); }
-  float& shift_of(Kept kept) const {
-    return slot_at(kept.slot)[spec.num_heads * shape.depth + kept.head];
-  }
-  float& total_of(Kept kept) const {
-    return slot_at(kept.slot)[spec.num_heads * (shape.depth + 1) + kept.head];
-  }
-
-  void keep(Kept kept, const float* sums, float shift, float total) const {
-    memcpy(slot_at(kept.slot) + kept.head * shape.depth, sums, shape.depth * 4);
-    shift_of(kept) = shift;
-    total_of(kept) = total;
+  Partial partial_of(int64_t slot, int64_t head) const {
+    float* base = step.partials + slot * partial_floats(spec);
+    float* shifts = base + spec.num_heads * shape.depth;
+    return {base + head * shape.depth, shifts[head], shifts[spec.num_heads + head]};
   }
 
   void merge(const Merging& merging, int64_t head, float* sums) const {
-    const int64_t end = merging.first_slot + merging.num_slots;
-    float top = kNothing, total = 0;
-    for (int64_t slot = merging.first_slot; slot < end; slot++)
-      top = std::max(top, shift_of({slot, head}));
-    memset(sums, 0, shape.depth * 4);
-    for (int64_t slot = merging.first_slot; slot < end; slot++) {
-      const float factor = exp2f(shift_of({slot, head}) - top);
-      total += total_of({slot, head}) * factor;
-      const float* part = slot_at(slot) + head * shape.depth;
-      for (int64_t d = 0; d < shape.depth; d++) sums[d] += part[d] * factor;
-    }
+    float shift = 0, total = 0;
+    const Partial added{sums, shift, total};
+    for (int64_t slot = 0; slot < merging.num_slots; slot++)
+      add_partial(added, partial_of(merging.first_slot + slot, head), shape.depth);
     finish(step.first_tokens[merging.sequence], head, sums, total);
   }
 };

@@ -13,15 +13,18 @@
 namespace kg {
 namespace {
 
-// Decodes with few sequences are cut along the cache, so that all threads have something to read.
-constexpr int64_t kCutTokens = 64;
-// A shorter stretch is not worth a result to merge.
-constexpr int64_t kMinShared = 2 * kTile;
 // So many items for each thread let them end at about the same time.
 constexpr int64_t kItemsPerThread = 4;
 constexpr int64_t kItemsToDeal = 32;
 
-int64_t num_tiles(Part tokens) { return (tokens.end - tokens.begin + kTile - 1) / kTile; }
+Part stretches_of(Part tokens) {
+  return {tokens.begin / kStretch, (tokens.end + kStretch - 1) / kStretch};
+}
+
+int64_t num_stretches(Part tokens) {
+  const Part stretches = stretches_of(tokens);
+  return stretches.end - stretches.begin;
+}
 
 // Of so many queries a KV head's rows fill kernels' passes, if that is to be had.
 int64_t whole_passes(int64_t group) {
@@ -29,11 +32,12 @@ int64_t whole_passes(int64_t group) {
   return most >= kAvx512Rows ? most / kAvx512Rows * kAvx512Rows : most;
 }
 
-// Part `index` of `count` of a stretch of the cache, cut between its tiles.
-Part stretch_of(Part tokens, int64_t index, int64_t count) {
-  const Part tiles = part_of(num_tiles(tokens), index, count);
-  return {tokens.begin + tiles.begin * kTile,
-          std::min(tokens.end, tokens.begin + tiles.end * kTile)};
+// Part `index` of `count` of these tokens, cut between stretches.
+Part part_of_tokens(Part tokens, int64_t index, int64_t count) {
+  const Part stretches = stretches_of(tokens);
+  const Part part = part_of(stretches.end - stretches.begin, index, count);
+  return {std::max(tokens.begin, (stretches.begin + part.begin) * kStretch),
+          std::min(tokens.end, (stretches.begin + part.end) * kStretch)};
 }
 
 struct Planner {
@@ -59,10 +63,10 @@ struct Planner {
         num_slots(plan.slots_of),
         first_alone(plan.first_alone) {}
 
-  // The panel's first token that the token at `position` sees, or one that lies before.
+  // The first token that the token at `position` sees, or one that lies before it in its tile.
   int32_t start(int64_t position) const {
     const int64_t first = spec.window ? std::max<int64_t>(0, position - spec.window + 1) : 0;
-    return (int32_t)(first / kPanel * kPanel);
+    return (int32_t)(first / kTile * kTile);
   }
 
   void run() {
@@ -99,7 +103,7 @@ struct Planner {
   }
 
   // Of decodes (by `order`) alike in their first `depth` blocks, those alike in the next one, too.
-  // Blocks from `from` on have not been attended to yet.
+  // Tokens from `from` on have not been attended to yet. Whole stretches are shared.
   void branch(Part decodes, int64_t from, int64_t depth) {
     for (int64_t begin = decodes.begin, end; begin < decodes.end; begin = end) {
       end = begin + 1;
@@ -109,10 +113,10 @@ struct Planner {
              table(order[end])[depth] == block)
         end++;
       if (end - begin < 2) continue;
-      const int64_t shared = common_blocks(order[begin], order[end - 1], depth);
-      const bool is_worth_it = (shared - from) * batch.block_size >= kMinShared;
-      if (is_worth_it) add_shared({begin, end}, from, shared);
-      branch({begin, end}, is_worth_it ? shared : from, shared);
+      const int64_t blocks = common_blocks(order[begin], order[end - 1], depth);
+      const int64_t shared = blocks * batch.block_size / kStretch * kStretch;
+      if (shared > from) add_shared({begin, end}, {from, shared});
+      branch({begin, end}, std::max(from, shared), blocks);
     }
   }
 
@@ -123,25 +127,32 @@ struct Planner {
     return known;
   }
 
-  void add_shared(Part decodes, int64_t first_block, int64_t end_block) {
-    const Part tokens{first_block * batch.block_size, end_block * batch.block_size};
+  void add_shared(Part decodes, Part tokens) {
     const int64_t count = decodes.end - decodes.begin;
     const int64_t num_items = (count + at_once - 1) / at_once * spec.num_kv_heads;
     const int64_t wanted = (kItemsPerThread * num_threads + num_items - 1) / num_items;
-    const int64_t parts = std::min(wanted, num_tiles(tokens));
+    const int64_t parts = std::min(wanted, num_stretches(tokens));
     for (int64_t part = 0; part < parts; part++) {
-      const Part stretch = stretch_of(tokens, part, parts);
+      const Part of_part = part_of_tokens(tokens, part, parts);
       for (int64_t at = decodes.begin; at < decodes.end; at += at_once) {
         const int32_t members = (int32_t)std::min(at_once, decodes.end - at);
         const int32_t first_member = (int32_t)plan.members.size();
+        const bool is_first = of_part.begin == 0;
         for (int64_t i = at; i < at + members; i++)
-          plan.members.push_back({order[i], num_slots[order[i]]++});
+          plan.members.push_back({order[i], take_slots(order[i], of_part, is_first)});
         for (int32_t head = 0; head < spec.num_kv_heads; head++)
-          plan.items.push_back({order[at], head, 1, 0, 0, (int32_t)stretch.begin,
-                                (int32_t)stretch.end, -1, first_member, members});
+          plan.items.push_back({order[at], head, 1, 0, 0, (int32_t)of_part.begin,
+                                (int32_t)of_part.end, -1, first_member, members, is_first});
       }
     }
     for (int64_t i = decodes.begin; i < decodes.end; i++) first_alone[order[i]] = (int32_t)tokens.end;
+  }
+
+  // The first of a decode's slots for these tokens; slots are in the order of the tokens.
+  int32_t take_slots(int32_t sequence, Part tokens, bool is_first) {
+    const int32_t slot = num_slots[sequence];
+    num_slots[sequence] += is_first ? 1 : (int32_t)num_stretches(tokens);
+    return slot;
   }
 
   // ------------------------------------------------------------------ one sequence alone
@@ -153,24 +164,25 @@ struct Planner {
       const int64_t rows = std::min(at_once, count - row);
       for (int32_t head = 0; head < spec.num_kv_heads; head++)
         plan.items.push_back({sequence, head, 1, (int32_t)row, (int32_t)rows, start(before + row),
-                              (int32_t)(before + row + rows), -1, 0, 0});
+                              (int32_t)(before + row + rows), -1, 0, 0, true});
     }
   }
 
+  // Decodes of few sequences are cut along the cache, so that all threads have something to read.
   void add_decode(int32_t sequence) {
     const Part tokens{first_alone[sequence], batch.kv_lens[sequence]};
     const bool cuts = num_threads > 1 && batch.num_decodes < kItemsPerThread * num_threads &&
                       batch.num_decodes == batch.num_sequences;
-    const int64_t parts =
-        cuts ? std::max<int64_t>(1, (tokens.end - tokens.begin) / kCutTokens) : 1;
+    const int64_t parts = cuts ? num_stretches(tokens) : 1;
     const int32_t heads_at_once = (int32_t)std::min<int64_t>(spec.num_kv_heads, at_once);
     const bool is_unfinished = parts > 1 || num_slots[sequence] > 0;
     for (int64_t part = 0; part < parts; part++) {
-      const Part stretch = stretch_of(tokens, part, parts);
-      const int32_t slot = is_unfinished ? num_slots[sequence]++ : -1;
+      const Part of_part = part_of_tokens(tokens, part, parts);
+      const bool is_first = num_slots[sequence] == 0;
+      const int32_t slot = is_unfinished ? take_slots(sequence, of_part, is_first) : -1;
       for (int32_t head = 0; head < spec.num_kv_heads; head += heads_at_once)
         plan.items.push_back({sequence, head, std::min(heads_at_once, spec.num_kv_heads - head), 0,
-                              1, (int32_t)stretch.begin, (int32_t)stretch.end, slot, 0, 0});
+                              1, (int32_t)of_part.begin, (int32_t)of_part.end, slot, 0, 0, is_first});
     }
   }
 

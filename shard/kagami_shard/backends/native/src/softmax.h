@@ -44,13 +44,14 @@ struct Softmax {
     const float largest = _mm512_reduce_max_ps(_mm512_max_ps(a, b));
     if (!(largest > bounds[row])) return 0;
     const float by = ceilf(largest);
-    const float kept = bounds[row] == kNothing ? kNothing : -by;  // of what was weighed
-    const __m512 factor = _mm512_scalef_ps(_mm512_set1_ps(1.f), _mm512_set1_ps(kept));
-    scale(totals + row * kLanes, kLanes, factor);
-    scale(sums + row * depth, depth, factor);
-    kg_bf16* pending = weights + row * kTile;
-    for (int64_t i = 0; i < num_weights; i += kLanes)
-      store_bf16(pending + i, _mm512_mul_ps(load_bf16(pending + i), factor));
+    if (bounds[row] != kNothing) {  // else there is nothing to scale yet
+      const __m512 factor = _mm512_scalef_ps(_mm512_set1_ps(1.f), _mm512_set1_ps(-by));
+      scale(totals + row * kLanes, kLanes, factor);
+      scale(sums + row * depth, depth, factor);
+      kg_bf16* pending = weights + row * kTile;
+      for (int64_t i = 0; i < num_weights; i += kLanes)
+        store_bf16(pending + i, _mm512_mul_ps(load_bf16(pending + i), factor));
+    }
     shifts[row] += by;
     bounds[row] = kHeadroom;
     return by;

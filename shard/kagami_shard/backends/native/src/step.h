@@ -27,6 +27,10 @@ constexpr int64_t kRowsApart = 64, kCodeRowsApart = 128, kAmxRowsApart = 128;
 
 constexpr int64_t kTile = 2 * kPanel;  // tokens of the cache that attention reads at a time
 constexpr int64_t kMaxRows = 96;       // rows that attend together
+// So many tokens of the cache, counted from its beginning, are summed up by themselves, and the sums
+// of such stretches are added one after the other. A row's result then has the same bits whoever
+// computes which stretch: one thread or several, alone or together with rows that share it.
+constexpr int64_t kStretch = 2 * kTile;
 
 struct Part {
   int64_t begin, end;
@@ -55,12 +59,15 @@ struct Attending {
   int32_t head, num_heads;            // of keys and values
   int32_t first_row, num_rows;        // tokens of the sequence's chunk
   int32_t begin, end;                 // tokens of the cache
-  int32_t slot;                       // where to leave an unfinished result, or -1
+  int32_t slot;                       // the first one for its unfinished results, or -1
   int32_t first_member, num_members;  // in place of rows and slot: of Plan::members
+  // Whether nothing of these rows lies before it: its stretches become one result. Else each has a
+  // slot of its own.
+  bool is_first;
 };
 
 struct Member {  // a decode, and where its share of a stretch's result goes
-  int32_t sequence, slot;
+  int32_t sequence, slot;  // the first one
 };
 
 struct Merging {  // a decode with several unfinished results
@@ -137,7 +144,7 @@ struct Step {
   }
 };
 
-constexpr int64_t kScratchBytes = 1 << 18;
+constexpr int64_t kScratchBytes = 3 << 17;
 
 // Each runs on every thread; true: the threads must meet before the next op.
 bool embed(const Step&, const kg_op&, int thread);
