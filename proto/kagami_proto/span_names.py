@@ -120,8 +120,3 @@ class EventName:
     PREEMPTED: Final = "preempted"
     CANCELLED: Final = "cancelled"
     STEP_FAILED: Final = "step_failed"
-
-
-def names_of(names: type) -> frozenset[str]:
-    """All names in one of the classes above."""
-    return frozenset(value for name, value in vars(names).items() if name.isupper())

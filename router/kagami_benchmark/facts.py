@@ -9,7 +9,6 @@ from msgspec import Struct
 
 # Of the last steps that only decoded; 0 as long as there is none.
 BANDWIDTH_SHARE = "tgi_memory_bandwidth_used_ratio"
-BANDWIDTH = "tgi_memory_bandwidth_bytes_per_second"
 _TIMEOUT_S = 5.0
 
 

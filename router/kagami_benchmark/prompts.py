@@ -64,11 +64,6 @@ class Words:
             raise ValueError(f"--tokenizer-name: {file} has only {len(found)} words of one token")
         return cls([f" {word}" for _, word in found], [token_id for token_id, _ in found])
 
-    @property
-    def have_ids(self) -> bool:
-        """Whether prompts can be sent as ids."""
-        return self._ids is not None
-
     def prompts(self, workload: Workload, seed: str) -> list[Prompt]:
         """All prompts of one run: the same for the same seed, whatever server they are for."""
         shared = self._draw(workload.prefix_tokens, Random(f"{seed} prefix"))

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 from tests.benchmarks.waterfall import draw
+from tests.fakes.span_names import names_of
 
-from kagami_proto.span_names import SEMCONV_VERSION, EventName, Key, SpanName, names_of
+from kagami_proto.span_names import SEMCONV_VERSION, EventName, Key, SpanName
 from kagami_router.scheduler.sequence import WaitReason
 
 DEPLOY = Path(__file__).parents[2] / "deploy"

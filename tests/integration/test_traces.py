@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 from tests.fakes.collector import Collector, Span, collecting
+from tests.fakes.span_names import names_of
 from tests.integration.conftest import Server, running
 
-from kagami_proto.span_names import Key, SpanName, names_of
+from kagami_proto.span_names import Key, SpanName
 
 pytestmark = pytest.mark.slow
 

@@ -23,12 +23,13 @@ from opentelemetry.semconv.attributes import (
 )
 from opentelemetry.semconv.schemas import Schemas
 from tests.fakes.collector import Collector, collecting
+from tests.fakes.span_names import names_of
 
 from kagami_proto import tracing_plan
 from kagami_proto.errors import GenerationFailed, InvalidRequest
 from kagami_proto.open_tracing import open_tracing
 from kagami_proto.span_export import BatchLimits, SpanExport
-from kagami_proto.span_names import SCHEMA_URL, Key, names_of
+from kagami_proto.span_names import SCHEMA_URL, Key
 from kagami_proto.tracing import (
     NO_TRACING,
     context_of,

@@ -19,7 +19,7 @@ from tests.benchmarks.side_by_side.memory import PeakMemory
 from tests.benchmarks.side_by_side.processes import send
 from tests.integration.conftest import free_port
 
-from kagami_benchmark.facts import BANDWIDTH, gauge
+from kagami_benchmark.facts import gauge
 
 _POLL_S = 0.02
 _ANSWER_LIMIT_S = 60
@@ -101,7 +101,7 @@ def told_bandwidth(server: Running) -> float:
     """Bytes a second that our own server found its memory to give at its start; 0: not measured."""
     url = urllib.parse.urljoin(server.url, "/metrics")
     with urllib.request.urlopen(url, timeout=_ANSWER_LIMIT_S) as answer:
-        told = gauge(answer.read(), BANDWIDTH)
+        told = gauge(answer.read(), "tgi_memory_bandwidth_bytes_per_second")
     assert told is not None
     return told
 
