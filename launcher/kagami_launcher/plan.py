@@ -12,14 +12,11 @@ from pathlib import Path
 from kagami_launcher.cli import Invocation, LauncherArgs, debug_text, flags, option
 from kagami_launcher.model.source import ModelSource
 from kagami_proto.tracing_plan import TracingPlan, plan_or_problem
+from kagami_proto.values import DEVICE_POLICIES
 
 SHARD_COMMAND = "text-generation-server"
 ROUTER_COMMAND = "text-generation-router"
 _CUDA_LAYOUTS = ("exl2", "marlin")
-# Prompt tokens in one step when --max-batch-prefill-tokens is not given. On a CPU running streams
-# stand still for a step, 0.17 s for 256 tokens of SmolLM2-135M on two cores; larger ones win
-# nothing (shard/notes/0011).
-_CUDA_PREFILL_TOKENS, _CPU_PREFILL_TOKENS = 4096, 256
 
 
 class LaunchFailed(Exception):
@@ -199,7 +196,7 @@ def max_batch_prefill_tokens(
     """The given value, or one that keeps a step short on this device and fits the model."""
     if args.max_batch_prefill_tokens is not None:
         return args.max_batch_prefill_tokens
-    base = _CUDA_PREFILL_TOKENS if devices.num_cuda else _CPU_PREFILL_TOKENS
+    base = DEVICE_POLICIES["cuda" if devices.num_cuda else "cpu"].prefill_chunk
     limits = (base, max_positions, args.max_batch_total_tokens)
     return min(limit for limit in limits if limit is not None)
 

@@ -57,6 +57,7 @@ class InfoResponse(_message.Message):
     WORLD_SIZE_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     QUANTIZATION_FIELD_NUMBER: _builtins.int
+    POLICY_FIELD_NUMBER: _builtins.int
     model_type: _builtins.str
     """`model_type` of config.json, e.g. "llama" """
     dtype: _builtins.str
@@ -81,6 +82,10 @@ class InfoResponse(_message.Message):
     def eos_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """from generation_config.json, else config.json"""
 
+    @_builtins.property
+    def policy(self) -> Global___DevicePolicy:
+        """how the router should use the device"""
+
     def __init__(
         self,
         *,
@@ -96,14 +101,55 @@ class InfoResponse(_message.Message):
         world_size: _builtins.int = ...,
         version: _builtins.str = ...,
         quantization: _builtins.str = ...,
+        policy: Global___DevicePolicy | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention", b"attention", "block_size", b"block_size", "device_type", b"device_type", "dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "max_positions", b"max_positions", "model_type", b"model_type", "quantization", b"quantization", "rank", b"rank", "version", b"version", "vocab_size", b"vocab_size", "world_size", b"world_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention", b"attention", "block_size", b"block_size", "device_type", b"device_type", "dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "max_positions", b"max_positions", "model_type", b"model_type", "policy", b"policy", "quantization", b"quantization", "rank", b"rank", "version", b"version", "vocab_size", b"vocab_size", "world_size", b"world_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___InfoResponse: _TypeAlias = InfoResponse  # noqa: Y015
+
+@_typing.final
+class DevicePolicy(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEPS_IN_FLIGHT_FIELD_NUMBER: _builtins.int
+    PREFILL_CHUNK_FIELD_NUMBER: _builtins.int
+    WARMUP_TOKENS_FIELD_NUMBER: _builtins.int
+    WARMUP_ROWS_FIELD_NUMBER: _builtins.int
+    POOL_TOKENS_FIELD_NUMBER: _builtins.int
+    CACHE_SHARE_FIELD_NUMBER: _builtins.int
+    steps_in_flight: _builtins.int
+    """2 = the next step is sent before the last one's results are there"""
+    prefill_chunk: _builtins.int
+    """prompt tokens in one step, unless a flag says how many"""
+    warmup_tokens: _builtins.int
+    """of the first prefill; 0 = as many as the limits allow"""
+    warmup_rows: _builtins.int
+    """of the first decode; 0 = as many as the limits allow"""
+    pool_tokens: _builtins.int
+    """size of the KV cache, unless a flag says one; 0 = as memory allows"""
+    cache_share: _builtins.float
+    """of the KV cache: what cached prefixes may take memory for"""
+    def __init__(
+        self,
+        *,
+        steps_in_flight: _builtins.int = ...,
+        prefill_chunk: _builtins.int = ...,
+        warmup_tokens: _builtins.int = ...,
+        warmup_rows: _builtins.int = ...,
+        pool_tokens: _builtins.int = ...,
+        cache_share: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_share", b"cache_share", "pool_tokens", b"pool_tokens", "prefill_chunk", b"prefill_chunk", "steps_in_flight", b"steps_in_flight", "warmup_rows", b"warmup_rows", "warmup_tokens", b"warmup_tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DevicePolicy: _TypeAlias = DevicePolicy  # noqa: Y015
 
 @_typing.final
 class HealthRequest(_message.Message):

@@ -1,10 +1,12 @@
-"""What a request asks of the sampler: the router validates these values, the shard uses them.
+"""Values that two parts share: what a request asks of the sampler, what a device is good at.
 
 Their form on the wire is in `wire.py`: nobody but the two ends of the wire imports protobuf.
 """
 
 import enum
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,3 +53,50 @@ class Grammar:
 
     kind: GrammarKind
     source: str
+
+
+@dataclass(frozen=True, slots=True)
+class DevicePolicy:
+    """How a device wants to be used; a shard's backend says it, the router follows it."""
+
+    steps_in_flight: int
+    """2: the next step is sent before the results of the last one are there"""
+    prefill_chunk: int
+    """Prompt tokens in one step, unless a flag says how many"""
+    warmup_tokens: int
+    """Of the first prefill; 0: as many as the limits allow"""
+    warmup_rows: int
+    """Of the first decode; 0: as many as the limits allow"""
+    pool_tokens: int
+    """Size of the KV cache, unless a flag says one; 0: as memory allows"""
+    cache_share: float
+    """Of the KV cache: the part whose memory cached prefixes may take. Below 1, memory is taken
+    block by block, when a block is first used"""
+
+
+# By torch's name of the device's type.
+#
+# A CPU's threads have all cores: what runs beside a step delays it by more than it takes itself
+# (notes/0009), so one step is in flight. Running streams stand still for a prefill: 0.17 s for 256
+# tokens of SmolLM2-135M on two cores; larger chunks win nothing (shard/notes/0011). A warm-up has
+# to start the threads and fill the primitive caches, and no more.
+DEVICE_POLICIES: Mapping[str, DevicePolicy] = MappingProxyType(
+    {
+        "cpu": DevicePolicy(
+            steps_in_flight=1,
+            prefill_chunk=256,
+            warmup_tokens=32,
+            warmup_rows=2,
+            pool_tokens=24_576,
+            cache_share=0.25,
+        ),
+        "cuda": DevicePolicy(
+            steps_in_flight=2,
+            prefill_chunk=4096,
+            warmup_tokens=0,
+            warmup_rows=0,
+            pool_tokens=0,
+            cache_share=1.0,
+        ),
+    }
+)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from kagami_proto import generate_pb2 as pb
-from kagami_proto.values import Grammar, GrammarKind, SamplingParams
+from kagami_proto.values import DevicePolicy, Grammar, GrammarKind, SamplingParams
 
 _KINDS: Mapping[GrammarKind, pb.Grammar.Kind.ValueType] = {
     GrammarKind.JSON_SCHEMA: pb.Grammar.JSON_SCHEMA,
@@ -56,3 +56,27 @@ def grammar_to_pb(grammar: Grammar) -> pb.Grammar:
 def grammar_from_pb(message: pb.Grammar) -> Grammar:
     """The inverse of `grammar_to_pb`; raises KeyError on a kind that is not known."""
     return Grammar(_KINDS_BY_NUMBER[message.kind], message.source)
+
+
+def policy_to_pb(policy: DevicePolicy) -> pb.DevicePolicy:
+    """`policy` as the wire has it."""
+    return pb.DevicePolicy(
+        steps_in_flight=policy.steps_in_flight,
+        prefill_chunk=policy.prefill_chunk,
+        warmup_tokens=policy.warmup_tokens,
+        warmup_rows=policy.warmup_rows,
+        pool_tokens=policy.pool_tokens,
+        cache_share=policy.cache_share,
+    )
+
+
+def policy_from_pb(message: pb.DevicePolicy) -> DevicePolicy:
+    """The inverse of `policy_to_pb`."""
+    return DevicePolicy(
+        steps_in_flight=message.steps_in_flight,
+        prefill_chunk=message.prefill_chunk,
+        warmup_tokens=message.warmup_tokens,
+        warmup_rows=message.warmup_rows,
+        pool_tokens=message.pool_tokens,
+        cache_share=message.cache_share,
+    )

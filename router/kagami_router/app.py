@@ -23,6 +23,7 @@ from kagami_proto.errors import GenerationFailed, ShardLost
 from kagami_proto.open_tracing import open_tracing
 from kagami_proto.span_names import Key, SpanName
 from kagami_proto.tracing import NO_TRACING, Tracing, context_of, span
+from kagami_proto.values import DevicePolicy
 from kagami_router.api.native.service import TGI_VERSION, Door, Front
 from kagami_router.api.routes import make_app, make_metrics_app
 from kagami_router.api.schemas.native import Info
@@ -43,9 +44,6 @@ from kagami_router.text import chat_template, tokenizer
 from kagami_router.tools.formats import find_format
 
 logger = logging.getLogger(__name__)
-
-# Of the pool on a CPU, for prefixes that nobody uses at the moment.
-_CACHE_SHARE = 0.25
 
 # Objects that are alive before the collector looks for cycles. A step makes some thousand that all
 # die with it; Python's 700 has it look at them several times a step, a tenth of a token's cost.
@@ -197,7 +195,7 @@ async def _prepare(
         pool_tokens=pool_tokens,
         vocab_size=facts.vocab_size,
     )
-    scheduler = Scheduler(_scheduler_config(args, pool, device_type=facts.device_type))
+    scheduler = Scheduler(_scheduler_config(args, pool, facts.policy))
     metrics.model_ready(
         Capacity(
             max_input_tokens=limits.max_input_tokens,
@@ -277,7 +275,7 @@ def _max_step_tokens(args: RouterArgs) -> int:
     return max(args.max_batch_prefill_tokens, _max_batch_size(args))
 
 
-def _scheduler_config(args: RouterArgs, pool: Pool, *, device_type: str) -> SchedulerConfig:
+def _scheduler_config(args: RouterArgs, pool: Pool, policy: DevicePolicy) -> SchedulerConfig:
     return SchedulerConfig(
         num_blocks=pool.num_blocks,
         block_size=pool.block_size,
@@ -286,22 +284,20 @@ def _scheduler_config(args: RouterArgs, pool: Pool, *, device_type: str) -> Sche
         waiting_served_ratio=args.waiting_served_ratio,
         max_waiting_tokens=args.max_waiting_tokens,
         prefix_caching=args.prefix_caching,
-        # On a CPU the model's threads have all cores: what runs beside a step delays it by more
-        # than it takes itself (notes/0009).
-        max_steps_in_flight=1 if device_type == "cpu" else 2,
-        cache_grows_to=cache_grows_to(args, pool.num_blocks, device_type=device_type),
+        max_steps_in_flight=policy.steps_in_flight,
+        cache_grows_to=cache_grows_to(args, pool.num_blocks, policy.cache_share),
     )
 
 
-def cache_grows_to(args: RouterArgs, num_blocks: int, *, device_type: str) -> int | None:
-    """Up to how many blocks of cached prefixes the pool's memory is taken for them.
+def cache_grows_to(args: RouterArgs, num_blocks: int, share: float) -> int | None:
+    """Up to how many blocks of cached prefixes the pool's memory is taken for them; None: all.
 
-    On a CPU a block takes memory when it is first used: for running sequences always, for prefixes
-    that may never come again up to a share. Who says how large the pool is means all of it.
+    Where a block takes memory when it is first used, running sequences always may take it, and
+    prefixes that may never come again up to `share`. A pool size that was given means all of it.
     """
-    if device_type != "cpu" or args.max_batch_total_tokens is not None:
+    if share >= 1.0 or args.max_batch_total_tokens is not None:
         return None
-    return int(num_blocks * _CACHE_SHARE)
+    return int(num_blocks * share)
 
 
 def _check_arguments(args: RouterArgs) -> None:

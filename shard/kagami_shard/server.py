@@ -23,6 +23,8 @@ from kagami_proto.generate_pb2_grpc import add_TextGenerationServiceServicer_to_
 from kagami_proto.open_tracing import open_tracing
 from kagami_proto.span_names import Key, SpanName
 from kagami_proto.tracing import context_of, span
+from kagami_proto.values import DEVICE_POLICIES
+from kagami_proto.wire import policy_to_pb
 from kagami_shard.backends.native.select import LaterSwitch, switch_to_native, will_pack
 from kagami_shard.backends.select import select_attention
 from kagami_shard.cli import ServeArgs
@@ -207,6 +209,7 @@ def _facts(
         world_size=args.world_size,
         version=args.version,
         quantization=model.quantization,
+        policy=policy_to_pb(DEVICE_POLICIES[device.type]),
     )
 
 

@@ -15,6 +15,8 @@ import grpc.aio
 
 from kagami_proto import generate_pb2 as pb
 from kagami_proto import generate_pb2_grpc
+from kagami_proto.values import DEVICE_POLICIES
+from kagami_proto.wire import policy_to_pb
 
 VOCAB_SIZE = 257
 EOS = 256
@@ -244,6 +246,7 @@ class FakeShard(generate_pb2_grpc.TextGenerationServiceServicer):
             eos_token_ids=[EOS],
             world_size=1,
             version="0",
+            policy=policy_to_pb(DEVICE_POLICIES["cpu"]),
         )
 
     async def Health(self, request: pb.HealthRequest, context: object) -> pb.HealthResponse:

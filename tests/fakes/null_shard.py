@@ -17,6 +17,8 @@ import grpc.aio
 
 from kagami_proto import generate_pb2 as pb
 from kagami_proto import generate_pb2_grpc
+from kagami_proto.values import DEVICE_POLICIES
+from kagami_proto.wire import policy_to_pb
 
 BLOCK_SIZE = 16
 # Any ids do that are words of a BPE vocabulary; 1,000 to 1,063 are in every one.
@@ -66,6 +68,7 @@ class NullShard(generate_pb2_grpc.TextGenerationServiceServicer):
             block_size=BLOCK_SIZE,
             world_size=1,
             version="0",
+            policy=policy_to_pb(DEVICE_POLICIES["cpu"]),
         )
 
     async def Health(self, request: pb.HealthRequest, context: object) -> pb.HealthResponse:

@@ -3,8 +3,15 @@ from dataclasses import fields
 import pytest
 
 from kagami_proto import generate_pb2 as pb
-from kagami_proto.values import Grammar, GrammarKind, SamplingParams
-from kagami_proto.wire import grammar_from_pb, grammar_to_pb, sampling_from_pb, sampling_to_pb
+from kagami_proto.values import DEVICE_POLICIES, Grammar, GrammarKind, SamplingParams
+from kagami_proto.wire import (
+    grammar_from_pb,
+    grammar_to_pb,
+    policy_from_pb,
+    policy_to_pb,
+    sampling_from_pb,
+    sampling_to_pb,
+)
 
 # Every field differs from its default, and float32 holds every value exactly.
 UNUSUAL = SamplingParams(
@@ -54,3 +61,11 @@ def test_each_kind_of_grammar_has_its_own_number() -> None:
     numbers = {grammar_to_pb(Grammar(kind, "")).kind for kind in GrammarKind}
 
     assert numbers == set(pb.Grammar.Kind.values())
+
+
+@pytest.mark.parametrize("device_type", DEVICE_POLICIES)
+def test_a_devices_policy_comes_back_as_it_was_sent(device_type: str) -> None:
+    policy = DEVICE_POLICIES[device_type]
+    sent = policy_to_pb(policy).SerializeToString()
+
+    assert policy_from_pb(pb.DevicePolicy.FromString(sent)) == policy

@@ -221,18 +221,18 @@ def test_limits_that_cannot_be(flags: list[str], text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "device_type", "expected"),
+    ("flags", "share", "expected"),
     [
-        ([], "cpu", 200),
-        (["--max-batch-total-tokens", "1000"], "cpu", None),
-        ([], "cuda", None),
+        ([], 0.25, 200),
+        (["--max-batch-total-tokens", "1000"], 0.25, None),
+        ([], 1.0, None),
     ],
 )
-def test_on_a_cpu_cached_prefixes_take_memory_up_to_a_share_of_the_pool(
-    flags: list[str], device_type: str, expected: int | None, tmp_path: Path
+def test_cached_prefixes_take_memory_up_to_the_devices_share_of_the_pool(
+    flags: list[str], share: float, expected: int | None, tmp_path: Path
 ) -> None:
     args = args_for(tmp_path, *flags)
-    assert cache_grows_to(args, 800, device_type=device_type) == expected
+    assert cache_grows_to(args, 800, share) == expected
 
 
 async def test_contradicting_flags_end_at_once(

@@ -24,8 +24,8 @@ from kagami_proto import generate_pb2 as pb
 from kagami_proto import generate_pb2_grpc
 from kagami_proto.errors import GenerationFailed, InvalidRequest, ShardLost
 from kagami_proto.tracing import headers_of
-from kagami_proto.values import Grammar
-from kagami_proto.wire import grammar_to_pb, sampling_to_pb
+from kagami_proto.values import DevicePolicy, Grammar
+from kagami_proto.wire import grammar_to_pb, policy_from_pb, sampling_to_pb
 from kagami_router.request.token_log import TopToken
 from kagami_router.scheduler.step import (
     Failure,
@@ -74,6 +74,7 @@ class ShardInfo:
     version: str
     quantization: str
     """"int8", "gptq", …; empty: the weights are not quantized."""
+    policy: DevicePolicy
 
 
 @dataclass(frozen=True, slots=True)
@@ -319,6 +320,7 @@ def _info_from_pb(info: pb.InfoResponse) -> ShardInfo:
         world_size=info.world_size,
         version=info.version,
         quantization=info.quantization,
+        policy=policy_from_pb(info.policy),
     )
 
 
