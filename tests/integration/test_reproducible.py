@@ -1,5 +1,6 @@
 """Output does not depend on batch-mates, pool size, preemption or restart."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,3 +73,36 @@ async def test_a_restarted_server_draws_the_same(server: Server, tmp_path: Path)
 
     with running(tmp_path, "--dtype", "float32") as second:
         assert await text_alone(second) == alone
+
+
+@pytest.fixture(scope="module", params=[(), ("--quantize", "int8")], ids=["bf16", "int8"])
+def native_servers(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Server, Server]]:
+    """As served by default: with room for all, and with a pool that is too small for all."""
+    with (
+        running(tmp_path_factory.mktemp("roomy"), *request.param) as roomy,
+        running(tmp_path_factory.mktemp("small"), *request.param, *SMALL_POOL) as small,
+    ):
+        yield roomy, small
+
+
+def tokens_of(answer: dict[str, Any]) -> list[tuple[int, float]]:
+    return [(token["id"], token["logprob"]) for token in answer["details"]["tokens"]]
+
+
+async def test_greedy_ids_and_logprobs_are_the_same_bits_alone_together_and_after_preemptions(
+    native_servers: tuple[Server, Server],
+) -> None:
+    roomy, small = native_servers
+    prompts = [f"{number}. " + "A tale of two cities. " * 22 for number in range(6)]
+    alone = await generate_all(roomy.url, prompts, max_new_tokens=60)
+    expected = [tokens_of(answer) for answer in alone]
+    before = small.metric("tgi_preemptions_total")
+
+    beside = await generate_all(roomy.url, prompts, at_once=6, others=3, max_new_tokens=60)
+    preempted = await generate_together(small.url, prompts, max_new_tokens=60)
+
+    assert small.metric("tgi_preemptions_total") > before
+    assert [tokens_of(answer) for answer in beside] == expected
+    assert [tokens_of(answer) for answer in preempted] == expected
