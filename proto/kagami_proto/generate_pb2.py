@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bkagami_proto/generate.proto\x12\tkagami.v1\"\r\n\x0bInfoRequest\"\xa1\x02\n\x0cInfoResponse\x12\x12\n\nmodel_type\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\x13\n\x0b\x64\x65vice_type\x18\x03 \x01(\t\x12\x11\n\tattention\x18\x04 \x01(\t\x12\x12\n\nvocab_size\x18\x05 \x01(\r\x12\x15\n\rmax_positions\x18\x06 \x01(\r\x12\x12\n\nblock_size\x18\x07 \x01(\r\x12\x15\n\reos_token_ids\x18\x08 \x03(\r\x12\x0c\n\x04rank\x18\t \x01(\r\x12\x12\n\nworld_size\x18\n \x01(\r\x12\x0f\n\x07version\x18\x0b \x01(\t\x12\x14\n\x0cquantization\x18\x0c \x01(\t\x12\'\n\x06policy\x18\r \x01(\x0b\x32\x17.kagami.v1.DevicePolicy\"\x94\x01\n\x0c\x44\x65vicePolicy\x12\x17\n\x0fsteps_in_flight\x18\x01 \x01(\r\x12\x15\n\rprefill_chunk\x18\x02 \x01(\r\x12\x15\n\rwarmup_tokens\x18\x03 \x01(\r\x12\x13\n\x0bwarmup_rows\x18\x04 \x01(\r\x12\x13\n\x0bpool_tokens\x18\x05 \x01(\r\x12\x13\n\x0b\x63\x61\x63he_share\x18\x06 \x01(\x01\"\x0f\n\rHealthRequest\"\\\n\x0eHealthResponse\x12\x11\n\tlast_step\x18\x01 \x01(\x04\x12\x18\n\x10last_step_age_ns\x18\x02 \x01(\x04\x12\x0c\n\x04\x62usy\x18\x03 \x01(\x08\x12\x0f\n\x07\x62usy_ns\x18\x04 \x01(\x04\"s\n\rWarmupRequest\x12\x17\n\x0fmax_step_tokens\x18\x01 \x01(\r\x12\x16\n\x0emax_batch_size\x18\x02 \x01(\r\x12\x18\n\x10max_total_tokens\x18\x03 \x01(\r\x12\x17\n\x0fmax_pool_tokens\x18\x04 \x01(\r\"\xa4\x01\n\x0eWarmupResponse\x12\x12\n\nnum_blocks\x18\x01 \x01(\r\x12\x12\n\nblock_size\x18\x02 \x01(\r\x12\x10\n\x08kv_bytes\x18\x03 \x01(\x04\x12\x12\n\nelapsed_ns\x18\x04 \x01(\x04\x12\x14\n\x0cweight_bytes\x18\x05 \x01(\x04\x12\x16\n\x0ekv_token_bytes\x18\x06 \x01(\x04\x12\x16\n\x0eread_bandwidth\x18\x07 \x01(\x04\"\xbe\x01\n\x04Step\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12-\n\rnew_sequences\x18\x02 \x03(\x0b\x32\x16.kagami.v1.NewSequence\x12\x14\n\x08\x64rop_ids\x18\x03 \x03(\x04\x42\x02\x10\x01\x12\x0f\n\x03ids\x18\x04 \x03(\x04\x42\x02\x10\x01\x12\x15\n\tpositions\x18\x05 \x03(\rB\x02\x10\x01\x12\x12\n\x06\x63ounts\x18\x06 \x03(\rB\x02\x10\x01\x12%\n\x06grants\x18\x07 \x03(\x0b\x32\x15.kagami.v1.BlockGrant\",\n\nBlockGrant\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x12\n\x06\x62locks\x18\x02 \x03(\rB\x02\x10\x01\"\xa5\x02\n\x0bNewSequence\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x15\n\ttoken_ids\x18\x02 \x03(\rB\x02\x10\x01\x12\x19\n\x11num_prompt_tokens\x18\x03 \x01(\r\x12/\n\x08sampling\x18\x04 \x01(\x0b\x32\x1d.kagami.v1.SamplingParameters\x12\x14\n\x0ctop_n_tokens\x18\x05 \x01(\r\x12\x17\n\x0fprompt_logprobs\x18\x06 \x01(\x08\x12#\n\x07grammar\x18\x07 \x01(\x0b\x32\x12.kagami.v1.Grammar\x12\x12\n\nadapter_id\x18\x08 \x01(\t\x12\x13\n\x0btraceparent\x18\t \x01(\t\x12\x12\n\ntracestate\x18\n \x01(\t\x12\x16\n\x0e\x64\x65\x63ode_span_id\x18\x0b \x01(\x06\"\x89\x02\n\x12SamplingParameters\x12\x11\n\tdo_sample\x18\x01 \x01(\x08\x12\x0c\n\x04seed\x18\x02 \x01(\x04\x12\x13\n\x0btemperature\x18\x03 \x01(\x02\x12\r\n\x05top_k\x18\x04 \x01(\r\x12\r\n\x05top_p\x18\x05 \x01(\x02\x12\x11\n\ttypical_p\x18\x06 \x01(\x02\x12\x1a\n\x12repetition_penalty\x18\x07 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x08 \x01(\x02\x12\x18\n\x10presence_penalty\x18\t \x01(\x02\x12\x14\n\x08\x62ias_ids\x18\n \x03(\rB\x02\x10\x01\x12\x12\n\x06\x62iases\x18\x0b \x03(\x02\x42\x02\x10\x01\x12\x11\n\twatermark\x18\x0c \x01(\x08\"n\n\x07Grammar\x12%\n\x04kind\x18\x01 \x01(\x0e\x32\x17.kagami.v1.Grammar.Kind\x12\x0e\n\x06source\x18\x02 \x01(\t\",\n\x04Kind\x12\x0f\n\x0bJSON_SCHEMA\x10\x00\x12\t\n\x05REGEX\x10\x01\x12\x08\n\x04LARK\x10\x02\";\n\x16\x43ompileGrammarResponse\x12\r\n\x05\x65rror\x18\x01 \x01(\t\x12\x12\n\nelapsed_ns\x18\x02 \x01(\x04\"\xf2\x02\n\nStepResult\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x0f\n\x03ids\x18\x02 \x03(\x04\x42\x02\x10\x01\x12\x15\n\ttoken_ids\x18\x03 \x03(\rB\x02\x10\x01\x12\x14\n\x08logprobs\x18\x04 \x03(\x02\x42\x02\x10\x01\x12(\n\ntop_tokens\x18\x05 \x03(\x0b\x32\x14.kagami.v1.TopTokens\x12\x32\n\x0fprompt_logprobs\x18\x06 \x03(\x0b\x32\x19.kagami.v1.PromptLogprobs\x12,\n\x08\x66\x61ilures\x18\x07 \x03(\x0b\x32\x1a.kagami.v1.SequenceFailure\x12\r\n\x05\x65rror\x18\x08 \x01(\t\x12\x15\n\rout_of_memory\x18\t \x01(\x08\x12\x0f\n\x07host_ns\x18\n \x01(\x04\x12\x11\n\tdevice_ns\x18\x0b \x01(\x04\x12\x13\n\x0bsampling_ns\x18\r \x01(\x04\x12\x14\n\x0c\x61\x64mission_ns\x18\x0e \x01(\x04\x12\x15\n\rspans_dropped\x18\x0c \x01(\x04\"G\n\tTopTokens\x12\r\n\x05index\x18\x01 \x01(\r\x12\x15\n\ttoken_ids\x18\x02 \x03(\rB\x02\x10\x01\x12\x14\n\x08logprobs\x18\x03 \x03(\x02\x42\x02\x10\x01\"\x8e\x01\n\x0ePromptLogprobs\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x16\n\x0e\x66irst_position\x18\x02 \x01(\r\x12\x14\n\x08logprobs\x18\x03 \x03(\x02\x42\x02\x10\x01\x12\r\n\x05top_n\x18\x04 \x01(\r\x12\x19\n\rtop_token_ids\x18\x05 \x03(\rB\x02\x10\x01\x12\x18\n\x0ctop_logprobs\x18\x06 \x03(\x02\x42\x02\x10\x01\".\n\x0fSequenceFailure\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x0f\n\x07message\x18\x02 \x01(\t2\xca\x02\n\x15TextGenerationService\x12\x37\n\x04Info\x12\x16.kagami.v1.InfoRequest\x1a\x17.kagami.v1.InfoResponse\x12=\n\x06Health\x12\x18.kagami.v1.HealthRequest\x1a\x19.kagami.v1.HealthResponse\x12=\n\x06Warmup\x12\x18.kagami.v1.WarmupRequest\x1a\x19.kagami.v1.WarmupResponse\x12G\n\x0e\x43ompileGrammar\x12\x12.kagami.v1.Grammar\x1a!.kagami.v1.CompileGrammarResponse\x12\x31\n\x03Run\x12\x0f.kagami.v1.Step\x1a\x15.kagami.v1.StepResult(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bkagami_proto/generate.proto\x12\tkagami.v1\"\r\n\x0bInfoRequest\"\xa1\x02\n\x0cInfoResponse\x12\x12\n\nmodel_type\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\x13\n\x0b\x64\x65vice_type\x18\x03 \x01(\t\x12\x11\n\tattention\x18\x04 \x01(\t\x12\x12\n\nvocab_size\x18\x05 \x01(\r\x12\x15\n\rmax_positions\x18\x06 \x01(\r\x12\x12\n\nblock_size\x18\x07 \x01(\r\x12\x15\n\reos_token_ids\x18\x08 \x03(\r\x12\x0c\n\x04rank\x18\t \x01(\r\x12\x12\n\nworld_size\x18\n \x01(\r\x12\x0f\n\x07version\x18\x0b \x01(\t\x12\x14\n\x0cquantization\x18\x0c \x01(\t\x12\'\n\x06policy\x18\r \x01(\x0b\x32\x17.kagami.v1.DevicePolicy\"\x94\x01\n\x0c\x44\x65vicePolicy\x12\x17\n\x0fsteps_in_flight\x18\x01 \x01(\r\x12\x15\n\rprefill_chunk\x18\x02 \x01(\r\x12\x15\n\rwarmup_tokens\x18\x03 \x01(\r\x12\x13\n\x0bwarmup_rows\x18\x04 \x01(\r\x12\x13\n\x0bpool_tokens\x18\x05 \x01(\r\x12\x13\n\x0b\x63\x61\x63he_share\x18\x06 \x01(\x01\"\x0f\n\rHealthRequest\"\\\n\x0eHealthResponse\x12\x11\n\tlast_step\x18\x01 \x01(\x04\x12\x18\n\x10last_step_age_ns\x18\x02 \x01(\x04\x12\x0c\n\x04\x62usy\x18\x03 \x01(\x08\x12\x0f\n\x07\x62usy_ns\x18\x04 \x01(\x04\"s\n\rWarmupRequest\x12\x17\n\x0fmax_step_tokens\x18\x01 \x01(\r\x12\x16\n\x0emax_batch_size\x18\x02 \x01(\r\x12\x18\n\x10max_total_tokens\x18\x03 \x01(\r\x12\x17\n\x0fmax_pool_tokens\x18\x04 \x01(\r\"\xa4\x01\n\x0eWarmupResponse\x12\x12\n\nnum_blocks\x18\x01 \x01(\r\x12\x12\n\nblock_size\x18\x02 \x01(\r\x12\x10\n\x08kv_bytes\x18\x03 \x01(\x04\x12\x12\n\nelapsed_ns\x18\x04 \x01(\x04\x12\x14\n\x0cweight_bytes\x18\x05 \x01(\x04\x12\x16\n\x0ekv_token_bytes\x18\x06 \x01(\x04\x12\x16\n\x0eread_bandwidth\x18\x07 \x01(\x04\"\x83\x02\n\x04Step\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12-\n\rnew_sequences\x18\x02 \x03(\x0b\x32\x16.kagami.v1.NewSequence\x12\x14\n\x08\x64rop_ids\x18\x03 \x03(\x04\x42\x02\x10\x01\x12\x0f\n\x03ids\x18\x04 \x03(\x04\x42\x02\x10\x01\x12\x15\n\tpositions\x18\x05 \x03(\rB\x02\x10\x01\x12\x12\n\x06\x63ounts\x18\x06 \x03(\rB\x02\x10\x01\x12%\n\x06grants\x18\x07 \x03(\x0b\x32\x15.kagami.v1.BlockGrant\x12!\n\x06wanted\x18\x08 \x03(\x0e\x32\x11.kagami.v1.Wanted\x12 \n\x06\x64rafts\x18\t \x03(\x0b\x32\x10.kagami.v1.Draft\"*\n\x05\x44raft\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x15\n\ttoken_ids\x18\x02 \x03(\rB\x02\x10\x01\",\n\nBlockGrant\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x12\n\x06\x62locks\x18\x02 \x03(\rB\x02\x10\x01\"\xa5\x02\n\x0bNewSequence\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x15\n\ttoken_ids\x18\x02 \x03(\rB\x02\x10\x01\x12\x19\n\x11num_prompt_tokens\x18\x03 \x01(\r\x12/\n\x08sampling\x18\x04 \x01(\x0b\x32\x1d.kagami.v1.SamplingParameters\x12\x14\n\x0ctop_n_tokens\x18\x05 \x01(\r\x12\x17\n\x0fprompt_logprobs\x18\x06 \x01(\x08\x12#\n\x07grammar\x18\x07 \x01(\x0b\x32\x12.kagami.v1.Grammar\x12\x12\n\nadapter_id\x18\x08 \x01(\t\x12\x13\n\x0btraceparent\x18\t \x01(\t\x12\x12\n\ntracestate\x18\n \x01(\t\x12\x16\n\x0e\x64\x65\x63ode_span_id\x18\x0b \x01(\x06\"\x89\x02\n\x12SamplingParameters\x12\x11\n\tdo_sample\x18\x01 \x01(\x08\x12\x0c\n\x04seed\x18\x02 \x01(\x04\x12\x13\n\x0btemperature\x18\x03 \x01(\x02\x12\r\n\x05top_k\x18\x04 \x01(\r\x12\r\n\x05top_p\x18\x05 \x01(\x02\x12\x11\n\ttypical_p\x18\x06 \x01(\x02\x12\x1a\n\x12repetition_penalty\x18\x07 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x08 \x01(\x02\x12\x18\n\x10presence_penalty\x18\t \x01(\x02\x12\x14\n\x08\x62ias_ids\x18\n \x03(\rB\x02\x10\x01\x12\x12\n\x06\x62iases\x18\x0b \x03(\x02\x42\x02\x10\x01\x12\x11\n\twatermark\x18\x0c \x01(\x08\"n\n\x07Grammar\x12%\n\x04kind\x18\x01 \x01(\x0e\x32\x17.kagami.v1.Grammar.Kind\x12\x0e\n\x06source\x18\x02 \x01(\t\",\n\x04Kind\x12\x0f\n\x0bJSON_SCHEMA\x10\x00\x12\t\n\x05REGEX\x10\x01\x12\x08\n\x04LARK\x10\x02\";\n\x16\x43ompileGrammarResponse\x12\r\n\x05\x65rror\x18\x01 \x01(\t\x12\x12\n\nelapsed_ns\x18\x02 \x01(\x04\"\x96\x03\n\nStepResult\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x0f\n\x03ids\x18\x02 \x03(\x04\x42\x02\x10\x01\x12\x15\n\ttoken_ids\x18\x03 \x03(\rB\x02\x10\x01\x12\x14\n\x08logprobs\x18\x04 \x03(\x02\x42\x02\x10\x01\x12(\n\ntop_tokens\x18\x05 \x03(\x0b\x32\x14.kagami.v1.TopTokens\x12\x32\n\x0fprompt_logprobs\x18\x06 \x03(\x0b\x32\x19.kagami.v1.PromptLogprobs\x12,\n\x08\x66\x61ilures\x18\x07 \x03(\x0b\x32\x1a.kagami.v1.SequenceFailure\x12\r\n\x05\x65rror\x18\x08 \x01(\t\x12\x15\n\rout_of_memory\x18\t \x01(\x08\x12\x0f\n\x07host_ns\x18\n \x01(\x04\x12\x11\n\tdevice_ns\x18\x0b \x01(\x04\x12\x13\n\x0bsampling_ns\x18\r \x01(\x04\x12\x14\n\x0c\x61\x64mission_ns\x18\x0e \x01(\x04\x12\x15\n\rspans_dropped\x18\x0c \x01(\x04\x12\"\n\x07vectors\x18\x0f \x03(\x0b\x32\x11.kagami.v1.Vector\"(\n\x06Vector\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x12\n\x06values\x18\x02 \x03(\x02\x42\x02\x10\x01\"G\n\tTopTokens\x12\r\n\x05index\x18\x01 \x01(\r\x12\x15\n\ttoken_ids\x18\x02 \x03(\rB\x02\x10\x01\x12\x14\n\x08logprobs\x18\x03 \x03(\x02\x42\x02\x10\x01\"\x8e\x01\n\x0ePromptLogprobs\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x16\n\x0e\x66irst_position\x18\x02 \x01(\r\x12\x14\n\x08logprobs\x18\x03 \x03(\x02\x42\x02\x10\x01\x12\r\n\x05top_n\x18\x04 \x01(\r\x12\x19\n\rtop_token_ids\x18\x05 \x03(\rB\x02\x10\x01\x12\x18\n\x0ctop_logprobs\x18\x06 \x03(\x02\x42\x02\x10\x01\".\n\x0fSequenceFailure\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x0f\n\x07message\x18\x02 \x01(\t*<\n\x06Wanted\x12\r\n\tONE_TOKEN\x10\x00\x12\x0b\n\x07NOTHING\x10\x01\x12\n\n\x06VERIFY\x10\x02\x12\n\n\x06VECTOR\x10\x03\x32\xca\x02\n\x15TextGenerationService\x12\x37\n\x04Info\x12\x16.kagami.v1.InfoRequest\x1a\x17.kagami.v1.InfoResponse\x12=\n\x06Health\x12\x18.kagami.v1.HealthRequest\x1a\x19.kagami.v1.HealthResponse\x12=\n\x06Warmup\x12\x18.kagami.v1.WarmupRequest\x1a\x19.kagami.v1.WarmupResponse\x12G\n\x0e\x43ompileGrammar\x12\x12.kagami.v1.Grammar\x1a!.kagami.v1.CompileGrammarResponse\x12\x31\n\x03Run\x12\x0f.kagami.v1.Step\x1a\x15.kagami.v1.StepResult(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,6 +39,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STEP'].fields_by_name['positions']._serialized_options = b'\020\001'
   _globals['_STEP'].fields_by_name['counts']._loaded_options = None
   _globals['_STEP'].fields_by_name['counts']._serialized_options = b'\020\001'
+  _globals['_DRAFT'].fields_by_name['token_ids']._loaded_options = None
+  _globals['_DRAFT'].fields_by_name['token_ids']._serialized_options = b'\020\001'
   _globals['_BLOCKGRANT'].fields_by_name['blocks']._loaded_options = None
   _globals['_BLOCKGRANT'].fields_by_name['blocks']._serialized_options = b'\020\001'
   _globals['_NEWSEQUENCE'].fields_by_name['token_ids']._loaded_options = None
@@ -53,6 +55,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STEPRESULT'].fields_by_name['token_ids']._serialized_options = b'\020\001'
   _globals['_STEPRESULT'].fields_by_name['logprobs']._loaded_options = None
   _globals['_STEPRESULT'].fields_by_name['logprobs']._serialized_options = b'\020\001'
+  _globals['_VECTOR'].fields_by_name['values']._loaded_options = None
+  _globals['_VECTOR'].fields_by_name['values']._serialized_options = b'\020\001'
   _globals['_TOPTOKENS'].fields_by_name['token_ids']._loaded_options = None
   _globals['_TOPTOKENS'].fields_by_name['token_ids']._serialized_options = b'\020\001'
   _globals['_TOPTOKENS'].fields_by_name['logprobs']._loaded_options = None
@@ -63,6 +67,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PROMPTLOGPROBS'].fields_by_name['top_token_ids']._serialized_options = b'\020\001'
   _globals['_PROMPTLOGPROBS'].fields_by_name['top_logprobs']._loaded_options = None
   _globals['_PROMPTLOGPROBS'].fields_by_name['top_logprobs']._serialized_options = b'\020\001'
+  _globals['_WANTED']._serialized_start=2701
+  _globals['_WANTED']._serialized_end=2761
   _globals['_INFOREQUEST']._serialized_start=42
   _globals['_INFOREQUEST']._serialized_end=55
   _globals['_INFORESPONSE']._serialized_start=58
@@ -78,27 +84,31 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WARMUPRESPONSE']._serialized_start=729
   _globals['_WARMUPRESPONSE']._serialized_end=893
   _globals['_STEP']._serialized_start=896
-  _globals['_STEP']._serialized_end=1086
-  _globals['_BLOCKGRANT']._serialized_start=1088
-  _globals['_BLOCKGRANT']._serialized_end=1132
-  _globals['_NEWSEQUENCE']._serialized_start=1135
-  _globals['_NEWSEQUENCE']._serialized_end=1428
-  _globals['_SAMPLINGPARAMETERS']._serialized_start=1431
-  _globals['_SAMPLINGPARAMETERS']._serialized_end=1696
-  _globals['_GRAMMAR']._serialized_start=1698
-  _globals['_GRAMMAR']._serialized_end=1808
-  _globals['_GRAMMAR_KIND']._serialized_start=1764
-  _globals['_GRAMMAR_KIND']._serialized_end=1808
-  _globals['_COMPILEGRAMMARRESPONSE']._serialized_start=1810
-  _globals['_COMPILEGRAMMARRESPONSE']._serialized_end=1869
-  _globals['_STEPRESULT']._serialized_start=1872
-  _globals['_STEPRESULT']._serialized_end=2242
-  _globals['_TOPTOKENS']._serialized_start=2244
-  _globals['_TOPTOKENS']._serialized_end=2315
-  _globals['_PROMPTLOGPROBS']._serialized_start=2318
-  _globals['_PROMPTLOGPROBS']._serialized_end=2460
-  _globals['_SEQUENCEFAILURE']._serialized_start=2462
-  _globals['_SEQUENCEFAILURE']._serialized_end=2508
-  _globals['_TEXTGENERATIONSERVICE']._serialized_start=2511
-  _globals['_TEXTGENERATIONSERVICE']._serialized_end=2841
+  _globals['_STEP']._serialized_end=1155
+  _globals['_DRAFT']._serialized_start=1157
+  _globals['_DRAFT']._serialized_end=1199
+  _globals['_BLOCKGRANT']._serialized_start=1201
+  _globals['_BLOCKGRANT']._serialized_end=1245
+  _globals['_NEWSEQUENCE']._serialized_start=1248
+  _globals['_NEWSEQUENCE']._serialized_end=1541
+  _globals['_SAMPLINGPARAMETERS']._serialized_start=1544
+  _globals['_SAMPLINGPARAMETERS']._serialized_end=1809
+  _globals['_GRAMMAR']._serialized_start=1811
+  _globals['_GRAMMAR']._serialized_end=1921
+  _globals['_GRAMMAR_KIND']._serialized_start=1877
+  _globals['_GRAMMAR_KIND']._serialized_end=1921
+  _globals['_COMPILEGRAMMARRESPONSE']._serialized_start=1923
+  _globals['_COMPILEGRAMMARRESPONSE']._serialized_end=1982
+  _globals['_STEPRESULT']._serialized_start=1985
+  _globals['_STEPRESULT']._serialized_end=2391
+  _globals['_VECTOR']._serialized_start=2393
+  _globals['_VECTOR']._serialized_end=2433
+  _globals['_TOPTOKENS']._serialized_start=2435
+  _globals['_TOPTOKENS']._serialized_end=2506
+  _globals['_PROMPTLOGPROBS']._serialized_start=2509
+  _globals['_PROMPTLOGPROBS']._serialized_end=2651
+  _globals['_SEQUENCEFAILURE']._serialized_start=2653
+  _globals['_SEQUENCEFAILURE']._serialized_end=2699
+  _globals['_TEXTGENERATIONSERVICE']._serialized_start=2764
+  _globals['_TEXTGENERATIONSERVICE']._serialized_end=3094
 # @@protoc_insertion_point(module_scope)

@@ -26,6 +26,38 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _Wanted:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _WantedEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Wanted.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ONE_TOKEN: _Wanted.ValueType  # 0
+    """sampled behind its last token, which is the last one known of the sequence"""
+    NOTHING: _Wanted.ValueType  # 1
+    """more of the prompt follows"""
+    VERIFY: _Wanted.ValueType  # 2
+    """its tokens are the last known one and k drafted ones: 1 to k + 1 ids come back,"""
+    VECTOR: _Wanted.ValueType  # 3
+    """the drafted ones that sampling agrees with, and the one sampled behind them
+    the hidden state of its last token
+    """
+
+class Wanted(_Wanted, metaclass=_WantedEnumTypeWrapper):
+    """What one entry of a step's work brings beside its KV."""
+
+ONE_TOKEN: Wanted.ValueType  # 0
+"""sampled behind its last token, which is the last one known of the sequence"""
+NOTHING: Wanted.ValueType  # 1
+"""more of the prompt follows"""
+VERIFY: Wanted.ValueType  # 2
+"""its tokens are the last known one and k drafted ones: 1 to k + 1 ids come back,"""
+VECTOR: Wanted.ValueType  # 3
+"""the drafted ones that sampling agrees with, and the one sampled behind them
+the hidden state of its last token
+"""
+Global___Wanted: _TypeAlias = Wanted  # noqa: Y015
+
 @_typing.final
 class InfoRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
@@ -286,6 +318,8 @@ class Step(_message.Message):
     POSITIONS_FIELD_NUMBER: _builtins.int
     COUNTS_FIELD_NUMBER: _builtins.int
     GRANTS_FIELD_NUMBER: _builtins.int
+    WANTED_FIELD_NUMBER: _builtins.int
+    DRAFTS_FIELD_NUMBER: _builtins.int
     number: _builtins.int
     """1, 2, 3, … within one stream"""
     @_builtins.property
@@ -297,9 +331,9 @@ class Step(_message.Message):
     @_builtins.property
     def ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Work, one entry per sequence in each column: compute the KV of `counts[i]` tokens of
-        sequence `ids[i]` from `positions[i]` on, and sample one token after the last of them when
-        they reach the end of what is known of the sequence. A decode is a count of 1 whose token
-        may be the one that the step before this sampled and whose result the router has not read.
+        sequence `ids[i]` from `positions[i]` on, and bring what `wanted[i]` says. A decode is a count
+        of 1 whose token may be the one that the step before this sampled and whose result the router
+        has not read.
         """
 
     @_builtins.property
@@ -309,6 +343,14 @@ class Step(_message.Message):
     @_builtins.property
     def grants(self) -> _containers.RepeatedCompositeFieldContainer[Global___BlockGrant]:
         """blocks appended to block tables before the work"""
+
+    @_builtins.property
+    def wanted(self) -> _containers.RepeatedScalarFieldContainer[Global___Wanted.ValueType]:
+        """empty = one token of every entry"""
+
+    @_builtins.property
+    def drafts(self) -> _containers.RepeatedCompositeFieldContainer[Global___Draft]:
+        """one for each entry that wants VERIFY, in their order"""
 
     def __init__(
         self,
@@ -320,14 +362,41 @@ class Step(_message.Message):
         positions: _abc.Iterable[_builtins.int] | None = ...,
         counts: _abc.Iterable[_builtins.int] | None = ...,
         grants: _abc.Iterable[Global___BlockGrant] | None = ...,
+        wanted: _abc.Iterable[Global___Wanted.ValueType] | None = ...,
+        drafts: _abc.Iterable[Global___Draft] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["counts", b"counts", "drop_ids", b"drop_ids", "grants", b"grants", "ids", b"ids", "new_sequences", b"new_sequences", "number", b"number", "positions", b"positions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["counts", b"counts", "drafts", b"drafts", "drop_ids", b"drop_ids", "grants", b"grants", "ids", b"ids", "new_sequences", b"new_sequences", "number", b"number", "positions", b"positions", "wanted", b"wanted"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Step: _TypeAlias = Step  # noqa: Y015
+
+@_typing.final
+class Draft(_message.Message):
+    """Ids that somebody guessed to be next in a sequence; not part of it until a result brings them."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    id: _builtins.int
+    @_builtins.property
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        id: _builtins.int = ...,
+        token_ids: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "token_ids", b"token_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Draft: _TypeAlias = Draft  # noqa: Y015
 
 @_typing.final
 class BlockGrant(_message.Message):
@@ -566,6 +635,7 @@ class StepResult(_message.Message):
     SAMPLING_NS_FIELD_NUMBER: _builtins.int
     ADMISSION_NS_FIELD_NUMBER: _builtins.int
     SPANS_DROPPED_FIELD_NUMBER: _builtins.int
+    VECTORS_FIELD_NUMBER: _builtins.int
     number: _builtins.int
     error: _builtins.str
     """not empty: the forward pass failed, nothing of this step was computed"""
@@ -582,7 +652,7 @@ class StepResult(_message.Message):
     """spans that this shard could not export since it started"""
     @_builtins.property
     def ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Sampled tokens, one entry per token in each column."""
+        """Sampled tokens, one entry per token in each column; those of one sequence in their order."""
 
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
@@ -598,6 +668,8 @@ class StepResult(_message.Message):
     def failures(self) -> _containers.RepeatedCompositeFieldContainer[Global___SequenceFailure]:
         """these sequences are dropped, the others went on"""
 
+    @_builtins.property
+    def vectors(self) -> _containers.RepeatedCompositeFieldContainer[Global___Vector]: ...
     def __init__(
         self,
         *,
@@ -615,14 +687,38 @@ class StepResult(_message.Message):
         sampling_ns: _builtins.int = ...,
         admission_ns: _builtins.int = ...,
         spans_dropped: _builtins.int = ...,
+        vectors: _abc.Iterable[Global___Vector] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["admission_ns", b"admission_ns", "device_ns", b"device_ns", "error", b"error", "failures", b"failures", "host_ns", b"host_ns", "ids", b"ids", "logprobs", b"logprobs", "number", b"number", "out_of_memory", b"out_of_memory", "prompt_logprobs", b"prompt_logprobs", "sampling_ns", b"sampling_ns", "spans_dropped", b"spans_dropped", "token_ids", b"token_ids", "top_tokens", b"top_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admission_ns", b"admission_ns", "device_ns", b"device_ns", "error", b"error", "failures", b"failures", "host_ns", b"host_ns", "ids", b"ids", "logprobs", b"logprobs", "number", b"number", "out_of_memory", b"out_of_memory", "prompt_logprobs", b"prompt_logprobs", "sampling_ns", b"sampling_ns", "spans_dropped", b"spans_dropped", "token_ids", b"token_ids", "top_tokens", b"top_tokens", "vectors", b"vectors"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StepResult: _TypeAlias = StepResult  # noqa: Y015
+
+@_typing.final
+class Vector(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    VALUES_FIELD_NUMBER: _builtins.int
+    id: _builtins.int
+    @_builtins.property
+    def values(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    def __init__(
+        self,
+        *,
+        id: _builtins.int = ...,
+        values: _abc.Iterable[_builtins.float] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "values", b"values"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Vector: _TypeAlias = Vector  # noqa: Y015
 
 @_typing.final
 class TopTokens(_message.Message):

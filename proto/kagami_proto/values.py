@@ -1,4 +1,5 @@
-"""Values that two parts share: what a request asks of the sampler, what a device is good at.
+"""Values that two parts share: what a request asks of the sampler, what work brings, what a device
+is good at.
 
 Their form on the wire is in `wire.py`: nobody but the two ends of the wire imports protobuf.
 """
@@ -100,3 +101,16 @@ DEVICE_POLICIES: Mapping[str, DevicePolicy] = MappingProxyType(
         ),
     }
 )
+
+
+class Wanted(enum.IntEnum):
+    """What one work item of a step brings beside its KV."""
+
+    ONE_TOKEN = 0
+    """The token behind its last one."""
+    NOTHING = 1
+    """More of the prompt follows."""
+    VERIFY = 2
+    """It ends in k drafted tokens: as many as the model agrees with, and one more, 1 to k + 1."""
+    VECTOR = 3
+    """The hidden state of its last token."""

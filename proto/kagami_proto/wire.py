@@ -1,9 +1,9 @@
 """The values of `values.py` to the wire and back; each converter stands beside its inverse."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from kagami_proto import generate_pb2 as pb
-from kagami_proto.values import DevicePolicy, Grammar, GrammarKind, SamplingParams
+from kagami_proto.values import DevicePolicy, Grammar, GrammarKind, SamplingParams, Wanted
 
 _KINDS: Mapping[GrammarKind, pb.Grammar.Kind.ValueType] = {
     GrammarKind.JSON_SCHEMA: pb.Grammar.JSON_SCHEMA,
@@ -11,6 +11,13 @@ _KINDS: Mapping[GrammarKind, pb.Grammar.Kind.ValueType] = {
     GrammarKind.LARK: pb.Grammar.LARK,
 }
 _KINDS_BY_NUMBER = {number: kind for kind, number in _KINDS.items()}
+_WANTED: Mapping[Wanted, pb.Wanted.ValueType] = {
+    Wanted.ONE_TOKEN: pb.ONE_TOKEN,
+    Wanted.NOTHING: pb.NOTHING,
+    Wanted.VERIFY: pb.VERIFY,
+    Wanted.VECTOR: pb.VECTOR,
+}
+_WANTED_BY_NUMBER = {number: wanted for wanted, number in _WANTED.items()}
 
 
 def sampling_to_pb(params: SamplingParams) -> pb.SamplingParameters:
@@ -80,3 +87,13 @@ def policy_from_pb(message: pb.DevicePolicy) -> DevicePolicy:
         pool_tokens=message.pool_tokens,
         cache_share=message.cache_share,
     )
+
+
+def wanted_to_pb(column: Iterable[Wanted]) -> list[pb.Wanted.ValueType]:
+    """`Step.wanted`; where all want one token the column stays empty, and this is not called."""
+    return [_WANTED[wanted] for wanted in column]
+
+
+def wanted_from_pb(column: Iterable[pb.Wanted.ValueType]) -> list[Wanted]:
+    """The inverse of `wanted_to_pb`; raises KeyError on what is not known."""
+    return [_WANTED_BY_NUMBER[number] for number in column]

@@ -16,7 +16,7 @@ from kagami_proto import generate_pb2_grpc
 from kagami_proto.errors import InvalidRequest, RankLost
 from kagami_proto.span_names import Key, SpanName
 from kagami_proto.tracing import NO_TRACING, context_of, span
-from kagami_proto.wire import grammar_from_pb, sampling_from_pb
+from kagami_proto.wire import grammar_from_pb, sampling_from_pb, wanted_from_pb
 from kagami_shard.engine.engine import Engine, Limits
 from kagami_shard.engine.step import NewSequence, PromptLogprobs, Step, StepResult, WorkColumns
 from kagami_shard.engine.worker import Worker
@@ -192,7 +192,12 @@ def step_from_pb(message: pb.Step) -> Step:
         number=message.number,
         new_sequences=[_new_sequence(new) for new in message.new_sequences],
         drop_ids=message.drop_ids,
-        work=WorkColumns(list(message.ids), list(message.positions), list(message.counts)),
+        work=WorkColumns(
+            list(message.ids),
+            list(message.positions),
+            list(message.counts),
+            wanted_from_pb(message.wanted),
+        ),
         grants={grant.id: grant.blocks for grant in message.grants},
     )
 

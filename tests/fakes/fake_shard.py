@@ -7,7 +7,7 @@ of that hash: any order, batching, preemption or replay must give the same token
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Self
 
@@ -15,8 +15,8 @@ import grpc.aio
 
 from kagami_proto import generate_pb2 as pb
 from kagami_proto import generate_pb2_grpc
-from kagami_proto.values import DEVICE_POLICIES
-from kagami_proto.wire import policy_to_pb
+from kagami_proto.values import DEVICE_POLICIES, Wanted
+from kagami_proto.wire import policy_to_pb, wanted_from_pb
 
 VOCAB_SIZE = 257
 EOS = 256
@@ -59,6 +59,7 @@ class Entry(NamedTuple):
     id: int
     position: int
     num_tokens: int
+    wanted: Wanted = Wanted.ONE_TOKEN
 
 
 @dataclass
@@ -70,14 +71,16 @@ class Request:
     drop_ids: Sequence[int] = ()
     new: dict[int, list[int]] = field(default_factory=dict)
     grants: dict[int, list[int]] = field(default_factory=dict)
+    drafts: Mapping[int, Sequence[int]] = field(default_factory=dict)
 
 
 @dataclass
 class Result:
-    """What was sampled (by id), who failed, or what the whole pass failed with."""
+    """What each sequence got (by id), who failed, or what the whole pass failed with."""
 
     number: int
-    tokens: dict[int, int] = field(default_factory=dict)
+    tokens: dict[int, list[int]] = field(default_factory=dict)
+    vectors: dict[int, tuple[float, ...]] = field(default_factory=dict)
     failures: dict[int, str] = field(default_factory=dict)
     error: str = ""
     out_of_memory: bool = False
@@ -103,6 +106,12 @@ class _State:
     def append(self, token_id: int) -> None:
         self.ids.append(token_id)
         self.hashes.append(extended(self.hashes[-1], token_id))
+
+
+def vector_of(prompt: Sequence[int]) -> tuple[float, ...]:
+    """What a request for a vector must bring: a function of all tokens of the prompt."""
+    prefix = hash_of(prompt)
+    return (float(prefix & 0xFFFF), float(prefix >> 20 & 0xFFFF))
 
 
 class FakeEngine:
@@ -145,25 +154,32 @@ class FakeEngine:
             return result
         self.largest_step = max(self.largest_step, sum(entry.num_tokens for entry in step.work))
         for entry in step.work:
-            self._compute(entry, result)
+            self._compute(entry, step.drafts.get(entry.id, ()), result)
         return result
 
-    def _compute(self, entry: Entry, result: Result) -> None:
+    def _compute(self, entry: Entry, draft: Sequence[int], result: Result) -> None:
         state = self._states.get(entry.id)
         end = entry.position + entry.num_tokens
-        if state is None or end > len(state.ids):
+        if state is None or end > len(state.ids) + len(draft):
             result.failures[entry.id] = "the sequence is not in memory or lacks ids"
             return
         if error := self.faults.sequence_error(entry.id):
             result.failures[entry.id] = error
             del self._states[entry.id]
             return
+        is_behind = entry.wanted in (Wanted.ONE_TOKEN, Wanted.VECTOR)
+        assert not is_behind or end == len(state.ids), "wanted before the end of what is known"
         if state.has_holes:
             self._write_garbage([entry])
-            if end == len(state.ids):
+            if entry.wanted is Wanted.ONE_TOKEN:
                 state.append(0)
-                result.tokens[entry.id] = 0
+                result.tokens[entry.id] = [0]
             return
+        num_known = len(state.ids)
+        assert bool(draft) == (entry.wanted is Wanted.VERIFY)
+        assert not draft or (entry.position, entry.num_tokens) == (num_known - 1, 1 + len(draft))
+        for token_id in draft:
+            state.append(token_id)
         self.num_computed += entry.num_tokens
         for position in range(entry.position, end):
             self._slots[self._slot(state, position)] = (position, state.hashes[position + 1])
@@ -172,10 +188,22 @@ class FakeEngine:
             assert found == (position, state.hashes[position + 1]), (
                 f"sequence {entry.id} attends to {found} at position {position}"
             )
-        if end == len(state.ids):
+        if entry.wanted is Wanted.VECTOR:
+            result.vectors[entry.id] = vector_of(state.ids)
+        elif entry.wanted is not Wanted.NOTHING:
+            result.tokens[entry.id] = self._accept(state, num_known)
+
+    def _accept(self, state: _State, num_known: int) -> list[int]:
+        """The drafted tokens behind the first `num_known` that are right, and one more."""
+        end = num_known
+        while True:
             token_id = next_token(state.hashes[end], self._eos_every)
-            state.append(token_id)
-            result.tokens[entry.id] = token_id
+            if state.ids[end : end + 1] != [token_id]:
+                break
+            end += 1
+        del state.ids[end:], state.hashes[end + 1 :]
+        state.append(token_id)
+        return state.ids[num_known:]
 
     def _write_garbage(self, work: Sequence[Entry]) -> None:
         """A pass that failed half-way has written something somewhere."""
@@ -283,19 +311,28 @@ class FakeShard(generate_pb2_grpc.TextGenerationServiceServicer):
             number=message.number,
             work=[
                 Entry(*entry)
-                for entry in zip(message.ids, message.positions, message.counts, strict=True)
+                for entry in zip(
+                    message.ids,
+                    message.positions,
+                    message.counts,
+                    wanted_from_pb(message.wanted) or [Wanted.ONE_TOKEN] * len(message.ids),
+                    strict=True,
+                )
             ],
             drop_ids=message.drop_ids,
             new={new.id: list(new.token_ids) for new in message.new_sequences},
             grants={grant.id: list(grant.blocks) for grant in message.grants},
+            drafts={draft.id: list(draft.token_ids) for draft in message.drafts},
         )
         result = self.engine.run(step)
         wanted = {new.id: new for new in message.new_sequences}
+        rows = [(key, token_id) for key, ids in result.tokens.items() for token_id in ids]
         answer = pb.StepResult(
             number=result.number,
-            ids=list(result.tokens),
-            token_ids=list(result.tokens.values()),
-            logprobs=[-0.5] * len(result.tokens),
+            ids=[sequence_id for sequence_id, _ in rows],
+            token_ids=[token_id for _, token_id in rows],
+            logprobs=[-0.5] * len(rows),
+            vectors=[pb.Vector(id=key, values=values) for key, values in result.vectors.items()],
             failures=[
                 pb.SequenceFailure(id=sequence_id, message=text)
                 for sequence_id, text in result.failures.items()
@@ -320,7 +357,7 @@ class FakeShard(generate_pb2_grpc.TextGenerationServiceServicer):
                         **_prompt_tops(new, entry),
                     )
                 )
-        for index, sequence_id in enumerate(result.tokens):
+        for index, (sequence_id, _) in enumerate(rows):
             new = wanted.get(sequence_id)
             if new is not None and new.top_n_tokens:
                 ids = [answer.token_ids[index], *range(new.top_n_tokens - 1)]

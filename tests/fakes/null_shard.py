@@ -42,8 +42,6 @@ class NullShard(generate_pb2_grpc.TextGenerationServiceServicer):
         self._vocab_size = vocab_size
         self._step_s = step_s
         self._num_blocks = num_blocks
-        # How many ids each sequence is known to have: behind the last one a token is sampled.
-        self._known: dict[int, int] = {}
         self._server: grpc.aio.Server | None = None
 
     async def __aenter__(self) -> Self:
@@ -85,7 +83,6 @@ class NullShard(generate_pb2_grpc.TextGenerationServiceServicer):
     async def Run(
         self, request_iterator: AsyncIterator[pb.Step], context: object
     ) -> AsyncIterator[pb.StepResult]:
-        self._known.clear()
         free_at = 0.0
         async for step in request_iterator:
             if self._step_s:  # steps run one behind the other, as on a device
@@ -94,18 +91,10 @@ class NullShard(generate_pb2_grpc.TextGenerationServiceServicer):
             yield self._run(step)
 
     def _run(self, step: pb.Step) -> pb.StepResult:
-        known = self._known
-        for dropped in step.drop_ids:
-            known.pop(dropped, None)
-        for new in step.new_sequences:
-            known[new.id] = len(new.token_ids)
-        sampled = [
-            one
-            for one, position, count in zip(step.ids, step.positions, step.counts, strict=True)
-            if position + count == known.get(one)
-        ]
-        for one in sampled:
-            known[one] += 1
+        sampled = list(step.ids)
+        if step.wanted:
+            pairs = zip(step.ids, step.wanted, strict=True)
+            sampled = [one for one, wanted in pairs if wanted == pb.ONE_TOKEN]
         token = self._tokens[step.number % len(self._tokens)]
         logprob = -0.1 - step.number % 1000 / 777  # as many digits as real ones have
         return pb.StepResult(

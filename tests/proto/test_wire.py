@@ -3,7 +3,7 @@ from dataclasses import fields
 import pytest
 
 from kagami_proto import generate_pb2 as pb
-from kagami_proto.values import DEVICE_POLICIES, Grammar, GrammarKind, SamplingParams
+from kagami_proto.values import DEVICE_POLICIES, Grammar, GrammarKind, SamplingParams, Wanted
 from kagami_proto.wire import (
     grammar_from_pb,
     grammar_to_pb,
@@ -11,6 +11,8 @@ from kagami_proto.wire import (
     policy_to_pb,
     sampling_from_pb,
     sampling_to_pb,
+    wanted_from_pb,
+    wanted_to_pb,
 )
 
 # Every field differs from its default, and float32 holds every value exactly.
@@ -69,3 +71,10 @@ def test_a_devices_policy_comes_back_as_it_was_sent(device_type: str) -> None:
     sent = policy_to_pb(policy).SerializeToString()
 
     assert policy_from_pb(pb.DevicePolicy.FromString(sent)) == policy
+
+
+def test_what_work_wants_comes_back_as_it_was_sent() -> None:
+    sent = pb.Step(wanted=wanted_to_pb(Wanted)).SerializeToString()
+
+    assert wanted_from_pb(pb.Step.FromString(sent).wanted) == list(Wanted)
+    assert set(wanted_to_pb(Wanted)) == set(pb.Wanted.values())

@@ -192,6 +192,36 @@ async def test_what_the_shard_cannot_do_fails_that_sequence(
     assert result.failures[0].message == "this shard has no adapter 'fr'"
 
 
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [(pb.VERIFY, "this shard does not verify drafts"), (pb.VECTOR, "this shard gives no vectors")],
+)
+async def test_what_nobody_computes_yet_fails_that_sequence(
+    stub: TextGenerationServiceStub, wanted: pb.Wanted, message: str
+) -> None:
+    await warm_up(stub)
+    call = stub.Run()
+    step = prefill()
+    step.wanted.append(wanted)
+
+    await call.write(step)
+    result = await call.read()
+
+    assert [failure.message for failure in result.failures] == [message]
+
+
+async def test_a_chunk_that_wants_nothing_brings_no_token(stub: TextGenerationServiceStub) -> None:
+    await warm_up(stub)
+    call = stub.Run()
+    step = prefill()
+    step.wanted.append(pb.NOTHING)
+
+    await call.write(step)
+    result = await call.read()
+
+    assert (list(result.ids), list(result.failures)) == ([], [])
+
+
 async def test_run_before_warmup_is_refused(stub: TextGenerationServiceStub) -> None:
     call = stub.Run()
 

@@ -34,6 +34,14 @@ class ValidRequest:
     prompt_logprobs: bool = False
     grammar: Grammar | None = None
     """Compiled already, on every shard."""
+    wants_vector: bool = False
+    """The hidden state of the prompt's last token is asked for, and no text."""
+
+    @property
+    def max_kv_tokens(self) -> int:
+        """Tokens that the model is fed with at most: all but the last one generated."""
+        num_prompt = len(self.prompt_ids)
+        return num_prompt if self.wants_vector else num_prompt + self.stopping.max_new_tokens - 1
 
 
 class FinishReason(enum.Enum):

@@ -153,7 +153,7 @@ class FaultIsolation:
         if can_shrink:
             self.max_step_tokens = max(MIN_STEP_TOKENS, num_tokens // 2)
         goals = {
-            item.sequence: item.position + item.num_tokens
+            item.sequence: item.position + (1 if item.sequence.num_drafted else item.num_tokens)
             for item in sorted(work, key=lambda item: item.sequence.id)
             if item.sequence.status is not Status.ENDED
         }

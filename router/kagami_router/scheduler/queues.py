@@ -44,7 +44,7 @@ class Queues:
         self.running.remove(sequence)
         self._release(sequence)
         sequence.status = Status.WAITING
-        sequence.num_scheduled = sequence.num_confirmed = 0
+        sequence.num_scheduled = sequence.num_confirmed = sequence.num_drafted = 0
         insort(self.waiting, sequence, key=age)
 
     def end(self, sequence: Sequence) -> None:

@@ -22,6 +22,7 @@ import itertools
 from collections import deque
 from collections.abc import Sequence as Seq
 
+from kagami_proto.values import Wanted
 from kagami_router.request.token_log import TokenLog
 from kagami_router.request.values import ValidRequest
 from kagami_router.scheduler.admission import Admission
@@ -30,6 +31,7 @@ from kagami_router.scheduler.isolation import FaultIsolation
 from kagami_router.scheduler.pool import KVPool
 from kagami_router.scheduler.queues import Queues
 from kagami_router.scheduler.sequence import Sequence, Status
+from kagami_router.scheduler.speculation import Drafter, put_drafts
 from kagami_router.scheduler.step import (
     Event,
     PoolStats,
@@ -37,6 +39,7 @@ from kagami_router.scheduler.step import (
     Step,
     StepResults,
     TokenSampled,
+    VectorComputed,
     Work,
 )
 from kagami_router.scheduler.step_builder import StepBuilder
@@ -47,7 +50,8 @@ _make = tuple.__new__
 class Scheduler:
     """Decides which sequences run next. Pure: knows no clock, no socket, no tensor."""
 
-    def __init__(self, config: SchedulerConfig) -> None:
+    def __init__(self, config: SchedulerConfig, drafter: Drafter | None = None) -> None:
+        self._drafter = drafter
         self._pool = KVPool(config)
         self._queues = Queues(self._pool)
         self._admission = Admission(config, self._queues, self._pool)
@@ -68,10 +72,10 @@ class Scheduler:
 
     def add(self, request: ValidRequest, now: float) -> Sequence:
         """Queue one generation. Validation has made sure that it fits alone in the pool."""
-        max_kv_tokens = len(request.prompt_ids) + request.stopping.max_new_tokens - 1
-        assert self._pool.blocks_for(max_kv_tokens) <= self._pool.num_total, "can never fit"
+        most = request.max_kv_tokens
+        assert self._pool.blocks_for(most) <= self._pool.num_total, "can never fit"
         log = TokenLog(request.prompt_ids)
-        sequence = Sequence(next(self._ids), request, log, max_kv_tokens, added_at=now)
+        sequence = Sequence(next(self._ids), request, log, most, added_at=now)
         self._queues.add(sequence)
         return sequence
 
@@ -102,8 +106,9 @@ class Scheduler:
             eligible=eligible,
         )
         running = eligible.may_run(self._queues.running)
-        self._put_decodes(builder, running)
-        if len(builder.work) < len(running):
+        if self._drafter is not None:
+            running = put_drafts(self._drafter, builder, running, self._pool)
+        if self._put_decodes(builder, running) < len(running):
             self._put_chunks(builder, running)
         self._admission.admit(builder)
         if not builder.work and (self._in_flight or not self._queues.has_drops):
@@ -114,9 +119,11 @@ class Scheduler:
         self._in_flight.append(step)
         return step
 
-    def _put_decodes(self, builder: StepBuilder, sequences: list[Sequence]) -> None:
+    def _put_decodes(self, builder: StepBuilder, sequences: list[Sequence]) -> int:
+        """The next token of all that decode, as far as there is room; how many they are."""
         block_size, work, number = self._pool.block_size, builder.work, builder.number
-        room = min(builder.tokens, builder.room)
+        num_before, one_token = len(work), Wanted.ONE_TOKEN
+        room = num_before + min(builder.tokens, builder.room)
         num_kv_tokens = 0
         for sequence in sequences.copy():  # whoever is preempted leaves it
             if len(work) >= room:
@@ -135,11 +142,13 @@ class Scheduler:
                 blocks = self._pool.allocate(1)
                 sequence.blocks += blocks
             # As `Work(...)`, which is a Python function and takes three times as long.
-            work.append(_make(Work, (sequence, position, 1, blocks, True)))
+            work.append(_make(Work, (sequence, position, 1, blocks, one_token)))
             sequence.num_scheduled = position + 1
             sequence.last_step = number
             num_kv_tokens += position + 1
-        builder.count_decodes(len(work), num_kv_tokens)
+        count = len(work) - num_before
+        builder.count_decodes(count, num_kv_tokens)
+        return count
 
     def _put_chunks(self, builder: StepBuilder, sequences: list[Sequence]) -> None:
         for sequence in sequences:
@@ -186,7 +195,6 @@ class Scheduler:
                     scored.first_position, scored.logprobs, scored.top_tokens
                 )
         self._confirm(step)
-        self._isolation.step_succeeded()
         for sequence_id, token_id, logprob, top_tokens in results.samples:
             sequence = self._queues.by_id.get(sequence_id)
             if sequence is None:
@@ -195,17 +203,42 @@ class Scheduler:
             ids.append(token_id)
             is_last = len(ids) > sequence.max_kv_tokens
             if is_last:
+                if sequence.num_drafted:
+                    self._accept(sequence)
                 self._queues.end(sequence)
             # As `TokenSampled(...)`, which is a Python function and takes three times as long.
             events.append(_make(TokenSampled, (sequence, token_id, logprob, top_tokens, is_last)))
-        if len(results.samples) < step.num_samples:
+        for work in step.work[: len(step.drafts)]:
+            if work.sequence.num_drafted:
+                self._accept(work.sequence)
+        for sequence_id, vector in results.vectors:
+            if sequence := self._queues.by_id.get(sequence_id):
+                self._queues.end(sequence)
+                events.append(VectorComputed(sequence, vector))
+        if len(results.samples) + len(results.vectors) < step.num_answers or step.drafts:
             self._fail_unanswered(step, results, events)
+        self._isolation.step_succeeded()
         return events
+
+    def _accept(self, sequence: Sequence) -> None:
+        """Move a sequence on by what was accepted of its draft; the rest is written over."""
+        if sequence.status is Status.RUNNING:
+            before = sequence.num_confirmed
+            end = len(sequence.log.ids) - 1  # the last id was never fed
+            sequence.num_scheduled = sequence.num_confirmed = end
+            if self._pool.prefix_caching and end // self._pool.block_size > before // (
+                self._pool.block_size
+            ):
+                self._pool.cache_up_to(sequence, end)
+        sequence.num_drafted = 0
 
     def _confirm(self, step: Step) -> None:
         """Move confirmed positions on, and give full blocks to the prefix cache."""
         block_size, prefix_caching = self._pool.block_size, self._pool.prefix_caching
-        for sequence, position, num_tokens, _, _ in step.work:
+        work = step.work
+        if step.drafts:  # what of them counts is known with their tokens
+            work = work[len(step.drafts) :]
+        for sequence, position, num_tokens, _, _ in work:
             if sequence.status is not Status.RUNNING:
                 continue
             sequence.num_confirmed = end = position + num_tokens
@@ -235,10 +268,11 @@ class Scheduler:
 
     def _fail_unanswered(self, step: Step, results: StepResults, events: list[Event]) -> None:
         """A sequence that should have a token but got none would never be scheduled again."""
-        answered = {sequence_id for sequence_id, *_ in results.samples}
+        answered = {sequence_id for sequence_id, *_ in (*results.samples, *results.vectors)}
         for work in step.work:
-            if work.samples and work.sequence.id not in answered:
-                self._fail(work.sequence.id, "the shard returned no token", events)
+            if work.wanted is not Wanted.NOTHING and work.sequence.id not in answered:
+                what = "vector" if work.wanted is Wanted.VECTOR else "token"
+                self._fail(work.sequence.id, f"the shard returned no {what}", events)
 
     def stats(self) -> PoolStats:
         """The state of queue and pool, for the metrics."""
@@ -262,10 +296,11 @@ class Scheduler:
             assert last.get(sequence, 0) == (
                 sequence.last_step if sequence.last_step > self._num_updated else 0
             )
-            assert sequence.log.num_generated < sequence.request.stopping.max_new_tokens
+            assert len(sequence.log.ids) <= sequence.max_kv_tokens
         for sequence in self._queues.running:
             assert sequence.num_confirmed <= sequence.num_scheduled <= sequence.max_kv_tokens
             assert sequence.num_scheduled <= len(sequence.blocks) * self._pool.block_size
             assert len(sequence.path) <= sequence.num_confirmed // self._pool.block_size
             known = max(sequence.prefill_end, sequence.num_confirmed + 1)
             assert len(sequence.log.ids) == known
+            assert not sequence.num_drafted or sequence.last_step > self._num_updated

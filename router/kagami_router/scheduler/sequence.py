@@ -45,8 +45,9 @@ class Sequence:
           KV computed,               in a step               not yet
           result read                in flight               scheduled
 
-    Up to `prefill_end` the ids were known when it was admitted; behind it every position is one
-    decode, whose token the step before it samples.
+    Up to `prefill_end` the ids were known when it was admitted. Behind it every position is one
+    decode, whose token the step before it samples; or a step verifies a draft of several, and how
+    far that moves the sequence is known with its result.
     """
 
     id: int
@@ -64,6 +65,8 @@ class Sequence:
     prefill_end: int = 0
     last_step: int = 0
     """The number of the youngest step that it was put into."""
+    num_drafted: int = 0
+    """Drafted tokens that a step in flight verifies; until its result nothing is scheduled."""
     is_on_shard: bool = False
     scheduled_at: float | None = None
     """When its first chunk was put into a step."""

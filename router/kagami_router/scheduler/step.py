@@ -1,10 +1,12 @@
 """What goes to the shards in one step, what comes back, and what the scheduler makes of it."""
 
 import enum
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from kagami_proto.values import Wanted
 from kagami_router.request.token_log import TopToken
 from kagami_router.request.values import ValidRequest
 from kagami_router.scheduler.sequence import Sequence
@@ -38,14 +40,14 @@ class JoinReason(enum.Enum):
 class Work(NamedTuple):
     """Compute the KV of `num_tokens` tokens from `position` on; `blocks` are newly given.
 
-    `samples`: they reach the end of what is known, so one token is sampled behind them.
+    One that verifies has the last known token of its sequence, then the draft (`Step.drafts`).
     """
 
     sequence: Sequence
     position: int
     num_tokens: int
     blocks: Seq[int]
-    samples: bool
+    wanted: Wanted
 
 
 class Step(NamedTuple):
@@ -59,18 +61,24 @@ class Step(NamedTuple):
     drop_ids: list[int]
     work: list[Work]
     num_decodes: int
+    """Tokens behind prompts: one for a decode, 1 + k where k drafted ones are verified."""
     num_prefill_tokens: int
-    num_samples: int
+    num_answers: int
+    """Items of work that bring something: tokens or a vector."""
     preempted: list[Sequence]
     """Those that gave up their blocks for this step and wait again."""
     num_kv_tokens: int
     """Whose KV the pass attends to, those it computes included."""
     join_reason: JoinReason | None = None
     """None: nobody joined, or there was nobody to join."""
+    drafts: Mapping[int, Seq[int]] = {}
+    """The ids to be verified, by sequence; the first items of `work` are theirs, in this order."""
 
 
 Sample = tuple[int, int, float, tuple[TopToken, ...]]
 """One sampled token: sequence's id, token, its logprob; top tokens, most likely first."""
+
+Vector = tuple[float, ...]
 
 
 class PromptLogprobs(NamedTuple):
@@ -95,6 +103,7 @@ class StepResults(NamedTuple):
 
     number: int
     samples: Seq[Sample] = ()
+    """None, one or more for each sequence; those of one sequence in their order."""
     prompt_logprobs: Seq[PromptLogprobs] = ()
     failures: Seq[Failure] = ()
     error: str = ""
@@ -107,6 +116,8 @@ class StepResults(NamedTuple):
     """Of `host_ns`, taking newcomers in and dropping who left."""
     spans_dropped: int = 0
     """By all shards since they started."""
+    vectors: Seq[tuple[int, Vector]] = ()
+    """Each with its sequence's id."""
 
 
 class TokenSampled(NamedTuple):
@@ -119,6 +130,13 @@ class TokenSampled(NamedTuple):
     is_last: bool
 
 
+class VectorComputed(NamedTuple):
+    """A sequence got its vector, which is all it wants, and was ended."""
+
+    sequence: Sequence
+    vector: Vector
+
+
 class SequenceFailed(NamedTuple):
     """A sequence cannot be computed and was ended."""
 
@@ -126,7 +144,7 @@ class SequenceFailed(NamedTuple):
     message: str
 
 
-Event = TokenSampled | SequenceFailed
+Event = TokenSampled | VectorComputed | SequenceFailed
 
 
 @dataclass(frozen=True, slots=True)

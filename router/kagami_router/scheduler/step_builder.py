@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence as Seq
 
+from kagami_proto.values import Wanted
 from kagami_router.scheduler.isolation import Eligibility
 from kagami_router.scheduler.sequence import Sequence
 from kagami_router.scheduler.step import JoinReason, NewSequence, Step, Work
@@ -11,14 +12,15 @@ class StepBuilder:
     """What is in the step until now, what is left of its budgets, and who may be in it."""
 
     __slots__ = (
+        "drafts",
         "eligible",
         "join_reason",
         "new_sequences",
         "now",
+        "num_answers",
         "num_decodes",
         "num_kv_tokens",
         "num_prefill_tokens",
-        "num_samples",
         "num_updated",
         "number",
         "preempted",
@@ -48,10 +50,11 @@ class StepBuilder:
         self.eligible = eligible
         self.join_reason: JoinReason | None = None
         self.work: list[Work] = []
+        self.drafts: dict[int, Seq[int]] = {}
         self.new_sequences: list[NewSequence] = []
         self.num_decodes = 0
         self.num_prefill_tokens = 0
-        self.num_samples = 0
+        self.num_answers = 0
         self.num_kv_tokens = 0
         self.preempted: list[Sequence] = []
 
@@ -64,9 +67,11 @@ class StepBuilder:
         position = sequence.num_scheduled
         count = min(sequence.prefill_end - position, self.tokens)
         end = position + count
-        samples = end >= sequence.prefill_end
-        self.work.append(Work(sequence, position, count, blocks, samples))
-        self.num_samples += samples
+        wanted = Wanted.NOTHING
+        if end >= sequence.prefill_end:
+            wanted = Wanted.VECTOR if sequence.request.wants_vector else Wanted.ONE_TOKEN
+            self.num_answers += 1
+        self.work.append(Work(sequence, position, count, blocks, wanted))
         self.num_kv_tokens += end
         self.num_prefill_tokens += count
         sequence.num_scheduled = end
@@ -74,10 +79,25 @@ class StepBuilder:
         self.tokens -= count
         self.room -= 1
 
+    def put_draft(self, sequence: Sequence, draft: Seq[int], blocks: Seq[int]) -> None:
+        """Verify what may follow the last known token of a sequence."""
+        position = sequence.num_scheduled
+        count = 1 + len(draft)
+        self.work.append(Work(sequence, position, count, blocks, Wanted.VERIFY))
+        self.drafts[sequence.id] = draft
+        sequence.num_drafted = len(draft)
+        sequence.num_scheduled = position + count
+        sequence.last_step = self.number
+        self.num_answers += 1
+        self.num_decodes += count
+        self.num_kv_tokens += position + count
+        self.tokens -= count
+        self.room -= 1
+
     def count_decodes(self, count: int, num_kv_tokens: int) -> None:
         """What `work` has just got: decodes, and the positions that they attend to."""
         self.num_decodes += count
-        self.num_samples += count
+        self.num_answers += count
         self.num_kv_tokens += num_kv_tokens
         self.tokens -= count
         self.room -= count
@@ -91,8 +111,9 @@ class StepBuilder:
             work=self.work,
             num_decodes=self.num_decodes,
             num_prefill_tokens=self.num_prefill_tokens,
-            num_samples=self.num_samples,
+            num_answers=self.num_answers,
             preempted=self.preempted,
             num_kv_tokens=self.num_kv_tokens,
             join_reason=self.join_reason if self.new_sequences else None,
+            drafts=self.drafts,
         )

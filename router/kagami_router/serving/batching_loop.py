@@ -30,7 +30,14 @@ from kagami_router.request.values import (
 )
 from kagami_router.scheduler.scheduler import Scheduler
 from kagami_router.scheduler.sequence import Sequence
-from kagami_router.scheduler.step import Event, SequenceFailed, Step, StepResults, TokenSampled
+from kagami_router.scheduler.step import (
+    Event,
+    SequenceFailed,
+    Step,
+    StepResults,
+    TokenSampled,
+    VectorComputed,
+)
 from kagami_router.serving.generation_stream import GenerationStream
 from kagami_router.shards.client import ShardGroup, StepStream
 from kagami_router.telemetry.metrics import Metrics, StepReport
@@ -74,7 +81,7 @@ class _Generation:
         self.stream = stream
         self.detokenizer = detokenizer
         self.stop = stop
-        self.texts: list[str] = []
+        self.texts: list[str] = []  # what each token added
         self.first_token: float | None = None
         self.is_plain = False  # after its first token, where only text can be expected
         self.device_before_s: float | None = None  # of all steps before its first
@@ -296,8 +303,8 @@ class BatchingLoop:
                 continue
             outcome: StreamEvent | KagamiError
             try:
-                if isinstance(event, SequenceFailed):
-                    outcome = self._failed(event, now)
+                if not isinstance(event, TokenSampled):
+                    outcome = self._ended_without_text(event, now)
                 elif (
                     generation.is_plain
                     and not event.is_last
@@ -319,11 +326,15 @@ class BatchingLoop:
             outcomes.append((generation.stream, outcome))
         return outcomes
 
-    def _failed(self, event: SequenceFailed, now: float) -> GenerationFailed:
+    def _ended_without_text(
+        self, event: SequenceFailed | VectorComputed, now: float
+    ) -> GenerationFailed:
+        """It failed; or it has a vector, which no route asks for and no stream of text carries."""
+        message = event.message if isinstance(event, SequenceFailed) else "vectors are not served"
         del self._generations[event.sequence.id]
         if traced := self._traces.pop(event.sequence.id, None):
-            traced.failed(event.message, now)
-        return GenerationFailed(event.message)
+            traced.failed(message, now)
+        return GenerationFailed(message)
 
     def _see_times(self, step: Step, results: StepResults, now: float) -> None:
         """Tell the traces of a step, and count the device's time for all who were in it."""
@@ -367,7 +378,7 @@ class BatchingLoop:
             else ()
         )
         tail = generation.stop.rest() if reason is not None and generation.stop is not None else ""
-        generation.texts += (shown, tail)
+        generation.texts.append(shown + tail)
         if special is None:
             token = Token(token_id, shown, event.logprob, False)
         else:  # what it freed goes out beside it
@@ -392,7 +403,8 @@ class BatchingLoop:
         end = End(
             finish_reason=reason,
             generated_text="".join(generation.texts),
-            num_generated=sequence.log.num_generated,
+            # Not those of the log: a step may bring tokens behind the last one.
+            num_generated=len(generation.texts),
             timings=Timings(
                 submitted=sequence.added_at,
                 scheduled=sequence.scheduled_at,

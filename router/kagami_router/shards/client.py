@@ -25,7 +25,7 @@ from kagami_proto import generate_pb2_grpc
 from kagami_proto.errors import GenerationFailed, InvalidRequest, ShardLost
 from kagami_proto.tracing import headers_of
 from kagami_proto.values import DevicePolicy, Grammar
-from kagami_proto.wire import grammar_to_pb, policy_from_pb, sampling_to_pb
+from kagami_proto.wire import grammar_to_pb, policy_from_pb, sampling_to_pb, wanted_to_pb
 from kagami_router.request.token_log import TopToken
 from kagami_router.scheduler.step import (
     Failure,
@@ -329,7 +329,8 @@ _NONE: tuple[tuple[()], ...] = ((),) * 5
 
 def step_to_pb(step: Step, contexts: Mapping[int, WireContext] = {}) -> pb.Step:
     """Records become columns."""
-    sequences, positions, counts, blocks, _ = zip(*step.work, strict=True) if step.work else _NONE
+    columns = zip(*step.work, strict=True) if step.work else _NONE
+    sequences, positions, counts, blocks, wanted = columns
     ids = [sequence.id for sequence in sequences]
     message = pb.Step(number=step.number, ids=ids, positions=positions, counts=counts)
     if any(blocks):
@@ -338,6 +339,10 @@ def step_to_pb(step: Step, contexts: Mapping[int, WireContext] = {}) -> pb.Step:
             for sequence_id, given in zip(ids, blocks, strict=True)
             if given
         )
+    if any(wanted):  # one token is 0
+        message.wanted.extend(wanted_to_pb(wanted))
+    for sequence_id, draft in step.drafts.items():
+        message.drafts.append(pb.Draft(id=sequence_id, token_ids=draft))
     if step.drop_ids:
         message.drop_ids.extend(step.drop_ids)
     for new in step.new_sequences:
@@ -387,6 +392,7 @@ def results_from_pb(messages: Sequence[pb.StepResult]) -> StepResults:
         first.sampling_ns,
         first.admission_ns,
         first.spans_dropped,
+        [(vector.id, tuple(vector.values)) for vector in first.vectors],
     )
     for other in messages[1:]:
         results = _with_another(results, other)

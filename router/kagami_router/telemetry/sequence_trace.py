@@ -20,6 +20,7 @@ from opentelemetry.context import Context
 
 from kagami_proto.span_names import EventName, Key, SpanName
 from kagami_proto.tracing import ChosenIds, Tracing, headers_of
+from kagami_proto.values import Wanted
 from kagami_router.request.values import End
 from kagami_router.scheduler.sequence import Sequence, WaitReason
 from kagami_router.scheduler.step import NewSequence, Step, StepResults, Work
@@ -37,7 +38,7 @@ class WireContext(NamedTuple):
 
 @dataclass(slots=True)
 class _Decoding:
-    """The steps that brought one token each."""
+    """The steps behind the first token; each brought one or more."""
 
     steps: int = 0
     total_ns: int = 0
@@ -111,7 +112,7 @@ class SequenceTrace:
         else:
             chunk = {Key.POSITION: work.position, Key.TOKENS: work.num_tokens}
             self._event(EventName.CHUNK, now, {**chunk, **_figures(step, results.host_ns)})
-            if work.samples:
+            if work.wanted is Wanted.ONE_TOKEN:
                 self._start_decode(now)
 
     def _start_decode(self, now: float) -> None:

@@ -16,10 +16,10 @@ from math import isfinite
 import torch
 
 from kagami_proto.errors import InvalidRequest
-from kagami_proto.values import Grammar, SamplingParams
+from kagami_proto.values import Grammar, SamplingParams, Wanted
 from kagami_shard.engine.generation import GenerationState, Pending
 from kagami_shard.engine.greedy_batch import GreedyBatch, GreedyModel, is_greedy_decode
-from kagami_shard.engine.items import Item, build_batch, prompt_rows
+from kagami_shard.engine.items import Item, build_batch, prompt_rows, samples_token
 from kagami_shard.engine.launched import (
     Launched,
     device_times,
@@ -53,6 +53,11 @@ _CPU_WARMUP_TOKENS = 32
 _CPU_POOL_TOKENS = 24_576
 
 NOT_FINITE = "the model's output is not finite"
+# What a work item can want and this engine cannot do.
+_NOT_SERVED = {
+    Wanted.VERIFY: "this shard does not verify drafts",
+    Wanted.VECTOR: "this shard gives no vectors",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,7 +254,7 @@ class Engine:
         failures = self._apply(step)
         admission_ns = time.perf_counter_ns() - started_ns
         items = self._items(step.work, failures)
-        samples = [item for item in items if item.end == item.state.num_known]
+        samples = list(filter(samples_token, items))
         prompts = [item for item in items if prompt_rows(item)]
         if not items:
             elapsed_ns = time.perf_counter_ns() - started_ns
@@ -438,7 +443,7 @@ class Engine:
     def _items(self, work: Iterable[Work], failures: dict[int, str]) -> list[Item]:
         """The work that can be done, single tokens first, by length; what cannot is a failure."""
         items: list[Item] = []
-        for sequence_id, position, count in work:
+        for sequence_id, position, count, wanted in work:
             if sequence_id in failures:
                 continue
             state = self._states.get(sequence_id)
@@ -446,12 +451,14 @@ class Engine:
                 failures[sequence_id] = "the sequence is not in memory"
             elif state.has_failed:
                 failures[sequence_id] = NOT_FINITE
+            elif wanted in _NOT_SERVED:
+                failures[sequence_id] = _NOT_SERVED[wanted]
             elif position + count > state.num_known:
                 failures[sequence_id] = f"position {position + count} lies behind the known ids"
             elif position + count > len(state.blocks) * self.block_size:
                 failures[sequence_id] = f"position {position + count} has no block"
             else:
-                items.append(Item(state, position, count))
+                items.append(Item(state, position, count, wanted))
         items.sort(key=lambda item: (item.num_tokens > 1, item.end))
         return items
 

@@ -99,6 +99,7 @@ class GreedyBatch:
             step.new_sequences
             or step.drop_ids
             or not isinstance(work, WorkColumns)
+            or work.wanted
             or work.positions != self._positions
             or work.ids != self._asked_ids
             or work.counts.count(1) != len(self._positions)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kagami_proto.values import Wanted
 from kagami_shard.engine.generation import GenerationState, Pending
 from kagami_shard.forward.batch import ForwardBatch, Queries
 from kagami_shard.forward.kv_cache import blocks_for
@@ -18,6 +19,7 @@ class Item(NamedTuple):
     state: GenerationState
     position: int
     num_tokens: int
+    wanted: Wanted = Wanted.ONE_TOKEN
 
     @property
     def end(self) -> int:
@@ -53,7 +55,7 @@ def build_batch(
     last_rows: dict[int, int] = {}
     pending_rows: list[int] = []
     pending: list[Pending] = []
-    for state, position, count in items:
+    for state, position, count, _ in items:
         end = position + count
         input_ids += state.ids[position:end]
         if end > len(state.ids):
@@ -92,3 +94,8 @@ def build_batch(
         logits_rows=tensor(rows),
         kept=queries.at(rows),
     )
+
+
+def samples_token(item: Item) -> bool:
+    """Whether a token is chosen behind this item: it wants one, and no known id follows."""
+    return item.wanted is Wanted.ONE_TOKEN and item.end == item.state.num_known

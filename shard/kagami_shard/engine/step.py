@@ -2,9 +2,10 @@
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import NamedTuple
 
-from kagami_proto.values import Grammar, SamplingParams
+from kagami_proto.values import Grammar, SamplingParams, Wanted
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,18 +34,29 @@ class Work(NamedTuple):
     id: int
     position: int
     num_tokens: int
+    wanted: Wanted = Wanted.ONE_TOKEN
 
 
 class WorkColumns:
     """The wire's columns, read as records."""
 
-    __slots__ = ("counts", "ids", "positions")
+    __slots__ = ("counts", "ids", "positions", "wanted")
 
-    def __init__(self, ids: list[int], positions: list[int], counts: list[int]) -> None:
-        """Raises `ValueError` unless they are of equal length."""
-        if not len(ids) == len(positions) == len(counts):
+    def __init__(
+        self,
+        ids: list[int],
+        positions: list[int],
+        counts: list[int],
+        wanted: Sequence[Wanted] = (),
+    ) -> None:
+        """`wanted` is empty where every item wants one token.
+
+        Raises `ValueError` unless the columns are of equal length.
+        """
+        if not len(ids) == len(positions) == len(counts) == len(wanted or ids):
             lengths = f"{len(ids)} ids, {len(positions)} positions and {len(counts)} counts"
-            raise ValueError(f"the work of a step has {lengths}")
+            raise ValueError(f"the work of a step has {lengths} ({len(wanted)} say what they want)")
+        self.wanted = wanted
         self.ids = ids
         self.positions = positions
         self.counts = counts
@@ -53,7 +65,8 @@ class WorkColumns:
         return len(self.ids)
 
     def __iter__(self) -> Iterator[Work]:
-        return map(Work, self.ids, self.positions, self.counts)
+        wanted = self.wanted or repeat(Wanted.ONE_TOKEN)
+        return map(Work, self.ids, self.positions, self.counts, wanted)
 
     def __contains__(self, work: object) -> bool:
         return work in list(self)

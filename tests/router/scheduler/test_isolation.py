@@ -1,6 +1,6 @@
 """Who may run: everybody as usual, and the suspects after a failed step."""
 
-from kagami_proto.values import SamplingParams
+from kagami_proto.values import SamplingParams, Wanted
 from kagami_router.request.token_log import TokenLog
 from kagami_router.request.values import StoppingParams, ValidRequest
 from kagami_router.scheduler.isolation import AsUsual, FaultIsolation, OnTrial
@@ -42,7 +42,9 @@ def test_on_trial_only_suspects_may_join() -> None:
 def test_a_failed_step_puts_the_older_half_on_trial_first() -> None:
     isolation = FaultIsolation(max_batch_size=8, max_step_tokens=64, max_steps_in_flight=2)
     sequences = new_sequences(4)
-    isolation.step_failed([Work(each, 0, 2, (), True) for each in sequences], out_of_memory=False)
+    isolation.step_failed(
+        [Work(each, 0, 2, (), Wanted.ONE_TOKEN) for each in sequences], out_of_memory=False
+    )
     assert isolation.eligible().may_run(sequences) == sequences[:2]
     for cleared in sequences:
         cleared.num_confirmed = 2

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 import pytest
 
-from kagami_proto.values import SamplingParams
+from kagami_proto.values import SamplingParams, Wanted
 from kagami_router.request.values import StoppingParams, ValidRequest
 from kagami_router.scheduler.config import SchedulerConfig
 from kagami_router.scheduler.scheduler import Scheduler
@@ -43,8 +43,10 @@ def schedule(scheduler: Scheduler) -> Step:
 
 
 def answer(scheduler: Scheduler, step: Step, **changes: object) -> list[Event]:
-    """Confirm a step: whoever samples gets the token 100."""
-    samples = [(work.sequence.id, 100, -0.5, ()) for work in step.work if work.samples]
+    """Confirm a step: whoever wants a token gets the token 100."""
+    samples = [
+        (work.sequence.id, 100, -0.5, ()) for work in step.work if work.wanted is Wanted.ONE_TOKEN
+    ]
     results = StepResults(step.number, **({"samples": samples} | changes))
     events = scheduler.update(results)
     scheduler.check_integrity()
@@ -71,7 +73,10 @@ def test_a_long_prompt_goes_in_chunks_and_its_last_samples() -> None:
     add(scheduler, range(20))
     first, second = schedule(scheduler), schedule(scheduler)
     assert (shape(first), shape(second)) == ([(1, 0, 16)], [(1, 16, 4)])
-    assert [work.samples for work in (*first.work, *second.work)] == [False, True]
+    assert [work.wanted for work in (*first.work, *second.work)] == [
+        Wanted.NOTHING,
+        Wanted.ONE_TOKEN,
+    ]
     assert len(first.work[0].blocks) == 5
 
 

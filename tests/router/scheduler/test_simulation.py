@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.fakes.fake_shard import EOS, Entry, FakeEngine, Request, Result, generated
+from tests.fakes.fake_shard import EOS, Entry, FakeEngine, Request, Result, generated, vector_of
 
 from kagami_proto.values import SamplingParams
 from kagami_router.request.values import StoppingParams, ValidRequest
@@ -19,23 +19,31 @@ from kagami_router.scheduler.step import (
     Step,
     StepResults,
     TokenSampled,
+    VectorComputed,
 )
 
 
 def to_request(step: Step) -> Request:
     return Request(
         number=step.number,
-        work=[Entry(work.sequence.id, work.position, work.num_tokens) for work in step.work],
+        work=[
+            Entry(work.sequence.id, work.position, work.num_tokens, work.wanted)
+            for work in step.work
+        ],
         drop_ids=step.drop_ids,
         new={new.id: new.token_ids for new in step.new_sequences},
         grants={work.sequence.id: work.blocks for work in step.work if work.blocks},
+        drafts=step.drafts,
     )
 
 
 def to_results(result: Result, step: Step) -> StepResults:
     return StepResults(
         number=result.number,
-        samples=[(key, token_id, -0.5, ()) for key, token_id in result.tokens.items()],
+        samples=[
+            (key, token_id, -0.5, ()) for key, ids in result.tokens.items() for token_id in ids
+        ],
+        vectors=list(result.vectors.items()),
         prompt_logprobs=[
             PromptLogprobs(work.sequence.id, work.position + 1, [-1.0] * work.num_tokens)
             for work in step.work
@@ -67,6 +75,9 @@ class World:
     memory_limit: int | None
     cache_grows_to: int | None
     max_steps_in_flight: int
+    vectors: float
+    drafted: float
+    """How many of the tokens of a draft are right"""
 
 
 worlds = st.builds(
@@ -87,6 +98,8 @@ worlds = st.builds(
     memory_limit=st.one_of(st.none(), st.none(), st.integers(1, 30)),
     cache_grows_to=st.one_of(st.none(), st.integers(0, 20)),
     max_steps_in_flight=st.integers(1, 2),
+    vectors=st.sampled_from([0.0, 0.0, 0.3]),
+    drafted=st.sampled_from([0.0, 0.0, 0.5, 0.9, 1.0]),
 )
 
 
@@ -108,7 +121,8 @@ class Simulation:
                 prefix_caching=world.prefix_caching,
                 cache_grows_to=world.cache_grows_to,
                 max_steps_in_flight=world.max_steps_in_flight,
-            )
+            ),
+            self if world.drafted else None,
         )
         self.queue: deque[Step] = deque()
         self.open: dict[int, Sequence] = {}
@@ -135,6 +149,12 @@ class Simulation:
         del sequence_id
         return "bad" if self.random.random() < self.world.sequence_failure else ""
 
+    def draft(self, sequence: Sequence, max_tokens: int) -> list[int]:
+        """As the scheduler's drafter: right as often as the world says."""
+        assert len(sequence.log.ids) == sequence.num_scheduled + 1, "a draft behind unknown ids"
+        right = generated(sequence.log.ids, self.random.randint(0, min(4, max_tokens)))
+        return [token_id if self.random.random() < self.world.drafted else 0 for token_id in right]
+
     def arrive(self) -> None:
         room = (self.world.num_blocks - 1) * self.world.block_size
         total = self.random.randint(2, room + 1)  # the last token is never fed
@@ -148,6 +168,7 @@ class Simulation:
             sampling=SamplingParams(),
             stopping=StoppingParams(max_new_tokens=total - num_prompt),
             prompt_logprobs=self.random.random() < 0.1,
+            wants_vector=self.random.random() < self.world.vectors,
         )
         sequence = self.scheduler.add(request, self.now)
         self.open[sequence.id] = sequence
@@ -180,18 +201,27 @@ class Simulation:
         step = self.queue.popleft()
         result = self.engine.run(to_request(step))
         stands_alone = len(step.work) == 1
+        ended: set[int] = set()
         for event in self.scheduler.update(to_results(result, step)):
             sequence = event.sequence
+            if sequence.id in ended:  # what was accepted behind EOS
+                continue
             assert sequence.id in self.open, "an event after the last one"
             if isinstance(event, TokenSampled):
-                self._take(event)
+                if self._take(event):
+                    ended.add(sequence.id)
+            elif isinstance(event, VectorComputed):
+                assert sequence.request.wants_vector
+                assert event.vector == vector_of(sequence.request.prompt_ids)
+                assert sequence.id not in self.poisoned
+                self._close(sequence.id)
             else:
                 assert result.failures.get(sequence.id) or (result.error and stands_alone)
                 self._close(sequence.id)
         self.scheduler.check_integrity()
         return True
 
-    def _take(self, event: TokenSampled) -> None:
+    def _take(self, event: TokenSampled) -> bool:
         sequence = event.sequence
         tokens = self.tokens[sequence.id]
         tokens.append(event.token_id)
@@ -202,10 +232,12 @@ class Simulation:
         if event.is_last or event.token_id == EOS:
             prompt = sequence.request.prompt_ids
             assert tokens == generated(prompt, maximum, self.world.eos_every)
-            assert sequence.log.generated_ids == tokens
+            assert sequence.log.generated_ids[: len(tokens)] == tokens
             assert not sequence.request.prompt_logprobs or sequence.log.has_prompt_logprobs
             assert sequence.id not in self.poisoned
             self._close(sequence.id)
+            return True
+        return False
 
     def _close(self, sequence_id: int) -> None:
         sequence = self.open.pop(sequence_id)
@@ -250,3 +282,19 @@ class Simulation:
 @given(worlds)
 def test_everybody_ends_with_the_right_tokens_whatever_happens(world: World) -> None:
     Simulation(world).run()
+
+
+def test_drafts_save_steps() -> None:
+    """Else the worlds above would verify nothing."""
+    calm = {
+        "seed": 1, "num_blocks": 40, "block_size": 4, "max_step_tokens": 40, "max_batch_size": 8,
+        "prefix_caching": True, "ratio": None, "max_waiting": None, "eos_every": 0,
+        "num_requests": 10, "transient": 0.0, "sequence_failure": 0.0, "poison": 0.0,
+        "memory_limit": None, "cache_grows_to": None, "max_steps_in_flight": 1, "vectors": 0.0,
+    }  # fmt: skip
+    num_steps = []
+    for drafted in (0.0, 1.0):
+        simulation = Simulation(World(**calm, drafted=drafted))
+        simulation.run()
+        num_steps.append(simulation.scheduler._num_scheduled)
+    assert num_steps[1] < num_steps[0]

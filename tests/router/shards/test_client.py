@@ -4,15 +4,23 @@ import asyncio
 from pathlib import Path
 
 import pytest
-from tests.fakes.fake_shard import EOS, FakeShard
+from tests.fakes.fake_shard import EOS, FakeShard, generated, vector_of
 
 from kagami_proto import generate_pb2 as pb
 from kagami_proto.errors import GenerationFailed, InvalidRequest, ShardLost
-from kagami_proto.values import Grammar, GrammarKind, SamplingParams
+from kagami_proto.values import Grammar, GrammarKind, SamplingParams, Wanted
 from kagami_router.request.values import StoppingParams, ValidRequest
 from kagami_router.scheduler.config import SchedulerConfig
 from kagami_router.scheduler.scheduler import Scheduler
-from kagami_router.scheduler.step import Failure, PromptLogprobs, Step, StepResults
+from kagami_router.scheduler.sequence import Sequence
+from kagami_router.scheduler.step import (
+    Failure,
+    PromptLogprobs,
+    Step,
+    StepResults,
+    TokenSampled,
+    VectorComputed,
+)
 from kagami_router.shards import client as shard_client
 from kagami_router.shards.client import ShardGroup, results_from_pb, step_to_pb
 from kagami_router.telemetry.sequence_trace import WireContext
@@ -149,6 +157,50 @@ async def test_every_shard_gets_every_step(tmp_path: Path) -> None:
         results = await received.get()
         assert [sample[0] for sample in results.samples] == [1]
         assert first.steps == second.steps
+
+
+class RightGuesses:
+    """Knows what the fake shard will say."""
+
+    def draft(self, sequence: Sequence, max_tokens: int) -> list[int]:
+        return generated(sequence.log.ids, min(3, max_tokens))
+
+
+async def test_a_vector_and_three_verified_tokens_travel_to_a_shard_and_back(
+    tmp_path: Path,
+) -> None:
+    received: asyncio.Queue[StepResults] = asyncio.Queue()
+    config = SchedulerConfig(num_blocks=64, block_size=4, max_step_tokens=16, max_batch_size=4)
+    scheduler = Scheduler(config, RightGuesses())
+    async with (
+        FakeShard(str(tmp_path / "0")) as shard,
+        ShardGroup([shard.address]) as group,
+        group.open_steps(received.put_nowait) as steps,
+    ):
+        text = scheduler.add(new_request(b"abc", 20), 0.0)
+        steps.send(scheduler.schedule(0.0))
+        scheduler.update(await received.get())
+        scheduler.add(new_request(b"a prompt", 1, wants_vector=True), 0.0)
+        step = scheduler.schedule(0.0)
+        steps.send(step)
+        events = scheduler.update(await received.get())
+        scheduler.check_integrity()
+    assert [work.wanted for work in step.work] == [Wanted.VERIFY, Wanted.VECTOR]
+    assert [len(draft.token_ids) for draft in shard.steps[1].drafts] == [3]
+    tokens = [event.token_id for event in events if isinstance(event, TokenSampled)]
+    assert tokens == generated(b"abc", 5)[1:]
+    assert text.log.generated_ids == generated(b"abc", 5)
+    vectors = [event.vector for event in events if isinstance(event, VectorComputed)]
+    assert vectors == [vector_of(b"a prompt")]
+
+
+def new_request(prompt: bytes, max_new_tokens: int, **changes: bool) -> ValidRequest:
+    stopping = StoppingParams(max_new_tokens)
+    return ValidRequest(tuple(prompt), "", SamplingParams(), stopping, **changes)
+
+
+def test_a_step_whose_work_wants_one_token_each_says_nothing_of_it() -> None:
+    assert not step_to_pb(new_step()).wanted
 
 
 async def test_one_dead_shard_is_noticed_while_the_others_wait(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from kagami_proto.values import SamplingParams
+from kagami_proto.values import SamplingParams, Wanted
 from kagami_router.request.token_log import TokenLog
 from kagami_router.request.values import StoppingParams, ValidRequest
 from kagami_router.scheduler.sequence import Sequence
@@ -64,7 +64,7 @@ REPORT = StepReport(wall_s=0.25, update_s=0.5, text_s=1.0, delivery_s=2.0, num_t
 RESULTS = StepResults(1, device_ns=50_000_000, sampling_ns=10_000_000, admission_ns=5_000_000)
 REQUEST = ValidRequest((1, 2, 3, 4, 5), "", SamplingParams(), StoppingParams(8))
 NEW = NewSequence(1, [1, 2, 3, 4, 5], 5, REQUEST, False, 4, is_replay=False, looked_up=True)
-WORK = Work(Sequence(1, REQUEST, TokenLog([1]), 9, added_at=0.0), 4, 1, [], samples=True)
+WORK = Work(Sequence(1, REQUEST, TokenLog([1]), 9, added_at=0.0), 4, 1, [], Wanted.ONE_TOKEN)
 DECODES = Step(
     number=1,
     new_sequences=[],
@@ -72,7 +72,7 @@ DECODES = Step(
     work=[WORK, WORK],
     num_decodes=2,
     num_prefill_tokens=0,
-    num_samples=2,
+    num_answers=2,
     preempted=[],
     num_kv_tokens=10,
 )

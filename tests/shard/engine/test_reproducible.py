@@ -121,7 +121,7 @@ def go(
             row[0]: row[1:]
             for row in zip(result.ids, result.token_ids, result.logprobs, strict=True)
         }
-        for one, (_, _, count) in zip(sequences, work, strict=True):
+        for one, (_, _, count, _) in zip(sequences, work, strict=True):
             one.computed += count
             if one.id in rows:
                 one.told.append(rows[one.id])
