@@ -71,7 +71,8 @@ def failed_colon(request: ValidRequest) -> list[Events | Exception]:
 class FakeLoop:
     """`play` says for a request what happens: turns, or an exception to raise.
 
-    Before each turn after the first the stream waits until `gate` is set.
+    Before each turn after the first the stream waits until `gate` is set; `held` is set when one
+    waits there, so all that came before has been read.
     """
 
     play: Callable[[ValidRequest], list[Events | Exception]] = failed_colon
@@ -82,6 +83,7 @@ class FakeLoop:
     def __post_init__(self) -> None:
         self.gate = asyncio.Event()
         self.gate.set()
+        self.held = asyncio.Event()
         self.entered = asyncio.Event()
         self.left = asyncio.Event()
 
@@ -106,7 +108,8 @@ class FakeStream:
 
     async def _turns(self) -> AsyncIterator[Events]:
         for number, turn in enumerate(self._script):
-            if number:
+            if number and not self._loop.gate.is_set():
+                self._loop.held.set()
                 await self._loop.gate.wait()
             if isinstance(turn, Exception):
                 raise turn

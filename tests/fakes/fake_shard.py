@@ -229,7 +229,7 @@ class FakeShard(generate_pb2_grpc.TextGenerationServiceServicer):
     """The protocol of generate.proto in front of a `FakeEngine`; an async context manager.
 
     `gate`, cleared, holds results back until it is set: steps pile up as behind a slow device.
-    `compiling`, cleared, does so with grammars.
+    `compiling`, cleared, does so with grammars; `compile_began` is set when one has arrived.
     """
 
     def __init__(
@@ -241,6 +241,7 @@ class FakeShard(generate_pb2_grpc.TextGenerationServiceServicer):
         self.gate.set()
         self.compiling = asyncio.Event()
         self.compiling.set()
+        self.compile_began = asyncio.Event()
         self.steps: list[pb.Step] = []
         self._num_blocks = num_blocks
         self._block_size = block_size
@@ -294,6 +295,7 @@ class FakeShard(generate_pb2_grpc.TextGenerationServiceServicer):
     async def CompileGrammar(
         self, request: pb.Grammar, context: object
     ) -> pb.CompileGrammarResponse:
+        self.compile_began.set()
         await self.compiling.wait()
         return pb.CompileGrammarResponse(error="no" if request.source == "bad" else "")
 

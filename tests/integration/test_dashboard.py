@@ -8,7 +8,7 @@ import subprocess
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -83,24 +83,30 @@ def prometheus(bf16_server: Server, tmp_path_factory: pytest.TempPathFactory) ->
         stderr=subprocess.DEVNULL,
     )
     try:
-        until = time.monotonic() + 30
-        while not scraped(port):
-            assert time.monotonic() < until, "Prometheus has not scraped the server"
-            time.sleep(0.2)
+        wait_for(lambda: counted(port) >= 0)
         with ThreadPoolExecutor(4) as clients:
             for _ in range(3):
                 list(clients.map(generate, [bf16_server] * 8, range(8)))
-                time.sleep(1.2)
+                wait_for(lambda: counted(port) >= bf16_server.metric("tgi_request_success"))
         yield port
     finally:
         process.kill()
         process.wait()
 
 
-def scraped(port: int) -> bool:
+def counted(port: int) -> float:
+    """The requests that Prometheus has seen; below 0 until it has scraped the server."""
     with contextlib.suppress(OSError):
-        return bool(ask(port, "tgi_requests_running"))
-    return False
+        for series in ask(port, "tgi_request_success"):
+            return float(series["value"][1])
+    return -1.0
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    until = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < until, "Prometheus has not scraped the server"
+        time.sleep(0.2)
 
 
 def test_every_query_is_answered_with_numbers(prometheus: int) -> None:

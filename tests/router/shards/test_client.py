@@ -280,7 +280,7 @@ async def test_a_shard_that_dies_while_it_compiles_is_lost(tmp_path: Path) -> No
         first.compiling.clear()
         second.compiling.clear()
         waiting = asyncio.ensure_future(group.compile_grammar(Grammar(GrammarKind.REGEX, "a")))
-        await asyncio.sleep(0.05)
+        await second.compile_began.wait()
         await second.kill()
         with pytest.raises(ShardLost):
             await waiting

@@ -89,8 +89,7 @@ async def test_a_call_that_is_given_up_tells_how_far_it_came(
 
     async def give_up(server: FakeServer) -> None:
         call = asyncio.ensure_future(generate(server, path))
-        await loop.entered.wait()
-        await asyncio.sleep(0.01)
+        await loop.held.wait()
         call.cancel()
         await loop.left.wait()
 
