@@ -70,8 +70,6 @@ PENDING_IMPORTS = {
     "kagami_shard.backends.native.select",
     "kagami_shard.backends.select",
     "kagami_shard.engine.engine",
-    "kagami_shard.layers.linear",
-    "kagami_shard.machine.bandwidth",
     "kagami_shard.models.registry",
 }
 PENDING_DEVICES = {

@@ -20,6 +20,7 @@ class TinyModel:
     max_positions = 256
     bytes_loaded = 0
     quantization = ""
+    weight_bytes = 1000
 
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(0)

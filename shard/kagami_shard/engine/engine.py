@@ -35,11 +35,12 @@ from kagami_shard.engine.step import (
 from kagami_shard.forward.batch import ForwardBatch
 from kagami_shard.forward.kv_cache import KVCache, block_bytes, blocks_for
 from kagami_shard.layers.attention import Attention
-from kagami_shard.machine.bandwidth import Probe, ReadCost, read_cost
+from kagami_shard.machine.bandwidth import Probe
 from kagami_shard.machine.device import to_device
 from kagami_shard.machine.distributed import Alone, TensorParallel
 from kagami_shard.machine.memory import pool_bytes
 from kagami_shard.models.base import Model
+from kagami_shard.models.read_cost import ReadCost, read_cost
 from kagami_shard.sampling.grammar import Banned, Grammars, nothing_to_fill
 from kagami_shard.sampling.logprobs import Scorer, Scores, TorchScorer, score
 from kagami_shard.sampling.sampler import Drawn, draw
@@ -135,7 +136,7 @@ class Engine:
             with self._parallel.together():
                 bandwidth = self._probe(self._device) if self._probe else 0.0
                 self.cache = self._measured_cache(limits)
-                self.read_cost = read_cost(self._model, self._model.layers, self._dtype, bandwidth)
+                self.read_cost = read_cost(self._model, self._dtype, bandwidth)
             logger.info("Warm-up done", extra={"seconds": round(time.monotonic() - started, 2)})
         return self.cache
 

@@ -78,6 +78,10 @@ class Head:
     def __call__(self, hidden: Tensor) -> Tensor:
         return self._finish(self.project(hidden))
 
+    @property
+    def weight_bytes(self) -> int:
+        return self.project.weight_bytes
+
     def _finish(self, output: Tensor) -> Tensor:
         logits = output.float()
         if self.divisor != 1.0:

@@ -1,18 +1,14 @@
 """Matrix products with weights."""
 
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from kagami_shard.backends.native.memory import PackedWeight, Packer
 from kagami_shard.machine.distributed import TensorParallel
-from kagami_shard.quantization.base import DenseWeight, Weight
-from kagami_shard.quantization.fp8 import Fp8Weight
-from kagami_shard.quantization.grouped import GroupedWeight
-from kagami_shard.quantization.int8 import Int8Weight
-from kagami_shard.weights.stored import Matrix, StoredRows, parts_of, tensor_of
+from kagami_shard.quantization.base import DenseWeight, Weight, bytes_of
+from kagami_shard.weights.stored import Matrix, StoredRows, tensor_of
 
 
 class Projection(Protocol):
@@ -20,23 +16,9 @@ class Projection(Protocol):
 
     def __call__(self, hidden: Tensor) -> Tensor: ...
 
-
-@runtime_checkable
-class Packable(Protocol):
-    """A projection that the CPU's library can compute, too."""
-
     @property
-    def out_features(self) -> int: ...
-
-    @property
-    def turn(self) -> int:
-        """0: it reads bf16; else activations in 8 bits, turned so far (quantization/int8.py)."""
-
-    def pack(self, packer: Packer, *, gated: bool = False) -> PackedWeight:
-        """The weight as the library reads it; the projection gives its own away.
-
-        With `gated` the two halves of the output are a gate and what it opens.
-        """
+    def weight_bytes(self) -> int:
+        """What a step reads of it."""
 
 
 class Linear:
@@ -47,8 +29,6 @@ class Linear:
     def __init__(self, weight: Matrix, bias: Tensor | None = None) -> None:
         self.source = weight
         self.bias = bias
-
-    turn = 0
 
     @property
     def weight(self) -> Tensor:
@@ -61,69 +41,45 @@ class Linear:
     def out_features(self) -> int:
         return self.source.shape[0]
 
-    def pack(self, packer: Packer, *, gated: bool = False) -> PackedWeight:
-        """From where it lies: of a weight in files there is never a copy beside the packed one."""
+    @property
+    def matrix(self) -> Weight | StoredRows:
+        """The weight in the form that it is kept in."""
         source = self.source
-        packed = packer.pack(parts_of(source), self.bias, gated=gated)
-        if isinstance(source, StoredRows):
-            source.give_back()
+        return source if isinstance(source, StoredRows) else DenseWeight(source)
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.matrix.num_bytes + bytes_of(self.bias)
+
+    def give_away(self) -> None:
+        """Somebody else has the weight from now on."""
         self.source = torch.empty(0)
-        return packed
 
 
 class QuantizedLinear:
     """The same with a weight in another form."""
 
-    __slots__ = ("bias", "weight")
+    __slots__ = ("bias", "matrix")
 
     def __init__(self, weight: Weight, bias: Tensor | None = None) -> None:
-        self.weight = weight
+        self.matrix = weight
         self.bias = bias
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        output = self.weight.linear(hidden)
+        output = self.matrix.linear(hidden)
         return output if self.bias is None else output + self.bias
 
     @property
     def out_features(self) -> int:
-        return self.weight.shape[0]
+        return self.matrix.shape[0]
 
     @property
-    def turn(self) -> int:
-        return self.weight.turn if isinstance(self.weight, Int8Weight) else 0
+    def weight_bytes(self) -> int:
+        return self.matrix.num_bytes + bytes_of(self.bias)
 
-    def pack(self, packer: Packer, *, gated: bool = False) -> PackedWeight:
-        """Integers, e4m3 and codes in regular groups as they are, everything else as bf16."""
-        packed = self._packed_codes(packer, gated=gated)
-        if packed is None:
-            packed = packer.pack((self.weight.dequantized(torch.bfloat16),), self.bias, gated=gated)
-        self.weight = DenseWeight(torch.empty(0, 0))
-        return packed
-
-    def _packed_codes(self, packer: Packer, *, gated: bool) -> PackedWeight | None:
-        """None where the library has no such form."""
-        weight, bias = self.weight, self.bias
-        if isinstance(weight, Int8Weight):
-            return packer.pack_int8(weight.values, weight.scales, bias, gated=gated)
-        if not isinstance(weight, GroupedWeight | Fp8Weight):
-            return None
-        if (group := weight.packable_group()) is None:
-            return None
-        if isinstance(weight, Fp8Weight):
-            codes = weight.values.view(torch.uint8)
-            return packer.pack_bytes(codes, weight.scales, None, bias, group=group, gated=gated)
-        if weight.bits == 4:
-            return packer.pack_int4(
-                weight.packed,
-                weight.scales.half(),
-                weight.zeros,
-                bias,
-                num_columns=weight.shape[1],
-                group=group,
-                gated=gated,
-            )
-        scales, zeros = weight.scales.float(), weight.zeros.float()
-        return packer.pack_bytes(weight.packed, scales, zeros, bias, group=group, gated=gated)
+    def give_away(self) -> None:
+        """Somebody else has the weight from now on."""
+        self.matrix = DenseWeight(torch.empty(0, 0))
 
 
 class RowLinear:
@@ -144,6 +100,10 @@ class RowLinear:
     def __call__(self, hidden: Tensor) -> Tensor:
         output = self._parallel.all_reduce(self.project(hidden).float())
         return output if self.bias is None else output + self.bias
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.project.weight_bytes + bytes_of(self.bias)
 
 
 def projection(weight: Weight | StoredRows, bias: Tensor | None = None) -> Projection:

@@ -41,6 +41,10 @@ class GatedMLP:
         gate, up = self.gate_up(hidden).chunk(2, dim=-1)
         return self.down(self.activation(gate) * up)
 
+    @property
+    def weight_bytes(self) -> int:
+        return self.gate_up.weight_bytes + self.down.weight_bytes
+
 
 class MLP:
     """`down(activation(up))`."""
@@ -54,3 +58,7 @@ class MLP:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         return self.down(self.activation(self.up(hidden)))
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.up.weight_bytes + self.down.weight_bytes

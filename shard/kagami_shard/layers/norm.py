@@ -14,6 +14,10 @@ class Norm(Protocol):
 
     def __call__(self, hidden: Tensor) -> Tensor: ...
 
+    @property
+    def weight_bytes(self) -> int:
+        """What a step reads of it."""
+
 
 class RMSNorm:
     """`x / rms(x) * (center + weight)` (arXiv:1910.07467); Gemma's checkpoints center at one."""
@@ -29,6 +33,10 @@ class RMSNorm:
         exact = hidden.float()
         scale = torch.rsqrt(exact.square().mean(-1, keepdim=True) + self.eps)
         return (exact * scale * self.weight).to(self._dtype)
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.weight.nbytes
 
 
 class ShardedRMSNorm:
@@ -51,6 +59,10 @@ class ShardedRMSNorm:
             self._dtype
         )
 
+    @property
+    def weight_bytes(self) -> int:
+        return self.weight.nbytes
+
 
 class LayerNorm:
     """Mean and variance, with weight and bias (arXiv:1607.06450)."""
@@ -67,6 +79,10 @@ class LayerNorm:
         exact = hidden.float()
         normed = layer_norm(exact, exact.shape[-1:], self.weight, self.bias, self.eps)
         return normed.to(self._dtype)
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.weight.nbytes + self.bias.nbytes
 
 
 class FullNorm:
@@ -85,11 +101,17 @@ class FullNorm:
         normed = (self.of_query(query.flatten(1)), self.of_key(key.flatten(1)))
         return torch.cat(normed, dim=1).view(hidden.shape)
 
+    @property
+    def weight_bytes(self) -> int:
+        return self.of_query.weight_bytes + self.of_key.weight_bytes
+
 
 class Rounding:
     """In a norm's place before a matmul: the stream, rounded to `dtype`."""
 
     __slots__ = ("_dtype",)
+
+    weight_bytes = 0
 
     def __init__(self, dtype: torch.dtype) -> None:
         self._dtype = dtype
@@ -98,6 +120,15 @@ class Rounding:
         return hidden.to(self._dtype)
 
 
-def no_norm(hidden: Tensor) -> Tensor:
-    """In a norm's place where there is none."""
-    return hidden
+class NoNorm:
+    """In a norm's place where there is none: what comes goes on."""
+
+    __slots__ = ()
+
+    weight_bytes = 0
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        return hidden
+
+
+no_norm = NoNorm()

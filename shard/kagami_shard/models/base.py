@@ -36,5 +36,12 @@ class Model(Protocol):
     def quantization(self) -> str:
         """How the weights are kept: "int8", "gptq", …; empty if they are not quantized."""
 
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of weights that a step reads: all but tables of which it reads single rows.
+
+        Of a mixture of experts all experts count.
+        """
+
     def forward(self, batch: ForwardBatch, attend: AttentionStep) -> Tensor:
         """Logits after `batch.logits_rows`: `[num_rows, vocab_size]` float32."""

@@ -100,6 +100,11 @@ class Decoder:
     def bytes_loaded(self) -> int:
         return self._bytes_loaded
 
+    @property
+    def weight_bytes(self) -> int:
+        layers = sum(layer.weight_bytes for layer in self._layers)
+        return layers + self._norm.weight_bytes + self._head.weight_bytes
+
     def forward(self, batch: ForwardBatch, attend: AttentionStep) -> Tensor:
         """Logits after `batch.logits_rows`: `[num_rows, vocab_size]` float32."""
         return self.run(TorchOps(batch, attend, self._ropes))
@@ -343,6 +348,13 @@ class _Layer:
         self._before_mlp = load.norm_before(layer, names.before_mlp)
         self._mlp = load.mlp(layer)
         self._after_mlp = load.norm_after(layer, names.after_mlp)
+
+    @property
+    def weight_bytes(self) -> int:
+        projections = (self._qkv, self._output, self._mlp)
+        before = (self._before_attention, self._attention.qk_norm, self._before_mlp)
+        norms = (*before, self._after_attention, self._after_mlp)
+        return sum(part.weight_bytes for part in (*projections, *norms))
 
     def __call__(self, hidden: T, ops: Ops[T], *, is_last: bool) -> T:
         qkv = ops.linear(ops.norm(hidden, self._before_attention), self._qkv)

@@ -25,6 +25,10 @@ class Weight(Protocol):
     @property
     def shape(self) -> tuple[int, int]: ...
 
+    @property
+    def num_bytes(self) -> int:
+        """In this form."""
+
     def linear(self, hidden: Tensor) -> Tensor:
         """`[num_tokens, in]` to `[num_tokens, out]`, in the dtype of `hidden`."""
 
@@ -50,6 +54,10 @@ class DenseWeight:
     @property
     def shape(self) -> tuple[int, int]:
         return self.values.shape[0], self.values.shape[1]
+
+    @property
+    def num_bytes(self) -> int:
+        return self.values.nbytes
 
     def linear(self, hidden: Tensor) -> Tensor:
         return linear(hidden, self.values.to(hidden.dtype))
@@ -86,6 +94,10 @@ class Groups:
     size: int
     of_column: Tensor | None = None
     """`[num_columns]` int32, the group of each; None: groups of `size`, the last may be short"""
+
+    @property
+    def num_bytes(self) -> int:
+        return bytes_of(self.of_column)
 
     def expand(self, by_group: Tensor) -> Tensor:
         """`[out, num_groups]` to `[out, num_columns]`."""
@@ -129,6 +141,11 @@ class Groups:
         if self.of_column is not None:
             return self.of_column
         return torch.arange(self.num_columns, dtype=torch.int32) // self.size
+
+
+def bytes_of(*tensors: Tensor | None) -> int:
+    """All together; None has none."""
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
 T = TypeVar("T")

@@ -34,6 +34,10 @@ class Fp8Weight:
     def shape(self) -> tuple[int, int]:
         return self.values.shape[0], self.values.shape[1]
 
+    @property
+    def num_bytes(self) -> int:
+        return self.values.nbytes + self.scales.nbytes + self.groups.num_bytes
+
     def linear(self, hidden: Tensor) -> Tensor:
         return linear(hidden, self.dequantized(hidden.dtype))
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from kagami_shard.quantization.base import Groups, take_columns, take_rows
+from kagami_shard.quantization.base import Groups, bytes_of, take_columns, take_rows
 from kagami_shard.weights.sharding import Span
 
 ZERO_PARTS = 15
@@ -36,6 +36,10 @@ class GroupedWeight:
     @property
     def shape(self) -> tuple[int, int]:
         return self.packed.shape[0], self.groups.num_columns
+
+    @property
+    def num_bytes(self) -> int:
+        return bytes_of(self.packed, self.scales, self.zeros) + self.groups.num_bytes
 
     def linear(self, hidden: Tensor) -> Tensor:
         return linear(hidden, self.dequantized(hidden.dtype))

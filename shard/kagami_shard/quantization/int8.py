@@ -42,6 +42,10 @@ class Int8Weight:
     def shape(self) -> tuple[int, int]:
         return self.values.shape[0], self.values.shape[1]
 
+    @property
+    def num_bytes(self) -> int:
+        return self.values.nbytes + self.scales.nbytes
+
     def linear(self, hidden: Tensor) -> Tensor:
         values, scale = quantize_activations(turned(hidden.float(), self.turn))
         return (int_matmul(values, self.values) * scale * self.scales).to(hidden.dtype)

@@ -6,6 +6,7 @@ the packing itself. Everybody else asks for the tensor.
 """
 
 import ctypes
+import math
 import mmap
 from collections.abc import Sequence
 
@@ -42,6 +43,11 @@ class StoredRows:
             self._tensor, self._parts = self._read(), ()
         return self._tensor
 
+    @property
+    def num_bytes(self) -> int:
+        """Of the tensor, whether it is in memory or not."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
     def in_place(self) -> tuple[Tensor, ...]:
         """In the tensor's dtype, and not kept: the parts as they lie, if they are in it."""
         if self._tensor is not None:
@@ -72,11 +78,6 @@ Matrix = Tensor | StoredRows
 def tensor_of(matrix: Matrix) -> Tensor:
     """In memory."""
     return matrix if isinstance(matrix, Tensor) else matrix.tensor()
-
-
-def parts_of(matrix: Matrix) -> tuple[Tensor, ...]:
-    """Its rows where they lie, one part below the other."""
-    return (matrix,) if isinstance(matrix, Tensor) else matrix.in_place()
 
 
 def drop_pages(part: Tensor) -> None:

@@ -10,8 +10,9 @@ from torch.nn.functional import silu
 
 from kagami_shard.backends.native.model import replay_into
 from kagami_shard.backends.native.page_tables import PageTables
-from kagami_shard.backends.native.recorder import Tape, record
+from kagami_shard.backends.native.recorder import record
 from kagami_shard.backends.native.runtime import Runtime
+from kagami_shard.backends.native.tape import Tape
 from kagami_shard.backends.torch.sdpa import SdpaAttention
 from kagami_shard.forward.batch import ForwardBatch, Queries
 from kagami_shard.forward.kv_cache import KVCache, LayerShape

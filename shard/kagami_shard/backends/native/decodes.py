@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kagami_shard.backends.native.library import CBatch, CDecodes, pointer
 from kagami_shard.backends.native.page_tables import PageTables
-from kagami_shard.backends.native.recorder import Tape
+from kagami_shard.backends.native.tape import Tape
 
 # Blocks that a sequence can be given before a batch is built anew.
 _SPARE_BLOCKS = 16

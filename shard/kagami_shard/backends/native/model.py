@@ -10,8 +10,9 @@ from kagami_shard.backends.native.attention import CpuStep
 from kagami_shard.backends.native.decodes import NativeDecodes
 from kagami_shard.backends.native.library import CBatch, pointer
 from kagami_shard.backends.native.page_tables import PageTables
-from kagami_shard.backends.native.recorder import Tape, record
+from kagami_shard.backends.native.recorder import record
 from kagami_shard.backends.native.runtime import Runtime
+from kagami_shard.backends.native.tape import Tape
 from kagami_shard.forward.batch import ForwardBatch, Queries
 from kagami_shard.forward.kv_cache import KVCache, LayerShape
 from kagami_shard.layers.attention import AttentionStep
@@ -30,6 +31,7 @@ class RecordedDecoder:
         self.bytes_loaded: int = decoder.bytes_loaded
         self.quantization: str = decoder.quantization
         self._tape: Tape = record(decoder, runtime)
+        self.weight_bytes: int = self._tape.weight_bytes
         self._logits = torch.empty(0)
 
     def forward(self, batch: ForwardBatch, attend: AttentionStep) -> Tensor:

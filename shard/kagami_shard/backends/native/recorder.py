@@ -7,7 +7,6 @@ more.
 """
 
 import ctypes
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,9 +19,7 @@ from kagami_shard.backends.native.library import (
     LOGITS,
     Activation,
     CAttention,
-    CBatch,
     CBuffer,
-    CDecodes,
     CEmbedding,
     CNorm,
     Code,
@@ -34,10 +31,18 @@ from kagami_shard.backends.native.library import (
     QKNorm,
     pointer,
 )
-from kagami_shard.backends.native.memory import PackedWeight, Packer
+from kagami_shard.backends.native.packing import (
+    Packable,
+    PackedWeight,
+    Packer,
+    hadamard_block,
+    is_packable,
+    pack,
+)
 from kagami_shard.backends.native.runtime import Runtime
+from kagami_shard.backends.native.tape import Tape
 from kagami_shard.layers.embedding import Embedding, Head
-from kagami_shard.layers.linear import Linear, Packable, Projection
+from kagami_shard.layers.linear import Linear, Projection
 from kagami_shard.layers.mlp import ACTIVATIONS, MLP, GatedMLP
 from kagami_shard.layers.norm import FullNorm, LayerNorm, Norm, RMSNorm, Rounding, no_norm
 from kagami_shard.layers.rotary import RotaryEmbedding
@@ -77,14 +82,14 @@ class Buffer(NamedTuple):
     columns: int
 
 
-class Product(NamedTuple):
-    """A matmul that is not noted down yet: what comes after it decides how it ends."""
+class PendingMatmul(NamedTuple):
+    """A matmul that is not recorded yet: what comes after it decides its epilogue."""
 
     input: Buffer
     projection: Packable
 
 
-Value = Buffer | Product
+Value = Buffer | PendingMatmul
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,8 +117,8 @@ class Recorder:
         self._ops: list[_Op] = []
         self._shapes: list[CBuffer] = []
         self._buffers: dict[str, Buffer] = {}
-        self._kept: list[object] = []
-        """What the ops point to"""
+        self._tensors: list[Tensor] = []
+        """What the ops point to, beside packed weights"""
         self._packed: dict[int, PackedWeight] = {}
         """By the projection's identity"""
         self._tied_head: Linear | None = None
@@ -139,10 +144,10 @@ class Recorder:
     def norm(self, hidden: Value, norm: Norm) -> Value:
         return self._norm(_buffer_of(hidden), norm)
 
-    def linear(self, hidden: Value, projection: Projection) -> Product:
-        if not isinstance(projection, Packable):
+    def linear(self, hidden: Value, projection: Projection) -> PendingMatmul:
+        if not is_packable(projection):
             raise NotRecordable(f"{type(projection).__name__} has no packed form")
-        return Product(_buffer_of(hidden), projection)
+        return PendingMatmul(_buffer_of(hidden), projection)
 
     def write(self, qkv: Value, attention: SelfAttention) -> Value:
         dim, group = attention.head_dim, attention.num_heads // attention.num_kv_heads
@@ -184,7 +189,7 @@ class Recorder:
 
     def add(self, hidden: Value, update: Value, norm: Norm, factor: float) -> Value:
         stream = _buffer_of(hidden)
-        if norm is no_norm and isinstance(update, Product):
+        if norm is no_norm and isinstance(update, PendingMatmul):
             self._product(update, stream, Epilogue.ADD, alpha=factor)
             return stream
         source = self._finished(update, "update")
@@ -196,12 +201,12 @@ class Recorder:
         if type(head) is not Head:
             raise NotRecordable("its head lies on several ranks")
         project = head.project
-        if not isinstance(project, Packable):
+        if not is_packable(project):
             raise NotRecordable(f"its head, {type(project).__name__}, has no packed form")
         if isinstance(project, Linear) and project.source is self._embedded.source:
             self._tied_head = project
         last = self._finished(hidden, "update")
-        product = Product(self._norm(last, norm), project)
+        product = PendingMatmul(self._norm(last, norm), project)
         capped = head.softcap is not None
         self._product(
             product,
@@ -229,7 +234,7 @@ class Recorder:
 
     def _product(
         self,
-        product: Product,
+        product: PendingMatmul,
         output: Buffer,
         epilogue: Epilogue,
         *,
@@ -237,11 +242,11 @@ class Recorder:
         **fields: object,
     ) -> None:
         projection, source = product.projection, product.input
-        if projection.turn:
-            source = self._quantized(source, projection.turn)
+        if block := hadamard_block(projection):
+            source = self._quantized(source, block)
 
         def params() -> ctypes.Structure:
-            weight = projection.pack(self._packer, gated=gated)
+            weight = pack(projection, self._packer, gated=gated)
             self._packed[id(projection)] = weight
             return weight.struct()
 
@@ -294,7 +299,8 @@ class Recorder:
         return buffer
 
     def _pointer(self, tensor: Tensor | None) -> int | None:
-        self._kept.append(tensor)
+        if tensor is not None:
+            self._tensors.append(tensor)
         return pointer(tensor)
 
     # ------------------------------------------------------------------ parameters
@@ -305,7 +311,6 @@ class Recorder:
         factor = 1.0 if multiplier is None else float(multiplier)
         if self._tied_head is None:
             embedded.source = embedded.weight.contiguous()
-            self._kept.append(embedded)  # whole: of a table a step reads few rows (bandwidth.py)
             return CEmbedding(width, 0, pointer(embedded.source), factor)
         embedded.source = torch.empty(0)
         return CEmbedding(width, 1, self._packed[id(self._tied_head)].address, factor)
@@ -342,7 +347,7 @@ class Recorder:
 
     # ------------------------------------------------------------------ the tape
 
-    def tape(self, runtime: Runtime) -> "Tape":
+    def tape(self, runtime: Runtime) -> Tape:
         """Pack the weights in the order of their use, and make the tape."""
         structs: dict[int, ctypes.Structure] = {}
         order = sorted(range(len(self._ops)), key=lambda i: self._ops[i].code is not Code.LINEAR)
@@ -367,40 +372,14 @@ class Recorder:
             )
         )
         buffers = (CBuffer * len(self._shapes))(*self._shapes)
-        kept = (structs, self._kept, self._packed)
-        return Tape(runtime, ops, buffers, kept)
-
-
-class Tape:
-    """A recorded step."""
-
-    def __init__(
-        self,
-        runtime: Runtime,
-        ops: "ctypes.Array[COp]",
-        buffers: "ctypes.Array[CBuffer]",
-        kept: object,
-    ) -> None:
-        """`kept` is what the ops point to."""
-        self.runtime = runtime
-        self._kept = kept
-        library = runtime.library
-        self._tape = library.kg_tape_new(runtime.pool, ops, len(ops), buffers, len(buffers))
-        if not self._tape:
-            raise MemoryError("no memory for the threads' scratch")
-        weakref.finalize(self, library.kg_tape_delete, self._tape)
-
-    def replay(self, batch: CBatch) -> None:
-        """Run the step. Raises MemoryError."""
-        if self.runtime.library.kg_replay(self._tape, ctypes.byref(batch)):
-            raise MemoryError(f"no memory for a step of {batch.num_tokens} tokens")
-
-    def decode(self, decodes: CDecodes) -> int:
-        """Run a step of `decodes`, how many rows gave no distribution. Raises MemoryError."""
-        num_lost: int = self.runtime.library.kg_decode(self._tape, ctypes.byref(decodes))
-        if num_lost < 0:
-            raise MemoryError(f"no memory for a step of {decodes.batch.num_tokens} tokens")
-        return num_lost
+        return Tape(
+            runtime,
+            ops,
+            buffers,
+            packer=self._packer,
+            tensors=self._tensors,
+            alive=(structs, self._packed, self._embedded),
+        )
 
 
 def record(decoder: Recordable, runtime: Runtime) -> Tape:

@@ -128,6 +128,16 @@ class TransformersModel:
         """As if the files had the model's dtype: transformers does not tell."""
         return sum(weight.nbytes for weight in self._model.parameters())
 
+    @property
+    def weight_bytes(self) -> int:
+        """Each storage once: a head tied to an embedding, of which a step reads rows, counts."""
+        storages: dict[int, int] = {}
+        for module in self._model.modules():
+            if not isinstance(module, torch.nn.Embedding):
+                own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+                storages |= {each.data_ptr(): each.untyped_storage().nbytes() for each in own}
+        return sum(storages.values())
+
     def forward(self, batch: ForwardBatch, attend: Attend) -> Tensor:
         """Logits after `batch.logits_rows`: `[num_rows, vocab_size]` float32."""
         rows: dict[str, Any] = {"logits_to_keep": batch.logits_rows} if self._takes_rows else {}

@@ -17,8 +17,9 @@ from torch import Tensor
 from kagami_shard.backends.native.library import Library
 from kagami_shard.backends.native.model import replay_into
 from kagami_shard.backends.native.page_tables import PageTables
-from kagami_shard.backends.native.recorder import Tape, record
+from kagami_shard.backends.native.recorder import record
 from kagami_shard.backends.native.runtime import Runtime
+from kagami_shard.backends.native.tape import Tape
 from kagami_shard.forward.kv_cache import KVCache
 from kagami_shard.layers.embedding import Embedding
 from kagami_shard.layers.linear import Linear

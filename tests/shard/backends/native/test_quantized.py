@@ -24,8 +24,8 @@ from tests.shard.backends.native.programs import (
 from torch import Tensor
 
 from kagami_shard.backends.native.library import Library
-from kagami_shard.backends.native.memory import Packer
 from kagami_shard.backends.native.model import replay_into
+from kagami_shard.backends.native.packing import Packer, pack
 from kagami_shard.backends.native.page_tables import PageTables
 from kagami_shard.backends.native.recorder import record
 from kagami_shard.backends.native.runtime import Runtime
@@ -210,7 +210,7 @@ def test_every_code_of_8_bits_is_widened_exactly(runtime: Runtime, kind: str, co
 @pytest.mark.parametrize("kind", ["fp8", "fp8 of blocks", "8 bits of 32", "8 bits of a row"])
 def test_8_bits_stay_8_bits_when_packed(library: Library, kind: str) -> None:
     packer = Packer(library)
-    linear(Weights(0, torch.bfloat16), kind, 1024, 512, bias=False).pack(packer)
+    pack(linear(Weights(0, torch.bfloat16), kind, 1024, 512, bias=False), packer)
     assert packer.arena.num_bytes < 1.4 * 1024 * 512
 
 

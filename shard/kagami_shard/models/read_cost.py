@@ -1,0 +1,28 @@
+"""What a step of decodes has to read.
+
+A decode is bound by memory: every step reads all weights once and the KV cache of its sequences.
+The share of the memory's bandwidth that it reaches says how much could still be gained.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from kagami_shard.forward.kv_cache import block_bytes
+from kagami_shard.models.base import Model
+
+
+@dataclass(frozen=True, slots=True)
+class ReadCost:
+    """Bytes a step reads, and bytes a second."""
+
+    weight_bytes: int
+    kv_token_bytes: int
+    """KV cache of one token over all layers"""
+    bandwidth: float
+    """0: not measured"""
+
+
+def read_cost(model: Model, dtype: torch.dtype, bandwidth: float) -> ReadCost:
+    """What reading `model` and its cache, in `dtype`, costs."""
+    return ReadCost(model.weight_bytes, block_bytes(model.layers, 1, dtype), bandwidth)
