@@ -9,7 +9,6 @@ import struct
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
 
 from opentelemetry import trace
 
@@ -17,6 +16,7 @@ from kagami_proto.errors import InvalidRequest, MalformedBody
 from kagami_proto.span_names import Key, SpanName
 from kagami_proto.tracing import NO_TRACING, span
 from kagami_proto.values import Grammar, SamplingParams
+from kagami_router.request.prompt import Prompt
 from kagami_router.request.values import StoppingParams, ValidRequest
 from kagami_router.text.tokenizer import Tokenizer
 
@@ -86,13 +86,6 @@ class GenerationParams:
         return max(1, self.best_of or 1)
 
 
-class TokenPrompt(NamedTuple):
-    """A prompt that came as ids, all of them known, and the text they stand for."""
-
-    ids: tuple[int, ...]
-    text: str
-
-
 CompileGrammar = Callable[[Grammar], Awaitable[None]]
 
 
@@ -139,13 +132,13 @@ class Validation:
         self._check_counts(params)
         self._check_logit_bias(params)
 
-    async def token_prompt(self, ids: Sequence[object], place: str) -> TokenPrompt:
+    async def token_prompt(self, ids: Sequence[object], place: str) -> Prompt:
         """The ids that a client gave at `place` of its body; raises `InvalidRequest`."""
         limits = self.limits
         if len(ids) > limits.max_input_tokens:  # before any work that grows with them
             raise _too_many_tokens(limits, len(ids))
         known = tuple(self._token_id(token_id, place, index) for index, token_id in enumerate(ids))
-        return TokenPrompt(known, await self._tokenizer.decode(known))
+        return Prompt(known, await self._tokenizer.decode(known))
 
     def _token_id(self, given: object, place: str, index: int) -> int:
         if not isinstance(given, int) or isinstance(given, bool):
@@ -159,7 +152,7 @@ class Validation:
 
     async def validate(
         self,
-        prompt: str | TokenPrompt,
+        prompt: str | Prompt,
         params: GenerationParams,
         *,
         add_special_tokens: bool,
@@ -171,7 +164,7 @@ class Validation:
             return valid
 
     async def _validate(
-        self, prompt: str | TokenPrompt, params: GenerationParams, add_special_tokens: bool
+        self, prompt: str | Prompt, params: GenerationParams, add_special_tokens: bool
     ) -> ValidRequest:
         sampling = self._sampling(params)
         self._check_counts(params)
@@ -186,8 +179,7 @@ class Validation:
             await self.ready_grammar(params.grammar)
         _check_supported(params)
         return ValidRequest(
-            prompt_ids=tuple(prompt_ids),
-            prompt_text=text,
+            prompt=Prompt(tuple(prompt_ids), text),
             sampling=sampling,
             stopping=StoppingParams(
                 max_new_tokens=max_new_tokens,

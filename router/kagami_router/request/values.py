@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from kagami_proto.values import Grammar, SamplingParams
+from kagami_router.request.prompt import Prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,16 +27,27 @@ class StoppingParams:
 class ValidRequest:
     """One generation that passed the door: nothing behind it checks again."""
 
-    prompt_ids: tuple[int, ...]
-    prompt_text: str
+    prompt: Prompt
     sampling: SamplingParams
     stopping: StoppingParams
     top_n_tokens: int = 0
     prompt_logprobs: bool = False
     grammar: Grammar | None = None
     """Compiled already, on every shard."""
+    adapter: str | None = None
+    """LoRA adapter; None = the model as it is. No route names one yet."""
     wants_vector: bool = False
     """The hidden state of the prompt's last token is asked for, and no text."""
+
+    @property
+    def prompt_ids(self) -> tuple[int, ...]:
+        """The ids of the prompt."""
+        return self.prompt.ids
+
+    @property
+    def prompt_text(self) -> str:
+        """The text of the prompt."""
+        return self.prompt.text
 
     @property
     def max_kv_tokens(self) -> int:

@@ -11,7 +11,7 @@ from kagami_router.scheduler.config import (
     DEFAULT_WAITING_SERVED_RATIO,
     SchedulerConfig,
 )
-from kagami_router.scheduler.pool import BlockKey, KVPool
+from kagami_router.scheduler.pool import BlockPlace, KVPool
 from kagami_router.scheduler.prefix_cache import Node
 from kagami_router.scheduler.queues import Queues
 from kagami_router.scheduler.sequence import Sequence, Status, WaitReason
@@ -84,8 +84,8 @@ class Admission:
             if not self._take_blocks(sequence, path, builder):
                 return _hold(waiting[index:], WaitReason.BLOCKS)
             self._start(sequence, builder)
-            if key := self._pool.being_computed(sequence):
-                computing.setdefault(key, sequence)
+            if place := self._pool.being_computed(sequence):
+                computing.setdefault(place, sequence)
         return None
 
     def _no_room_for(self, sequence: Sequence, builder: StepBuilder) -> WaitReason | None:
@@ -101,20 +101,20 @@ class Admission:
             return WaitReason.BATCH_SIZE
         return None
 
-    def _being_computed(self) -> dict[BlockKey, Sequence]:
+    def _being_computed(self) -> dict[BlockPlace, Sequence]:
         """The blocks that running prefills bring next, and who computes each of them."""
-        computing: dict[BlockKey, Sequence] = {}
+        computing: dict[BlockPlace, Sequence] = {}
         for sequence in self._queues.running:
-            if key := self._pool.being_computed(sequence):
-                computing.setdefault(key, sequence)
+            if place := self._pool.being_computed(sequence):
+                computing.setdefault(place, sequence)
         return computing
 
     def _blocker_of(
-        self, sequence: Sequence, path: list[Node], computing: dict[BlockKey, Sequence]
+        self, sequence: Sequence, path: list[Node], computing: dict[BlockPlace, Sequence]
     ) -> Sequence | None:
         """Who computes the block behind `path` just now, if a waiting sequence could use it."""
-        key = self._pool.usable_behind(sequence, path) if computing else None
-        return computing.get(key) if key else None
+        place = self._pool.usable_behind(sequence, path) if computing else None
+        return computing.get(place) if place else None
 
     def _take_blocks(self, sequence: Sequence, path: list[Node], builder: StepBuilder) -> bool:
         """Give a sequence the blocks of all that is known of it; False if there are too few."""

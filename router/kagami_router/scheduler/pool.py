@@ -6,11 +6,11 @@ Knows nothing of steps, nor of who may run.
 
 from kagami_router.scheduler.blocks import BlockAllocator
 from kagami_router.scheduler.config import SchedulerConfig
-from kagami_router.scheduler.prefix_cache import Node, PrefixCache
+from kagami_router.scheduler.prefix_cache import BlockKey, Node, PrefixCache
 from kagami_router.scheduler.sequence import Sequence
 
-BlockKey = tuple[Node, tuple[int, ...]]
-"""One block of the prefix tree, whether it is there or not: its parent and its tokens."""
+BlockPlace = tuple[Node, BlockKey]
+"""A place in the prefix tree, whether its block is there or not: its parent and its key."""
 
 
 class KVPool:
@@ -66,8 +66,8 @@ class KVPool:
         """The cached beginning of a sequence; its last known token is always computed."""
         if not self.looks_up(sequence):
             return []
-        ids = sequence.log.ids
-        return self._cache.match(ids, (len(ids) - 1) // self.block_size)
+        num_known = len(sequence.log.ids)
+        return self._cache.match(sequence.prefix, (num_known - 1) // self.block_size)
 
     def acquire(self, path: list[Node]) -> list[int]:
         """The blocks of a matched path, for one more table; nobody can evict them now."""
@@ -87,29 +87,29 @@ class KVPool:
     def cache_up_to(self, sequence: Sequence, end: int) -> None:
         """Give the prefix cache the full blocks among the first `end` positions, all confirmed."""
         num_full = end // self.block_size
-        self._cache.insert(sequence.path, sequence.log.ids, sequence.blocks, num_full)
+        self._cache.insert(sequence.path, sequence.prefix, sequence.blocks, num_full)
 
     def forget(self, path: list[Node]) -> None:
         """Evict a released path as far as nobody else holds or continues it."""
         self._cache.forget(path)
 
-    def being_computed(self, sequence: Sequence) -> BlockKey | None:
+    def being_computed(self, sequence: Sequence) -> BlockPlace | None:
         """The block that a running prefill brings to the prefix cache next."""
         end = (len(sequence.path) + 1) * self.block_size
         if sequence.num_confirmed < end <= sequence.prefill_end:
-            return self._key_behind(sequence, sequence.path)
+            return self._place_behind(sequence, sequence.path)
         return None
 
-    def usable_behind(self, sequence: Sequence, path: list[Node]) -> BlockKey | None:
+    def usable_behind(self, sequence: Sequence, path: list[Node]) -> BlockPlace | None:
         """The block behind `path` that a waiting sequence could use if it were cached."""
         has_use = (len(path) + 1) * self.block_size < len(sequence.log.ids)
         if not has_use or not self.looks_up(sequence):
             return None
-        return self._key_behind(sequence, path)
+        return self._place_behind(sequence, path)
 
-    def _key_behind(self, sequence: Sequence, path: list[Node]) -> BlockKey:
+    def _place_behind(self, sequence: Sequence, path: list[Node]) -> BlockPlace:
         parent = path[-1] if path else self._cache.root
-        return parent, self._cache.key_of(sequence.log.ids, len(path))
+        return parent, sequence.prefix.block(len(path), self.block_size)
 
     def check_integrity(self, sequences: list[Sequence]) -> None:
         """Assert that the tables of all `sequences`, the tree and the counters agree."""

@@ -1,7 +1,8 @@
-"""Which full blocks of computed tokens can be used again: a tree, one block an edge.
+"""Which full blocks of computed KV can be used again: a tree, one block an edge.
 
-The path from the root to a node spells the tokens whose KV the node's block ends; so two nodes
-are the same prefix only if everything before them is the same, too. Only confirmed KV comes in:
+The path from the root to a node spells the prefix whose KV the node's block ends; so two nodes
+are the same prefix only if everything before them is the same, too. A prefix is more than ids:
+another adapter or another image under the same ids gives other KV. Only confirmed KV comes in:
 `insert` is called when a step's result was read, never when it was scheduled.
 
 A sequence's path is that part of the tree whose blocks are the first of its own table. So a node
@@ -11,20 +12,56 @@ be evicted in the end, leaves first: exactly the blocks that the allocator calls
 
 import heapq
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
+from kagami_router.request.prompt import Media
 from kagami_router.scheduler.blocks import BlockAllocator
+
+_make = tuple.__new__
+
+
+class BlockKey(NamedTuple):
+    """What one block of KV depends on, beside all blocks before it."""
+
+    ids: tuple[int, ...]
+    adapter: str | None
+    media: tuple[tuple[bytes, int], ...]
+    """Content hash and first position of those that reach into the block."""
+
+
+class PrefixKey(NamedTuple):
+    """What the KV of a sequence is a function of: equal keys, equal KV."""
+
+    ids: Sequence[int]
+    """Of the token log: they grow with it."""
+    adapter: str | None = None
+    media: tuple[Media, ...] = ()
+
+    def block(self, index: int, size: int) -> BlockKey:
+        """The key of the block with that index, of `size` tokens."""
+        start = index * size
+        ids = tuple(self.ids[start : start + size])
+        media: tuple[tuple[bytes, int], ...] = ()
+        if self.media:
+            media = tuple(
+                (each.content_hash, each.start)
+                for each in self.media
+                if each.start < start + size and start < each.end
+            )
+        # As `BlockKey(...)`, which is a Python function and takes three times as long.
+        return _make(BlockKey, (ids, self.adapter, media))
 
 
 class Node:
-    """One full block of tokens behind its parent's."""
+    """One full block behind its parent's."""
 
     __slots__ = ("block", "children", "key", "last_used", "parent")
 
-    def __init__(self, parent: "Node | None", key: tuple[int, ...], block: int) -> None:
+    def __init__(self, parent: "Node | None", key: BlockKey, block: int) -> None:
         self.parent = parent
         self.key = key
         self.block = block
-        self.children: dict[tuple[int, ...], Node] = {}
+        self.children: dict[BlockKey, Node] = {}
         self.last_used = 0
 
 
@@ -38,21 +75,17 @@ class PrefixCache:
     def __init__(self, allocator: BlockAllocator, block_size: int) -> None:
         self._allocator = allocator
         self._block_size = block_size
-        self.root = Node(None, (), 0)
+        self.root = Node(None, BlockKey((), None, ()), 0)
         self._clock = 0
         self._idle_leaves: list[_IdleLeaf] = []
         self._num_noted = 0
 
-    def key_of(self, ids: Sequence[int], index: int) -> tuple[int, ...]:
-        """The tokens of the block with that index."""
-        return tuple(ids[index * self._block_size : (index + 1) * self._block_size])
-
-    def match(self, ids: Sequence[int], max_blocks: int) -> list[Node]:
-        """The longest path of at most `max_blocks` nodes that spells the beginning of `ids`."""
+    def match(self, prefix: PrefixKey, max_blocks: int) -> list[Node]:
+        """The longest path of at most `max_blocks` nodes that spells the beginning of `prefix`."""
         path: list[Node] = []
         children = self.root.children
         while len(path) < max_blocks:
-            node = children.get(self.key_of(ids, len(path)))
+            node = children.get(prefix.block(len(path), self._block_size))
             if node is None:
                 break
             path.append(node)
@@ -66,7 +99,7 @@ class PrefixCache:
             self._allocator.share(block)
         return blocks
 
-    def insert(self, path: list[Node], ids: Sequence[int], blocks: list[int], end: int) -> None:
+    def insert(self, path: list[Node], prefix: PrefixKey, blocks: list[int], end: int) -> None:
         """Lengthen a sequence's `path` by its full blocks up to the `end`-th.
 
         Where the tree has the same tokens in another block (this sequence could not use it: it
@@ -75,7 +108,7 @@ class PrefixCache:
         """
         for index in range(len(path), end):
             parent = path[-1] if path else self.root
-            key = self.key_of(ids, index)
+            key = prefix.block(index, self._block_size)
             node = parent.children.get(key)
             if node is None:
                 node = Node(parent, key, blocks[index])
@@ -160,7 +193,7 @@ class PrefixCache:
         leaves = {entry[2] for entry in self._idle_leaves if self._is_current(entry)}
         num_idle = 0
         for node in self.nodes():
-            assert len(node.key) == self._block_size
+            assert len(node.key.ids) == self._block_size
             assert node.parent is not None
             is_held = node in holders
             assert self._allocator.is_held(node.block) == is_held, "held outside of any path"

@@ -29,6 +29,7 @@ from kagami_router.scheduler.admission import Admission
 from kagami_router.scheduler.config import SchedulerConfig
 from kagami_router.scheduler.isolation import FaultIsolation
 from kagami_router.scheduler.pool import KVPool
+from kagami_router.scheduler.prefix_cache import PrefixKey
 from kagami_router.scheduler.queues import Queues
 from kagami_router.scheduler.sequence import Sequence, Status
 from kagami_router.scheduler.speculation import Drafter, put_drafts
@@ -75,7 +76,8 @@ class Scheduler:
         most = request.max_kv_tokens
         assert self._pool.blocks_for(most) <= self._pool.num_total, "can never fit"
         log = TokenLog(request.prompt_ids)
-        sequence = Sequence(next(self._ids), request, log, most, added_at=now)
+        prefix = PrefixKey(log.ids, request.adapter, request.prompt.media)
+        sequence = Sequence(next(self._ids), request, log, prefix, most, added_at=now)
         self._queues.add(sequence)
         return sequence
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from kagami_router.request.token_log import TokenLog
 from kagami_router.request.values import ValidRequest
-from kagami_router.scheduler.prefix_cache import Node
+from kagami_router.scheduler.prefix_cache import Node, PrefixKey
 
 
 class Status(enum.Enum):
@@ -53,6 +53,8 @@ class Sequence:
     id: int
     request: ValidRequest
     log: TokenLog
+    prefix: PrefixKey
+    """What its KV depends on; has the ids of `log`."""
     max_kv_tokens: int
     """Prompt and output but the last token, which is never fed to the model."""
     added_at: float

@@ -360,6 +360,7 @@ def _new_to_pb(new: NewSequence, context: WireContext | None) -> pb.NewSequence:
         grammar=grammar_to_pb(new.request.grammar) if new.request.grammar else None,
         top_n_tokens=new.request.top_n_tokens,
         prompt_logprobs=new.prompt_logprobs,
+        adapter_id=new.request.adapter or "",
         traceparent=context.traceparent,
         tracestate=context.tracestate,
         decode_span_id=context.decode_span_id,

@@ -1,17 +1,21 @@
 """Who may run: everybody as usual, and the suspects after a failed step."""
 
 from kagami_proto.values import SamplingParams, Wanted
+from kagami_router.request.prompt import Prompt
 from kagami_router.request.token_log import TokenLog
 from kagami_router.request.values import StoppingParams, ValidRequest
 from kagami_router.scheduler.isolation import AsUsual, FaultIsolation, OnTrial
+from kagami_router.scheduler.prefix_cache import PrefixKey
 from kagami_router.scheduler.sequence import Sequence, Status
 from kagami_router.scheduler.step import Work
 
 
 def new_sequences(count: int, status: Status = Status.RUNNING) -> list[Sequence]:
-    request = ValidRequest((1, 2), "", SamplingParams(), StoppingParams(4))
+    request = ValidRequest(Prompt((1, 2), ""), SamplingParams(), StoppingParams(4))
     return [
-        Sequence(number, request, TokenLog((1, 2)), 5, added_at=0.0, status=status)
+        Sequence(
+            number, request, TokenLog((1, 2)), PrefixKey((1, 2)), 5, added_at=0.0, status=status
+        )
         for number in range(1, count + 1)
     ]
 

@@ -1,10 +1,12 @@
 """What goes into a step, what comes out of a result."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import pytest
 
 from kagami_proto.values import SamplingParams, Wanted
+from kagami_router.request.prompt import Media, Prompt
 from kagami_router.request.values import StoppingParams, ValidRequest
 from kagami_router.scheduler.config import SchedulerConfig
 from kagami_router.scheduler.scheduler import Scheduler
@@ -27,7 +29,7 @@ def new_scheduler(**changes: object) -> Scheduler:
 
 def new_request(prompt: Sequence[int], max_new_tokens: int = 4, **changes: object) -> ValidRequest:
     return ValidRequest(
-        tuple(prompt), "", SamplingParams(), StoppingParams(max_new_tokens), **changes
+        Prompt(tuple(prompt), ""), SamplingParams(), StoppingParams(max_new_tokens), **changes
     )
 
 
@@ -407,3 +409,20 @@ def test_stats_count_a_shared_block_once() -> None:
 def test_what_can_never_fit_is_a_bug_of_validation() -> None:
     with pytest.raises(AssertionError):
         add(new_scheduler(num_blocks=3), range(8), 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "num_cached"), [({}, 8), ({"adapter": "fr"}, 0), ({"image": b"cat"}, 4)]
+)
+def test_equal_ids_are_found_only_under_the_same_adapter_and_media(
+    changes: dict[str, object], num_cached: int
+) -> None:
+    scheduler = new_scheduler()
+    add(scheduler, range(10))
+    run_dry(scheduler)
+    request = new_request(range(10), adapter=changes.get("adapter"))
+    if image := changes.get("image"):
+        prompt = replace(request.prompt, media=(Media(image, 6, 8),))
+        request = replace(request, prompt=prompt)
+    scheduler.add(request, 0.0)
+    assert schedule(scheduler).new_sequences[0].num_cached_tokens == num_cached

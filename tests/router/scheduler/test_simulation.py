@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from tests.fakes.fake_shard import EOS, Entry, FakeEngine, Request, Result, generated, vector_of
 
 from kagami_proto.values import SamplingParams
+from kagami_router.request.prompt import Prompt
 from kagami_router.request.values import StoppingParams, ValidRequest
 from kagami_router.scheduler.config import SchedulerConfig
 from kagami_router.scheduler.scheduler import Scheduler
@@ -163,8 +164,7 @@ class Simulation:
         prompt = self.prefix[:shared] + [self.random.randrange(3) for _ in range(num_prompt)]
         prompt = prompt[:num_prompt]
         request = ValidRequest(
-            prompt_ids=tuple(prompt),
-            prompt_text="",
+            prompt=Prompt(tuple(prompt), ""),
             sampling=SamplingParams(),
             stopping=StoppingParams(max_new_tokens=total - num_prompt),
             prompt_logprobs=self.random.random() < 0.1,

@@ -13,6 +13,7 @@ from tests.fakes.fake_shard import EOS, FakeShard, Request, generated
 from kagami_proto.errors import GenerationFailed, ShardLost
 from kagami_proto.tracing import NO_TRACING, Tracing
 from kagami_proto.values import SamplingParams
+from kagami_router.request.prompt import Prompt
 from kagami_router.request.values import (
     End,
     FinishReason,
@@ -66,8 +67,7 @@ def new_request(prompt: bytes = PROMPT, max_new_tokens: int = 8, **changes: obje
         key: changes.pop(key) for key in ("stop", "ignore_eos", "keep_stop") if key in changes
     }
     return ValidRequest(
-        prompt_ids=tuple(prompt),
-        prompt_text=prompt.decode(),
+        prompt=Prompt(tuple(prompt), prompt.decode()),
         sampling=SamplingParams(),
         stopping=StoppingParams(max_new_tokens, **stopping),
         **changes,

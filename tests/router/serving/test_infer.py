@@ -5,11 +5,12 @@ from tests.fakes.fake_loop import FakeLoop
 
 from kagami_proto.errors import IncompleteGeneration, Overloaded, Unavailable
 from kagami_proto.values import SamplingParams
+from kagami_router.request.prompt import Prompt
 from kagami_router.request.values import StoppingParams, ValidRequest
 from kagami_router.serving.infer import Infer, Tally
 from kagami_router.telemetry.metrics import Metrics
 
-REQUEST = ValidRequest((1, 2), "ab", SamplingParams(), StoppingParams(2))
+REQUEST = ValidRequest(Prompt((1, 2), "ab"), SamplingParams(), StoppingParams(2))
 
 
 def infer_over(loop: FakeLoop, permits: int = 2) -> Infer:

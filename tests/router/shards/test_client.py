@@ -9,6 +9,7 @@ from tests.fakes.fake_shard import EOS, FakeShard, generated, vector_of
 from kagami_proto import generate_pb2 as pb
 from kagami_proto.errors import GenerationFailed, InvalidRequest, ShardLost
 from kagami_proto.values import Grammar, GrammarKind, SamplingParams, Wanted
+from kagami_router.request.prompt import Prompt
 from kagami_router.request.values import StoppingParams, ValidRequest
 from kagami_router.scheduler.config import SchedulerConfig
 from kagami_router.scheduler.scheduler import Scheduler
@@ -31,8 +32,7 @@ def new_step() -> Step:
         SchedulerConfig(num_blocks=9, block_size=4, max_step_tokens=8, max_batch_size=4)
     )
     request = ValidRequest(
-        (5, 6, 7, 8, 9),
-        "",
+        Prompt((5, 6, 7, 8, 9), ""),
         SamplingParams(
             do_sample=True,
             seed=2**64 - 1,
@@ -194,9 +194,19 @@ async def test_a_vector_and_three_verified_tokens_travel_to_a_shard_and_back(
     assert vectors == [vector_of(b"a prompt")]
 
 
-def new_request(prompt: bytes, max_new_tokens: int, **changes: bool) -> ValidRequest:
+def new_request(prompt: bytes, max_new_tokens: int, **changes: object) -> ValidRequest:
     stopping = StoppingParams(max_new_tokens)
-    return ValidRequest(tuple(prompt), "", SamplingParams(), stopping, **changes)
+    return ValidRequest(Prompt(tuple(prompt), ""), SamplingParams(), stopping, **changes)
+
+
+def test_an_adapter_is_named_on_the_wire() -> None:
+    scheduler = Scheduler(
+        SchedulerConfig(num_blocks=9, block_size=4, max_step_tokens=8, max_batch_size=4)
+    )
+    scheduler.add(new_request(b"abc", 4, adapter="fr"), 0.0)
+    scheduler.add(new_request(b"abc", 4), 0.0)
+    step = scheduler.schedule(0.0)
+    assert [new.adapter_id for new in step_to_pb(step).new_sequences] == ["fr", ""]
 
 
 def test_a_step_whose_work_wants_one_token_each_says_nothing_of_it() -> None:

@@ -6,8 +6,10 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from kagami_proto.values import SamplingParams, Wanted
+from kagami_router.request.prompt import Prompt
 from kagami_router.request.token_log import TokenLog
 from kagami_router.request.values import StoppingParams, ValidRequest
+from kagami_router.scheduler.prefix_cache import PrefixKey
 from kagami_router.scheduler.sequence import Sequence
 from kagami_router.scheduler.step import (
     JoinReason,
@@ -62,9 +64,10 @@ CAPACITY = Capacity(
 POOL = PoolStats(3, 2, 100, 40, 10, 640)
 REPORT = StepReport(wall_s=0.25, update_s=0.5, text_s=1.0, delivery_s=2.0, num_tokens=3)
 RESULTS = StepResults(1, device_ns=50_000_000, sampling_ns=10_000_000, admission_ns=5_000_000)
-REQUEST = ValidRequest((1, 2, 3, 4, 5), "", SamplingParams(), StoppingParams(8))
+REQUEST = ValidRequest(Prompt((1, 2, 3, 4, 5), ""), SamplingParams(), StoppingParams(8))
 NEW = NewSequence(1, [1, 2, 3, 4, 5], 5, REQUEST, False, 4, is_replay=False, looked_up=True)
-WORK = Work(Sequence(1, REQUEST, TokenLog([1]), 9, added_at=0.0), 4, 1, [], Wanted.ONE_TOKEN)
+SEQUENCE = Sequence(1, REQUEST, TokenLog([1]), PrefixKey([1]), 9, added_at=0.0)
+WORK = Work(SEQUENCE, 4, 1, [], Wanted.ONE_TOKEN)
 DECODES = Step(
     number=1,
     new_sequences=[],

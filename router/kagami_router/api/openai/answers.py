@@ -32,7 +32,8 @@ from kagami_router.api.web.call import (
     stream_headers,
     whole_headers,
 )
-from kagami_router.request.validation import GenerationParams, TokenPrompt, samples
+from kagami_router.request.prompt import Prompt
+from kagami_router.request.validation import GenerationParams, samples
 from kagami_router.request.values import (
     End,
     FinishReason,
@@ -129,7 +130,7 @@ async def respond(
     body: OpenAIRequest,
     *,
     plan: Plan,
-    prompts: Sequence[str | TokenPrompt],
+    prompts: Sequence[str | Prompt],
     form: Form,
 ) -> web.StreamResponse:
     """One answer, or one chunk for each token; choices stand in the order of the prompts."""

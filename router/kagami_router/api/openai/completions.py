@@ -19,7 +19,7 @@ from kagami_router.api.openai import answers as openai
 from kagami_router.api.schemas.native import CompletionChoice, CompletionRequest, encode
 from kagami_router.api.web.call import Call
 from kagami_router.api.web.middleware import read_body
-from kagami_router.request.validation import TokenPrompt
+from kagami_router.request.prompt import Prompt
 from kagami_router.request.values import PrefillToken, StreamEvent
 from kagami_router.serving.infer import Generation
 from kagami_router.text.detokenize import TextDecoder
@@ -216,5 +216,5 @@ def _split(prompt: str | list[Any], max_prompts: int) -> list[tuple[str, str | l
     return [(f"prompt[{index}]", one) for index, one in enumerate(prompt)]
 
 
-async def _prompt(front: Front, place: str, given: str | list[Any]) -> str | TokenPrompt:
+async def _prompt(front: Front, place: str, given: str | list[Any]) -> str | Prompt:
     return given if isinstance(given, str) else await front.validation.token_prompt(given, place)
