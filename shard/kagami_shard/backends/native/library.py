@@ -1,13 +1,17 @@
 """ops.h in Python: the library's structs and functions, through ctypes.
 
 A plain C interface needs no header of torch or Python: the library builds in 5 s instead of 40,
-with any compiler, and one build serves every version of both (notes/0008).
+with any compiler, and one build serves every version of both (notes/0008). A library whose structs
+or numbers are not those of this file is refused when it is loaded.
 """
 
 import ctypes
-from ctypes import POINTER, c_float, c_int, c_int32, c_int64, c_void_p
+from collections.abc import Mapping
+from ctypes import POINTER, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
 from enum import IntEnum
+from itertools import zip_longest
 from pathlib import Path
+from types import MappingProxyType
 
 from torch import Tensor
 
@@ -46,7 +50,7 @@ class Epilogue(IntEnum):
 
 
 class Activation(IntEnum):
-    """By number."""
+    """What a linear layer does to its output."""
 
     NONE = 0
     SILU = 1
@@ -185,7 +189,32 @@ class CDecodes(ctypes.Structure):
     )
 
 
+_STRUCTS: Mapping[str, type[ctypes.Structure]] = MappingProxyType(
+    {
+        "kg_linear": CLinear,
+        "kg_quantize": CQuantize,
+        "kg_embedding": CEmbedding,
+        "kg_rope": CRope,
+        "kg_norm": CNorm,
+        "kg_attention": CAttention,
+        "kg_op": COp,
+        "kg_buffer": CBuffer,
+        "kg_batch": CBatch,
+        "kg_decodes": CDecodes,
+    }
+)
+_ENUMS: Mapping[str, type[IntEnum]] = MappingProxyType(
+    {
+        "kind": WeightKind,
+        "code": Code,
+        "epilogue": Epilogue,
+        "activation": Activation,
+        "norm kind": NormKind,
+        "qk norm": QKNorm,
+    }
+)
 _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
+    "kg_layout": (c_char_p, ()),
     "kg_has_amx": (c_int, ()),
     "kg_pool_new": (c_void_p, (c_int, c_int, c_int)),
     "kg_pool_delete": (None, (c_void_p,)),
@@ -198,7 +227,10 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "kg_arrange": (None, (c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int64)),
     "kg_huge_alloc": (c_void_p, (c_int64,)),
     "kg_huge_free": (None, (c_void_p, c_int64)),
-    "kg_tape_new": (c_void_p, (c_void_p, POINTER(COp), c_int, POINTER(CBuffer), c_int)),
+    "kg_tape_new": (
+        c_void_p,
+        (c_void_p, POINTER(COp), c_int, POINTER(CBuffer), c_int, POINTER(c_int)),
+    ),
     "kg_tape_delete": (None, (c_void_p,)),
     "kg_replay": (c_int, (c_void_p, POINTER(CBatch))),
     "kg_decode": (c_int, (c_void_p, POINTER(CDecodes))),
@@ -211,14 +243,38 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
 }
 
 
+class LayoutDiffers(OSError):
+    """The library's structs or numbers are not those of this file."""
+
+
 class Library(ctypes.CDLL):
-    """The loaded library; every call lets other Python threads run. Raises OSError."""
+    """The loaded library; every call lets other Python threads run."""
 
     def __init__(self, path: Path) -> None:
+        """Raises OSError, `LayoutDiffers` of them."""
         super().__init__(str(path))
         for name, (result, arguments) in _SIGNATURES.items():
             function = getattr(self, name)
             function.restype, function.argtypes = result, arguments
+        compare_layout(self.kg_layout().decode())
+
+
+def compare_layout(theirs: str) -> None:
+    """Of the library, as `kg_layout` says it. Raises `LayoutDiffers`."""
+    for ours, line in zip_longest(layout().splitlines(), theirs.splitlines(), fillvalue="nothing"):
+        if ours != line:
+            raise LayoutDiffers(f"its layout is another: {line} in place of {ours}")
+
+
+def layout() -> str:
+    """What this file says, in the words of `kg_layout`."""
+    structs = [
+        (name, [ctypes.sizeof(kind), *(getattr(kind, field[0]).offset for field in kind._fields_)])
+        for name, kind in _STRUCTS.items()
+    ]
+    enums = [(name, [int(member) for member in kind]) for name, kind in _ENUMS.items()]
+    lines = [*structs, *enums, ("logits", [LOGITS])]
+    return "".join(f"{name} {' '.join(map(str, numbers))}\n" for name, numbers in lines)
 
 
 def pointer(tensor: Tensor | None) -> int | None:

@@ -26,7 +26,7 @@ class Tape:
     ) -> None:
         """The ops point to what `packer` has packed, to `tensors`, and to what is `alive`.
 
-        Raises MemoryError.
+        Raises MemoryError, and ValueError for an op that the library does not know.
         """
         self.runtime = runtime
         self._alive = (packer, tensors, alive)
@@ -35,7 +35,12 @@ class Tape:
         )
         """What a step reads; of a table of which it reads single rows nothing"""
         library = runtime.library
-        self._tape = library.kg_tape_new(runtime.pool, ops, len(ops), buffers, len(buffers))
+        unknown = ctypes.c_int()
+        self._tape = library.kg_tape_new(
+            runtime.pool, ops, len(ops), buffers, len(buffers), ctypes.byref(unknown)
+        )
+        if unknown.value >= 0:
+            raise ValueError(f"the library has no op of code {unknown.value}")
         if not self._tape:
             raise MemoryError("no memory for the threads' scratch")
         weakref.finalize(self, library.kg_tape_delete, self._tape)

@@ -3,7 +3,7 @@
 
 #include <string.h>
 
-#include "rows.h"
+#include "packing.h"
 #include "simd.h"
 
 namespace kg {

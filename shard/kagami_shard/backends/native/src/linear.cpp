@@ -1,15 +1,12 @@
-// Linear layers over packed weights, and the packing.
+// Linear layers over packed weights.
 #include <string.h>
 
 #include "quantized.h"
-#include "rows.h"
 #include "simd.h"
 #include "step.h"
 
 namespace kg {
 namespace {
-
-int64_t padded_depth(int64_t columns) { return round_up(columns, kDepth); }
 
 struct Tile {  // of the output: up to 32 columns of some rows, still float32 sums
   float* sums;
@@ -308,51 +305,3 @@ bool linear(const Step& step, const kg_op& op, const LinearLinks& links, int thr
 }
 
 }  // namespace kg
-
-using namespace kg;
-
-extern "C" int64_t kg_padded_rows(int64_t rows, int gated) {
-  return gated ? 2 * round_up(rows / 2, kBlock) : round_up(rows, kPanel);
-}
-
-extern "C" int64_t kg_packed_bytes(const kg_linear* layer) {
-  // Gate and up are padded apart from one another, which may take a block more.
-  return round_up(layer->rows + kPanel, kPanel) / kPanel * panel_bytes_of(*layer);
-}
-
-namespace {
-
-struct Source {  // of a packed weight
-  const kg_bf16* const* weight;
-  int64_t rows, columns;
-  bool gated;
-};
-
-void pack_block(const Source& source, int64_t block, int64_t depth, void* packed) {
-  const kg_bf16* rows[kBlock];
-  for (int64_t i = 0; i < kBlock; i++) {
-    const int64_t row = source_row(block + i, source.rows, source.gated);
-    rows[i] = row < 0 ? nullptr : source.weight[row];
-  }
-  kg_bf16* to = (kg_bf16*)packed + block * depth;
-  for (int64_t column = 0; column < depth; column += kDepth, to += kBlock * kDepth) {
-    const int64_t left = std::max<int64_t>(source.columns - column, 0);
-    const __mmask32 mask = left >= kDepth ? 0xffffffffu : (__mmask32)((1ull << left) - 1);
-    __m512i values[kBlock];
-    for (int64_t i = 0; i < kBlock; i++)
-      values[i] = rows[i] ? _mm512_maskz_loadu_epi16(mask, rows[i] + column)
-                          : _mm512_setzero_si512();
-    transpose(values);
-    for (int64_t i = 0; i < kBlock; i++) _mm512_storeu_si512(to + i * 32, values[i]);
-  }
-}
-
-}  // namespace
-
-extern "C" void kg_pack(const kg_bf16* const* weight, int64_t rows, int64_t columns, int gated,
-                        void* packed) {
-  const int64_t depth = padded_depth(columns), blocks = kg_padded_rows(rows, gated) / kBlock;
-  const Source source{weight, rows, columns, gated != 0};
-  on_all_cores(blocks, rows * columns * 2,
-               [=](int64_t index) { pack_block(source, index * kBlock, depth, packed); });
-}

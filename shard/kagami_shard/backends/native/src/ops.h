@@ -25,6 +25,7 @@ enum {  // kg_op.code            in        out       params           index
   KG_ATTEND,    //               (2)       bf16      kg_attention     (2) what KG_WRITE has left
   KG_QUANTIZE,  //               bf16      8 bits    kg_quantize      what a KG_INT8 layer reads
   KG_KEEP,      //               any       the same  NULL             rows kg_batch.kept names
+  KG_NUM_CODES,
 };
 
 enum {  // kg_op.epilogue of KG_LINEAR, y = x @ W.T + bias
@@ -117,6 +118,9 @@ typedef struct {    // greedy decodes, one token of each sequence, that go on fr
   int64_t sampling_ns;  // what choosing took
 } kg_decodes;
 
+// A line for each struct above, its size and the offsets of its fields, and for each enum its values.
+const char* kg_layout(void);
+
 typedef struct kg_pool kg_pool;
 typedef struct kg_tape kg_tape;
 
@@ -151,7 +155,9 @@ void* kg_huge_alloc(int64_t bytes);  // zeros, aligned to 2 MiB, on huge pages; 
 void kg_huge_free(void*, int64_t bytes);
 
 // Copies ops and buffers; params must outlive the tape.
-kg_tape* kg_tape_new(kg_pool*, const kg_op*, int num_ops, const kg_buffer*, int num_buffers);
+// NULL: there is no op of such a code (`unknown_code`, else -1), or no memory.
+kg_tape* kg_tape_new(kg_pool*, const kg_op*, int num_ops, const kg_buffer*, int num_buffers,
+                     int* unknown_code);
 void kg_tape_delete(kg_tape*);
 int kg_replay(kg_tape*, const kg_batch*);  // 0, or 1: no memory for the buffers of such a step
 const void* kg_tape_buffer(kg_tape*, int buffer, int64_t* row_bytes);  // for tests, after a replay

@@ -2,7 +2,7 @@
 #include <string.h>
 
 #include "panel_codes.h"
-#include "rows.h"
+#include "packing.h"
 
 namespace kg {
 namespace {

@@ -3,32 +3,12 @@
 #include <string.h>
 
 #include "quantized.h"
-#include "rows.h"
+#include "packing.h"
 #include "simd.h"
 
 using namespace kg;
 
 namespace kg {
-
-int64_t depth_of(const kg_linear& weight) {
-  switch (weight.kind) {
-    case KG_INT8:
-      return round_up(weight.columns, kDepth8);
-    default:
-      return round_up(weight.columns, kDepth);
-  }
-}
-
-int64_t panel_bytes_of(const kg_linear& weight) {
-  switch (weight.kind) {
-    case KG_INT8:
-      return kPanel * (depth_of(weight) + 8);
-    case KG_BF16:
-      return kPanel * depth_of(weight) * 2;
-    default:
-      return kPanel / kBlock * code_block_bytes(weight);
-  }
-}
 
 namespace {
 

@@ -3,6 +3,7 @@
 
 #include <chrono>
 #include <cmath>
+#include <cstdlib>
 #include <memory>
 #include <new>
 
@@ -202,14 +203,21 @@ struct kg_tape {
         return write(step, op, thread);
       case KG_KEEP:
         return keep(step, op, thread);
-      default:
+      case KG_ATTEND:
         return attend(step, op, planned[plan_of[index]].of(step), thread);
     }
+    abort();  // kg_tape_new has looked at all codes
   }
 };
 
 extern "C" kg_tape* kg_tape_new(kg_pool* pool, const kg_op* ops, int num_ops,
-                                const kg_buffer* shapes, int num_buffers) {
+                                const kg_buffer* shapes, int num_buffers, int* unknown_code) {
+  *unknown_code = -1;
+  for (int i = 0; i < num_ops; i++)
+    if (ops[i].code < 0 || ops[i].code >= KG_NUM_CODES) {
+      *unknown_code = ops[i].code;
+      return nullptr;
+    }
   auto tape = std::make_unique<kg_tape>();
   tape->pool = pool;
   tape->portions = std::vector<Portion>(pool->num_threads);
