@@ -38,7 +38,8 @@ from kagami_router.scheduler.config import (
 from kagami_router.scheduler.scheduler import Scheduler
 from kagami_router.serving.batching_loop import BatchingLoop
 from kagami_router.serving.infer import Infer
-from kagami_router.shards.client import Pool, ShardGroup, ShardInfo
+from kagami_router.shards.client import ShardGroup
+from kagami_router.shards.messages import Pool, ShardInfo
 from kagami_router.telemetry.metrics import Capacity, Metrics
 from kagami_router.text import chat_template, tokenizer
 from kagami_router.tools.formats import find_format

@@ -39,7 +39,8 @@ from kagami_router.scheduler.step import (
     VectorComputed,
 )
 from kagami_router.serving.generation_stream import GenerationStream
-from kagami_router.shards.client import ShardGroup, StepStream
+from kagami_router.shards.client import ShardGroup
+from kagami_router.shards.stream import StepStream
 from kagami_router.telemetry.metrics import Metrics, StepReport
 from kagami_router.telemetry.sequence_trace import SequenceTrace, WireContext
 from kagami_router.text.detokenize import Detokenizer, TextDecoder
