@@ -23,20 +23,19 @@ from kagami_proto.generate_pb2_grpc import add_TextGenerationServiceServicer_to_
 from kagami_proto.open_tracing import open_tracing
 from kagami_proto.span_names import Key, SpanName
 from kagami_proto.tracing import context_of, span
-from kagami_proto.values import DEVICE_POLICIES
 from kagami_proto.wire import policy_to_pb
-from kagami_shard.backends.native.select import LaterSwitch, switch_to_native, will_pack
-from kagami_shard.backends.select import select_attention
+from kagami_shard.backends.base import Backend
+from kagami_shard.backends.native.select import LateBuild, Native
+from kagami_shard.backends.select import load_backend
 from kagami_shard.cli import ServeArgs
 from kagami_shard.engine.engine import Engine
 from kagami_shard.engine.traces import SequenceTraces
 from kagami_shard.engine.worker import Worker
 from kagami_shard.machine import cgroup
 from kagami_shard.machine.bandwidth import read_bandwidth
+from kagami_shard.machine.device import device_kind, find_device
 from kagami_shard.machine.distributed import connect
 from kagami_shard.machine.memory import is_out_of_memory
-from kagami_shard.models.base import Model
-from kagami_shard.models.registry import load_model
 from kagami_shard.sampling.grammar import Grammars
 from kagami_shard.sampling.watermark import Watermark
 from kagami_shard.service import TextGenerationService
@@ -66,7 +65,7 @@ def serve(args: ServeArgs) -> int:
                 {Key.RANK: args.rank, Key.WORLD_SIZE: args.world_size},
                 context=context_of(args.start_traceparent),
             ):
-                engine, facts, later = thread.submit(_load, args).result()
+                engine, facts, late_build = thread.submit(_load, args).result()
         # The process's border: whatever stops the load is the last thing that this process says.
         except Exception as error:
             if is_out_of_memory(error):
@@ -82,11 +81,11 @@ def serve(args: ServeArgs) -> int:
         gc.freeze()
         gc.set_threshold(_COLLECT_AFTER, *gc.get_threshold()[1:])
         socket = Path(f"{args.uds_path}-{args.rank}").absolute()
-        overlap = facts.device_type == "cuda" and args.world_size == 1
+        overlap = facts.policy.steps_in_flight > 1 and args.world_size == 1
         traces = SequenceTraces(tracing, rank=args.rank, has_step_spans=args.otlp_step_spans)
         with Worker(engine, thread, overlap=overlap, traces=traces) as worker:
-            if later is not None:
-                later.start(worker.call)
+            if late_build is not None:
+                late_build.start(lambda: worker.call(engine.upgrade))
             service = TextGenerationService(engine, worker, facts, tracing.tracer)
             try:
                 with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -124,10 +123,10 @@ def _end_now(socket: Path, code: int) -> NoReturn:
     os._exit(code)
 
 
-def _load(args: ServeArgs) -> tuple[Engine, pb.InfoResponse, LaterSwitch | None]:
+def _load(args: ServeArgs) -> tuple[Engine, pb.InfoResponse, LateBuild | None]:
     started = time.monotonic()
     torch.set_num_threads(args.num_threads or default_threads(args.world_size))
-    device = _device(args.rank)
+    device = find_device(args.rank)
     parallel = connect(
         args.rank,
         args.world_size,
@@ -136,10 +135,8 @@ def _load(args: ServeArgs) -> tuple[Engine, pb.InfoResponse, LaterSwitch | None]
         device=device,
     )
     dtype: torch.dtype = getattr(torch, args.dtype)
-    attention = select_attention()
     reading = time.monotonic()
-    is_alone = args.native and args.world_size == 1
-    model = load_model(
+    backend, late_build = load_backend(
         args.model_folder,
         dtype=dtype,
         device=device,
@@ -147,16 +144,13 @@ def _load(args: ServeArgs) -> tuple[Engine, pb.InfoResponse, LaterSwitch | None]
         max_length=args.max_total_tokens,
         parallel=parallel,
         quantize=args.quantize,
-        defers=is_alone and will_pack(dtype=dtype, device=device, cache=args.cache_folder),
+        memory_fraction=args.memory_fraction,
+        native=Native(args.cache_folder, torch.get_num_threads()) if args.native else None,
     )
+    model = backend.model
     engine = Engine(
-        model,
-        attention,
-        dtype=dtype,
-        device=device,
+        backend,
         block_size=args.block_size,
-        # Each rank has a card of its own, but a share of the host.
-        memory_fraction=args.memory_fraction / (args.world_size if device.type == "cpu" else 1),
         parallel=parallel,
         grammars=Grammars(
             args.model_folder,
@@ -166,15 +160,6 @@ def _load(args: ServeArgs) -> tuple[Engine, pb.InfoResponse, LaterSwitch | None]
         watermark=Watermark(args.watermark_gamma, args.watermark_delta),
         probe=read_bandwidth,
     )
-    later = None
-    if is_alone:
-        later = switch_to_native(
-            engine,
-            dtype=dtype,
-            device=device,
-            cache=args.cache_folder,
-            num_threads=torch.get_num_threads(),
-        )
     reading_s = time.monotonic() - reading
     logger.info(
         "Model loaded",
@@ -183,24 +168,23 @@ def _load(args: ServeArgs) -> tuple[Engine, pb.InfoResponse, LaterSwitch | None]
             "dtype": args.dtype,
             "quantization": model.quantization or "none",
             "device": str(device),
-            "attention": engine.attention_name,
+            "attention": backend.name,
             "seconds": round(time.monotonic() - started, 2),
             "gigabytes": round(model.bytes_loaded / 1e9, 3),
             "gigabytes_per_second": round(model.bytes_loaded / 1e9 / reading_s, 2),
         },
     )
-    return engine, _facts(args, model, attention=engine.attention_name, device=device), later
+    return engine, _facts(args, backend), late_build
 
 
-def _facts(
-    args: ServeArgs, model: Model, *, attention: str, device: torch.device
-) -> pb.InfoResponse:
+def _facts(args: ServeArgs, backend: Backend) -> pb.InfoResponse:
     """What `Info` answers."""
+    model = backend.model
     return pb.InfoResponse(
         model_type=model.model_type,
         dtype=f"torch.{args.dtype}",
-        device_type=device.type,
-        attention=attention,
+        device_type=device_kind(backend.device),
+        attention=backend.name,
         vocab_size=model.vocab_size,
         max_positions=model.max_positions,
         block_size=args.block_size,
@@ -209,16 +193,8 @@ def _facts(
         world_size=args.world_size,
         version=args.version,
         quantization=model.quantization,
-        policy=policy_to_pb(DEVICE_POLICIES[device.type]),
+        policy=policy_to_pb(backend.policy),
     )
-
-
-def _device(rank: int) -> torch.device:
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    device = torch.device("cuda", rank % torch.cuda.device_count())
-    torch.cuda.set_device(device)
-    return device
 
 
 def eos_token_ids(folder: Path) -> list[int]:

@@ -17,8 +17,9 @@ from kagami_proto.errors import InvalidRequest, RankLost
 from kagami_proto.span_names import Key, SpanName
 from kagami_proto.tracing import NO_TRACING, context_of, span
 from kagami_proto.wire import grammar_from_pb, sampling_from_pb, wanted_from_pb
-from kagami_shard.engine.engine import Engine, Limits
+from kagami_shard.engine.engine import Engine
 from kagami_shard.engine.step import NewSequence, PromptLogprobs, Step, StepResult, WorkColumns
+from kagami_shard.engine.warmup import WarmupLimits
 from kagami_shard.engine.worker import Worker
 from kagami_shard.forward.kv_cache import KVCache
 
@@ -69,7 +70,7 @@ class TextGenerationService(generate_pb2_grpc.TextGenerationServiceServicer):
         context: grpc.aio.ServicerContext[pb.WarmupRequest, pb.WarmupResponse],
     ) -> pb.WarmupResponse:
         started = time.monotonic_ns()
-        limits = Limits(
+        limits = WarmupLimits(
             max_step_tokens=request.max_step_tokens,
             max_batch_size=request.max_batch_size,
             max_total_tokens=request.max_total_tokens,
@@ -113,7 +114,7 @@ class TextGenerationService(generate_pb2_grpc.TextGenerationServiceServicer):
             return pb.CompileGrammarResponse(error=str(error))
         return pb.CompileGrammarResponse(elapsed_ns=time.monotonic_ns() - started)
 
-    async def _on_worker(self, limits: Limits) -> KVCache:
+    async def _on_worker(self, limits: WarmupLimits) -> KVCache:
         future: Future[KVCache] = Future()
 
         def warm_up() -> None:

@@ -37,9 +37,12 @@ SHARD: Mapping[str, str] = {
     "kagami_shard.backends": "",
     "kagami_shard.backends.select": "backends.* models machine",
     "kagami_shard.backends.base": "models layers sampling forward machine",
-    "kagami_shard.backends.torch": "backends.base models layers weights sampling forward machine",
-    "kagami_shard.backends.native": "backends.base models layers quantization weights sampling "
+    "kagami_shard.backends.elapsed": "",
+    "kagami_shard.backends.torch": "backends.base backends.elapsed models layers weights sampling "
     "forward machine",
+    # torch is the reference: the library is compared with it, and takes over from it.
+    "kagami_shard.backends.native": "backends.base backends.elapsed backends.torch models layers "
+    "quantization weights sampling forward machine",
     "kagami_shard.models": "layers quantization weights forward machine",
     "kagami_shard.layers": "quantization weights forward machine",
     "kagami_shard.quantization": "weights",
@@ -66,21 +69,12 @@ PENDING_IMPORTS = {
     "kagami_router.api.openai.chat",
     "kagami_router.api.openai.completions",
     "kagami_router.api.responses.responses",
-    "kagami_shard.backends.native.check",
-    "kagami_shard.backends.native.select",
-    "kagami_shard.backends.select",
     "kagami_shard.engine.engine",
-    "kagami_shard.models.registry",
 }
 PENDING_DEVICES = {
-    "kagami_shard.engine.engine",
-    "kagami_shard.engine.launched",
-    "kagami_shard.engine.worker",
-    "kagami_shard.forward.kv_cache",
     "kagami_shard.quantization.base",
     "kagami_shard.quantization.int8",
     "kagami_shard.sampling.processors",
-    "kagami_shard.server",
 }
 
 

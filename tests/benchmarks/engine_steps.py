@@ -17,14 +17,15 @@ from tests.integration.conftest import embedded_folder
 
 from kagami_proto.values import SamplingParams
 from kagami_shard import cli
-from kagami_shard.backends.native.select import switch_to_native
-from kagami_shard.backends.select import select_attention
-from kagami_shard.engine.engine import Engine, Limits
+from kagami_shard.backends.native.select import Native
+from kagami_shard.backends.select import load_backend
+from kagami_shard.engine.engine import Engine
 from kagami_shard.engine.step import NewSequence, Step, WorkColumns
-from kagami_shard.models.registry import load_model
+from kagami_shard.engine.warmup import WarmupLimits
+from kagami_shard.machine.distributed import Alone
 
 _BLOCK_SIZE = 32
-_LIMITS = Limits(512, 64, 2048, 40_000)
+_LIMITS = WarmupLimits(512, 64, 2048, 40_000)
 
 
 class Shape(NamedTuple):
@@ -80,30 +81,20 @@ def main() -> None:
 
 
 def _engine(folder: Path, quantize: str | None) -> Engine:
-    model = load_model(
+    backend, _ = load_backend(
         folder,
         dtype=torch.bfloat16,
         device=torch.device("cpu"),
         trust_remote_code=False,
         max_length=_LIMITS.max_total_tokens,
+        parallel=Alone(),
         quantize=quantize,
+        memory_fraction=1.0,
+        native=Native(cli.cache_folder(os.environ), torch.get_num_threads()),
     )
-    engine = Engine(
-        model,
-        select_attention(),
-        dtype=torch.bfloat16,
-        device=torch.device("cpu"),
-        block_size=_BLOCK_SIZE,
-    )
-    switch_to_native(
-        engine,
-        dtype=torch.bfloat16,
-        device=torch.device("cpu"),
-        cache=cli.cache_folder(os.environ),
-        num_threads=torch.get_num_threads(),
-    )
+    engine = Engine(backend, block_size=_BLOCK_SIZE)
     engine.warmup(_LIMITS)
-    print(f"attention: {engine.attention_name}")
+    print(f"backend: {backend.name}")
     return engine
 
 

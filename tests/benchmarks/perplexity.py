@@ -21,17 +21,15 @@ from tokenizers import Tokenizer
 from torch.nn.functional import cross_entropy
 
 from kagami_shard import cli
-from kagami_shard.backends.native.attention import CpuAttention
+from kagami_shard.backends.base import Backend
 from kagami_shard.backends.native.build import build, find_compiler
 from kagami_shard.backends.native.cpu import cpu_is_supported
 from kagami_shard.backends.native.library import Library
 from kagami_shard.backends.native.model import RecordedDecoder
+from kagami_shard.backends.native.runner import NativeBackend
 from kagami_shard.backends.native.runtime import Runtime
-from kagami_shard.backends.torch.sdpa import SdpaAttention
-from kagami_shard.layers.attention import Attention
-from kagami_shard.models.base import Model
+from kagami_shard.backends.torch.load import load_torch
 from kagami_shard.models.decoder import Decoder
-from kagami_shard.models.registry import load_model
 
 TEXT = Path(__file__).parents[1] / "texts" / "devils_dictionary.txt"
 WINDOW = 512
@@ -62,14 +60,12 @@ def windows(folder: Path, max_tokens: int) -> Iterator[list[int]]:
         yield ids[first : first + WINDOW]
 
 
-def perplexity(model: Model, attention: Attention, texts: Iterable[list[int]]) -> float:
+def perplexity(backend: Backend, texts: Iterable[list[int]]) -> float:
     """Of all scored tokens together."""
     loss, count = 0.0, 0
     for ids in texts:
         num_blocks = 2 + WINDOW // 32
-        runner = Runner(
-            model, num_blocks=num_blocks, block_size=32, dtype=DTYPE, attention=attention
-        )
+        runner = Runner(backend, num_blocks=num_blocks, block_size=32)
         (logits,) = runner.step((runner.add(ids), len(ids)))
         targets = torch.tensor(ids[1:])
         loss += float(cross_entropy(logits[:-1].float(), targets, reduction="sum"))
@@ -86,16 +82,14 @@ def measure(
     native_tokens: int,
 ) -> Perplexities:
     """Of the model in `folder` in bfloat16 under a value of --quantize, on so much of the text."""
-    model = load_model(folder, dtype=DTYPE, device=torch.device("cpu"), quantize=quantize)
-    reference = perplexity(model, SdpaAttention(), windows(folder, torch_tokens))
+    backend = load_torch(folder, dtype=DTYPE, device=torch.device("cpu"), quantize=quantize)
+    reference = perplexity(backend, windows(folder, torch_tokens))
     if runtime is None:
         return Perplexities(reference, math.nan)
-    assert isinstance(model, Decoder)
-    # Takes the weights: the model above computes no more.
-    recorded = RecordedDecoder(model, runtime)
-    return Perplexities(
-        reference, perplexity(recorded, CpuAttention(), windows(folder, native_tokens))
-    )
+    assert isinstance(backend.model, Decoder)
+    # Takes the weights: the backend above computes no more.
+    native = NativeBackend(RecordedDecoder(backend.model, runtime), runtime)
+    return Perplexities(reference, perplexity(native, windows(folder, native_tokens)))
 
 
 def main() -> None:

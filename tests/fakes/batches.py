@@ -8,11 +8,10 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from kagami_shard.backends.torch.sdpa import SdpaAttention
+from kagami_shard.backends.base import Backend
 from kagami_shard.forward.batch import ForwardBatch, Queries
-from kagami_shard.forward.kv_cache import KVCache, blocks_for
-from kagami_shard.layers.attention import Attention
-from kagami_shard.models.base import Model
+from kagami_shard.forward.kv_cache import blocks_for
+from kagami_shard.forward.output import OutputKind
 
 CPU = torch.device("cpu")
 
@@ -76,29 +75,12 @@ def build_batch(
 class Runner:
     """Feeds sequences to a model by hand, over blocks in shuffled order."""
 
-    def __init__(
-        self,
-        model: Model,
-        *,
-        num_blocks: int = 64,
-        block_size: int = 4,
-        dtype: torch.dtype = torch.float32,
-        attention: Attention | None = None,
-        device: torch.device = CPU,
-    ) -> None:
-        self._model = model
-        self._device = device
+    def __init__(self, backend: Backend, *, num_blocks: int = 64, block_size: int = 4) -> None:
+        self._backend = backend
         self._block_size = block_size
-        self.cache = KVCache(
-            model.layers,
-            num_blocks,
-            block_size,
-            dtype=dtype,
-            device=device,
-        )
+        self.cache = backend.new_cache(num_blocks, block_size)
         self._free = list(range(1, num_blocks))
         random.Random(0).shuffle(self._free)
-        self._attention = attention or SdpaAttention()
 
     def add(self, tokens: Items[int]) -> FakeSequence:
         """A sequence with blocks for all its tokens."""
@@ -121,8 +103,9 @@ class Runner:
 
     @torch.inference_mode()
     def _run(self, work: Items[tuple[FakeSequence, int]], rows: Items[int]) -> Tensor:
-        batch = build_batch(work, self._block_size, rows=rows, device=self._device)
-        logits = self._model.forward(batch, self._attention.prepare(batch, self.cache))
+        batch = build_batch(work, self._block_size, rows=rows, device=self._backend.device)
+        logits = self._backend.run(batch, self.cache, OutputKind.LOGITS).logits
+        assert logits is not None
         for sequence, count in work:
             sequence.computed += count
         return logits

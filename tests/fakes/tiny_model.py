@@ -3,10 +3,13 @@
 import torch
 from torch import Tensor
 
+from kagami_shard.backends.torch.runner import TorchBackend
 from kagami_shard.forward.batch import ForwardBatch
 from kagami_shard.forward.kv_cache import LayerShape
+from kagami_shard.forward.output import Output, OutputKind
 from kagami_shard.layers.attention import AttentionSpec, AttentionStep
 
+CPU = torch.device("cpu")
 VOCAB = 64
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 8
 
@@ -38,7 +41,7 @@ class TinyModel:
         self.nan_at: int | None = None
         """The output after this token id is not finite"""
 
-    def forward(self, batch: ForwardBatch, attend: AttentionStep) -> Tensor:
+    def forward(self, batch: ForwardBatch, attend: AttentionStep, wanted: OutputKind) -> Output:
         if self.fail_at is not None and (batch.input_ids == self.fail_at).any():
             raise RuntimeError("the kernel broke")
         hidden = self.embedding[batch.input_ids] + self.position[batch.positions]
@@ -48,4 +51,14 @@ class TinyModel:
         hidden = hidden + output.flatten(1)
         if self.nan_at is not None:
             hidden[batch.input_ids == self.nan_at] = float("nan")
-        return hidden[batch.logits_rows] @ self.head.T
+        rows = hidden[batch.logits_rows]
+        return Output(
+            logits=rows @ self.head.T if OutputKind.LOGITS in wanted else None,
+            vectors=rows if OutputKind.VECTORS in wanted else None,
+        )
+
+
+def tiny_backend(model: TinyModel | None = None, device: torch.device = CPU) -> TorchBackend:
+    """The torch backend of a `TinyModel` whose weights lie on `device`."""
+    model = model or TinyModel()
+    return TorchBackend(model, model.forward, dtype=torch.float32, device=device)

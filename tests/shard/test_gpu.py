@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.fakes.tiny_model import TinyModel
+from tests.fakes.tiny_model import TinyModel, tiny_backend
 from tests.shard.engine.test_engine import ABC, A, B, C, D, letters
 
 from kagami_proto.values import SamplingParams
-from kagami_shard.backends.torch.sdpa import SdpaAttention
-from kagami_shard.engine.engine import Engine, Limits
+from kagami_shard.engine.engine import Engine
 from kagami_shard.engine.step import NewSequence, Step, Work
+from kagami_shard.engine.warmup import WarmupLimits
 from kagami_shard.sampling.grammar import Grammars
 
 pytestmark = [
@@ -26,15 +26,8 @@ def new_engine(device: str, grammars: Grammars | None = None) -> Engine:
     model = TinyModel()
     for name in ("embedding", "position", "qkv", "head"):
         setattr(model, name, getattr(model, name).to(device))
-    engine = Engine(
-        model,
-        SdpaAttention(),
-        dtype=torch.float32,
-        device=torch.device(device),
-        block_size=4,
-        grammars=grammars,
-    )
-    engine.warmup(Limits(64, 8, 100, 400))
+    engine = Engine(tiny_backend(model, torch.device(device)), block_size=4, grammars=grammars)
+    engine.warmup(WarmupLimits(64, 8, 100, 400))
     return engine
 
 

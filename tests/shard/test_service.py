@@ -8,17 +8,16 @@ from pathlib import Path
 
 import grpc.aio
 import pytest
-import torch
-from tests.fakes.tiny_model import TinyModel
+from tests.fakes.tiny_model import TinyModel, tiny_backend
 
 from kagami_proto import generate_pb2 as pb
 from kagami_proto.generate_pb2_grpc import (
     TextGenerationServiceStub,
     add_TextGenerationServiceServicer_to_server,
 )
-from kagami_shard.backends.torch.sdpa import SdpaAttention
 from kagami_shard.engine.engine import Engine
 from kagami_shard.engine.worker import Worker
+from kagami_shard.forward.output import Output
 from kagami_shard.service import TextGenerationService
 
 PROMPT = [3, 1, 4, 1, 5]
@@ -34,7 +33,7 @@ class Gate(TinyModel):
         self.open.set()
         self.entered = threading.Event()
 
-    def forward(self, *args: object) -> torch.Tensor:
+    def forward(self, *args: object) -> Output:
         self.entered.set()
         assert self.open.wait(timeout=10)
         return super().forward(*args)  # type: ignore[arg-type]  # passed on as they came
@@ -47,9 +46,7 @@ def model() -> Gate:
 
 @pytest.fixture
 async def stub(tmp_path: Path, model: Gate) -> AsyncIterator[TextGenerationServiceStub]:
-    engine = Engine(
-        model, SdpaAttention(), dtype=torch.float32, device=torch.device("cpu"), block_size=4
-    )
+    engine = Engine(tiny_backend(model), block_size=4)
     with ThreadPoolExecutor(1) as thread, Worker(engine, thread, overlap=False) as worker:
         server = grpc.aio.server()
         service = TextGenerationService(engine, worker, pb.InfoResponse(vocab_size=64))

@@ -10,48 +10,32 @@ import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from math import isfinite
 
 import torch
 
 from kagami_proto.errors import InvalidRequest
-from kagami_proto.values import Grammar, SamplingParams, Wanted
+from kagami_proto.values import Grammar, Wanted
+from kagami_shard.backends.base import Backend
 from kagami_shard.engine.generation import GenerationState, Pending
-from kagami_shard.engine.greedy_batch import GreedyBatch, GreedyModel, is_greedy_decode
+from kagami_shard.engine.greedy_batch import GreedyBatch
 from kagami_shard.engine.items import Item, build_batch, prompt_rows, samples_token
-from kagami_shard.engine.launched import (
-    Launched,
-    device_times,
-    split_prompt_logprobs,
-    top_tokens,
-)
-from kagami_shard.engine.step import (
-    NewSequence,
-    Step,
-    StepResult,
-    Work,
-)
+from kagami_shard.engine.launched import Launched, split_prompt_logprobs, top_tokens
+from kagami_shard.engine.step import NewSequence, Step, StepResult, Work
+from kagami_shard.engine.warmup import WarmupLimits, measured_cache
 from kagami_shard.forward.batch import ForwardBatch
-from kagami_shard.forward.kv_cache import KVCache, block_bytes, blocks_for
-from kagami_shard.layers.attention import Attention
+from kagami_shard.forward.kv_cache import KVCache
+from kagami_shard.forward.output import OutputKind
 from kagami_shard.machine.bandwidth import Probe
 from kagami_shard.machine.device import to_device
 from kagami_shard.machine.distributed import Alone, TensorParallel
-from kagami_shard.machine.memory import pool_bytes
-from kagami_shard.models.base import Model
 from kagami_shard.models.read_cost import ReadCost, read_cost
 from kagami_shard.sampling.grammar import Banned, Grammars, nothing_to_fill
-from kagami_shard.sampling.logprobs import Scorer, Scores, TorchScorer, score
+from kagami_shard.sampling.logprobs import Scores, score
 from kagami_shard.sampling.sampler import Drawn, draw
 from kagami_shard.sampling.watermark import Watermark
 
 logger = logging.getLogger(__name__)
-
-# A warm-up step on the CPU: enough to start the threads and fill the primitive caches.
-_CPU_WARMUP_TOKENS = 32
-# Without a given bound a CPU gets this many tokens of KV cache, if the memory allows.
-_CPU_POOL_TOKENS = 24_576
 
 NOT_FINITE = "the model's output is not finite"
 # What a work item can want and this engine cannot do.
@@ -61,45 +45,24 @@ _NOT_SERVED = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """The largest step and the largest sequence that the router will send."""
-
-    max_step_tokens: int
-    max_batch_size: int
-    max_total_tokens: int
-    """0: the model's max_positions"""
-    max_pool_tokens: int
-    """0: as memory allows"""
-
-
 class Engine:
     """One model, its KV cache and the sequences in memory."""
 
     def __init__(
         self,
-        model: Model,
-        attention: Attention,
+        backend: Backend,
         *,
-        dtype: torch.dtype,
-        device: torch.device,
         block_size: int,
-        memory_fraction: float = 1.0,
         parallel: TensorParallel | None = None,
         grammars: Grammars | None = None,
         watermark: Watermark | None = None,
         probe: Probe | None = None,
     ) -> None:
         """`probe` measures the bandwidth of the memory at the warm-up; None: nobody asks."""
-        self._model = model
-        self._attention = attention
-        self._dtype = dtype
-        self._device = device
-        self._memory_fraction = memory_fraction
+        self._backend = backend
         self._parallel = parallel or Alone()
         self._grammars = grammars
         self._watermark = watermark or Watermark()
-        self._scorer: Scorer = TorchScorer()
         self._greedy: GreedyBatch | None = None
         """The last step, if the next one may go on with it"""
         self._states: dict[int, GenerationState] = {}
@@ -110,101 +73,41 @@ class Engine:
         self._probe = probe
 
     @property
-    def model(self) -> Model:
-        return self._model
+    def backend(self) -> Backend:
+        return self._backend
 
-    @property
-    def attention_name(self) -> str:
-        return self._attention.name
-
-    def use(self, model: Model, attention: Attention, scorer: Scorer) -> None:
-        """From the next step on compute the same model in another way; the cache stays."""
-        self._model, self._attention, self._scorer = model, attention, scorer
+    def upgrade(self) -> None:
+        """Between two steps: let a faster backend compute from now on, if one became ready."""
+        self._backend = self._backend.upgrade(self.cache)
         self._greedy = None
+
+    def recover(self, error: Exception) -> None:
+        """After a step that raised `error`; raises it again if no later step can succeed."""
+        self._backend.recover(error)
 
     # ------------------------------------------------------------------ warm-up
 
-    def warmup(self, limits: Limits) -> KVCache:
+    def warmup(self, limits: WarmupLimits) -> KVCache:
         """Run a step, measure memory, allocate the cache; a second call returns the same cache.
 
-        On CUDA the step has all the prompt tokens and sampled rows that the limits allow; on the
-        CPU, where it would only cost time, a few. Ranks may find room for different numbers of
-        blocks; the router uses the smallest. Raises torch.OutOfMemoryError, `RankLost`.
+        Ranks may find room for different numbers of blocks; the router uses the smallest. Raises
+        torch.OutOfMemoryError, `RankLost`.
         """
         if self.cache is None:
             started = time.monotonic()
+            backend = self._backend
             with self._parallel.together():
-                bandwidth = self._probe(self._device) if self._probe else 0.0
-                self.cache = self._measured_cache(limits)
-                self.read_cost = read_cost(self._model, self._dtype, bandwidth)
+                bandwidth = self._probe(backend.device) if self._probe else 0.0
+                self.cache = measured_cache(
+                    backend, limits, block_size=self.block_size, run=self._forward_and_draw
+                )
+                self.read_cost = read_cost(backend.model, backend.dtype, bandwidth)
             logger.info("Warm-up done", extra={"seconds": round(time.monotonic() - started, 2)})
         return self.cache
 
-    def _measured_cache(self, limits: Limits) -> KVCache:
-        num_tokens, num_rows = limits.max_step_tokens, limits.max_batch_size
-        if self._device.type == "cpu":
-            num_tokens, num_rows = min(num_tokens, _CPU_WARMUP_TOKENS), min(num_rows, 2)
-        longest = limits.max_total_tokens or self._model.max_positions or num_tokens
-        self._run_warmup_steps(num_tokens, min(longest, num_tokens), num_rows)
-        num_blocks = self._size_pool(limits, longest)
-        return self._new_cache(num_blocks)
-
     @torch.inference_mode()
-    def _run_warmup_steps(self, num_tokens: int, max_length: int, num_rows: int) -> None:
-        """`num_tokens` tokens in prompts of at most `max_length`, then `num_rows` decodes."""
-        lengths = [max_length] * (num_tokens // max_length)
-        if num_tokens % max_length:
-            lengths.append(num_tokens % max_length)
-        cache = self._new_cache(1 + sum(blocks_for(n, self.block_size) for n in lengths))
-        free = iter(range(1, cache.num_blocks))
-        items = []
-        for number, length in enumerate(lengths):
-            state = GenerationState(_warmup_sequence(number, length))
-            state.blocks = [next(free) for _ in range(blocks_for(length, self.block_size))]
-            items.append(Item(state, 0, length))
-        self._forward_and_draw(items, cache)
-        decodes = []
-        for number in range(num_rows):
-            state = GenerationState(_warmup_sequence(number, max_length))
-            state.blocks = items[0].state.blocks
-            decodes.append(Item(state, max_length - 1, 1))
-        self._forward_and_draw(decodes, cache)
-
     def _forward_and_draw(self, items: list[Item], cache: KVCache) -> Drawn:
-        batch = self._batch(items, items, [])
-        logits = self._model.forward(batch, self._attention.prepare(batch, cache))
-        return self._draw(logits, items)
-
-    def _size_pool(self, limits: Limits, longest: int) -> int:
-        """Blocks that fit, scratch block included."""
-        size = block_bytes(self._model.layers, self.block_size, self._dtype)
-        free = pool_bytes(self._device, self._memory_fraction)
-        num_blocks = free // size
-        wanted = limits.max_pool_tokens
-        if not wanted and self._device.type == "cpu":
-            wanted = max(_CPU_POOL_TOKENS, longest)
-        if wanted:
-            num_blocks = min(num_blocks, 1 + blocks_for(wanted, self.block_size))
-        if num_blocks < 2:
-            raise torch.OutOfMemoryError(
-                f"no room for the KV cache: one block takes {size} bytes, {free} are free"
-            )
-        logger.info(
-            "KV-cache blocks: %d, size: %d",
-            num_blocks,
-            self.block_size,
-            extra={"bytes": num_blocks * size},
-        )
-        return num_blocks
-
-    def _new_cache(self, num_blocks: int) -> KVCache:
-        return KVCache(
-            self._model.layers,
-            num_blocks,
-            self.block_size,
-            dtype=self._dtype,
-            device=self._device,
-        )
+        return self._draw(self._logits(self._batch(items, items, []), cache), items)
 
     def take_memory_ahead(self) -> bool:
         """Use some milliseconds without work; False: there is no more to take."""
@@ -266,37 +169,30 @@ class Engine:
                 device_ns=elapsed_ns,
                 admission_ns=admission_ns,
             )
-        if isinstance(self._model, GreedyModel) and all(map(is_greedy_decode, items)):
-            asked_ids = [work.id for work in step.work]
-            greedy = GreedyBatch(self._model, self.cache, items, asked_ids)
+        greedy = GreedyBatch.of(self._backend, self.cache, items, step.work)
+        if greedy is not None:
             return self._decode(greedy, step.number, failures, started_ns, admission_ns)
-        events = self._mark_start()
+        elapsed = self._backend.elapsed(started_ns)
         batch = self._batch(items, samples, prompts)
         with self._filling(samples) as masks:
-            logits = self._model.forward(batch, self._attention.prepare(batch, self.cache))
+            logits = self._logits(batch, self.cache)
         banned = masks.result()
-        drawing_ns = time.perf_counter_ns()
-        if events:
-            events[1].record()
+        elapsed.forward_ends()
         drawn = self._draw(logits[: len(samples)], samples, banned)
         prompt_scores = self._prompt_scores(logits[len(samples) :], prompts) if prompts else None
         for row, item in enumerate(samples):
             item.state.expect(Pending(drawn.token_ids, row))
-        if events:
-            events[2].record()
-        launched_ns = time.perf_counter_ns()
+        elapsed.step_ends()
         return Launched(
-            step.number,
-            samples,
-            drawn,
-            prompts,
-            prompt_scores,
-            failures,
-            started_ns,
-            events,
-            admission_ns,
-            launched_ns - drawing_ns,
-            launched_ns,
+            number=step.number,
+            items=samples,
+            drawn=drawn,
+            prompt_items=prompts,
+            prompt_scores=prompt_scores,
+            failures=failures,
+            started_ns=started_ns,
+            admission_ns=admission_ns,
+            elapsed=elapsed,
         )
 
     def _decode(
@@ -360,7 +256,9 @@ class Engine:
         A draw reads a running sum, which a GPU may round differently each time: rank 0's counts.
         """
         rows = [item.state.row() for item in items]
-        drawn = draw(logits, rows, banned=banned, watermark=self._watermark, scorer=self._scorer)
+        drawn = draw(
+            logits, rows, banned=banned, watermark=self._watermark, scorer=self._backend.scorer
+        )
         if any(item.state.sampling.do_sample for item in items):
             return drawn._replace(token_ids=self._parallel.broadcast(drawn.token_ids))
         return drawn
@@ -389,7 +287,7 @@ class Engine:
                 failures[item.state.id] = NOT_FINITE
                 self._quarantine(item.state)
         finished_ns = time.perf_counter_ns()
-        device_ns, sampling_ns = device_times(launched)
+        device_ns, sampling_ns = launched.elapsed.times()
         return StepResult(
             number=launched.number,
             ids=[launched.items[row].state.id for row in kept],
@@ -433,7 +331,7 @@ class Engine:
     def _refusal(self, new: NewSequence) -> str:
         if not new.token_ids:
             return "the sequence has no tokens"
-        size = self._model.vocab_size
+        size = self._backend.model.vocab_size
         if (largest := max(new.token_ids)) >= size:
             return f"token id {largest} is not below the vocabulary's {size}"
         largest = max((token_id for token_id, _ in new.sampling.logit_bias), default=0)
@@ -466,10 +364,14 @@ class Engine:
     def _batch(
         self, items: Sequence[Item], samples: Sequence[Item], prompts: Sequence[Item]
     ) -> ForwardBatch:
-        return build_batch(items, samples, prompts, block_size=self.block_size, device=self._device)
+        device = self._backend.device
+        return build_batch(items, samples, prompts, block_size=self.block_size, device=device)
 
-    def _tensor(self, values: Sequence[object]) -> torch.Tensor:
-        return to_device(values, dtype=torch.int64, device=self._device)
+    def _logits(self, batch: ForwardBatch, cache: KVCache) -> torch.Tensor:
+        """After the rows that the batch selects; their memory is used again by the next step."""
+        logits = self._backend.run(batch, cache, OutputKind.LOGITS).logits
+        assert logits is not None
+        return logits
 
     def _prompt_scores(self, logits: torch.Tensor, prompts: list[Item]) -> Scores:
         """Those of the next prompt token after each row, all items in one column."""
@@ -478,7 +380,8 @@ class Engine:
             first = item.position + 1
             targets += item.state.ids[first : first + prompt_rows(item)]
         width = max(item.state.top_n_tokens for item in prompts)
-        return score(logits, self._tensor(targets), width, self._scorer)
+        target_ids = to_device(targets, dtype=torch.int64, device=self._backend.device)
+        return score(logits, target_ids, width, self._backend.scorer)
 
     def _quarantine(self, state: GenerationState) -> None:
         """Stop a sequence whose values are not finite, and whoever shares such a block with it.
@@ -495,19 +398,3 @@ class Engine:
             self.cache.clear(sorted(bad))
             for other in self._states.values():
                 other.has_failed = other.has_failed or not bad.isdisjoint(other.blocks)
-
-    def _mark_start(self) -> tuple[torch.cuda.Event, torch.cuda.Event, torch.cuda.Event] | None:
-        if self._device.type != "cuda":
-            return None
-        start, drawing, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
-        start.record()
-        return start, drawing, end
-
-
-def _warmup_sequence(number: int, length: int) -> NewSequence:
-    return NewSequence(
-        id=number,
-        token_ids=[1] * length,
-        num_prompt_tokens=length,
-        sampling=SamplingParams(do_sample=True, top_k=10, top_p=0.9, typical_p=0.9),
-    )

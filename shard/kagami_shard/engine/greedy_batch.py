@@ -5,47 +5,13 @@ one begins, for the model has just been read through them, and all that lies bet
 passes is paid for with the model standing still (notes/0015).
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Iterable, Mapping, Sequence
 
+from kagami_proto.values import Wanted
+from kagami_shard.backends.base import Backend, Decodes
 from kagami_shard.engine.items import Item
-from kagami_shard.engine.step import Step, WorkColumns
+from kagami_shard.engine.step import Step, Work, WorkColumns
 from kagami_shard.forward.kv_cache import KVCache
-
-
-class Decodes(Protocol):
-    """Decodes of some sequences, one token each in a step; rows are sequences."""
-
-    @property
-    def table_width(self) -> int:
-        """Blocks that a row has room for."""
-
-    @property
-    def sampling_ns(self) -> int:
-        """Of the last step: what choosing the tokens took."""
-
-    def grant(self, row: int, first: int, blocks: Sequence[int]) -> None:
-        """The row's blocks from its `first` one on."""
-
-    def run(self) -> int:
-        """One step, whose tokens the next one reads; how many rows gave no distribution."""
-
-    def chosen(self) -> tuple[list[int], list[float]]:
-        """The last step's tokens and their logprobs, one a row; not finite: no distribution."""
-
-
-@runtime_checkable
-class GreedyModel(Protocol):
-    """A model that feeds itself with the most likely tokens."""
-
-    def decodes(
-        self,
-        cache: KVCache,
-        last_ids: Sequence[int],
-        positions: Sequence[int],
-        tables: Sequence[Sequence[int]],
-    ) -> Decodes:
-        """Decodes that begin with token `last_ids[i]` at `positions[i]`, blocks `tables[i]`."""
 
 
 def is_greedy_decode(item: Item) -> bool:
@@ -53,6 +19,7 @@ def is_greedy_decode(item: Item) -> bool:
     state, sampling = item.state, item.state.sampling
     return (
         item.num_tokens == 1
+        and item.wanted is Wanted.ONE_TOKEN
         and item.end == len(state.ids)
         and not state.num_pending
         and not state.reads_last_id
@@ -67,26 +34,43 @@ class GreedyBatch:
     """The sequences of a step, and what the next one will ask for if nothing comes between."""
 
     def __init__(
-        self, model: GreedyModel, cache: KVCache, items: Sequence[Item], asked_ids: Sequence[int]
+        self, decodes: Decodes, block_size: int, items: Sequence[Item], asked_ids: Sequence[int]
     ) -> None:
-        """Of `items`, in the order in which `asked_ids` (those of more, maybe) names them."""
+        """`decodes` has a row for each of `items`; `asked_ids` is their order in a step."""
         self._states = [item.state for item in items]
         self.sequence_ids = [state.id for state in self._states]
         """Of each row"""
         self.token_ids: list[int] = []
         self.logprobs: list[float] = []
         position_of = {item.state.id: item.position for item in items}
-        self._asked_ids = [one for one in asked_ids if one in position_of]
-        self._positions = [position_of[one] for one in self._asked_ids]
+        self._asked_ids = asked_ids
+        self._positions = [position_of[one] for one in asked_ids]
         self._row_of = {state.id: row for row, state in enumerate(self._states)}
-        self._block_size = cache.block_size
-        self._decodes = model.decodes(
+        self._block_size = block_size
+        self._decodes = decodes
+        self._num_steps_left = self._steps_left({})
+
+    @classmethod
+    def of(
+        cls, backend: Backend, cache: KVCache, items: Sequence[Item], work: Iterable[Work]
+    ) -> "GreedyBatch | None":
+        """The batch of `items`, which are what can be done of a step's `work`.
+
+        None if one of them is more than a greedy decode, or the backend cannot carry them on.
+        """
+        if not all(map(is_greedy_decode, items)):
+            return None
+        decodes = backend.carry_on(
             cache,
             [item.state.ids[-1] for item in items],
             [item.position for item in items],
-            [state.blocks for state in self._states],
+            [item.state.blocks for item in items],
         )
-        self._num_steps_left = self._steps_left({})
+        if decodes is None:
+            return None
+        known = {item.state.id for item in items}
+        asked_ids = [each.id for each in work if each.id in known]
+        return cls(decodes, cache.block_size, items, asked_ids)
 
     @property
     def sampling_ns(self) -> int:

@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
-
+from kagami_shard.backends.base import Elapsed
 from kagami_shard.engine.items import Item, prompt_rows
 from kagami_shard.engine.step import PromptLogprobs, StepResult, TopTokens
 from kagami_shard.sampling.logprobs import Scores
@@ -22,31 +21,13 @@ class Launched(NamedTuple):
     prompt_scores: Scores | None
     failures: dict[int, str]
     started_ns: int
-    device_events: tuple[torch.cuda.Event, torch.cuda.Event, torch.cuda.Event] | None
-    """Before the forward pass, before the sampling, behind it"""
     admission_ns: int
-    sampling_ns: int
-    """On the host, which is the device on a CPU"""
-    launched_ns: int
+    elapsed: Elapsed
 
 
 def is_known_done(launched: Launched | StepResult) -> bool:
     """Whether the device says that it has finished, well or not; without waiting for it."""
-    if isinstance(launched, StepResult):
-        return True
-    try:
-        return launched.device_events is not None and launched.device_events[2].query()
-    except torch.AcceleratorError:
-        return True  # it failed, and whoever collects hears so
-
-
-def device_times(launched: Launched) -> tuple[int, int]:
-    """Nanoseconds on the device: forward pass and sampling, and of these the sampling."""
-    if launched.device_events is None:
-        return launched.launched_ns - launched.started_ns, launched.sampling_ns
-    start, drawing, end = launched.device_events
-    end.synchronize()
-    return int(start.elapsed_time(end) * 1e6), int(drawing.elapsed_time(end) * 1e6)
+    return isinstance(launched, StepResult) or launched.elapsed.is_done
 
 
 def top_tokens(launched: Launched, kept: Sequence[int]) -> list[TopTokens]:

@@ -11,8 +11,6 @@ from collections.abc import Callable
 from concurrent.futures import Executor, Future, wait
 from contextlib import suppress
 
-import torch
-
 from kagami_proto.errors import RankLost
 from kagami_shard.engine.engine import Engine
 from kagami_shard.engine.launched import Launched, is_known_done
@@ -131,7 +129,7 @@ class Worker:
             self.traces.finished(step, failed, started_ns)
             _raise_if_parted(error)
             publish(failed)
-            _raise_if_lost(error)
+            self._engine.recover(error)
             return
         self._collect()
         self._launched = (launched, step, publish, started_ns)
@@ -150,7 +148,7 @@ class Worker:
             self.traces.finished(step, failed, started_ns)
             _raise_if_parted(error)
             publish(failed)
-            _raise_if_lost(error)
+            self._engine.recover(error)
             return
         self.last_step = result.number
         self.last_step_ns = time.monotonic_ns()
@@ -159,17 +157,8 @@ class Worker:
 
     def _failed(self, number: int, error: Exception) -> StepResult:
         logger.error("Step failed", exc_info=error, extra={"step": number})
-        out_of_memory = is_out_of_memory(error)
-        if out_of_memory and torch.cuda.is_available():
-            torch.cuda.empty_cache()
         text = " ".join(str(error).split()) or type(error).__name__
-        return StepResult(number=number, error=text, out_of_memory=out_of_memory)
-
-
-def _raise_if_lost(error: Exception) -> None:
-    """A CUDA error is sticky: every later call fails too, and only a new process helps."""
-    if isinstance(error, torch.AcceleratorError) and not isinstance(error, torch.OutOfMemoryError):
-        raise error
+        return StepResult(number=number, error=text, out_of_memory=is_out_of_memory(error))
 
 
 def _raise_if_parted(error: Exception) -> None:

@@ -10,19 +10,13 @@ block is the router's business. Block 0 is scratch: padding reads and writes the
 Within a block a backend may have an order of its own, as the native one has (its `cache.h`).
 """
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from kagami_shard.machine.memory import fresh_pages
-
-_HUGE_PAGE = 2 << 20
-_MADV_POPULATE_WRITE = 23  # Linux 5.14; Python's mmap has no name for it
-# Of a CPU's cache, taken before it is written to. The router lets cached prefixes have as much.
-_AHEAD_SHARE = 0.25
+from kagami_shard.machine.host_pages import HostPages
 
 
 class LayerShape(NamedTuple):
@@ -58,18 +52,18 @@ class KVCache:
         *,
         dtype: torch.dtype,
         device: torch.device,
+        pages: HostPages | None = None,
     ) -> None:
+        """With `pages` the tensors lie in those, else where torch puts them on `device`."""
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self._fresh: list[_FreshPages] = []
+        self._pages = pages
 
         def zeros(num_heads: int, dim: int) -> Tensor:
             shape = (num_blocks, block_size, num_heads, dim)
-            if device.type != "cpu":
-                return torch.zeros(shape, dtype=dtype, device=device)
-            pages = _FreshPages(math.prod(shape) * dtype.itemsize)
-            self._fresh.append(pages)
-            return pages.tensor(shape, dtype)
+            if pages is not None:
+                return pages.zeros(shape, dtype)
+            return torch.zeros(shape, dtype=dtype, device=device)
 
         # Zeros, because masked reads of slots never written must be finite (0 x NaN is NaN).
         self.keys = [zeros(layer.num_kv_heads, layer.head_dim) for layer in layers]
@@ -98,45 +92,8 @@ class KVCache:
             tensor[index] = 0
 
     def take_ahead(self) -> bool:
-        """On a CPU: take a page of memory for the first quarter of the blocks; False: it has all.
-
-        The first touch of a huge page takes some 5 ms, and a step that comes to a new one comes to
-        one of each tensor.
-        """
-        try:
-            return any(pages.take_page() for pages in self._fresh)
-        except OSError:  # an older kernel
-            self._fresh.clear()
-            return False
+        """Take one more page of memory before a step needs it; False: there is no more to take."""
+        return self._pages is not None and self._pages.take_ahead()
 
     def _index(self, blocks: Sequence[int]) -> Tensor:
         return torch.tensor(blocks, dtype=torch.int64, device=self.keys[0].device)
-
-
-class _FreshPages:
-    """A CPU's memory for a tensor: zeros that take no memory until they are written.
-
-    On huge pages, because a step reads blocks all over them, and from the border of one on: else
-    the first block takes two, and every tensor's end a part of the next one's.
-    """
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._memory = fresh_pages(size + _HUGE_PAGE)
-        address = torch.frombuffer(self._memory, dtype=torch.uint8).data_ptr()
-        self._start = -address % _HUGE_PAGE
-        self._num_taken = 0
-
-    def tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        count = math.prod(shape)
-        flat = torch.frombuffer(self._memory, dtype=dtype, count=count, offset=self._start)
-        return flat.view(shape)
-
-    def take_page(self) -> bool:
-        """Take the next page of those that are taken ahead; False: there is none."""
-        if self._num_taken >= _AHEAD_SHARE * self._size / _HUGE_PAGE:
-            return False
-        start = self._start + self._num_taken * _HUGE_PAGE
-        self._memory.madvise(_MADV_POPULATE_WRITE, start, _HUGE_PAGE)
-        self._num_taken += 1
-        return True

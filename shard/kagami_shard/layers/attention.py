@@ -1,17 +1,14 @@
-"""What an attention backend is.
+"""Attention as a layer sees it.
 
-`prepare` looks at a step once; the `AttentionStep` it returns is then called by every layer with
-that layer's fresh queries, keys and values, writes the keys and values into the cache and attends.
-The last layer attends with those tokens alone that logits are wanted for.
+An `AttentionStep` is made once for a step. Every layer calls it with fresh queries, keys and
+values; it writes the keys and values into the cache and attends. The last layer attends with those
+tokens alone that the batch selects.
 """
 
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
-
-from kagami_shard.forward.batch import ForwardBatch
-from kagami_shard.forward.kv_cache import KVCache
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,16 +41,7 @@ class AttentionStep(Protocol):
         """The first half of a call."""
 
     def attend(self, query: Tensor, spec: AttentionSpec) -> Tensor:
-        """The second."""
+        """The second half of a call, over what has been written."""
 
     def kept(self) -> "AttentionStep":
         """The step that attends with the queries of `batch.kept`, and writes as this one does."""
-
-
-class Attention(Protocol):
-    """A backend."""
-
-    @property
-    def name(self) -> str: ...
-
-    def prepare(self, batch: ForwardBatch, cache: KVCache) -> AttentionStep: ...

@@ -1,4 +1,4 @@
-"""Small host values to the device without waiting for it."""
+"""Which device a rank computes on, and how small host values get there."""
 
 from collections.abc import Sequence
 
@@ -16,3 +16,17 @@ def to_device(values: Sequence[object], *, dtype: torch.dtype, device: torch.dev
     if device.type == "cpu":
         return tensor
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def find_device(rank: int) -> torch.device:
+    """This rank's card, made the current one; the CPU where there is no card."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def device_kind(device: torch.device) -> str:
+    """ "cpu" or "cuda", to be told; what follows from it stands in the backend's policy."""
+    return device.type

@@ -17,11 +17,12 @@ _CPU_SHARE = 0.5
 _NO_MEMORY = ("can't allocate memory", os.strerror(errno.ENOMEM))
 
 
-def pool_bytes(device: torch.device, fraction: float) -> int:
+def pool_bytes(device: torch.device, fraction: float, num_ranks: int) -> int:
     """Bytes that the KV cache may take on `device`.
 
-    On CUDA `fraction` of the card belongs to this process: its peak so far stays reserved. On the
-    CPU half of what the host (or the container's limit) has available.
+    On CUDA `fraction` of the card belongs to this process: its peak until now stays reserved. On
+    the CPU `fraction` of half of what the host (or the container's limit) has available, for all
+    ranks together: each has a card of its own, but they share the host.
     """
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
@@ -30,7 +31,7 @@ def pool_bytes(device: torch.device, fraction: float) -> int:
         of_others = total - free - reserved
         allowed = min(total * fraction, total - of_others)
         return max(0, int(allowed - peak - total * _CUDA_RESERVE))
-    return int(available_host_bytes() * _CPU_SHARE * fraction)
+    return int(available_host_bytes() * _CPU_SHARE * fraction / num_ranks)
 
 
 def fresh_pages(num_bytes: int) -> mmap.mmap:

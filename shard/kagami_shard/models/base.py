@@ -1,16 +1,12 @@
-"""What a model is to the engine."""
+"""What is known of a loaded model; how it is computed is its backend's business."""
 
 from typing import Protocol
 
-from torch import Tensor
-
-from kagami_shard.forward.batch import ForwardBatch
 from kagami_shard.forward.kv_cache import LayerShape
-from kagami_shard.layers.attention import AttentionStep
 
 
 class Model(Protocol):
-    """A loaded model on its device."""
+    """The facts of a loaded model."""
 
     @property
     def model_type(self) -> str:
@@ -42,6 +38,3 @@ class Model(Protocol):
 
         Of a mixture of experts all experts count.
         """
-
-    def forward(self, batch: ForwardBatch, attend: AttentionStep) -> Tensor:
-        """Logits after `batch.logits_rows`: `[num_rows, vocab_size]` float32."""

@@ -16,9 +16,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from kagami_proto.errors import InvalidCheckpoint, UnsupportedModel
-from kagami_shard.forward.batch import ForwardBatch
 from kagami_shard.forward.kv_cache import LayerShape
-from kagami_shard.layers.attention import AttentionSpec, AttentionStep
+from kagami_shard.layers.attention import AttentionSpec
 from kagami_shard.layers.embedding import Embedding, Head, ShardedEmbedding, ShardedHead
 from kagami_shard.layers.linear import Projection, RowLinear, projection
 from kagami_shard.layers.mlp import ACTIVATIONS, MLP, GatedMLP
@@ -33,7 +32,7 @@ from kagami_shard.layers.norm import (
 )
 from kagami_shard.layers.rotary import RotaryEmbedding
 from kagami_shard.machine.distributed import TensorParallel
-from kagami_shard.models.ops import Ops, SelfAttention, T, TorchOps
+from kagami_shard.models.ops import Ops, SelfAttention, T
 from kagami_shard.models.spec import ModelSpec, NormKind, QKNorm
 from kagami_shard.quantization.base import DenseWeight, Weight
 from kagami_shard.quantization.source import LinearSource, Scheme
@@ -105,16 +104,20 @@ class Decoder:
         layers = sum(layer.weight_bytes for layer in self._layers)
         return layers + self._norm.weight_bytes + self._head.weight_bytes
 
-    def forward(self, batch: ForwardBatch, attend: AttentionStep) -> Tensor:
-        """Logits after `batch.logits_rows`: `[num_rows, vocab_size]` float32."""
-        return self.run(TorchOps(batch, attend, self._ropes))
-
     def run(self, ops: Ops[T]) -> T:
-        """The whole step in the verbs of `ops`; what they give for the logits."""
+        """The whole step in the verbs of `ops`: the logits of the selected rows."""
+        return self.logits(ops, self.hidden(ops))
+
+    def hidden(self, ops: Ops[T]) -> T:
+        """The step up to the last norm: what the head reads of the selected rows."""
         hidden = ops.embed(self._embedding)
         for layer in self._layers:
             hidden = layer(hidden, ops, is_last=layer is self._layers[-1])
-        return ops.logits(hidden, self._norm, self._head)
+        return ops.norm(hidden, self._norm)
+
+    def logits(self, ops: Ops[T], hidden: T) -> T:
+        """The rest of the step: logits of what `hidden` gave."""
+        return ops.logits(hidden, self._head)
 
     @property
     def ropes(self) -> Sequence[RotaryEmbedding]:

@@ -6,16 +6,17 @@ from pathlib import Path
 import pytest
 import torch
 from tests.fakes.ranks import run_ranks
-from tests.fakes.tiny_model import VOCAB, TinyModel
+from tests.fakes.tiny_model import VOCAB, TinyModel, tiny_backend
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel
 from tokenizers.models import BPE
 
 from kagami_proto.errors import InvalidRequest
 from kagami_proto.values import Grammar, GrammarKind, SamplingParams
-from kagami_shard.backends.torch.sdpa import SdpaAttention
-from kagami_shard.engine.engine import NOT_FINITE, Engine, Limits
+from kagami_shard.backends.torch.runner import TorchBackend
+from kagami_shard.engine.engine import NOT_FINITE, Engine
 from kagami_shard.engine.step import NewSequence, Step, StepResult, Work
+from kagami_shard.engine.warmup import WarmupLimits
 from kagami_shard.machine.bandwidth import Probe
 from kagami_shard.machine.distributed import Group, TensorParallel
 from kagami_shard.sampling.grammar import Grammars
@@ -26,22 +27,19 @@ GREEDY = SamplingParams()
 
 
 def new_engine(
-    model: TinyModel | None = None,
+    model: TinyModel | TorchBackend | None = None,
     parallel: TensorParallel | None = None,
     grammars: Grammars | None = None,
     probe: Probe | None = None,
 ) -> Engine:
     engine = Engine(
-        model or TinyModel(),
-        SdpaAttention(),
-        dtype=torch.float32,
-        device=torch.device("cpu"),
+        model if isinstance(model, TorchBackend) else tiny_backend(model),
         block_size=BLOCK,
         parallel=parallel,
         grammars=grammars,
         probe=probe,
     )
-    engine.warmup(Limits(128, 8, 100, 400))
+    engine.warmup(WarmupLimits(128, 8, 100, 400))
     return engine
 
 
@@ -316,7 +314,7 @@ def test_warmup_sizes_the_pool_once() -> None:
     engine = new_engine()
     assert engine.cache is not None
 
-    again = engine.warmup(Limits(8, 1, 10, 10))
+    again = engine.warmup(WarmupLimits(8, 1, 10, 10))
 
     assert again is engine.cache
     assert again.num_blocks == 1 + 400 // BLOCK
@@ -330,7 +328,7 @@ def test_a_probe_is_asked_once_and_told_with_what_a_step_reads() -> None:
         return 1e9
 
     engine = new_engine(probe=probe)
-    engine.warmup(Limits(8, 1, 10, 10))
+    engine.warmup(WarmupLimits(8, 1, 10, 10))
 
     assert asked == [torch.device("cpu")]
     assert engine.read_cost.bandwidth == 1e9

@@ -1,35 +1,36 @@
-"""An engine whose greedy decodes go on by themselves answers as one that builds every step."""
+"""An engine whose greedy decodes feed themselves answers as one that builds every step."""
 
 from collections.abc import Sequence
 
 import pytest
 import torch
-from tests.fakes.tiny_model import TinyModel
+from tests.fakes.tiny_model import CPU, TinyModel
 from tests.shard.engine.test_engine import BLOCK, GREEDY, PROMPT, new_engine, new_sequence, run
 
 from kagami_proto.values import SamplingParams
-from kagami_shard.backends.torch.sdpa import SdpaAttention
+from kagami_shard.backends.torch.runner import TorchBackend
 from kagami_shard.engine.engine import NOT_FINITE, Engine
 from kagami_shard.engine.step import Step, StepResult, WorkColumns
 from kagami_shard.forward.batch import ForwardBatch, Queries
 from kagami_shard.forward.kv_cache import KVCache
+from kagami_shard.forward.output import OutputKind
 
 
 class TorchDecodes:
-    """Decodes of a model that cannot go on by itself, carried on for it."""
+    """`Decodes` that run the torch backend step by step."""
 
     sampling_ns = 1
     table_width = 6
 
     def __init__(
         self,
-        model: "SelfFeedingModel",
+        backend: "SelfFeedingBackend",
         cache: KVCache,
         ids: Sequence[int],
         positions: Sequence[int],
         tables: Sequence[Sequence[int]],
     ) -> None:
-        self._model = model
+        self._backend = backend
         self._cache = cache
         self._ids = torch.tensor(ids)
         self._positions = torch.tensor(positions)
@@ -44,7 +45,7 @@ class TorchDecodes:
 
     @torch.inference_mode()
     def run(self) -> int:
-        self._model.num_own_steps += 1
+        self._backend.num_own_steps += 1
         size, rows = self._cache.block_size, torch.arange(len(self._ids))
         blocks = self._tables[rows, self._positions // size]
         queries = Queries(
@@ -61,7 +62,8 @@ class TorchDecodes:
             logits_rows=rows,
             kept=queries,
         )
-        logits = self._model.forward(batch, SdpaAttention().prepare(batch, self._cache))
+        logits = self._backend.run(batch, self._cache, OutputKind.LOGITS).logits
+        assert logits is not None
         self._ids = logits.argmax(-1)
         self._logprobs = logits.log_softmax(-1)[rows, self._ids]
         self._positions = self._positions + 1
@@ -71,15 +73,16 @@ class TorchDecodes:
         return self._ids.tolist(), self._logprobs.tolist()
 
 
-class SelfFeedingModel(TinyModel):
-    """A `GreedyModel`."""
+class SelfFeedingBackend(TorchBackend):
+    """A backend that carries greedy decodes on."""
 
     def __init__(self) -> None:
-        super().__init__()
+        self.tiny = TinyModel()
+        super().__init__(self.tiny, self.tiny.forward, dtype=torch.float32, device=CPU)
         self.num_batches = 0
         self.num_own_steps = 0
 
-    def decodes(
+    def carry_on(  # type: ignore[override]  # the torch backend says that it never does
         self,
         cache: KVCache,
         last_ids: Sequence[int],
@@ -147,18 +150,18 @@ def answers(engine: Engine, sampling: SamplingParams = GREEDY) -> list[StepResul
 
 
 def test_greedy_decodes_answer_as_steps_built_one_by_one() -> None:
-    model = SelfFeedingModel()
+    backend = SelfFeedingBackend()
     expected = told(answers(new_engine()))
-    seen = told(answers(new_engine(model)))
+    seen = told(answers(new_engine(backend)))
     assert [one[0] for one in seen] == [one[0] for one in expected]  # type: ignore[index]  # pairs
     for ours, theirs in zip(seen, expected, strict=True):
         assert ours[1] == pytest.approx(theirs[1], abs=1e-5)  # type: ignore[index]
 
 
 def test_a_batch_is_built_when_it_changes_and_not_else() -> None:
-    model = SelfFeedingModel()
-    answers(new_engine(model))
-    assert (model.num_batches, model.num_own_steps) == (2, 12)
+    backend = SelfFeedingBackend()
+    answers(new_engine(backend))
+    assert (backend.num_batches, backend.num_own_steps) == (2, 12)
 
 
 @pytest.mark.parametrize(
@@ -173,13 +176,13 @@ def test_a_batch_is_built_when_it_changes_and_not_else() -> None:
 def test_whoever_wants_more_than_the_most_likely_token_is_sampled_for(
     sampling: SamplingParams,
 ) -> None:
-    model = SelfFeedingModel()
-    answers(new_engine(model), sampling)
-    assert model.num_own_steps == 0
+    backend = SelfFeedingBackend()
+    answers(new_engine(backend), sampling)
+    assert backend.num_own_steps == 0
 
 
 def test_a_batch_that_stops_going_on_has_left_its_tokens_with_the_sequences() -> None:
-    engine, other = new_engine(SelfFeedingModel()), new_engine()
+    engine, other = new_engine(SelfFeedingBackend()), new_engine()
     for one in (engine, other):
         prefill(one, {1: PROMPT, 2: PROMPT[:4]})
         run(one, decode(2, {1: 11, 2: 4}, {2: [41]}))
@@ -194,7 +197,7 @@ def test_a_batch_that_stops_going_on_has_left_its_tokens_with_the_sequences() ->
 
 
 def test_a_decode_without_a_block_fails_its_sequence_also_in_a_batch_that_goes_on() -> None:
-    engine = new_engine(SelfFeedingModel())
+    engine = new_engine(SelfFeedingBackend())
     prefill(engine, {1: PROMPT, 3: [7]})
     run(engine, decode(2, {1: 11, 3: 1}))
     result = run(engine, decode(3, {1: 12, 3: 2}))
@@ -203,11 +206,11 @@ def test_a_decode_without_a_block_fails_its_sequence_also_in_a_batch_that_goes_o
 
 
 def test_a_row_that_is_not_finite_fails_alone_and_the_batch_is_built_again() -> None:
-    model = SelfFeedingModel()
-    engine = new_engine(model)
+    backend = SelfFeedingBackend()
+    engine = new_engine(backend)
     prefill(engine, {1: PROMPT, 2: [1, 2]})
     before = run(engine, decode(2, {1: 11, 2: 2}))
-    model.nan_at = dict(zip(before.ids, before.token_ids, strict=True))[2]
+    backend.tiny.nan_at = dict(zip(before.ids, before.token_ids, strict=True))[2]
     result = run(engine, decode(3, {1: 12, 2: 3}, {1: [23]}))
     after = run(engine, decode(4, {1: 13}))
     assert (result.ids, dict(result.failures)) == ([1], {2: NOT_FINITE})
@@ -215,20 +218,20 @@ def test_a_row_that_is_not_finite_fails_alone_and_the_batch_is_built_again() -> 
 
 
 def test_a_forward_pass_that_raises_ends_the_batch_and_no_sequence() -> None:
-    model = SelfFeedingModel()
-    engine = new_engine(model)
+    backend = SelfFeedingBackend()
+    engine = new_engine(backend)
     prefill(engine, {1: PROMPT})
     first = run(engine, decode(2, {1: 11}))
-    model.fail_at = first.token_ids[0]
+    backend.tiny.fail_at = first.token_ids[0]
     with pytest.raises(RuntimeError, match="the kernel broke"):
         run(engine, decode(3, {1: 12}, {1: [23]}))
-    model.fail_at = None
+    backend.tiny.fail_at = None
     again = run(engine, decode(4, {1: 12}))
     assert again.ids == [1]
 
 
 def test_a_reset_forgets_the_batch() -> None:
-    engine = new_engine(SelfFeedingModel())
+    engine = new_engine(SelfFeedingBackend())
     prefill(engine, {1: PROMPT})
     run(engine, decode(2, {1: 11}))
     engine.reset()

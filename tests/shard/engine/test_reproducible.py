@@ -13,12 +13,12 @@ from transformers import LlamaConfig
 from kagami_proto.values import SamplingParams
 from kagami_shard import cli
 from kagami_shard.backends.native.build import build
-from kagami_shard.backends.native.select import switch_to_native
-from kagami_shard.backends.torch.sdpa import SdpaAttention
-from kagami_shard.engine.engine import Engine, Limits
+from kagami_shard.backends.native.select import Native
+from kagami_shard.backends.torch.load import load_torch
+from kagami_shard.engine.engine import Engine
 from kagami_shard.engine.step import NewSequence, Step, Work
+from kagami_shard.engine.warmup import WarmupLimits
 from kagami_shard.forward.kv_cache import blocks_for
-from kagami_shard.models.registry import load_model
 
 CPU = torch.device("cpu")
 BLOCK = 32
@@ -48,19 +48,19 @@ def engine(
     quantize, num_threads = request.param
     folder, _ = save_checkpoint(CONFIG)
     grammars = letters(tmp_path_factory.mktemp("letters"))
-    engine = Engine(
-        load_model(folder, dtype=torch.bfloat16, device=CPU, quantize=quantize),
-        SdpaAttention(),
+    cache = cli.cache_folder(os.environ)
+    backend = load_torch(
+        folder,
         dtype=torch.bfloat16,
         device=CPU,
-        block_size=BLOCK,
-        grammars=grammars,
+        quantize=quantize,
+        successor=Native(cache, num_threads).take_over,
     )
-    engine.warmup(Limits(512, 16, 1024, 200 * BLOCK))
-    cache = cli.cache_folder(os.environ)
+    engine = Engine(backend, block_size=BLOCK, grammars=grammars)
+    engine.warmup(WarmupLimits(512, 16, 1024, 200 * BLOCK))
     build(cache)
-    switch_to_native(engine, dtype=torch.bfloat16, device=CPU, cache=cache, num_threads=num_threads)
-    assert engine.attention_name == "native"
+    engine.upgrade()
+    assert engine.backend.name == "native"
     yield engine
     grammars.close()
 

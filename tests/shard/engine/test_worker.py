@@ -5,23 +5,21 @@ from threading import Event
 
 import pytest
 import torch
-from tests.fakes.tiny_model import TinyModel
+from tests.fakes.tiny_model import TinyModel, tiny_backend
 
 from kagami_proto.values import SamplingParams
-from kagami_shard.backends.torch.sdpa import SdpaAttention
-from kagami_shard.engine.engine import Engine, Limits
+from kagami_shard.engine.engine import Engine
 from kagami_shard.engine.launched import Launched
 from kagami_shard.engine.step import NewSequence, Step, StepResult, Work
+from kagami_shard.engine.warmup import WarmupLimits
 from kagami_shard.engine.worker import Worker
 
 PROMPT = [3, 1, 4, 1, 5]
 
 
 def new_engine(model: TinyModel) -> Engine:
-    engine = Engine(
-        model, SdpaAttention(), dtype=torch.float32, device=torch.device("cpu"), block_size=4
-    )
-    engine.warmup(Limits(16, 4, 40, 100))
+    engine = Engine(tiny_backend(model), block_size=4)
+    engine.warmup(WarmupLimits(16, 4, 40, 100))
     return engine
 
 
@@ -54,30 +52,27 @@ def test_overlap_gives_the_same_results_in_order(sampling: SamplingParams) -> No
     assert not any(result.failures or result.error for result in overlapped)
 
 
-class FakeEvent:
-    """A CUDA event that has, or has not, happened."""
+class FakeElapsed:
+    """A device that has, or has not, finished; what it says of an error it says when waited for."""
 
-    def __init__(self, has_happened: bool, error: Exception | None = None) -> None:
-        self._has_happened = has_happened
+    def __init__(self, is_done: bool, error: Exception | None = None) -> None:
+        self.is_done = is_done or error is not None
         self._error = error
 
-    def query(self) -> bool:
+    def forward_ends(self) -> None: ...
+
+    def step_ends(self) -> None: ...
+
+    def times(self) -> tuple[int, int]:
         if self._error is not None:
             raise self._error
-        return self._has_happened
-
-    def synchronize(self) -> None:
-        self.query()
-        self._has_happened = True
-
-    def elapsed_time(self, _: "FakeEvent") -> float:
-        return 0.001
+        return 1000, 1000
 
 
-def on_a_device(launched: Launched | StepResult, end: FakeEvent) -> Launched:
-    """The same step on a device, whose work ends with `end`."""
+def on_a_device(launched: Launched | StepResult, elapsed: FakeElapsed) -> Launched:
+    """The same step on a device that is as far as `elapsed` says."""
     assert isinstance(launched, Launched)
-    return launched._replace(device_events=(end, end, end))  # type: ignore[arg-type]  # fakes
+    return launched._replace(elapsed=elapsed)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +92,7 @@ def test_results_of_an_idle_device_do_not_wait_for_the_next_launch(
 
     def launch_there(step: Step) -> Launched:
         seen.append(f"launch {step.number}")
-        return on_a_device(launch(step), FakeEvent(is_idle))
+        return on_a_device(launch(step), FakeElapsed(is_idle))
 
     monkeypatch.setattr(engine, "launch", launch_there)
     with ThreadPoolExecutor(1) as thread, Worker(engine, thread, overlap=True) as worker:
@@ -189,7 +184,7 @@ def test_a_device_that_is_lost_while_it_works_is_told_of_in_the_results() -> Non
     engine = new_engine(TinyModel())
     launch = engine.launch
     lost = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
-    end = FakeEvent(False, lost)
+    end = FakeElapsed(False, lost)
 
     def launch_there(step: Step) -> Launched:
         return on_a_device(launch(step), end)

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from kagami_shard.forward.kv_cache import KVCache, LayerShape
+from kagami_shard.machine.host_pages import HostPages
 
 CPU = torch.device("cpu")
 HUGE_PAGE = 2 << 20
@@ -12,7 +13,8 @@ HUGE_PAGE = 2 << 20
 
 def cache_of(num_blocks: int) -> KVCache:
     layers = [LayerShape(4, 64, 64)] * 2
-    return KVCache(layers, num_blocks, 32, dtype=torch.bfloat16, device=CPU)
+    pages = HostPages(ahead_share=0.25)
+    return KVCache(layers, num_blocks, 32, dtype=torch.bfloat16, device=CPU, pages=pages)
 
 
 def resident_bytes() -> int:
@@ -30,7 +32,8 @@ def test_on_a_cpu_blocks_take_memory_when_they_are_written() -> None:
 
 
 def test_on_a_cpu_every_tensor_begins_at_the_border_of_a_huge_page() -> None:
-    cache = KVCache([LayerShape(3, 64, 32)] * 3, 100, 32, dtype=torch.bfloat16, device=CPU)
+    layers, pages = [LayerShape(3, 64, 32)] * 3, HostPages(ahead_share=0.25)
+    cache = KVCache(layers, 100, 32, dtype=torch.bfloat16, device=CPU, pages=pages)
     assert {tensor.data_ptr() % HUGE_PAGE for tensor in (*cache.keys, *cache.values)} == {0}
     assert cache.values[2].shape == (100, 32, 3, 32)
     assert not any(tensor.any() for tensor in (*cache.keys, *cache.values))

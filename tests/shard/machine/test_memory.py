@@ -43,7 +43,8 @@ def test_a_file_that_finds_no_room_to_be_mapped_is_out_of_memory(tmp_path: Path)
 
 
 def test_the_pool_takes_its_share_of_what_is_available() -> None:
-    whole = pool_bytes(torch.device("cpu"), 1.0)
+    whole = pool_bytes(torch.device("cpu"), 1.0, 1)
 
     assert 0 < whole < available_host_bytes()
-    assert pool_bytes(torch.device("cpu"), 0.5) < whole
+    assert pool_bytes(torch.device("cpu"), 0.5, 1) < 0.75 * whole
+    assert pool_bytes(torch.device("cpu"), 1.0, 2) < 0.75 * whole, "ranks share the host"

@@ -7,8 +7,8 @@ from tests.fakes.batches import CPU, Runner
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kagami_shard.backends.torch.load import load_torch
 from kagami_shard.machine.distributed import TensorParallel
-from kagami_shard.models.registry import load_model
 
 NUM_TOKENS = (23, 9, 17)
 
@@ -31,8 +31,9 @@ def runner_of(
     quantize: str | None = None,
     device: torch.device = CPU,
 ) -> Runner:
-    model = load_model(folder, dtype=dtype, device=device, parallel=parallel, quantize=quantize)
-    return Runner(model, dtype=dtype, device=device)
+    return Runner(
+        load_torch(folder, dtype=dtype, device=device, parallel=parallel, quantize=quantize)
+    )
 
 
 def our_logits(

@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import GPT2Config, LlamaConfig, Olmo2Config, PreTrainedConfig
 
 from kagami_proto.errors import UnsupportedModel
+from kagami_shard.backends.torch.load import load_torch
 from kagami_shard.machine.distributed import Alone, Group, TensorParallel
-from kagami_shard.models.registry import load_model
 
 Save = Callable[..., tuple[Path, object]]
 
@@ -62,7 +62,7 @@ def test_ranks_agree_in_steps_with_few_logits(save_checkpoint: Save) -> None:
 def refusals(folder: Path, size: int) -> list[str]:
     def load(group: Group) -> str:
         with pytest.raises(UnsupportedModel) as raised:
-            load_model(folder, dtype=torch.float32, device=torch.device("cpu"), parallel=group)
+            load_torch(folder, dtype=torch.float32, device=torch.device("cpu"), parallel=group)
         return str(raised.value)
 
     return run_ranks(size, load)
@@ -103,8 +103,8 @@ def test_a_rank_keeps_its_part_of_the_cache(save_checkpoint: Save) -> None:
     folder, _ = save_checkpoint(LlamaConfig(**SMALL))
 
     def layers(group: Group) -> object:
-        return load_model(
+        return load_torch(
             folder, dtype=torch.float32, device=torch.device("cpu"), parallel=group
-        ).layers
+        ).model.layers
 
     assert run_ranks(2, layers) == [((1, 8, 8),) * 3] * 2

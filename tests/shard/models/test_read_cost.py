@@ -9,16 +9,16 @@ from tests.fakes.tiny_model import TinyModel
 from tests.shard.models.test_decoder import CONFIGS
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, PreTrainedConfig
 
+from kagami_shard.backends.torch.load import load_torch
 from kagami_shard.models.base import Model
 from kagami_shard.models.read_cost import read_cost
-from kagami_shard.models.registry import load_model
 
 CPU = torch.device("cpu")
 
 
 def loaded(folder: Path, config: PreTrainedConfig, quantize: str | None = None) -> Model:
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    return load_model(folder, dtype=torch.bfloat16, device=CPU, quantize=quantize)
+    return load_torch(folder, dtype=torch.bfloat16, device=CPU, quantize=quantize).model
 
 
 def tensors_of(value: object, seen: set[int]) -> list[torch.Tensor]:

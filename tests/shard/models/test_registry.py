@@ -20,8 +20,10 @@ from transformers import (
 )
 
 from kagami_proto.errors import InvalidCheckpoint, UnsupportedModel
+from kagami_shard.backends.torch.load import load_torch
 from kagami_shard.models.base import Model
-from kagami_shard.models.registry import FAMILIES, load_model, read_config
+from kagami_shard.models.config import read_config
+from kagami_shard.models.registry import FAMILIES
 
 TINY = {
     "vocab_size": 32,
@@ -38,7 +40,7 @@ TINY = {
 
 
 def load(folder: Path, **options: Any) -> Model:
-    return load_model(folder, dtype=torch.float32, device=torch.device("cpu"), **options)
+    return load_torch(folder, dtype=torch.float32, device=torch.device("cpu"), **options).model
 
 
 def folder_of(folder: Path, **config: object) -> Path:

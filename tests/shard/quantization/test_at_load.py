@@ -10,7 +10,7 @@ from tests.shard.models.parity import expected_logits, our_logits, prompts
 from torch import Tensor
 from transformers import LlamaConfig, PreTrainedModel
 
-from kagami_shard.models.registry import load_model
+from kagami_shard.backends.torch.load import load_torch
 from kagami_shard.quantization.base import Groups, quantize_activations
 from kagami_shard.quantization.fp8 import quantize_fp8
 from kagami_shard.quantization.int4 import quantize_int4
@@ -167,5 +167,5 @@ def test_a_model_says_how_its_weights_are_kept(
     quantize: str | None, name: str, save_checkpoint: Save
 ) -> None:
     folder, _ = save_checkpoint(CONFIG)
-    model = load_model(folder, dtype=torch.float32, device=torch.device("cpu"), quantize=quantize)
-    assert model.quantization == name
+    backend = load_torch(folder, dtype=torch.float32, device=torch.device("cpu"), quantize=quantize)
+    assert backend.model.quantization == name

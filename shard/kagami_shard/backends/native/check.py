@@ -13,6 +13,7 @@ from kagami_shard.backends.native.page_tables import PageTables
 from kagami_shard.backends.native.recorder import record
 from kagami_shard.backends.native.runtime import Runtime
 from kagami_shard.backends.native.tape import Tape
+from kagami_shard.backends.torch.ops import TorchOps
 from kagami_shard.backends.torch.sdpa import SdpaAttention
 from kagami_shard.forward.batch import ForwardBatch, Queries
 from kagami_shard.forward.kv_cache import KVCache, LayerShape
@@ -22,7 +23,7 @@ from kagami_shard.layers.linear import Linear
 from kagami_shard.layers.mlp import GatedMLP
 from kagami_shard.layers.norm import RMSNorm, no_norm
 from kagami_shard.layers.rotary import RopeSpec, RotaryEmbedding
-from kagami_shard.models.ops import Ops, SelfAttention, T, TorchOps
+from kagami_shard.models.ops import Ops, SelfAttention, T
 
 _HEADS, _KV_HEADS, _DIM, _WIDTH, _VOCAB = 6, 2, 32, 96, 80
 _BLOCKS = (8, 32)
@@ -60,7 +61,8 @@ class _Sample:
         update = ops.linear(ops.attend(queries, self._attention), self._output)
         hidden = ops.add(hidden, update, no_norm, 1.0)
         update = ops.mlp(ops.norm(hidden, self._norm), self._mlp)
-        return ops.logits(ops.add(hidden, update, no_norm, 1.0), self._norm, self._head)
+        hidden = ops.norm(ops.add(hidden, update, no_norm, 1.0), self._norm)
+        return ops.logits(hidden, self._head)
 
 
 def agrees_with_torch(runtime: Runtime) -> bool:

@@ -15,7 +15,7 @@ _SPARE_BLOCKS = 16
 
 
 class NativeDecodes:
-    """`greedy_batch.Decodes` on a tape."""
+    """`Decodes` on a tape."""
 
     def __init__(
         self,

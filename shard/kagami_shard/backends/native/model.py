@@ -6,7 +6,6 @@ from ctypes import addressof
 import torch
 from torch import Tensor
 
-from kagami_shard.backends.native.attention import CpuStep
 from kagami_shard.backends.native.decodes import NativeDecodes
 from kagami_shard.backends.native.library import CBatch, pointer
 from kagami_shard.backends.native.page_tables import PageTables
@@ -15,12 +14,11 @@ from kagami_shard.backends.native.runtime import Runtime
 from kagami_shard.backends.native.tape import Tape
 from kagami_shard.forward.batch import ForwardBatch, Queries
 from kagami_shard.forward.kv_cache import KVCache, LayerShape
-from kagami_shard.layers.attention import AttentionStep
 from kagami_shard.models.decoder import Decoder
 
 
 class RecordedDecoder:
-    """A `Model`. Its logits are valid until the next step: their memory is used again."""
+    """A `Model`, and the `Recording` of it. One tape computes steps of any size."""
 
     def __init__(self, decoder: Decoder, runtime: Runtime) -> None:
         """Takes the weights of `decoder`. Raises `NotRecordable`, and then does not."""
@@ -34,10 +32,13 @@ class RecordedDecoder:
         self.weight_bytes: int = self._tape.weight_bytes
         self._logits = torch.empty(0)
 
-    def forward(self, batch: ForwardBatch, attend: AttentionStep) -> Tensor:
-        assert isinstance(attend, CpuStep), "a tape attends by itself"
+    def takes(self, batch: ForwardBatch) -> bool:
+        return True
+
+    def replay(self, batch: ForwardBatch, cache: KVCache) -> Tensor:
+        """As `Recording` says; the memory of the logits is used again by the next step."""
         logits = self._rows_of_logits(len(batch.logits_rows))
-        replay_into(self._tape, batch, PageTables(attend.cache), logits)
+        replay_into(self._tape, batch, PageTables(cache), logits)
         return logits
 
     def decodes(
@@ -47,7 +48,7 @@ class RecordedDecoder:
         positions: Sequence[int],
         tables: Sequence[Sequence[int]],
     ) -> NativeDecodes:
-        """As `greedy_batch.GreedyModel` says."""
+        """As `Recording` says."""
         return NativeDecodes(
             self._tape,
             self._rows_of_logits(len(last_ids)),

@@ -142,7 +142,7 @@ class Recorder:
         return stream
 
     def norm(self, hidden: Value, norm: Norm) -> Value:
-        return self._norm(_buffer_of(hidden), norm)
+        return self._norm(self._finished(hidden, "update"), norm)
 
     def linear(self, hidden: Value, projection: Projection) -> PendingMatmul:
         if not is_packable(projection):
@@ -197,7 +197,7 @@ class Recorder:
         self._note(Code.ADD_NORM, source, stream, partial(_same, struct), alpha=factor)
         return stream
 
-    def logits(self, hidden: Value, norm: Norm, head: Head) -> Value:
+    def logits(self, hidden: Value, head: Head) -> Value:
         if type(head) is not Head:
             raise NotRecordable("its head lies on several ranks")
         project = head.project
@@ -205,8 +205,7 @@ class Recorder:
             raise NotRecordable(f"its head, {type(project).__name__}, has no packed form")
         if isinstance(project, Linear) and project.source is self._embedded.source:
             self._tied_head = project
-        last = self._finished(hidden, "update")
-        product = PendingMatmul(self._norm(last, norm), project)
+        product = PendingMatmul(_buffer_of(hidden), project)
         capped = head.softcap is not None
         self._product(
             product,

@@ -32,6 +32,7 @@ from kagami_proto.errors import InvalidCheckpoint, UnsupportedModel
 from kagami_shard.backends.torch.sdpa import SdpaAttention
 from kagami_shard.forward.batch import ForwardBatch, Queries
 from kagami_shard.forward.kv_cache import KVCache, LayerShape
+from kagami_shard.forward.output import Output, OutputKind
 from kagami_shard.layers.attention import AttentionSpec
 from kagami_shard.weights.checkpoint import weight_files
 
@@ -95,7 +96,7 @@ class TransformersModel:
         self._takes_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
         probe = _Probe()
         with torch.inference_mode(), _foreign_errors(model.config):
-            logits = self.forward(_batch_of(1, 0, 1, model.device), probe)
+            logits = self._logits(_batch_of(1, 0, 1, model.device), probe)
             _check_layers(model.config, probe)
             self._layers = tuple(probe.layers)
             self._vocab_size = logits.shape[-1]
@@ -138,19 +139,31 @@ class TransformersModel:
                 storages |= {each.data_ptr(): each.untyped_storage().nbytes() for each in own}
         return sum(storages.values())
 
-    def forward(self, batch: ForwardBatch, attend: Attend) -> Tensor:
-        """Logits after `batch.logits_rows`: `[num_rows, vocab_size]` float32."""
+    def forward(self, batch: ForwardBatch, attend: Attend, wanted: OutputKind) -> Output:
+        """As `runner.Forward` says. The head is computed even where nobody wants logits."""
+        wants_vectors = OutputKind.VECTORS in wanted
         rows: dict[str, Any] = {"logits_to_keep": batch.logits_rows} if self._takes_rows else {}
-        logits: Tensor = self._model(
+        output = self._model(
             input_ids=batch.input_ids[None],
             position_ids=batch.positions[None],
             use_cache=False,
+            output_hidden_states=wants_vectors,
             kagami_layers=_Layers(attend),
             **rows,
-        ).logits[0]
+        )
+        logits: Tensor = output.logits[0]
         if not self._takes_rows:
             logits = logits.index_select(0, batch.logits_rows)
-        return logits.float()
+        vectors = None
+        if wants_vectors:
+            # transformers' last hidden state is the one behind the last norm.
+            vectors = output.hidden_states[-1][0].index_select(0, batch.logits_rows).float()
+        return Output(logits.float() if OutputKind.LOGITS in wanted else None, vectors)
+
+    def _logits(self, batch: ForwardBatch, attend: Attend) -> Tensor:
+        logits = self.forward(batch, attend, OutputKind.LOGITS).logits
+        assert logits is not None
+        return logits
 
     def _verify(self) -> None:
         """Six tokens in two chunks must give what the model's own attention gives at once."""
@@ -159,7 +172,7 @@ class TransformersModel:
         ours = torch.empty(0)
         for start, stop in ((0, 4), (4, 6)):
             batch = _batch_of(stop, start, self._vocab_size, device)
-            ours = self.forward(batch, SdpaAttention().prepare(batch, cache))
+            ours = self._logits(batch, SdpaAttention().prepare(batch, cache))
         ids = _batch_of(6, 0, self._vocab_size, device).input_ids
         model.set_attn_implementation("eager")
         theirs = model(input_ids=ids[None], use_cache=False).logits[0, -2:].float()

@@ -17,6 +17,7 @@ from kagami_shard.backends.native.model import replay_into
 from kagami_shard.backends.native.page_tables import PageTables
 from kagami_shard.backends.native.recorder import record
 from kagami_shard.backends.native.runtime import Runtime
+from kagami_shard.backends.torch.ops import TorchOps
 from kagami_shard.backends.torch.sdpa import SdpaAttention
 from kagami_shard.forward.batch import ForwardBatch
 from kagami_shard.forward.kv_cache import KVCache, LayerShape
@@ -24,7 +25,7 @@ from kagami_shard.layers.embedding import Embedding, Head
 from kagami_shard.layers.linear import Linear
 from kagami_shard.layers.norm import Rounding
 from kagami_shard.layers.rotary import RopeSpec, RotaryEmbedding
-from kagami_shard.models.ops import Ops, T, TorchOps
+from kagami_shard.models.ops import Ops, T
 
 CPU = torch.device("cpu")
 BLOCK_SIZE = 4
@@ -92,7 +93,7 @@ class Program:
         if not self._body_keeps:
             (hidden,) = ops.keep(hidden)
         head = self._head or Head(Linear(torch.eye(self._width, dtype=self._dtype)), self._width)
-        return ops.logits(hidden, self._round, head)
+        return ops.logits(ops.norm(hidden, self._round), head)
 
 
 Make = Callable[[Weights], Program]

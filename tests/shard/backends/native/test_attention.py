@@ -32,11 +32,11 @@ from kagami_shard.backends.native.model import replay_into
 from kagami_shard.backends.native.page_tables import PageTables
 from kagami_shard.backends.native.recorder import record
 from kagami_shard.backends.native.runtime import Runtime
+from kagami_shard.backends.torch.ops import TorchOps
 from kagami_shard.backends.torch.sdpa import SdpaAttention
 from kagami_shard.forward.kv_cache import KVCache, LayerShape
 from kagami_shard.layers.embedding import Embedding
 from kagami_shard.layers.linear import Linear
-from kagami_shard.models.ops import TorchOps
 
 
 @pytest.mark.parametrize(

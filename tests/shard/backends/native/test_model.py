@@ -4,23 +4,24 @@ import os
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from tests.fakes.batches import FakeSequence, Runner, build_batch
+from tests.fakes.batches import CPU, FakeSequence, Runner, build_batch
 from tests.fakes.native import needs_library
 from tests.shard.models.parity import prompts, relative_error
 from tests.shard.models.test_decoder import CONFIGS
 
 from kagami_shard import cli
-from kagami_shard.backends.native.attention import CpuAttention
 from kagami_shard.backends.native.build import build
 from kagami_shard.backends.native.library import Library
 from kagami_shard.backends.native.model import RecordedDecoder
+from kagami_shard.backends.native.runner import NativeBackend
 from kagami_shard.backends.native.runtime import Runtime
-from kagami_shard.forward.kv_cache import KVCache
+from kagami_shard.backends.torch.load import load_torch
+from kagami_shard.forward.output import OutputKind
 from kagami_shard.models.decoder import Decoder
-from kagami_shard.models.registry import load_model
 
 
 @pytest.fixture(scope="module")
@@ -29,10 +30,14 @@ def runtime() -> Runtime:
     return Runtime(Library(build(cli.cache_folder(os.environ))), 2)
 
 
-def recorded(folder: Path, runtime: Runtime, *, defers: bool = True) -> RecordedDecoder:
-    decoder = load_model(folder, dtype=torch.bfloat16, device=torch.device("cpu"), defers=defers)
+def decoder_of(folder: Path, **options: Any) -> Decoder:
+    decoder = load_torch(folder, dtype=torch.bfloat16, device=CPU, **options).model
     assert isinstance(decoder, Decoder)
-    return RecordedDecoder(decoder, runtime)
+    return decoder
+
+
+def recorded(folder: Path, runtime: Runtime, *, defers: bool = True) -> NativeBackend:
+    return NativeBackend(RecordedDecoder(decoder_of(folder, defers=defers), runtime), runtime)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -41,7 +46,7 @@ def test_a_recorded_family_is_as_near_as_bfloat16_can_be(
 ) -> None:
     folder, reference = save_checkpoint(CONFIGS[name])
     tokens = prompts(reference.config.get_text_config().vocab_size)
-    runner = Runner(recorded(folder, runtime), dtype=torch.bfloat16, attention=CpuAttention())
+    runner = Runner(recorded(folder, runtime))
     assert relative_error(runner, reference, tokens) < 0.05
 
 
@@ -49,7 +54,7 @@ def test_a_step_larger_than_all_before_grows_the_buffers(
     runtime: Runtime, save_checkpoint: Callable[..., tuple]
 ) -> None:
     folder, _ = save_checkpoint(CONFIGS["llama"])
-    runner = Runner(recorded(folder, runtime), dtype=torch.bfloat16, attention=CpuAttention())
+    runner = Runner(recorded(folder, runtime))
     first, second = runner.add(range(3)), runner.add([*range(3), *range(50)])
     few = runner.step((first, 3))[0].clone()
     many = runner.step((second, 53))[0]
@@ -66,7 +71,7 @@ def test_weights_packed_from_their_files_are_those_packed_from_memory(
     logits = []
     for defers in (False, True):
         model = recorded(folder, runtime, defers=defers)
-        runner = Runner(model, dtype=torch.bfloat16, attention=CpuAttention())
+        runner = Runner(model)
         logits.append(runner.step((runner.add(range(9)), 9))[0].clone())
     assert torch.equal(*logits)
 
@@ -79,10 +84,7 @@ def test_a_table_that_is_not_the_head_is_not_read_whole(
     config = deepcopy(CONFIGS["llama"])
     config.update({"vocab_size": 50_000, "tie_word_embeddings": is_tied})
     folder, _ = save_checkpoint(config)
-    decoder = load_model(
-        folder, dtype=torch.bfloat16, device=torch.device("cpu"), quantize=quantize
-    )
-    model = RecordedDecoder(decoder, runtime)
+    model = RecordedDecoder(decoder_of(folder, quantize=quantize), runtime)
     head = 50_000 * config.hidden_size  # its numbers
     assert head * (1 if quantize else 2) <= model.weight_bytes < 3 * head
 
@@ -91,10 +93,22 @@ def test_a_chunk_in_the_middle_of_a_prompt_wants_no_logits(
     runtime: Runtime, save_checkpoint: Callable[..., tuple]
 ) -> None:
     folder, _ = save_checkpoint(CONFIGS["llama"])
-    model = recorded(folder, runtime)
-    cache = KVCache(model.layers, 16, 4, dtype=torch.bfloat16, device=torch.device("cpu"))
+    backend = recorded(folder, runtime)
+    cache = backend.new_cache(16, 4)
     silent = build_batch([(FakeSequence([5] * 20, [3, 1, 2, 4, 6]), 20)], 4, rows=[])
-    assert model.forward(silent, CpuAttention().prepare(silent, cache)).shape == (0, 99)
+    logits = backend.run(silent, cache, OutputKind.LOGITS).logits
+    assert logits is not None
+    assert logits.shape == (0, 99)
+
+
+def test_the_native_backend_says_that_it_gives_no_vectors(
+    runtime: Runtime, save_checkpoint: Callable[..., tuple]
+) -> None:
+    folder, _ = save_checkpoint(CONFIGS["llama"])
+    backend = recorded(folder, runtime)
+    batch = build_batch([(FakeSequence([5], [3]), 1)], 4)
+    with pytest.raises(NotImplementedError, match="no vectors"):
+        backend.run(batch, backend.new_cache(16, 4), OutputKind.VECTORS)
 
 
 @pytest.mark.parametrize("count", [2, 40, 140])
@@ -107,7 +121,7 @@ def test_a_chunk_without_logits_leaves_the_same_cache_and_the_same_next_logits(
     prompt = [7 * i % 99 for i in range(count + 1)]
     caches, logits = [], []
     for is_silent in (False, True):
-        runner = Runner(model, dtype=torch.bfloat16, attention=CpuAttention())
+        runner = Runner(model)
         sequence = runner.add(prompt)
         (runner.step_without_logits if is_silent else runner.step)((sequence, count))
         caches += [torch.stack((*runner.cache.keys, *runner.cache.values))]
