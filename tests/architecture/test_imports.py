@@ -1,24 +1,11 @@
-"""Who may import whom read from the sources."""
+"""What may be imported where: the parts meet in one package, heavy libraries have one home."""
 
 import ast
-from pathlib import Path
 
 import pytest
+from tests.architecture.sources import PACKAGES, imported_names, modules
 
-ROOT = Path(__file__).parents[2]
-PACKAGES = {
-    "kagami_proto": ROOT / "proto",
-    "kagami_router": ROOT / "router",
-    "kagami_benchmark": ROOT / "router",
-    "kagami_shard": ROOT / "shard",
-    "kagami_launcher": ROOT / "launcher",
-}
-FILES = [
-    (package, path)
-    for package, folder in PACKAGES.items()
-    for path in sorted((folder / package).rglob("*.py"))
-]
-# Where a heavy library may be imported; everywhere else it may not.
+# Where a library may be imported; everywhere else it may not.
 HOMES = {
     "torch": ("shard/", "launcher/kagami_launcher/convert/"),
     "transformers": ("shard/", "launcher/kagami_launcher/convert/"),
@@ -35,56 +22,60 @@ HOMES = {
         "shard/kagami_shard/service.py",
         "shard/kagami_shard/server.py",
     ),
+    "kagami_proto.generate_pb2": (
+        "proto/",
+        "router/kagami_router/shards/",
+        "shard/kagami_shard/service.py",
+        "shard/kagami_shard/server.py",
+    ),
 }
+SCHEDULER = [name for name in sorted(modules()) if name.startswith("kagami_router.scheduler")]
 
 
-def imports(path: Path) -> set[str]:
-    """Every module that the file imports, also inside functions."""
-    found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}:{node.lineno}: relative import"
-            found.add(node.module or "")
-    return found
+def imports(name: str, library: str) -> bool:
+    return any(each == library or each.startswith(f"{library}.") for each in imported_names(name))
 
 
-@pytest.mark.parametrize(
-    ("package", "path"), FILES, ids=lambda value: getattr(value, "name", value)
-)
-def test_parts_meet_only_in_proto(package: str, path: Path) -> None:
-    tops = {name.partition(".")[0] for name in imports(path)}
+@pytest.mark.parametrize("name", sorted(modules()))
+def test_parts_meet_only_in_proto(name: str) -> None:
+    tops = {each.partition(".")[0] for each in imported_names(name)}
 
-    assert tops & set(PACKAGES) <= {package, "kagami_proto"}
+    assert tops & set(PACKAGES) <= {modules()[name].package, "kagami_proto"}
+
+
+@pytest.mark.parametrize("name", sorted(modules()))
+def test_imports_are_absolute(name: str) -> None:
+    relative = [
+        node.lineno
+        for node in ast.walk(modules()[name].tree)
+        if isinstance(node, ast.ImportFrom) and node.level
+    ]
+    assert relative == []
 
 
 @pytest.mark.parametrize("library", HOMES)
 def test_heavy_libraries_stay_at_home(library: str) -> None:
-    users = {
-        path.relative_to(ROOT).as_posix()
-        for _, path in FILES
-        if library in {name.partition(".")[0] for name in imports(path)}
-    }
+    users = {module.path for name, module in modules().items() if imports(name, library)}
 
+    assert users
     assert not {user for user in users if not user.startswith(HOMES[library])}
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "router/kagami_router/scheduler").glob("*.py")))
-def test_the_scheduler_is_pure(path: Path) -> None:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+@pytest.mark.parametrize("name", SCHEDULER)
+def test_the_scheduler_is_pure(name: str) -> None:
+    forbidden = ("asyncio", "time", "socket", "grpc", "threading", "random")
 
-    forbidden = {"asyncio", "time", "socket", "grpc", "threading", "random"}
-    assert not forbidden & {name.partition(".")[0] for name in imports(path)}
-    assert not any(isinstance(node, ast.AsyncFunctionDef | ast.Await) for node in ast.walk(tree))
+    assert not [library for library in forbidden if imports(name, library)]
+    assert not any(
+        isinstance(node, ast.AsyncFunctionDef | ast.Await)
+        for node in ast.walk(modules()[name].tree)
+    )
 
 
-@pytest.mark.parametrize(
-    ("package", "path"), FILES, ids=lambda value: getattr(value, "name", value)
-)
-def test_the_environment_is_read_in_one_file(package: str, path: Path) -> None:
-    text = path.read_text(encoding="utf-8")
+@pytest.mark.parametrize("name", sorted(modules()))
+def test_only_a_parts_command_line_reads_the_environment(name: str) -> None:
+    module = modules()[name]
 
-    if path.name not in ("cli.py", "__main__.py"):
-        assert "os.environ" not in text
-        assert "getenv" not in text
+    if not module.path.endswith(("cli.py", "__main__.py")):
+        assert "os.environ" not in module.text
+        assert "getenv" not in module.text

@@ -13,6 +13,7 @@ _ANSWERS = "api.answering api.web api.schemas serving request text tools"
 # itself, `kagami_proto`, and what stands here. "*": it puts the part together and sees all of it.
 ROUTER: Mapping[str, str] = {
     "kagami_router": "*",
+    "kagami_router.cli": "",
     "kagami_router.api": "api.*",
     "kagami_router.api.native": f"{_ANSWERS} telemetry",
     "kagami_router.api.openai": _ANSWERS,
@@ -33,6 +34,8 @@ ROUTER: Mapping[str, str] = {
 }
 SHARD: Mapping[str, str] = {
     "kagami_shard": "*",
+    "kagami_shard.cli": "",
+    "kagami_shard.service": "engine sampling forward",
     "kagami_shard.engine": "backends.base forward sampling machine",
     "kagami_shard.backends": "",
     "kagami_shard.backends.select": "backends.* models machine",
@@ -52,7 +55,13 @@ SHARD: Mapping[str, str] = {
     "kagami_shard.machine": "",
 }
 LAUNCHER: Mapping[str, str] = {
-    "kagami_launcher": "model",
+    "kagami_launcher": "*",
+    "kagami_launcher.cli": "model",
+    "kagami_launcher.plan": "cli model",
+    "kagami_launcher.environment": "plan cli notify",
+    "kagami_launcher.sockets": "plan",
+    "kagami_launcher.supervisor": "",
+    "kagami_launcher.notify": "",
     "kagami_launcher.convert": "model",
     "kagami_launcher.download": "model",
     "kagami_launcher.model": "",
@@ -117,14 +126,18 @@ def test_no_rooms_import_each_other_in_a_circle() -> None:
 
 
 def asks_for_the_device(node: ast.AST) -> bool:
-    """`x.device.type`, `device.type`, `x.is_cuda`, `torch.cuda`, a name like `device_type`."""
+    """`x.device.type`, `self._device.type`, `x.is_cuda`, `torch.cuda`."""
     match node:
-        case ast.Attribute(ast.Name("device") | ast.Attribute(attr="device"), "type"):
-            return True
+        case ast.Attribute(ast.Name(owner) | ast.Attribute(attr=owner), "type"):
+            return owner.endswith("device")
         case ast.Attribute(attr="is_cuda" | "is_cpu"):
             return True
         case ast.Attribute(ast.Name("torch"), "cuda"):
             return True
+        case ast.ImportFrom(module="torch", names=names):
+            return any(alias.name == "cuda" for alias in names)
+        case ast.ImportFrom(module=str(source)):
+            return source.startswith("torch.cuda")
     return False
 
 
