@@ -9,8 +9,7 @@ from aiohttp.typedefs import Middleware
 
 from kagami_proto.tracing import NO_TRACING, Tracing
 from kagami_router.api.anthropic import messages
-from kagami_router.api.docs import openapi
-from kagami_router.api.docs import page as docs
+from kagami_router.api.docs import openapi, page
 from kagami_router.api.docs.openapi import Operation, Route
 from kagami_router.api.native import generate, service
 from kagami_router.api.native.service import DOOR, TGI_VERSION, Door
@@ -18,6 +17,7 @@ from kagami_router.api.openai import chat, completions
 from kagami_router.api.platforms import clouds, kserve
 from kagami_router.api.responses import responses
 from kagami_router.api.schemas.chunks import ChatChunk, CompletionChunk
+from kagami_router.api.schemas.encoding import encode
 from kagami_router.api.schemas.messages import (
     CountTokensRequest,
     MessageAnswer,
@@ -26,21 +26,22 @@ from kagami_router.api.schemas.messages import (
     TokensCount,
 )
 from kagami_router.api.schemas.native import (
-    ChatChoice,
-    ChatRequest,
     ChatTokenizeResponse,
     CompatGenerateRequest,
-    CompletionChoice,
-    CompletionRequest,
     GenerateRequest,
     GenerateResponse,
     Info,
+    SimpleToken,
+    StreamResponse,
+)
+from kagami_router.api.schemas.openai import (
+    ChatChoice,
+    ChatRequest,
+    CompletionChoice,
+    CompletionRequest,
     Model,
     ModelList,
     OpenAIAnswer,
-    SimpleToken,
-    StreamResponse,
-    encode,
 )
 from kagami_router.api.schemas.platforms import (
     InferRequest,
@@ -216,11 +217,11 @@ ROUTES: Sequence[Route] = (
     Route(
         "GET", "/api-doc/openapi.json", openapi_document, Operation(_SERVER, answer=dict[str, Any])
     ),
-    Route("GET", "/docs", docs.to_page, Operation(_SERVER, text="text/html")),
+    Route("GET", "/docs", page.to_page, Operation(_SERVER, text="text/html")),
     Route(
         "GET",
         "/docs/{file:[^/]*}",
-        docs.page,
+        page.page,
         Operation(_SERVER, text="text/html", may_fail=(404,)),
     ),
 )

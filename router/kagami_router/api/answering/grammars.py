@@ -10,7 +10,9 @@ import msgspec
 
 from kagami_proto.errors import InvalidRequest, MalformedBody
 from kagami_proto.values import Grammar, GrammarKind
-from kagami_router.api.schemas.native import GrammarType, ResponseFormat, encode
+from kagami_router.api.schemas.encoding import encode
+from kagami_router.api.schemas.native import GrammarType
+from kagami_router.api.schemas.openai import ResponseFormat
 from kagami_router.tools.json_schema import requires_unnamed
 
 _ANY_OBJECT: Mapping[str, Any] = {"type": "object"}

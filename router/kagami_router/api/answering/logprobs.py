@@ -7,12 +7,12 @@ for a stop string or for the rest of a character has its entry too.
 import codecs
 from collections.abc import Iterable, Sequence
 
-from kagami_router.api.schemas.native import (
+from kagami_router.api.schemas.encoding import shortest
+from kagami_router.api.schemas.openai import (
     ChatLogprob,
     ChatLogprobs,
     CompletionLogprobs,
     TopLogprob,
-    shortest,
 )
 from kagami_router.request.values import PrefillToken, Token
 from kagami_router.text.detokenize import TextDecoder

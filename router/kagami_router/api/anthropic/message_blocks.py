@@ -9,22 +9,22 @@ from msgspec.structs import replace
 
 from kagami_proto.errors import KagamiError
 from kagami_router.api.answering.conversation import AnswerParser, read_deltas
-from kagami_router.api.schemas import messages as wire
-from kagami_router.api.schemas.native import encode
+from kagami_router.api.schemas import messages as schema
+from kagami_router.api.schemas.encoding import encode
 from kagami_router.api.web.errors import Family, error_event
 from kagami_router.api.web.sse import named_event
 from kagami_router.request.values import End, FinishReason, StreamEvent, ValidRequest
 from kagami_router.serving.infer import Generation
 from kagami_router.tools.parser import CallArguments, CallStart, Delta, TextDelta
 
-OutBlock = wire.TextBlock | wire.CallBlock
+OutBlock = schema.TextBlock | schema.CallBlock
 
 _NO_INPUT = Raw(b"{}")
-_EMPTY_TEXT = wire.TextBlock("")
-_NAMES: Mapping[type[wire.MessageEvent], str] = {
-    kind: str(kind.__struct_config__.tag) for kind in get_args(wire.MessageEvent)
+_EMPTY_TEXT = schema.TextBlock("")
+_NAMES: Mapping[type[schema.MessageEvent], str] = {
+    kind: str(kind.__struct_config__.tag) for kind in get_args(schema.MessageEvent)
 }
-_STOP_REASONS: Mapping[FinishReason, wire.StopReason] = {
+_STOP_REASONS: Mapping[FinishReason, schema.StopReason] = {
     FinishReason.EOS_TOKEN: "end_turn",
     FinishReason.STOP_SEQUENCE: "stop_sequence",
     FinishReason.LENGTH: "max_tokens",
@@ -44,7 +44,7 @@ class MessageWriter:
         self._index = -1  # of the block that is open
         self._open: type[OutBlock] | None = None
 
-    def whole(self, generation: Generation) -> wire.MessageAnswer:
+    def whole(self, generation: Generation) -> schema.MessageAnswer:
         """The answer in one piece."""
         content = _blocks(read_deltas(generation, self._parser))
         stop = self._stop(generation.request, generation.end)
@@ -60,7 +60,7 @@ class MessageWriter:
         """What is known before the first token."""
         self._request = request
         message = self._empty(_usage(request, None))
-        return _written((wire.MessageStart(message), wire.Ping()))
+        return _written((schema.MessageStart(message), schema.Ping()))
 
     def events(self, turn: Sequence[StreamEvent]) -> bytes:
         """What a turn says."""
@@ -77,17 +77,17 @@ class MessageWriter:
         """The last block's end, the reason, the usage."""
         assert self._request is not None, "a stream has started"
         assert self._end is not None, "its last turn has the end"
-        events: list[wire.MessageEvent] = []
+        events: list[schema.MessageEvent] = []
         if self._index < 0:
             events += self._opened(_EMPTY_TEXT)
         return _written(
             (
                 *events,
-                wire.ContentBlockStop(self._index),
-                wire.MessageDelta(
+                schema.ContentBlockStop(self._index),
+                schema.MessageDelta(
                     self._stop(self._request, self._end), _usage(self._request, self._end)
                 ),
-                wire.MessageStop(),
+                schema.MessageStop(),
             )
         )
 
@@ -95,33 +95,33 @@ class MessageWriter:
         """The error that ends a stream."""
         return error_event(error, Family.ANTHROPIC)
 
-    def _said(self, delta: Delta) -> list[wire.MessageEvent]:
+    def _said(self, delta: Delta) -> list[schema.MessageEvent]:
         match delta:
             case CallStart(_, call_id, name):
-                return self._opened(wire.CallBlock(_call_id(call_id), name, _NO_INPUT))
+                return self._opened(schema.CallBlock(_call_id(call_id), name, _NO_INPUT))
             case CallArguments(_, text):
-                return [wire.ContentBlockDelta(self._index, wire.InputJsonDelta(text))]
+                return [schema.ContentBlockDelta(self._index, schema.InputJsonDelta(text))]
             case TextDelta(text):
-                opened = [] if self._open is wire.TextBlock else self._opened(_EMPTY_TEXT)
-                return [*opened, wire.ContentBlockDelta(self._index, wire.TextDelta(text))]
+                opened = [] if self._open is schema.TextBlock else self._opened(_EMPTY_TEXT)
+                return [*opened, schema.ContentBlockDelta(self._index, schema.TextDelta(text))]
 
-    def _opened(self, block: OutBlock) -> list[wire.MessageEvent]:
-        before = [] if self._open is None else [wire.ContentBlockStop(self._index)]
+    def _opened(self, block: OutBlock) -> list[schema.MessageEvent]:
+        before = [] if self._open is None else [schema.ContentBlockStop(self._index)]
         self._index += 1
         self._open = type(block)
-        return [*before, wire.ContentBlockStart(self._index, block)]
+        return [*before, schema.ContentBlockStart(self._index, block)]
 
-    def _empty(self, usage: wire.MessageUsage) -> wire.MessageAnswer:
-        return wire.MessageAnswer(self._id, "assistant", self._model, [], None, None, usage)
+    def _empty(self, usage: schema.MessageUsage) -> schema.MessageAnswer:
+        return schema.MessageAnswer(self._id, "assistant", self._model, [], None, None, usage)
 
-    def _stop(self, request: ValidRequest, end: End) -> wire.Stop:
+    def _stop(self, request: ValidRequest, end: End) -> schema.Stop:
         """A cut answer says so, calls or not; and whether it was the context that cut it."""
         reason = end.finish_reason
         if reason is FinishReason.LENGTH and request.stopping.max_new_tokens < self._max_tokens:
-            return wire.Stop("model_context_window_exceeded", None)
+            return schema.Stop("model_context_window_exceeded", None)
         if reason is not FinishReason.LENGTH and self._parser.num_calls:
-            return wire.Stop("tool_use", None)
-        return wire.Stop(_STOP_REASONS[reason], end.stop)
+            return schema.Stop("tool_use", None)
+        return schema.Stop(_STOP_REASONS[reason], end.stop)
 
 
 def _blocks(deltas: Iterable[Delta]) -> list[OutBlock]:
@@ -142,8 +142,8 @@ def _blocks(deltas: Iterable[Delta]) -> list[OutBlock]:
 
 def _block(call: CallStart | None, text: str) -> OutBlock:
     if call is None:
-        return wire.TextBlock(text)
-    return wire.CallBlock(_call_id(call.id), call.name, _input(text))
+        return schema.TextBlock(text)
+    return schema.CallBlock(_call_id(call.id), call.name, _input(text))
 
 
 def _input(text: str) -> Raw:
@@ -159,10 +159,10 @@ def _call_id(call_id: str) -> str:
     return f"toolu_{call_id.removeprefix('call_')}"
 
 
-def _usage(request: ValidRequest, end: End | None) -> wire.MessageUsage:
+def _usage(request: ValidRequest, end: End | None) -> schema.MessageUsage:
     """Anthropic's `input_tokens` are those that no cache had; before the end none is known."""
     num_cached = end.cached_tokens if end else 0
-    return wire.MessageUsage(
+    return schema.MessageUsage(
         input_tokens=len(request.prompt_ids) - num_cached,
         cache_creation_input_tokens=0,
         cache_read_input_tokens=num_cached,
@@ -170,5 +170,5 @@ def _usage(request: ValidRequest, end: End | None) -> wire.MessageUsage:
     )
 
 
-def _written(events: Iterable[wire.MessageEvent]) -> bytes:
+def _written(events: Iterable[schema.MessageEvent]) -> bytes:
     return b"".join([named_event(_NAMES[type(event)], encode(event)) for event in events])

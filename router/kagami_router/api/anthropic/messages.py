@@ -19,24 +19,24 @@ from kagami_router.api.answering import single as one_answer
 from kagami_router.api.answering.conversation import Conversation
 from kagami_router.api.anthropic.message_blocks import MessageWriter
 from kagami_router.api.native.service import Front, front_of, json_response
-from kagami_router.api.schemas import messages as wire
+from kagami_router.api.schemas import messages as schema
 from kagami_router.api.web.call import Call
 from kagami_router.api.web.middleware import read_body
 from kagami_router.request.validation import GenerationParams
 from kagami_router.text.chat_template import PromptOptions
-from kagami_router.tools import offers as tools
+from kagami_router.tools import offers
 from kagami_router.tools.offers import Tool, ToolChoice
 
-_MESSAGES = msgspec.json.Decoder(wire.MessagesRequest)
-_COUNT = msgspec.json.Decoder(wire.CountTokensRequest)
+_MESSAGES = msgspec.json.Decoder(schema.MessagesRequest)
+_COUNT = msgspec.json.Decoder(schema.CountTokensRequest)
 _CHOICES: Mapping[str, ToolChoice] = {
-    "auto": tools.AUTO,
-    "any": tools.REQUIRED,
-    "none": tools.NONE,
+    "auto": offers.AUTO,
+    "any": offers.REQUIRED,
+    "none": offers.NONE,
 }
-_MEDIA: Mapping[type[wire.Block], str] = {
-    wire.ImageBlock: "an image",
-    wire.DocumentBlock: "a document",
+_MEDIA: Mapping[type[schema.Block], str] = {
+    schema.ImageBlock: "an image",
+    schema.DocumentBlock: "a document",
 }
 _Json = Mapping[str, Any]
 
@@ -66,10 +66,10 @@ async def count_tokens(request: web.Request) -> web.Response:
     front = front_of(request)
     prompt = await conversation.prompt(front, _conversation(body))
     prompt_ids = await front.tokenizer.encode(prompt, add_special_tokens=False)
-    return json_response(wire.TokensCount(len(prompt_ids)))
+    return json_response(schema.TokensCount(len(prompt_ids)))
 
 
-def _params(front: Front, body: wire.MessagesRequest) -> GenerationParams:
+def _params(front: Front, body: schema.MessagesRequest) -> GenerationParams:
     """Sampling is on unless temperature or top_p is 0; top_p 1 and top_k below 1 are off."""
     if body.max_tokens == 0:
         raise InvalidRequest("`max_tokens` must be strictly positive. Given: 0")
@@ -94,14 +94,14 @@ def _params(front: Front, body: wire.MessagesRequest) -> GenerationParams:
     return params
 
 
-def _conversation(body: wire.CountTokensRequest) -> Conversation:
+def _conversation(body: schema.CountTokensRequest) -> Conversation:
     if not body.messages:
         raise InvalidRequest("`messages` cannot be empty")
-    choice = body.tool_choice or wire.Choice("auto")
+    choice = body.tool_choice or schema.Choice("auto")
     is_off = body.thinking is not None and body.thinking.type == "disabled"
     return Conversation(
         messages=_openai_messages(body),
-        tools=tools.read_tools(body.tools or (), _tool),
+        tools=offers.read_tools(body.tools or (), _tool),
         choice=_choice(choice),
         is_parallel=not choice.disable_parallel_tool_use,
         grammar=_grammar(body),
@@ -109,7 +109,7 @@ def _conversation(body: wire.CountTokensRequest) -> Conversation:
     )
 
 
-def _grammar(body: wire.CountTokensRequest) -> Grammar | None:
+def _grammar(body: schema.CountTokensRequest) -> Grammar | None:
     config = body.output_config
     output = (config.format if config else None) or body.output_format
     if output is None:
@@ -122,17 +122,17 @@ def _grammar(body: wire.CountTokensRequest) -> Grammar | None:
     return grammars.json_schema(output.schema)
 
 
-def _choice(choice: wire.Choice) -> ToolChoice:
+def _choice(choice: schema.Choice) -> ToolChoice:
     if choice.type != "tool":
         return _CHOICES[choice.type]
     if choice.name is None:
         raise InvalidRequest("`tool_choice.name` is missing: the type `tool` needs it")
-    return ToolChoice(tools.REQUIRED.mode, (choice.name,))
+    return ToolChoice(offers.REQUIRED.mode, (choice.name,))
 
 
 def _tool(place: str, given: object) -> Tool:
     """A tool as OpenAI defines it."""
-    assert isinstance(given, wire.ToolDefinition)
+    assert isinstance(given, schema.ToolDefinition)
     if given.type not in (None, "custom"):
         raise ToolError(
             f"`{place}.type` must be `custom`: tools that Anthropic's servers define are not"
@@ -151,10 +151,10 @@ def _tool(place: str, given: object) -> Tool:
         "parameters": given.input_schema,
         **({"strict": given.strict} if given.strict is not None else {}),
     }
-    return tools.tool(place, {"type": "function", "function": function}, schema=given.input_schema)
+    return offers.tool(place, {"type": "function", "function": function}, schema=given.input_schema)
 
 
-def _openai_messages(body: wire.CountTokensRequest) -> list[_Json]:
+def _openai_messages(body: schema.CountTokensRequest) -> list[_Json]:
     """The conversation as OpenAI writes it; neighbours of one role are one message.
 
     Each role has its own way with blocks: texts of an answer belong together as they are, texts
@@ -169,35 +169,35 @@ def _openai_messages(body: wire.CountTokensRequest) -> list[_Json]:
     for role, turn in groupby(placed, key=lambda one: one[1].role):
         blocks = [block for index, message in turn for block in _placed_blocks(index, message)]
         if role == "assistant":
-            names |= {b.id: b.name for _, b in blocks if isinstance(b, wire.ToolUseBlock)}
+            names |= {b.id: b.name for _, b in blocks if isinstance(b, schema.ToolUseBlock)}
             read.append(_assistant(blocks))
         else:
             read += _from_outside(role, blocks, names)
     return read
 
 
-def _placed_blocks(index: int, message: wire.Message) -> Iterator[tuple[str, wire.Block]]:
+def _placed_blocks(index: int, message: schema.Message) -> Iterator[tuple[str, schema.Block]]:
     """The blocks of a message, each with its place in the request."""
     place = f"messages[{index}].content"
     if isinstance(message.content, str):
-        yield place, wire.TextBlock(message.content)
+        yield place, schema.TextBlock(message.content)
         return
     for number, block in enumerate(message.content):
         yield f"{place}[{number}]", block
 
 
-def _assistant(blocks: Iterable[tuple[str, wire.Block]]) -> _Json:
+def _assistant(blocks: Iterable[tuple[str, schema.Block]]) -> _Json:
     """What a model has thought is left out."""
     texts: list[str] = []
     calls: list[_Json] = []
     for place, block in blocks:
         match block:
-            case wire.TextBlock(text):
+            case schema.TextBlock(text):
                 texts.append(text)
-            case wire.ToolUseBlock(call_id, name, given):
+            case schema.ToolUseBlock(call_id, name, given):
                 function = {"name": name, "arguments": json.dumps(given or {})}
                 calls.append({"id": call_id, "type": "function", "function": function})
-            case wire.ThinkingBlock() | wire.RedactedThinkingBlock():
+            case schema.ThinkingBlock() | schema.RedactedThinkingBlock():
                 pass
             case _:
                 raise _misplaced(place, block, "assistant")
@@ -208,27 +208,27 @@ def _assistant(blocks: Iterable[tuple[str, wire.Block]]) -> _Json:
 
 
 def _from_outside(
-    role: str, blocks: Iterable[tuple[str, wire.Block]], names: Mapping[str, str]
+    role: str, blocks: Iterable[tuple[str, schema.Block]], names: Mapping[str, str]
 ) -> list[_Json]:
     """A turn of the user or the system: texts, and results as messages of their own."""
     read: list[_Json] = []
     for place, block in blocks:
         match block:
-            case wire.TextBlock(text):
+            case schema.TextBlock(text):
                 if read and read[-1]["role"] == role:
                     text = f"{read.pop()['content']}\n{text}"
                 read.append({"role": role, "content": text})
-            case wire.ToolResultBlock() if role == "user":
+            case schema.ToolResultBlock() if role == "user":
                 read.append(_result(place, block, names.get(block.tool_use_id)))
             case _:
                 raise _misplaced(place, block, role)
     return read or [{"role": role, "content": ""}]
 
 
-def _result(place: str, block: wire.ToolResultBlock, name: str | None) -> _Json:
+def _result(place: str, block: schema.ToolResultBlock, name: str | None) -> _Json:
     """OpenAI's results cannot say that they are errors: the text does."""
     given = block.content
-    parts = [wire.TextBlock(given)] if isinstance(given, str) else given or ()
+    parts = [schema.TextBlock(given)] if isinstance(given, str) else given or ()
     text = "\n".join(_text(f"{place}.content[{number}]", p) for number, p in enumerate(parts))
     return {
         "role": "tool",
@@ -238,13 +238,13 @@ def _result(place: str, block: wire.ToolResultBlock, name: str | None) -> _Json:
     }
 
 
-def _text(place: str, block: wire.TextBlock | wire.ImageBlock | wire.DocumentBlock) -> str:
-    if isinstance(block, wire.TextBlock):
+def _text(place: str, block: schema.TextBlock | schema.ImageBlock | schema.DocumentBlock) -> str:
+    if isinstance(block, schema.TextBlock):
         return block.text
     raise _misplaced(place, block, "tool")
 
 
-def _misplaced(place: str, block: wire.Block, role: str) -> InvalidRequest:
+def _misplaced(place: str, block: schema.Block, role: str) -> InvalidRequest:
     if medium := _MEDIA.get(type(block)):
         return InvalidRequest(f"`{place}` is {medium}, and this model reads text only")
     return InvalidRequest(

@@ -15,7 +15,7 @@ import msgspec
 from aiohttp.typedefs import Handler
 
 from kagami_router.api.docs.field_texts import FIELD_TEXTS
-from kagami_router.api.schemas.native import (
+from kagami_router.api.schemas.errors import (
     AnthropicErrorResponse,
     ErrorResponse,
     OpenAIErrorResponse,

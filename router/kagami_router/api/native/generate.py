@@ -8,6 +8,7 @@ from msgspec import UNSET, UnsetType
 
 from kagami_router.api.answering import grammars
 from kagami_router.api.native.service import front_of, json_response
+from kagami_router.api.schemas.encoding import encode, shortest
 from kagami_router.api.schemas.native import (
     BestOfSequence,
     CompatGenerateRequest,
@@ -19,8 +20,6 @@ from kagami_router.api.schemas.native import (
     StreamDetails,
     StreamResponse,
     TokenOut,
-    encode,
-    shortest,
 )
 from kagami_router.api.web import sse
 from kagami_router.api.web.call import (

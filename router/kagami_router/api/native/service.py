@@ -13,14 +13,9 @@ from opentelemetry import trace
 
 from kagami_proto.errors import NotFound, Unavailable, Unhealthy
 from kagami_proto.tracing import NO_TRACING
-from kagami_router.api.schemas.native import (
-    GenerateRequest,
-    Info,
-    Model,
-    ModelList,
-    SimpleToken,
-    encode,
-)
+from kagami_router.api.schemas.encoding import encode
+from kagami_router.api.schemas.native import GenerateRequest, Info, SimpleToken
+from kagami_router.api.schemas.openai import Model, ModelList
 from kagami_router.api.web.middleware import read_body
 from kagami_router.request.validation import Validation
 from kagami_router.serving.infer import Infer

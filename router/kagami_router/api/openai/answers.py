@@ -14,14 +14,14 @@ from aiohttp import web
 
 from kagami_proto.errors import InvalidRequest
 from kagami_router.api.native.service import Front, front_of, json_response
-from kagami_router.api.schemas.native import (
+from kagami_router.api.schemas.encoding import encode
+from kagami_router.api.schemas.openai import (
     ChatChoice,
     CompletionChoice,
     OpenAIAnswer,
     OpenAIRequest,
     PromptTokensDetails,
     Usage,
-    encode,
 )
 from kagami_router.api.web import sse
 from kagami_router.api.web.call import (

@@ -14,11 +14,12 @@ from kagami_router.api.answering.conversation import Conversation, Prepared
 from kagami_router.api.native.service import Front, front_of, json_response, simple_tokens
 from kagami_router.api.openai import answers as openai
 from kagami_router.api.openai.chat_writer import ChoiceWriter
-from kagami_router.api.schemas.native import ChatRequest, ChatTokenizeResponse
+from kagami_router.api.schemas.native import ChatTokenizeResponse
+from kagami_router.api.schemas.openai import ChatRequest
 from kagami_router.api.web.call import Call
 from kagami_router.api.web.middleware import read_body
 from kagami_router.text.chat_template import PromptOptions
-from kagami_router.tools import offers as tools
+from kagami_router.tools import offers
 
 _CHAT = msgspec.json.Decoder(ChatRequest)
 
@@ -75,10 +76,10 @@ def _plan(front: Front, body: ChatRequest) -> openai.Plan:
 def _conversation(body: ChatRequest, grammar: Grammar | None) -> Conversation:
     if not body.messages:
         raise InvalidRequest("`messages` cannot be empty")
-    choice = tools.read_choice(body.tool_choice)
+    choice = offers.read_choice(body.tool_choice)
     return Conversation(
         messages=[_message(index, message) for index, message in enumerate(body.messages)],
-        tools=() if choice == tools.NONE else tools.read_tools(body.tools or ()),
+        tools=() if choice == offers.NONE else offers.read_tools(body.tools or ()),
         choice=choice,
         is_parallel=body.parallel_tool_calls is not False,
         tool_prompt=body.tool_prompt,

@@ -8,7 +8,8 @@ from msgspec.structs import replace
 from kagami_router.api.answering.conversation import AnswerParser, Prepared, read_answer
 from kagami_router.api.answering.logprobs import chat_logprobs
 from kagami_router.api.openai import answers as openai
-from kagami_router.api.schemas.native import (
+from kagami_router.api.schemas.encoding import encode
+from kagami_router.api.schemas.openai import (
     ChatChoice,
     ChatDelta,
     ChatMessage,
@@ -16,7 +17,6 @@ from kagami_router.api.schemas.native import (
     FunctionCallDelta,
     ToolCall,
     ToolCallDelta,
-    encode,
 )
 from kagami_router.request.values import FinishReason, StreamEvent
 from kagami_router.serving.infer import Generation

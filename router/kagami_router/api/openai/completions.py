@@ -16,7 +16,8 @@ from kagami_proto.errors import (
 from kagami_router.api.answering.logprobs import Columns
 from kagami_router.api.native.service import Front, front_of
 from kagami_router.api.openai import answers as openai
-from kagami_router.api.schemas.native import CompletionChoice, CompletionRequest, encode
+from kagami_router.api.schemas.encoding import encode
+from kagami_router.api.schemas.openai import CompletionChoice, CompletionRequest
 from kagami_router.api.web.call import Call
 from kagami_router.api.web.middleware import read_body
 from kagami_router.request.prompt import Prompt

@@ -11,7 +11,9 @@ from kagami_router.api.answering.conversation import AnswerParser, read_answer
 from kagami_router.api.native import generate
 from kagami_router.api.native.service import Front, front_of, json_response
 from kagami_router.api.openai import chat, completions
-from kagami_router.api.schemas.native import ChatRequest, GenerateRequest, encode
+from kagami_router.api.schemas.encoding import encode
+from kagami_router.api.schemas.native import GenerateRequest
+from kagami_router.api.schemas.openai import ChatRequest
 from kagami_router.api.schemas.platforms import VertexRequest, VertexResponse
 from kagami_router.api.web.call import Call, Finished, log_success, whole_headers
 from kagami_router.api.web.errors import Family

@@ -8,7 +8,7 @@ from typing import Any
 
 from kagami_proto.errors import InvalidRequest, MalformedBody, ToolError
 from kagami_router.api.schemas.responses import ResponsesRequest
-from kagami_router.tools import offers as tools
+from kagami_router.tools import offers
 from kagami_router.tools.offers import Tool, ToolChoice
 
 Message = dict[str, Any]
@@ -135,7 +135,7 @@ def _text(place: str, item: Mapping[str, Any], name: str) -> str:
 
 def read_tools(wire: Sequence[object]) -> tuple[Tool, ...]:
     """Flat tools; what OpenAI runs on its own servers is refused by name."""
-    return tools.read_tools(wire, _read_tool)
+    return offers.read_tools(wire, _read_tool)
 
 
 def _read_tool(place: str, wire: object) -> Tool:
@@ -147,7 +147,7 @@ def _read_tool(place: str, wire: object) -> Tool:
             f"`{place}.type` must be `function`: no other tools are here. Given: {kind}"
         )
     function = {key: value for key, value in wire.items() if key != "type" and value is not None}
-    return tools.tool(
+    return offers.tool(
         place, {"type": "function", "function": function}, schema=wire.get("parameters")
     )
 
@@ -156,11 +156,11 @@ def read_choice(wire: object) -> ToolChoice:
     """`tool_choice`, None = auto."""
     match wire:
         case None | "auto" | "none" | "required":
-            return tools.read_choice(wire)
+            return offers.read_choice(wire)
         case {"type": "function", "name": str(name)}:
-            return tools.read_choice({"type": "function", "function": {"name": name}})
+            return offers.read_choice({"type": "function", "function": {"name": name}})
         case {"type": "allowed_tools"}:
-            return tools.read_choice({"type": "allowed_tools", "allowed_tools": wire})
+            return offers.read_choice({"type": "allowed_tools", "allowed_tools": wire})
         case _:
             raise ToolError(
                 "`tool_choice` must be `auto`, `none`, `required`, or"

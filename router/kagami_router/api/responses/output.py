@@ -10,7 +10,7 @@ import msgspec
 
 from kagami_router.api.answering.conversation import AnswerParser
 from kagami_router.api.answering.logprobs import chat_logprobs
-from kagami_router.api.schemas.native import ChatLogprob
+from kagami_router.api.schemas.openai import ChatLogprob
 from kagami_router.api.schemas.response_events import (
     CallArgumentsDelta,
     CallArgumentsDone,

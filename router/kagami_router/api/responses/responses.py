@@ -16,9 +16,10 @@ from kagami_router.api.answering import single as one_answer
 from kagami_router.api.answering.conversation import Conversation, Prepared
 from kagami_router.api.native.service import Front, front_of, json_response
 from kagami_router.api.openai import answers as openai
-from kagami_router.api.responses import items as response_items
+from kagami_router.api.responses import items
 from kagami_router.api.responses.output import COMPLETED, IN_PROGRESS, INCOMPLETE, Output
-from kagami_router.api.schemas.native import OpenAIRequest, encode
+from kagami_router.api.schemas.encoding import encode
+from kagami_router.api.schemas.openai import OpenAIRequest
 from kagami_router.api.schemas.response_events import (
     ResponseCompleted,
     ResponseCreated,
@@ -51,7 +52,7 @@ from kagami_router.request.values import End, FinishReason, StreamEvent, ValidRe
 from kagami_router.serving.infer import Generation
 from kagami_router.text.chat_template import PromptOptions
 from kagami_router.text.detokenize import TextDecoder
-from kagami_router.tools import offers as tools
+from kagami_router.tools import offers
 
 _BODY = msgspec.json.Decoder(ResponsesRequest)
 _LOGPROBS = "message.output_text.logprobs"
@@ -124,10 +125,10 @@ def _params(front: Front, body: ResponsesRequest) -> GenerationParams:
 
 
 def _conversation(body: ResponsesRequest) -> Conversation:
-    choice = response_items.read_choice(body.tool_choice)
+    choice = items.read_choice(body.tool_choice)
     return Conversation(
-        messages=response_items.read_messages(body),
-        tools=() if choice == tools.NONE else response_items.read_tools(body.tools or ()),
+        messages=items.read_messages(body),
+        tools=() if choice == offers.NONE else items.read_tools(body.tools or ()),
         choice=choice,
         is_parallel=body.parallel_tool_calls is not False,
         grammar=_grammar(_format(body)),

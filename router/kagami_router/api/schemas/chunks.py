@@ -7,7 +7,7 @@ from typing import Literal
 
 from msgspec import Struct
 
-from kagami_router.api.schemas.native import ChatDelta, ChatLogprobs, CompletionLogprobs, Usage
+from kagami_router.api.schemas.openai import ChatDelta, ChatLogprobs, CompletionLogprobs, Usage
 
 
 class ChatChunkChoice(Struct, frozen=True):

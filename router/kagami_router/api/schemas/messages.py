@@ -1,6 +1,6 @@
 """The JSON of Anthropic's /v1/messages: requests, answers, and the events of a stream.
 
-Types, defaults and key order, as in schemas.py; `type` is the tag that tells the variants apart.
+Types, defaults and key order, as in native.py; `type` is the tag that tells the variants apart.
 Null means absent, and unknown fields (`cache_control`, `metadata`, `citations`, ...) are ignored.
 """
 
@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from msgspec import Raw, Struct
 
-from kagami_router.api.schemas.native import Int32, UInt32
+from kagami_router.api.schemas.encoding import Int32, UInt32
 
 # --- requests ---
 

@@ -2,7 +2,7 @@
 
 from msgspec import Struct
 
-from kagami_router.api.schemas.native import ChatLogprob
+from kagami_router.api.schemas.openai import ChatLogprob
 from kagami_router.api.schemas.responses import OutputItem, OutputText, ResponseObject
 
 

@@ -1,14 +1,15 @@
 """The JSON of /v1/responses: its request and the Response object; events: response_events.py.
 
-Types, defaults and key order, as in schemas.py. A field typed `Any` is one that this server only
-looks at to refuse it by name, or one that is read by response_items.py.
+Types, defaults and key order, as in openai.py. A field typed `Any` is one that this server only
+looks at to refuse it by name, or one that is read by responses/items.py.
 """
 
 from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
-from kagami_router.api.schemas.native import ChatLogprob, Int32, UInt32, UInt64
+from kagami_router.api.schemas.encoding import Int32, UInt32, UInt64
+from kagami_router.api.schemas.openai import ChatLogprob
 
 Metadata = Annotated[dict[str, str], Meta(max_length=16)]
 

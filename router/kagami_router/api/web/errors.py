@@ -11,7 +11,8 @@ from http import HTTPStatus
 from typing import NamedTuple
 
 from kagami_proto.errors import InvalidRequest, KagamiError, row_of
-from kagami_router.api.schemas.native import (
+from kagami_router.api.schemas.encoding import encode
+from kagami_router.api.schemas.errors import (
     AnthropicError,
     AnthropicErrorResponse,
     ErrorResponse,
@@ -19,7 +20,6 @@ from kagami_router.api.schemas.native import (
     OpenAIErrorResponse,
     OpenAIStreamError,
     OpenAIStreamErrorEvent,
-    encode,
 )
 
 # Our texts name the field that is wrong first: `temperature` must be …, or messages[0].content: …

@@ -7,7 +7,8 @@ import pytest
 from kagami_proto.errors import InvalidRequest, MalformedBody
 from kagami_proto.values import Grammar, GrammarKind
 from kagami_router.api.answering import grammars
-from kagami_router.api.schemas.native import GrammarType, ResponseFormat
+from kagami_router.api.schemas.native import GrammarType
+from kagami_router.api.schemas.openai import ResponseFormat
 
 PERSON = {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]}
 CLOSED_PERSON = {**PERSON, "additionalProperties": False}

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kagami_router.api.schemas.native import encode, shortest
+from kagami_router.api.schemas.encoding import encode, shortest
 
 
 @given(st.floats(width=32, allow_nan=False, allow_infinity=False))

@@ -1,0 +1,235 @@
+"""The JSON of OpenAI's chat completions, completions and models; chunks of streams: chunks.py.
+
+Types, defaults and key order. Unknown fields are ignored, as TGI does. A field typed `Any` is one
+that this server only looks at to refuse it by name.
+"""
+
+from typing import Any, Generic, Literal, TypeVar
+
+from msgspec import UNSET, Struct, UnsetType
+
+from kagami_router.api.schemas.encoding import Int32, UInt32, UInt64
+
+_Choice = TypeVar("_Choice")
+
+# --- requests ---
+
+
+class StreamOptions(Struct, frozen=True):
+    """`stream_options`."""
+
+    include_usage: bool | None = None
+
+
+class OpenAIRequest(Struct, frozen=True, kw_only=True):
+    """What chat and completions have in common; null means absent."""
+
+    model: str | None = None
+    max_tokens: UInt32 | None = None
+    max_completion_tokens: UInt32 | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: Int32 | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    repetition_penalty: float | None = None
+    stop: str | list[str | None] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    seed: UInt64 | None = None
+    n: UInt32 | None = None
+    logit_bias: dict[str, float] | list[float] | None = None
+    """OpenAI's object; TGI's list of floats has no meaning there either and is ignored."""
+    ignore_eos: bool | None = None
+
+
+class JsonSchemaFormat(Struct, frozen=True):
+    """`json_schema` of OpenAI's `response_format`."""
+
+    name: str | None = None
+    schema: dict[str, Any] | None = None
+    description: str | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(Struct, frozen=True):
+    """`response_format`: OpenAI's form with `json_schema`, or TGI's with `value`."""
+
+    type: Literal["text", "json", "json_object", "regex", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+    value: dict[str, Any] | str | None = None
+
+
+class ChatRequest(OpenAIRequest, frozen=True, kw_only=True):
+    """Body of /v1/chat/completions and /chat_tokenize; messages go to the template as they are."""
+
+    messages: list[dict[str, Any]]
+    logprobs: bool | None = None
+    top_logprobs: UInt32 | None = None
+    tools: list[Any] | None = None
+    tool_choice: Any = None
+    tool_prompt: str | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: ResponseFormat | None = None
+    documents: list[dict[str, Any]] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | str | None = None
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class CompletionRequest(OpenAIRequest, frozen=True, kw_only=True):
+    """Body of /v1/completions; a prompt is a text or token ids, and there may be several."""
+
+    prompt: str | list[str | int | list[Any]]
+    suffix: str | None = None
+    echo: bool | None = None
+    best_of: UInt32 | None = None
+    logprobs: bool | UInt32 | None = None
+    """How many alternatives; true, which is a chat's way to ask, is 1."""
+
+
+# --- answers ---
+
+
+class PromptTokensDetails(Struct, frozen=True):
+    """What is known of the prompt's tokens."""
+
+    cached_tokens: int
+
+
+class Usage(Struct, frozen=True):
+    """Tokens spent."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class TopLogprob(Struct, frozen=True):
+    """One alternative of a chat token."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChatLogprob(Struct, frozen=True):
+    """One chat token and its alternatives."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(Struct, frozen=True):
+    """`logprobs` of a chat choice."""
+
+    content: list[ChatLogprob]
+    refusal: None = None
+
+
+class FunctionCall(Struct, frozen=True):
+    """The function a model calls; `arguments` is JSON text."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(Struct, frozen=True):
+    """One call of a whole answer."""
+
+    id: str
+    type: str
+    function: FunctionCall
+
+
+class FunctionCallDelta(Struct, frozen=True):
+    """More of a call: its name once, then pieces of its arguments."""
+
+    name: str | UnsetType = UNSET
+    arguments: str | UnsetType = UNSET
+
+
+class ToolCallDelta(Struct, frozen=True):
+    """A piece of the call that has this index; the first piece has its id, type and name."""
+
+    index: int
+    id: str | UnsetType = UNSET
+    type: str | UnsetType = UNSET
+    function: FunctionCallDelta | UnsetType = UNSET
+
+
+class ChatDelta(Struct, frozen=True):
+    """What a chunk adds to the answer."""
+
+    role: str | UnsetType = UNSET
+    content: str | UnsetType | None = UNSET
+    tool_calls: list[ToolCallDelta] | UnsetType = UNSET
+
+
+class ChatMessage(Struct, frozen=True):
+    """The assistant's answer."""
+
+    role: str
+    content: str | None
+    tool_calls: list[ToolCall] | UnsetType = UNSET
+
+
+class ChatChoice(Struct, frozen=True):
+    """One sample of a chat answer."""
+
+    index: int
+    message: ChatMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: str
+
+
+class CompletionLogprobs(Struct, frozen=True):
+    """`logprobs` of a completion: columns of equal length, one entry for each token."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    """The alternatives and the token itself."""
+    text_offset: list[int]
+    """In characters, from the start of the prompt."""
+
+
+class CompletionChoice(Struct, frozen=True):
+    """One sample of one prompt."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: str
+
+
+class OpenAIAnswer(Struct, Generic[_Choice], frozen=True):
+    """Answer of /v1/chat/completions and of /v1/completions."""
+
+    object: str
+    id: str
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[_Choice]
+    usage: Usage
+
+
+class Model(Struct, frozen=True):
+    """One entry of /v1/models."""
+
+    id: str
+    object: str
+    created: int
+    owned_by: str
+
+
+class ModelList(Struct, frozen=True):
+    """Answer of /v1/models."""
+
+    object: str
+    data: list[Model]
