@@ -1,7 +1,7 @@
 """The composition root: builds each object once, ties start to stop, and says how it ended.
 
-bind HTTP (/health 503) -> load tokenizer -> wait for the shards -> warm up -> open the door
--> serve until a signal -> close the door -> drain -> exit 0
+bind HTTP (/health 503) -> load tokenizer -> wait for the shards -> warm up -> take work
+-> serve until a signal -> take no new work -> drain -> exit 0
 """
 
 import asyncio
@@ -24,9 +24,9 @@ from kagami_proto.open_tracing import open_tracing
 from kagami_proto.span_names import Key, SpanName
 from kagami_proto.tracing import NO_TRACING, Tracing, context_of, span
 from kagami_proto.values import DevicePolicy
-from kagami_router.api.native.service import TGI_VERSION, Door, Front
 from kagami_router.api.routes import make_app, make_metrics_app
 from kagami_router.api.schemas.native import Info
+from kagami_router.api.web.app_state import TGI_VERSION, AppState, Readiness
 from kagami_router.api.web.connections import Runner
 from kagami_router.cli import RouterArgs, own_version
 from kagami_router.request.validation import Limits, Validation
@@ -42,6 +42,7 @@ from kagami_router.shards.client import ShardGroup
 from kagami_router.shards.messages import Pool, ShardInfo
 from kagami_router.telemetry.metrics import Capacity, Metrics
 from kagami_router.text import chat_template, tokenizer
+from kagami_router.tools.chat_format import ChatFormat
 from kagami_router.tools.formats import find_format
 
 logger = logging.getLogger(__name__)
@@ -80,25 +81,27 @@ async def serve(args: RouterArgs, stop: asyncio.Event, tracing: Tracing = NO_TRA
     """Serve until `stop` is set or something fails; the exit code."""
     for flag in args.without_effect:
         logger.warning("Flag has no effect", extra={"flag": flag})
-    door = Door(Metrics())
+    readiness = Readiness(Metrics())
     try:
         _check_arguments(args)
-        async with _listening(args, door, tracing):
-            return await _serve_behind(door, args, stop, tracing)
+        async with _listening(args, readiness, tracing):
+            return await _serve_behind(readiness, args, stop, tracing)
     except StartError as error:
         logger.error("%s", error)
         return 1
 
 
-async def _serve_behind(door: Door, args: RouterArgs, stop: asyncio.Event, tracing: Tracing) -> int:
+async def _serve_behind(
+    readiness: Readiness, args: RouterArgs, stop: asyncio.Event, tracing: Tracing
+) -> int:
     """Run the engine's side until it fails or `stop` is set."""
-    engine = asyncio.ensure_future(_run_engine(args, door, tracing))
+    engine = asyncio.ensure_future(_run_engine(args, readiness, tracing))
     signalled = asyncio.ensure_future(stop.wait())
     try:
         await asyncio.wait((engine, signalled), return_when=asyncio.FIRST_COMPLETED)
         if not engine.done():
             logger.info("signal received, starting graceful shutdown")
-            infer = door.close()
+            infer = readiness.close()
             if infer is not None:
                 await infer.drain(args.graceful_termination_timeout, LAST_WORDS_S)
             return 0
@@ -114,10 +117,12 @@ async def _serve_behind(door: Door, args: RouterArgs, stop: asyncio.Event, traci
 
 
 @asynccontextmanager
-async def _listening(args: RouterArgs, door: Door, tracing: Tracing) -> AsyncIterator[None]:
+async def _listening(
+    args: RouterArgs, readiness: Readiness, tracing: Tracing
+) -> AsyncIterator[None]:
     """HTTP is bound inside; raises `StartError` where a port is taken."""
     app = make_app(
-        door,
+        readiness,
         payload_limit=args.payload_limit,
         allowed_origins=args.cors_allow_origin,
         key=args.api_key,
@@ -129,7 +134,7 @@ async def _listening(args: RouterArgs, door: Door, tracing: Tracing) -> AsyncIte
     async with AsyncExitStack() as stack:
         await _bind(stack, app, host, args.port)
         if args.prometheus_port is not None and args.prometheus_port != args.port:
-            metrics_app = make_metrics_app(door, args.cors_allow_origin)
+            metrics_app = make_metrics_app(readiness, args.cors_allow_origin)
             await _bind(stack, metrics_app, host, args.prometheus_port)
         yield
 
@@ -154,22 +159,22 @@ def _address(hostname: str) -> str:
     return hostname
 
 
-async def _run_engine(args: RouterArgs, door: Door, tracing: Tracing) -> None:
-    """Connect, warm up, open the door, and drive the batching loop; ends only by an error."""
+async def _run_engine(args: RouterArgs, readiness: Readiness, tracing: Tracing) -> None:
+    """Connect, warm up, take work, and drive the batching loop; ends only by an error."""
     async with AsyncExitStack() as stack:
         start = span(
             tracing.tracer, SpanName.ROUTER_START, context=context_of(args.start_traceparent)
         )
         with start:
-            loop, front = await _prepare(stack, args, tracing, door.metrics)
-        door.open(front)
+            loop, state = await _prepare(stack, args, tracing, readiness.metrics)
+        readiness.open(state)
         logger.info("Connected")
         await loop.run()
 
 
 async def _prepare(
     stack: AsyncExitStack, args: RouterArgs, tracing: Tracing, metrics: Metrics
-) -> tuple[BatchingLoop, Front]:
+) -> tuple[BatchingLoop, AppState]:
     """All that serving needs, warm; what has to be closed again is on `stack`."""
     threads = stack.enter_context(ThreadPoolExecutor(args.validation_workers, "tokenize"))
     folder = Path(args.tokenizer_name)
@@ -219,7 +224,7 @@ async def _prepare(
         tracing=tracing,
     )
     metrics.watch_spans(lambda: loop.spans_dropped)
-    front = Front(
+    state = AppState(
         infer=Infer(loop, metrics, max_concurrent_requests=args.max_concurrent_requests),
         validation=Validation(
             encoder,
@@ -228,15 +233,13 @@ async def _prepare(
             tracer=tracing.tracer,
         ),
         tokenizer=encoder,
-        template=template,
-        tool_format=find_format(template, encoder.backend),
+        chat_format=ChatFormat(template, find_format(template, encoder.backend), tracing.tracer),
         info=_info(args, limits, facts, pool_tokens),
         decoder=loop.decoder,
         compute_type=args.compute_type,
         is_healthy=lambda: loop.is_healthy,
-        tracer=tracing.tracer,
     )
-    return loop, front
+    return loop, state
 
 
 async def _connect(

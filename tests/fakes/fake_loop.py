@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from kagami_router.request.values import (
@@ -14,7 +14,7 @@ from kagami_router.request.values import (
     Token,
     ValidRequest,
 )
-from kagami_router.serving.infer import Events
+from kagami_router.serving.generation_stream import Events, GenerationStream
 
 EOS = Token(2, "</s>", -0.0625, True)
 FAILED = Token(5229, " failed", -2.583984375, False)
@@ -87,30 +87,25 @@ class FakeLoop:
         self.entered = asyncio.Event()
         self.left = asyncio.Event()
 
-    def submit(self, request: ValidRequest) -> "FakeStream":
+    def submit(self, request: ValidRequest, stream: GenerationStream) -> Callable[[], None]:
         self.requests.append(request)
-        return FakeStream(self, self.play(request))
+        self.num_open += 1
+        self.entered.set()
+        playing = asyncio.ensure_future(self._play(self.play(request), stream))
 
+        def leave() -> None:
+            playing.cancel()
+            self.num_open -= 1
+            self.left.set()
 
-class FakeStream:
-    def __init__(self, loop: FakeLoop, script: list[Events | Exception]) -> None:
-        self._loop = loop
-        self._script = script
+        return leave
 
-    async def __aenter__(self) -> AsyncIterator[Events]:
-        self._loop.num_open += 1
-        self._loop.entered.set()
-        return self._turns()
-
-    async def __aexit__(self, *error: object) -> None:
-        self._loop.num_open -= 1
-        self._loop.left.set()
-
-    async def _turns(self) -> AsyncIterator[Events]:
-        for number, turn in enumerate(self._script):
-            if number and not self._loop.gate.is_set():
-                self._loop.held.set()
-                await self._loop.gate.wait()
+    async def _play(self, script: list[Events | Exception], stream: GenerationStream) -> None:
+        for number, turn in enumerate(script):
+            if number and not self.gate.is_set():
+                self.held.set()
+                await self.gate.wait()
             if isinstance(turn, Exception):
-                raise turn
-            yield turn
+                stream.fail(turn)
+                return
+            stream.put(turn)

@@ -10,10 +10,11 @@ from aiohttp import ClientResponse, ClientSession, web
 from tests.fakes.fake_loop import COLON, EOS, FAILED, FakeLoop
 from tokenizers import decoders, models, pre_tokenizers, processors
 
+from kagami_proto.errors import Overloaded
 from kagami_proto.tracing import NO_TRACING, Tracing
-from kagami_router.api.native.service import Door, Front
 from kagami_router.api.routes import make_app
 from kagami_router.api.schemas.native import Info
+from kagami_router.api.web.app_state import AppState, Readiness
 from kagami_router.api.web.connections import Runner
 from kagami_router.request.validation import CompileGrammar, Limits, Validation
 from kagami_router.serving.infer import Infer
@@ -21,6 +22,7 @@ from kagami_router.telemetry.metrics import Metrics
 from kagami_router.text.chat_template import ChatTemplate, MissingTemplate
 from kagami_router.text.detokenize import TextDecoder
 from kagami_router.text.tokenizer import SpecialTokens, Tokenizer
+from kagami_router.tools.chat_format import ChatFormat
 from kagami_router.tools.formats import find_format
 
 LIMITS = Limits(
@@ -92,10 +94,19 @@ class ScriptedDecoder(TextDecoder):
 @dataclass(eq=False)
 class FakeServer:
     url: str
-    door: Door
-    front: Front
+    readiness: Readiness
+    state: AppState
     loop: FakeLoop
     http: ClientSession
+    num_permits: int
+
+    def has_all_permits(self) -> bool:
+        """Whether no call holds a permit any more."""
+        try:
+            with self.state.infer.permits(self.num_permits):
+                return True
+        except Overloaded:
+            return False
 
     def post(self, path: str, body: object, **options: object):
         return self.http.post(path, json=body, **options)
@@ -122,23 +133,23 @@ async def serving(
     metrics = Metrics()
     with ThreadPoolExecutor(1) as threads:
         tokenizer = Tokenizer(byte_tokenizer(), threads)
-        front = Front(
+        state = AppState(
             infer=Infer(loop, metrics, max_concurrent_requests=max_concurrent_requests),
             validation=Validation(tokenizer, limits, compile_grammar, tracer=tracing.tracer),
             tokenizer=tokenizer,
             decoder=ScriptedDecoder(tokenizer.backend, frozenset({1})),
-            template=template,
-            tool_format=find_format(template, tokenizer.backend),
+            chat_format=ChatFormat(
+                template, find_format(template, tokenizer.backend), tracing.tracer
+            ),
             info=info(limits),
             compute_type="1-fake",
             is_healthy=lambda: loop.is_healthy,
-            tracer=tracing.tracer,
         )
-        door = Door(metrics)
+        readiness = Readiness(metrics)
         if is_open:
-            door.open(front)
+            readiness.open(state)
         app = make_app(
-            door,
+            readiness,
             payload_limit=payload_limit,
             allowed_origins=origins,
             key=key,
@@ -153,7 +164,7 @@ async def serving(
         url = f"http://127.0.0.1:{runner.addresses[0][1]}"
         try:
             async with ClientSession(url) as http:
-                yield FakeServer(url, door, front, loop, http)
+                yield FakeServer(url, readiness, state, loop, http, max_concurrent_requests)
         finally:
             await runner.cleanup()
 

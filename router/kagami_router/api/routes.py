@@ -12,7 +12,6 @@ from kagami_router.api.anthropic import messages
 from kagami_router.api.docs import openapi, page
 from kagami_router.api.docs.openapi import Operation, Route
 from kagami_router.api.native import generate, service
-from kagami_router.api.native.service import DOOR, TGI_VERSION, Door
 from kagami_router.api.openai import chat, completions
 from kagami_router.api.platforms import clouds, kserve
 from kagami_router.api.responses import responses
@@ -60,6 +59,7 @@ from kagami_router.api.schemas.responses import (
     ResponsesRequest,
 )
 from kagami_router.api.web import sse
+from kagami_router.api.web.app_state import READINESS, TGI_VERSION, Readiness
 from kagami_router.api.web.call import TRACES_CONTENT
 from kagami_router.api.web.errors import Family
 from kagami_router.api.web.headers import cors
@@ -238,7 +238,7 @@ def _document_bytes() -> bytes:
 
 
 def make_app(
-    door: Door,
+    readiness: Readiness,
     *,
     payload_limit: int,
     allowed_origins: Sequence[str],
@@ -247,22 +247,22 @@ def make_app(
     tracing: Tracing = NO_TRACING,
     traces_content: bool = False,
 ) -> web.Application:
-    """The application; it serves 503 until `door` is open.
+    """The application; it serves 503 until `readiness` is open.
 
     `aip_routes` are the paths at which Vertex AI asks for predictions and for health.
     """
     routes = [*ROUTES, *_aip_routes(*aip_routes)]
     generating = frozenset(route.path for route in routes if route.operation.generates)
     middlewares: list[Middleware] = [
-        trace_calls(tracing, lambda: door.model_id, generating),
+        trace_calls(tracing, lambda: readiness.model_id, generating),
         errors,
     ]
     if key:
         is_open = frozenset(route.path for route in routes if route.operation.is_open)
         middlewares.append(api_key(key, is_open))
-    middlewares.append(count_calls(door.metrics, generating))
+    middlewares.append(count_calls(readiness.metrics, generating))
     app = web.Application(middlewares=middlewares, client_max_size=payload_limit)
-    app[DOOR] = door
+    app[READINESS] = readiness
     app[TRACES_CONTENT] = traces_content
     app[sse.OUTBOX] = sse.Outbox()
     app.on_response_prepare.append(cors(allowed_origins))
@@ -282,10 +282,10 @@ def _aip_routes(predict: str | None, health: str | None) -> list[Route]:
     return [route for route in asked if (route.method, route.path) not in known]
 
 
-def make_metrics_app(door: Door, allowed_origins: Sequence[str]) -> web.Application:
+def make_metrics_app(readiness: Readiness, allowed_origins: Sequence[str]) -> web.Application:
     """Only /metrics, for a port of its own."""
     app = web.Application(middlewares=[errors])
-    app[DOOR] = door
+    app[READINESS] = readiness
     app.on_response_prepare.append(cors(allowed_origins))
     app.add_routes([web.get("/metrics", service.metrics)])
     return app

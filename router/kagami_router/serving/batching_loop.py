@@ -12,6 +12,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 
 import tokenizers
 from opentelemetry import trace
@@ -150,18 +151,16 @@ class BatchingLoop:
     def idle(self) -> bool:
         return self._scheduler.is_idle
 
-    def submit(self, request: ValidRequest) -> GenerationStream:
-        """Queue one generation; enter the stream's context to be sure that it is released."""
+    def submit(self, request: ValidRequest, stream: GenerationStream) -> Callable[[], None]:
+        """Queue one generation, whose events go to `stream`; the result cancels it."""
         if self._gone is not None:
-            stream = GenerationStream(lambda: None)
             stream.fail(self._gone)
-            return stream
+            return _nothing_to_cancel
         now = self._clock()
         sequence = self._scheduler.add(request, now)
         if trace.get_current_span().is_recording():
             ahead = self._scheduler.stats().waiting - 1
             self._traces[sequence.id] = SequenceTrace(self._tracing, sequence, now, ahead=ahead)
-        stream = GenerationStream(lambda: self._cancel(sequence.id))
         stopping = request.stopping
         self._generations[sequence.id] = _Generation(
             sequence,
@@ -170,7 +169,7 @@ class BatchingLoop:
             StopMatcher(stopping.stop, keep_stop=stopping.keep_stop) if stopping.stop else None,
         )
         self._wake.set()
-        return stream
+        return partial(self._cancel, sequence.id)
 
     def _cancel(self, sequence_id: int) -> None:
         if self._generations.pop(sequence_id, None) is not None:
@@ -282,7 +281,7 @@ class BatchingLoop:
         num_tokens = 0
         for stream, outcome in outcomes:
             if isinstance(outcome, StreamEvent):
-                stream.put(outcome)
+                stream.put((outcome,))
                 num_tokens += 1
             else:
                 stream.fail(outcome)
@@ -444,3 +443,7 @@ class BatchingLoop:
             if traced := self._traces.pop(sequence_id, None):
                 traced.failed(str(error), self._clock())
             generation.stream.fail(error)
+
+
+def _nothing_to_cancel() -> None:
+    """For a generation that never began."""

@@ -1,87 +1,139 @@
-"""The events of one generation on their way from the batching loop to whoever asked for it."""
+"""The events of a call on their way from the batching loop to whoever made the call.
+
+Push first: the loop gives what a step brought to the call's sink within its own pass, without
+waking a task. What the sink refuses goes into a backlog; iterating over the call brings the
+backlog, in order. Until the backlog is dealt with, nothing is pushed past it.
+"""
 
 import asyncio
+import time
 from collections.abc import Callable
-from types import TracebackType
+from dataclasses import dataclass
 from typing import Self
 
-from kagami_router.request.values import StreamEvent
-from kagami_router.serving.step_events import Sink
+from kagami_router.request.values import End, StreamEvent
+from kagami_router.telemetry.metrics import GenerationStats, Metrics
+
+Events = tuple[StreamEvent, ...]
+"""What one step brought for one generation"""
+
+Sink = Callable[[int, Events], bool]
+"""Takes events of the generation with that index, or returns False: not now. Never waits."""
 
 
-class GenerationStream:
-    """The events of one request: an async context manager and an async iterator.
+@dataclass(slots=True, eq=False)
+class CallStats:
+    """What the generations of one call have brought until now; times are monotonic seconds."""
 
-    Leaving the context before the end cancels the generation.
-    """
+    received: float
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    first_token: float | None = None
 
-    __slots__ = ("_cancel", "_error", "_events", "_has_ended", "_sink", "_waiter")
 
-    def __init__(self, cancel: Callable[[], None]) -> None:
-        self._cancel = cancel
-        self._events: list[StreamEvent] = []
-        self._sink: Sink[tuple[StreamEvent, ...]] | None = None
+class CallEvents:
+    """The events of all generations of one call: pushed to a sink, or iterated as a backlog."""
+
+    __slots__ = ("_backlog", "_error", "_num_open", "_sink", "_waiter")
+
+    def __init__(self, num_generations: int, sink: Sink) -> None:
+        self._num_open = num_generations
+        self._sink = sink
+        self._backlog: list[tuple[int, Events]] = []
         self._error: Exception | None = None
-        self._has_ended = False
         self._waiter: asyncio.Future[None] | None = None
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._cancel()
+        """Set while the consumer waits, and is not busy with a backlog"""
 
     def __aiter__(self) -> Self:
         return self
 
-    async def __anext__(self) -> tuple[StreamEvent, ...]:
-        """All events since the last turn; raises `GenerationFailed`, `ShardLost`, a sink's bug."""
-        while not self._events:
+    async def __anext__(self) -> list[tuple[int, Events]]:
+        """All that the sink refused since the last time, each with its generation's index.
+
+        Ends behind the last event of every generation. Raises `GenerationFailed` or `ShardLost` if
+        one of them fails, and what the sink raised.
+        """
+        while not self._backlog:
             if self._error is not None:
                 raise self._error
-            if self._has_ended:
+            if not self._num_open:
                 raise StopAsyncIteration
             self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
-        events = tuple(self._events)
-        self._events.clear()
-        return events
-
-    def divert(self, sink: Sink[tuple[StreamEvent, ...]]) -> None:
-        """Hand events to `sink` as they come, as long as none waits to be iterated."""
-        self._sink = sink
-
-    def put(self, event: StreamEvent) -> None:
-        """For the loop: one more event; the one with `end` is the last."""
-        is_last = self._has_ended = event.end is not None
-        is_taken = False
-        if self._sink is not None and not self._events:
             try:
-                is_taken = self._sink((event,))
-            # A border: a bug in one answer's words must not stop the others' steps.
+                await self._waiter
+            finally:
+                self._waiter = None
+        backlog, self._backlog = self._backlog, []
+        return backlog
+
+    def put(self, index: int, events: Events) -> None:
+        """For `GenerationStream`: more events; nothing follows an error."""
+        if self._error is not None:
+            return
+        if events[-1].end is not None:
+            self._num_open -= 1
+        if self._waiter is not None and not self._backlog:
+            try:
+                is_taken = self._sink(index, events)
+            # A border: a bug in one answer's text must not stop the others' steps.
             except Exception as error:
-                self._sink, is_taken = _take_nothing_more, True
                 self.fail(error)
-        if not is_taken:
-            self._events.append(event)
-        if is_last or not is_taken:
-            self._notify()
+                return
+            if is_taken:
+                if not self._num_open:
+                    self._wake()
+                return
+        self._backlog.append((index, events))
+        self._wake()
 
     def fail(self, error: Exception) -> None:
-        """For the loop: no more events; what is there already is still delivered."""
-        self._error = error
-        self._notify()
+        """For `GenerationStream`: no more events; the backlog is still delivered."""
+        self._error = self._error or error
+        self._wake()
 
-    def _notify(self) -> None:
+    def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
 
-def _take_nothing_more(turn: tuple[StreamEvent, ...]) -> bool:
-    """The sink of a stream whose own has failed: nothing may follow what it left out."""
-    return True
+class GenerationStream:
+    """Where the batching loop puts the events of one generation; counts them for the metrics."""
+
+    __slots__ = ("_call", "_index", "_last", "_metrics", "_stats")
+
+    def __init__(self, call: CallEvents, index: int, stats: CallStats, metrics: Metrics) -> None:
+        self._call = call
+        self._index = index
+        self._stats = stats
+        self._metrics = metrics
+        self._last = 0.0
+
+    def put(self, events: Events) -> None:
+        """What one step brought; the event with `end` is the last."""
+        now, stats = time.monotonic(), self._stats
+        if self._last:
+            self._metrics.tokens_arrived(now - self._last, len(events))
+        else:
+            self._metrics.first_token_arrived(now - stats.received)
+            if stats.first_token is None:
+                stats.first_token = now
+        stats.generated_tokens += len(events)
+        self._last = now
+        self._call.put(self._index, events)
+        if (end := events[-1].end) is not None:
+            self._metrics.generation_finished(_stats_of(end, stats.received))
+
+    def fail(self, error: Exception) -> None:
+        """The generation ends without its last event."""
+        self._call.fail(error)
+
+
+def _stats_of(end: End, received: float) -> GenerationStats:
+    timings = end.timings
+    return GenerationStats(
+        total_s=timings.finished - received,
+        validation_s=timings.submitted - received,
+        queue_s=timings.scheduled - timings.submitted,
+        inference_s=timings.finished - timings.scheduled,
+        generated_tokens=end.num_generated,
+    )

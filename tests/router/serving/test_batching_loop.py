@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from tests.fakes.byte_tokenizer import byte_tokenizer
 from tests.fakes.fake_shard import EOS, FakeShard, Request, generated
+from tests.fakes.submitted import Submitted
 
 from kagami_proto.errors import GenerationFailed, ShardLost
 from kagami_proto.tracing import NO_TRACING, Tracing
@@ -25,7 +26,7 @@ from kagami_router.scheduler.config import SchedulerConfig
 from kagami_router.scheduler.scheduler import Scheduler
 from kagami_router.scheduler.step import Step, StepResults
 from kagami_router.serving.batching_loop import MAX_FAILED_STEPS, BatchingLoop
-from kagami_router.serving.generation_stream import GenerationStream
+from kagami_router.serving.generation_stream import Events
 from kagami_router.shards.client import ShardGroup
 from kagami_router.telemetry.metrics import StepReport
 
@@ -112,7 +113,7 @@ async def serving(
             await asyncio.gather(running, return_exceptions=True)
 
 
-async def collect(stream: GenerationStream) -> list[StreamEvent]:
+async def collect(stream: Submitted) -> list[StreamEvent]:
     async with stream:
         return [event async for events in stream for event in events]
 
@@ -136,23 +137,23 @@ async def until(condition: Callable[[], bool]) -> None:
 
 async def test_the_shards_forget_a_sequence_that_was_the_last(tmp_path: Path) -> None:
     async with serving(tmp_path) as served:
-        await collect(served.loop.submit(new_request()))
+        await collect(Submitted(served.loop, new_request()))
         await until(lambda: served.loop.idle and not served.shard.engine.ids)
         assert all(step.work for step, *_ in served.metrics.finished)
 
 
 async def test_the_device_time_of_a_request_is_that_of_its_steps(tmp_path: Path) -> None:
     async with serving(tmp_path) as served:
-        await collect(served.loop.submit(new_request()))
+        await collect(Submitted(served.loop, new_request()))
         before = len(served.metrics.finished)
-        end = end_of(await collect(served.loop.submit(new_request(b"another"))))
+        end = end_of(await collect(Submitted(served.loop, new_request(b"another"))))
         mine = served.metrics.finished[before:]
     assert end.timings.device_s == pytest.approx(sum(one.device_ns for _, one, _ in mine) / 1e9)
 
 
 async def test_a_request_gets_its_tokens_and_its_end(tmp_path: Path) -> None:
     async with serving(tmp_path) as served:
-        events = await collect(served.loop.submit(new_request()))
+        events = await collect(Submitted(served.loop, new_request()))
     assert [event.token.id for event in events] == generated(PROMPT, 8)
     end = end_of(events)
     assert end.generated_text == bytes(generated(PROMPT, 8)).decode()
@@ -164,7 +165,7 @@ async def test_a_request_gets_its_tokens_and_its_end(tmp_path: Path) -> None:
 async def test_sixteen_at_once_in_a_pool_for_four(tmp_path: Path) -> None:
     prompts = [b"request number %d" % number for number in range(16)]
     async with serving(tmp_path, num_blocks=30) as served:
-        streams = [served.loop.submit(new_request(prompt, 12)) for prompt in prompts]
+        streams = [Submitted(served.loop, new_request(prompt, 12)) for prompt in prompts]
         results = await asyncio.gather(*map(collect, streams))
         assert served.metrics.num_preempted > 0
         await until(lambda: served.loop.idle)
@@ -176,7 +177,7 @@ async def test_sixteen_at_once_in_a_pool_for_four(tmp_path: Path) -> None:
 async def test_two_steps_are_in_flight(tmp_path: Path) -> None:
     async with serving(tmp_path) as served:
         served.shard.gate.clear()
-        stream = served.loop.submit(new_request())
+        stream = Submitted(served.loop, new_request())
         await until(lambda: len(served.metrics.sent) == 2)
         served.shard.gate.set()
         await collect(stream)
@@ -184,17 +185,17 @@ async def test_two_steps_are_in_flight(tmp_path: Path) -> None:
 
 async def test_leaving_a_stream_early_frees_its_blocks(tmp_path: Path) -> None:
     async with serving(tmp_path) as served:
-        async with served.loop.submit(new_request(max_new_tokens=40)) as stream:
+        async with Submitted(served.loop, new_request(max_new_tokens=40)) as stream:
             await anext(stream)
         assert served.scheduler.stats().blocks_used == 0
         await until(lambda: served.loop.idle)
-        await collect(served.loop.submit(new_request(b"another")))
+        await collect(Submitted(served.loop, new_request(b"another")))
         assert 1 not in served.shard.engine.ids
 
 
 async def test_end_of_sequence_ends_and_is_no_text(tmp_path: Path) -> None:
     async with serving(tmp_path, eos_every=5) as served:
-        events = await collect(served.loop.submit(new_request(max_new_tokens=40)))
+        events = await collect(Submitted(served.loop, new_request(max_new_tokens=40)))
         end = end_of(events)
     assert end.finish_reason is FinishReason.EOS_TOKEN
     assert events[-1].token[:2] == (EOS, "<eos>")
@@ -205,7 +206,7 @@ async def test_end_of_sequence_ends_and_is_no_text(tmp_path: Path) -> None:
 async def test_end_of_sequence_can_be_ignored(tmp_path: Path) -> None:
     async with serving(tmp_path, eos_every=5) as served:
         request = new_request(max_new_tokens=40, ignore_eos=True)
-        end = end_of(await collect(served.loop.submit(request)))
+        end = end_of(await collect(Submitted(served.loop, request)))
     assert (end.finish_reason, end.num_generated) == (FinishReason.LENGTH, 40)
 
 
@@ -214,7 +215,7 @@ async def test_a_stop_string_ends_even_on_the_last_token(tmp_path: Path, keep_st
     text = bytes(generated(PROMPT, 8)).decode()
     async with serving(tmp_path) as served:
         request = new_request(max_new_tokens=8, stop=(text[5:8],), keep_stop=keep_stop)
-        end = end_of(await collect(served.loop.submit(request)))
+        end = end_of(await collect(Submitted(served.loop, request)))
     assert end.finish_reason is FinishReason.STOP_SEQUENCE
     assert end.generated_text == (text if keep_stop else text[:5])
     assert end.stop == text[5:8]
@@ -224,7 +225,7 @@ async def test_text_held_back_for_a_stop_string_is_not_lost(tmp_path: Path) -> N
     text = bytes(generated(PROMPT, 8)).decode()
     async with serving(tmp_path) as served:
         request = new_request(max_new_tokens=8, stop=(text[5:] + "!",), keep_stop=False)
-        events = await collect(served.loop.submit(request))
+        events = await collect(Submitted(served.loop, request))
     assert end_of(events).generated_text == text
     assert events[-1].tail == text[5:]
 
@@ -240,7 +241,7 @@ async def test_a_special_token_can_complete_a_stop_string(
     stop = text[len(text) - num_before :] + "<eos>"
     async with serving(tmp_path, eos_every=5) as served:
         request = new_request(max_new_tokens=40, ignore_eos=True, stop=(stop,), keep_stop=keep_stop)
-        end = end_of(await collect(served.loop.submit(request)))
+        end = end_of(await collect(Submitted(served.loop, request)))
     assert end.finish_reason is FinishReason.STOP_SEQUENCE
     assert end.generated_text == (text if keep_stop else text[: len(text) - num_before])
 
@@ -252,7 +253,7 @@ async def test_text_that_a_special_token_frees_goes_out_with_it(tmp_path: Path) 
         request = new_request(
             max_new_tokens=40, ignore_eos=True, stop=(text[-1] + "!",), keep_stop=False
         )
-        events = await collect(served.loop.submit(request))
+        events = await collect(Submitted(served.loop, request))
     assert events[len(ids)].token.special
     assert events[len(ids)].tail == text[-1]
     end_of(events)
@@ -261,7 +262,7 @@ async def test_text_that_a_special_token_frees_goes_out_with_it(tmp_path: Path) 
 async def test_prompt_logprobs_and_top_tokens_come_with_their_text(tmp_path: Path) -> None:
     async with serving(tmp_path) as served:
         request = new_request(b"abc", 1, prompt_logprobs=True, top_n_tokens=2)
-        (event,) = await collect(served.loop.submit(request))
+        (event,) = await collect(Submitted(served.loop, request))
     assert event.end is not None
     assert [tuple(token)[:3] for token in event.prefill] == [
         (97, "a", None),
@@ -278,8 +279,8 @@ async def test_prompt_logprobs_and_top_tokens_come_with_their_text(tmp_path: Pat
 
 async def test_a_prompt_seen_before_is_found_in_the_cache(tmp_path: Path) -> None:
     async with serving(tmp_path) as served:
-        await collect(served.loop.submit(new_request()))
-        end = end_of(await collect(served.loop.submit(new_request())))
+        await collect(Submitted(served.loop, new_request()))
+        end = end_of(await collect(Submitted(served.loop, new_request())))
         new = [new for step in served.metrics.sent for new in step.new_sequences]
         assert [one.num_cached_tokens for one in new] == [0, 16]
     assert end.cached_tokens == 16
@@ -290,7 +291,7 @@ async def test_a_failing_step_is_a_pause_and_no_error(tmp_path: Path) -> None:
     async with serving(tmp_path) as served:
         served.shard.engine.faults.pass_error = lambda _: next(failing, "")
         prompts = [b"one", b"two", b"three"]
-        streams = [served.loop.submit(new_request(prompt)) for prompt in prompts]
+        streams = [Submitted(served.loop, new_request(prompt)) for prompt in prompts]
         results = await asyncio.gather(*map(collect, streams))
         assert any(results.error for _, results, _ in served.metrics.finished)
     for prompt, events in zip(prompts, results, strict=True):
@@ -304,7 +305,7 @@ async def test_the_culprit_of_failing_steps_fails_alone(tmp_path: Path) -> None:
             return "poison" if any(entry.id == 3 for entry in step.work) else ""
 
         served.shard.engine.faults.pass_error = poisoned
-        streams = [served.loop.submit(new_request(b"number %d" % n)) for n in range(6)]
+        streams = [Submitted(served.loop, new_request(b"number %d" % n)) for n in range(6)]
         results = await asyncio.gather(*map(collect, streams), return_exceptions=True)
     assert isinstance(results[2], GenerationFailed)
     assert str(results[2]) == "poison"
@@ -314,7 +315,7 @@ async def test_the_culprit_of_failing_steps_fails_alone(tmp_path: Path) -> None:
 async def test_a_failing_sequence_harms_only_itself(tmp_path: Path) -> None:
     async with serving(tmp_path) as served:
         served.shard.engine.faults.sequence_error = lambda key: "bad grammar" if key == 2 else ""
-        streams = [served.loop.submit(new_request(b"number %d" % n)) for n in range(3)]
+        streams = [Submitted(served.loop, new_request(b"number %d" % n)) for n in range(3)]
         results = await asyncio.gather(*map(collect, streams), return_exceptions=True)
     assert isinstance(results[1], GenerationFailed)
     assert len(results[0]) == len(results[2]) == 8
@@ -323,7 +324,7 @@ async def test_a_failing_sequence_harms_only_itself(tmp_path: Path) -> None:
 async def test_a_dead_shard_fails_every_request(tmp_path: Path) -> None:
     async with serving(tmp_path) as served:
         served.shard.gate.clear()
-        streams = [served.loop.submit(new_request()) for _ in range(3)]
+        streams = [Submitted(served.loop, new_request()) for _ in range(3)]
         await until(lambda: len(served.shard.steps) > 0)
         assert served.loop.is_healthy
         await served.shard.kill()
@@ -333,14 +334,14 @@ async def test_a_dead_shard_fails_every_request(tmp_path: Path) -> None:
             await served.running
         assert not served.loop.is_healthy
         with pytest.raises(ShardLost):
-            await collect(served.loop.submit(new_request()))
+            await collect(Submitted(served.loop, new_request()))
 
 
 async def test_stopping_the_loop_tells_open_requests(tmp_path: Path) -> None:
     async with serving(tmp_path) as served:
         served.shard.gate.clear()
         collecting: Awaitable[list[StreamEvent]] = asyncio.ensure_future(
-            collect(served.loop.submit(new_request()))
+            collect(Submitted(served.loop, new_request()))
         )
         await until(lambda: len(served.shard.steps) > 0)
         served.running.cancel()
@@ -360,12 +361,12 @@ async def test_a_bug_in_one_text_ends_that_request_only(
         raise bug
 
     async with serving(tmp_path) as served:
-        broken = served.loop.submit(new_request(b"broken"))
+        broken = Submitted(served.loop, new_request(b"broken"))
         monkeypatch.setattr(served.loop._generations[1].detokenizer.__class__, "step", step)
         with pytest.raises(GenerationFailed, match="internal error"):
             await collect(broken)
         monkeypatch.undo()
-        assert len(await collect(served.loop.submit(new_request()))) == 8
+        assert len(await collect(Submitted(served.loop, new_request()))) == 8
 
 
 async def test_a_step_that_never_ends_is_unhealthy(tmp_path: Path) -> None:
@@ -373,7 +374,7 @@ async def test_a_step_that_never_ends_is_unhealthy(tmp_path: Path) -> None:
         now = 0.0
         served.loop._clock = lambda: now
         served.shard.gate.clear()
-        stream = served.loop.submit(new_request())
+        stream = Submitted(served.loop, new_request())
         await until(lambda: len(served.shard.steps) > 0)
         assert served.loop.is_healthy
         now = 61.0
@@ -392,19 +393,23 @@ async def test_a_device_that_fails_every_step_is_unhealthy_until_one_succeeds(
         while served.loop.is_healthy:
             assert len(served.metrics.finished) < MAX_FAILED_STEPS
             with pytest.raises(GenerationFailed):
-                await collect(served.loop.submit(new_request()))
+                await collect(Submitted(served.loop, new_request()))
         assert len(served.metrics.finished) in (MAX_FAILED_STEPS, MAX_FAILED_STEPS + 1)
         served.shard.engine.faults.pass_error = lambda _: ""
-        await collect(served.loop.submit(new_request()))
+        await collect(Submitted(served.loop, new_request()))
         assert served.loop.is_healthy
 
 
 async def test_a_sink_gets_what_the_iterator_would_have_brought(tmp_path: Path) -> None:
     async with serving(tmp_path) as served:
         taken: list[StreamEvent] = []
-        async with served.loop.submit(new_request()) as stream:
-            stream.divert(lambda turn: taken.extend(turn) is None)
-            assert [turn async for turn in stream] == []
+
+        def sink(index: int, events: Events) -> bool:
+            taken.extend(events)
+            return True
+
+        async with Submitted(served.loop, new_request(), sink) as stream:
+            assert [events async for events in stream] == []
 
     assert [event.token.id for event in taken] == generated(PROMPT, 8)
     assert end_of(taken).num_generated == 8
@@ -415,13 +420,12 @@ async def test_what_a_sink_refuses_is_iterated_and_nothing_passes_it(tmp_path: P
         told: list[StreamEvent] = []
         is_slow = False
 
-        def sink(turn: tuple[StreamEvent, ...]) -> bool:
+        def sink(index: int, events: Events) -> bool:
             nonlocal is_slow
             is_slow = not is_slow
-            return not is_slow and told.extend(turn) is None
+            return not is_slow and told.extend(events) is None
 
-        async with served.loop.submit(new_request()) as stream:
-            stream.divert(sink)
+        async with Submitted(served.loop, new_request(), sink) as stream:
             async for turn in stream:
                 told.extend(turn)
 
@@ -429,13 +433,12 @@ async def test_what_a_sink_refuses_is_iterated_and_nothing_passes_it(tmp_path: P
 
 
 async def test_a_sink_that_raises_ends_its_own_stream_only(tmp_path: Path) -> None:
-    def broken(turn: tuple[StreamEvent, ...]) -> bool:
+    def broken(index: int, events: Events) -> bool:
         raise ZeroDivisionError
 
     async with serving(tmp_path) as served:
-        other = asyncio.ensure_future(collect(served.loop.submit(new_request())))
-        async with served.loop.submit(new_request(b"another")) as stream:
-            stream.divert(broken)
+        other = asyncio.ensure_future(collect(Submitted(served.loop, new_request())))
+        async with Submitted(served.loop, new_request(b"another"), broken) as stream:
             with pytest.raises(ZeroDivisionError):
                 await anext(stream)
         assert end_of(await other).num_generated == 8

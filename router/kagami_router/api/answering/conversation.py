@@ -13,10 +13,11 @@ from kagami_proto.errors import InvalidRequest, ToolError
 from kagami_proto.span_names import SpanName
 from kagami_proto.tracing import span
 from kagami_proto.values import Grammar, GrammarKind
-from kagami_router.api.native.service import Front
+from kagami_router.request.validation import Validation
 from kagami_router.request.values import FinishReason
 from kagami_router.serving.infer import Generation
 from kagami_router.text.chat_template import PromptOptions
+from kagami_router.tools.chat_format import ChatFormat
 from kagami_router.tools.formats import ToolForm, ToolFormat, arguments_schema
 from kagami_router.tools.offers import AUTO, AllowedCalls, Tool, ToolChoice, allowed_calls
 from kagami_router.tools.parser import (
@@ -63,7 +64,7 @@ class Prepared:
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class ToolCall:
     """One call of a whole answer; the arguments are JSON text."""
 
     id: str
@@ -76,33 +77,35 @@ class Answer:
     """A whole answer, read; `text` None = it has none, only calls."""
 
     text: str | None
-    calls: tuple[Call, ...]
+    calls: tuple[ToolCall, ...]
 
 
-async def prompt(front: Front, conversation: Conversation) -> str:
+async def prompt(chat_format: ChatFormat, conversation: Conversation) -> str:
     """What the model gets to read; raises `ToolError`, or `TemplateError` for the messages."""
     is_shown = _calls_of(conversation) is not None
-    with span(front.tracer, SpanName.TEMPLATE):
-        return await _render(front, conversation, tools=conversation.tools if is_shown else ())
+    with span(chat_format.tracer, SpanName.TEMPLATE):
+        return await _render(chat_format, conversation, conversation.tools if is_shown else ())
 
 
-async def prepare(front: Front, conversation: Conversation) -> Prepared:
+async def prepare(
+    chat_format: ChatFormat, validation: Validation, conversation: Conversation
+) -> Prepared:
     """The prompt, and all that its answers need; raises as `prompt`."""
     calls = _calls_of(conversation)
     if calls is None:
-        text = await prompt(front, conversation)
+        text = await prompt(chat_format, conversation)
         return Prepared(text, conversation.grammar, False, TextOnly)
     if conversation.grammar is not None:
         raise ToolError("Grammar and tools are mutually exclusive")
-    tool_format = front.tool_format
+    tool_format = chat_format.tool_format
     grammar = None
-    if front.validation.has_grammars:
+    if validation.has_grammars:
         grammar = tool_format.grammar(calls)
     elif calls.is_required:
         raise InvalidRequest("grammar is not supported")
-    text = await prompt(front, conversation)
+    text = await prompt(chat_format, conversation)
     if grammar is not None:
-        await _check_grammar(front, grammar, calls)
+        await _check_grammar(validation, grammar, calls)
     return Prepared(
         text,
         grammar,
@@ -134,30 +137,32 @@ def read_answer(generation: Generation, parser: AnswerParser) -> Answer:
         if isinstance(delta, CallArguments):
             arguments.setdefault(delta.index, []).append(delta.text)
     calls = tuple(
-        Call(delta.id, delta.name, "".join(arguments.get(delta.index, ())))
+        ToolCall(delta.id, delta.name, "".join(arguments.get(delta.index, ())))
         for delta in deltas
         if isinstance(delta, CallStart)
     )
     return Answer("".join(texts) if texts or not calls else None, calls)
 
 
-async def _check_grammar(front: Front, grammar: Grammar, calls: AllowedCalls) -> None:
+async def _check_grammar(validation: Validation, grammar: Grammar, calls: AllowedCalls) -> None:
     """Compile it now; where that fails, find the tool whose schema it is."""
     try:
-        await front.validation.ready_grammar(grammar)
+        await validation.ready_grammar(grammar)
     except InvalidRequest as whole:
         for tool in calls.tools:
             alone = Grammar(GrammarKind.LARK, f"start: %json {arguments_schema(tool)}\n")
             try:
-                await front.validation.ready_grammar(alone)
+                await validation.ready_grammar(alone)
             except InvalidRequest as error:
                 raise ToolError(f"`parameters` of the tool {tool.name}: {error}") from error
         raise ToolError(f"the grammar of the tools: {whole}") from whole
 
 
-async def _render(front: Front, conversation: Conversation, *, tools: Sequence[Tool]) -> str:
+async def _render(
+    chat_format: ChatFormat, conversation: Conversation, tools: Sequence[Tool]
+) -> str:
     """The prompt, `tools` shown in the way this template knows."""
-    template, tool_format = front.template, front.tool_format
+    template, tool_format = chat_format.template, chat_format.tool_format
     messages = [_with_objects(message) for message in conversation.messages]
     if "tool_calls" not in template.source:
         messages = _calls_as_text(messages, tool_format.form)

@@ -11,6 +11,7 @@ from kagami_proto.errors import KagamiError
 from kagami_router.api.answering.conversation import AnswerParser, read_deltas
 from kagami_router.api.schemas import messages as schema
 from kagami_router.api.schemas.encoding import encode
+from kagami_router.api.web.call import Finished
 from kagami_router.api.web.errors import Family, error_event
 from kagami_router.api.web.sse import named_event
 from kagami_router.request.values import End, FinishReason, StreamEvent, ValidRequest
@@ -32,20 +33,19 @@ _STOP_REASONS: Mapping[FinishReason, schema.StopReason] = {
 
 
 class MessageWriter:
-    """Writes one answer, in the terms of `one_answer.AnswerWriter`."""
+    """Writes one answer, as `respond.AnswerWriter` says."""
 
     def __init__(self, message_id: str, model: str, max_tokens: int, parser: AnswerParser) -> None:
         self._id = message_id
         self._model = model
         self._max_tokens = max_tokens
         self._parser = parser
-        self._request: ValidRequest | None = None
-        self._end: End | None = None
         self._index = -1  # of the block that is open
         self._open: type[OutBlock] | None = None
 
-    def whole(self, generation: Generation) -> schema.MessageAnswer:
+    def whole(self, generations: Sequence[Generation]) -> schema.MessageAnswer:
         """The answer in one piece."""
+        (generation,) = generations
         content = _blocks(read_deltas(generation, self._parser))
         stop = self._stop(generation.request, generation.end)
         usage = _usage(generation.request, generation.end)
@@ -56,37 +56,39 @@ class MessageWriter:
             stop_sequence=stop.stop_sequence,
         )
 
-    def start(self, request: ValidRequest) -> bytes:
+    def chosen(self, generations: Sequence[Generation]) -> Sequence[Generation]:
+        """The only one."""
+        return generations
+
+    def counted(self, end: End) -> End:
+        """All of it."""
+        return end
+
+    def start(self, requests: Sequence[ValidRequest]) -> bytes:
         """What is known before the first token."""
-        self._request = request
+        (request,) = requests
         message = self._empty(_usage(request, None))
         return _written((schema.MessageStart(message), schema.Ping()))
 
-    def events(self, turn: Sequence[StreamEvent]) -> bytes:
-        """What a turn says."""
-        deltas: list[Delta] = []
-        for event in turn:
-            deltas += self._parser.push(event.token, event.tail)
-            if event.end is not None:
-                self._end = event.end
-                is_cut = event.end.finish_reason is FinishReason.LENGTH
-                deltas += self._parser.finish(is_cut=is_cut)
-        return _written(event for delta in deltas for event in self._said(delta))
+    def event(self, index: int, event: StreamEvent) -> bytes:
+        """What a token says."""
+        deltas = self._parser.push(event.token, event.tail)
+        if event.end is not None:
+            is_cut = event.end.finish_reason is FinishReason.LENGTH
+            deltas += self._parser.finish(is_cut=is_cut)
+        return _written(said for delta in deltas for said in self._said(delta))
 
-    def end(self) -> bytes:
+    def end(self, finished: Sequence[Finished], comment: bytes) -> bytes:
         """The last block's end, the reason, the usage."""
-        assert self._request is not None, "a stream has started"
-        assert self._end is not None, "its last turn has the end"
+        ((request, end),) = finished
         events: list[schema.MessageEvent] = []
         if self._index < 0:
             events += self._opened(_EMPTY_TEXT)
-        return _written(
+        return comment + _written(
             (
                 *events,
                 schema.ContentBlockStop(self._index),
-                schema.MessageDelta(
-                    self._stop(self._request, self._end), _usage(self._request, self._end)
-                ),
+                schema.MessageDelta(self._stop(request, end), _usage(request, end)),
                 schema.MessageStop(),
             )
         )

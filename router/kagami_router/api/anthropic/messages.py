@@ -15,14 +15,15 @@ from aiohttp import web
 from kagami_proto.errors import InvalidRequest, ToolError
 from kagami_proto.values import Grammar
 from kagami_router.api.answering import conversation, grammars
-from kagami_router.api.answering import single as one_answer
 from kagami_router.api.answering.conversation import Conversation
+from kagami_router.api.answering.respond import Asked, respond
 from kagami_router.api.anthropic.message_blocks import MessageWriter
-from kagami_router.api.native.service import Front, front_of, json_response
 from kagami_router.api.schemas import messages as schema
-from kagami_router.api.web.call import Call
+from kagami_router.api.web.app_state import state_of
+from kagami_router.api.web.call import HttpCall
+from kagami_router.api.web.json_response import json_response
 from kagami_router.api.web.middleware import read_body
-from kagami_router.request.validation import GenerationParams
+from kagami_router.request.validation import GenerationParams, Validation
 from kagami_router.text.chat_template import PromptOptions
 from kagami_router.tools import offers
 from kagami_router.tools.offers import Tool, ToolChoice
@@ -44,37 +45,32 @@ _Json = Mapping[str, Any]
 async def messages(request: web.Request) -> web.StreamResponse:
     """Anthropic's Messages: one answer, or its events."""
     body = await read_body(request, _MESSAGES)
-    front, call = front_of(request), Call.of(request)
-    params = _params(front, body)  # before the prompt, which costs more to make
-    prepared = await conversation.prepare(front, _conversation(body))
+    state, call = state_of(request), HttpCall.of(request)
+    params = _params(state.validation, body)  # before the prompt, which costs more to make
+    prepared = await conversation.prepare(state.chat_format, state.validation, _conversation(body))
+    params = replace(params, grammar=prepared.grammar)
     writer = MessageWriter(
-        f"msg_{call.id}", front.served_model(body.model), body.max_tokens, prepared.new_parser()
+        f"msg_{call.id}", state.served_model(body.model), body.max_tokens, prepared.new_parser()
     )
-    return await one_answer.respond(
-        request,
-        call,
-        prompt=prepared.prompt,
-        params=replace(params, grammar=prepared.grammar),
-        is_stream=bool(body.stream),
-        writer=writer,
-    )
+    asked = Asked(prepared.prompt, params, adds_special_tokens=False)
+    return await respond(request, call, [asked], writer, is_stream=bool(body.stream))
 
 
 async def count_tokens(request: web.Request) -> web.Response:
     """How long the prompt of such a conversation is."""
     body = await read_body(request, _COUNT)
-    front = front_of(request)
-    prompt = await conversation.prompt(front, _conversation(body))
-    prompt_ids = await front.tokenizer.encode(prompt, add_special_tokens=False)
+    state = state_of(request)
+    prompt = await conversation.prompt(state.chat_format, _conversation(body))
+    prompt_ids = await state.tokenizer.encode(prompt, add_special_tokens=False)
     return json_response(schema.TokensCount(len(prompt_ids)))
 
 
-def _params(front: Front, body: schema.MessagesRequest) -> GenerationParams:
+def _params(validation: Validation, body: schema.MessagesRequest) -> GenerationParams:
     """Sampling is on unless temperature or top_p is 0; top_p 1 and top_k below 1 are off."""
     if body.max_tokens == 0:
         raise InvalidRequest("`max_tokens` must be strictly positive. Given: 0")
     stop = tuple(text for text in body.stop_sequences or () if text)
-    max_stop = front.validation.limits.max_stop_sequences
+    max_stop = validation.limits.max_stop_sequences
     if len(stop) > max_stop:
         raise InvalidRequest(
             f"`stop_sequences` supports up to {max_stop} stop sequences. Given: {len(stop)}"
@@ -90,7 +86,7 @@ def _params(front: Front, body: schema.MessagesRequest) -> GenerationParams:
         stop=stop,
         keep_stop=False,
     )
-    front.validation.check_params(params)
+    validation.check_params(params)
     return params
 
 

@@ -6,8 +6,9 @@ import msgspec
 from aiohttp import web
 from msgspec import UNSET, UnsetType
 
+from kagami_proto.errors import KagamiError
 from kagami_router.api.answering import grammars
-from kagami_router.api.native.service import front_of, json_response
+from kagami_router.api.answering.respond import Asked, respond
 from kagami_router.api.schemas.encoding import encode, shortest
 from kagami_router.api.schemas.native import (
     BestOfSequence,
@@ -22,18 +23,13 @@ from kagami_router.api.schemas.native import (
     TokenOut,
 )
 from kagami_router.api.web import sse
-from kagami_router.api.web.call import (
-    Call,
-    Finished,
-    log_success,
-    stream_comment,
-    stream_headers,
-    whole_headers,
-)
+from kagami_router.api.web.app_state import state_of
+from kagami_router.api.web.call import Finished, HttpCall
+from kagami_router.api.web.errors import Family, error_event
 from kagami_router.api.web.middleware import read_body
-from kagami_router.request.validation import GenerationParams, samples
-from kagami_router.request.values import StreamEvent, Token, ValidRequest
-from kagami_router.serving.infer import Events, Generation
+from kagami_router.request.validation import GenerationParams
+from kagami_router.request.values import End, StreamEvent, Token, ValidRequest
+from kagami_router.serving.infer import Generation
 
 _GENERATE = msgspec.json.Decoder(GenerateRequest)
 _COMPAT = msgspec.json.Decoder(CompatGenerateRequest)
@@ -44,14 +40,13 @@ _NO_PARAMETERS = GenerateParameters(do_sample=True)
 async def generate(request: web.Request) -> web.StreamResponse:
     """One object."""
     body = await read_body(request, _GENERATE)
-    answer, headers = await _whole(request, body.inputs, given(body.parameters), False)
-    return json_response(answer, **headers)
+    return await _respond(request, body, is_stream=False)
 
 
 async def generate_stream(request: web.Request) -> web.StreamResponse:
     """One event for each token."""
     body = await read_body(request, _GENERATE)
-    return await _stream(request, body.inputs, given(body.parameters), False)
+    return await _respond(request, body, is_stream=True)
 
 
 async def compat_generate(request: web.Request) -> web.StreamResponse:
@@ -61,11 +56,36 @@ async def compat_generate(request: web.Request) -> web.StreamResponse:
     for every local checkpoint.
     """
     body = await read_body(request, _COMPAT)
-    parameters = given(body.parameters)
-    if body.stream:
-        return await _stream(request, body.inputs, parameters, True)
-    answer, headers = await _whole(request, body.inputs, parameters, True)
-    return json_response([answer], **headers)
+    return await _respond(request, body, is_stream=body.stream, is_compat=True)
+
+
+async def _respond(
+    request: web.Request,
+    body: GenerateRequest | CompatGenerateRequest,
+    *,
+    is_stream: bool,
+    is_compat: bool = False,
+) -> web.StreamResponse:
+    wire = given(body.parameters)
+    validation = state_of(request).validation
+    call, params = HttpCall.of(request), params_of(wire)
+    if is_stream:
+        validation.check_stream(params)
+    else:
+        validation.check_best_of(params)
+    is_full = is_compat if wire.return_full_text is None else wire.return_full_text
+    writer = _Writer(
+        body.inputs if is_full else "",
+        has_details=wire.details or (wire.decoder_input_details and not is_stream),
+        is_list=is_compat,
+    )
+    asked = Asked(
+        body.inputs,
+        params,
+        adds_special_tokens=True,
+        num_samples=1 if is_stream else params.num_samples,
+    )
+    return await respond(request, call, [asked], writer, is_stream=is_stream)
 
 
 def given(parameters: GenerateParameters | UnsetType) -> GenerateParameters:
@@ -74,7 +94,7 @@ def given(parameters: GenerateParameters | UnsetType) -> GenerateParameters:
 
 
 def params_of(wire: GenerateParameters) -> GenerationParams:
-    """The parameters in the terms of the door."""
+    """The parameters in the terms of validation."""
     return GenerationParams(
         best_of=wire.best_of,
         do_sample=wire.do_sample,
@@ -97,103 +117,82 @@ def params_of(wire: GenerateParameters) -> GenerationParams:
     )
 
 
-async def _whole(
-    request: web.Request, prompt: str, wire: GenerateParameters, full_text_default: bool
-) -> tuple[GenerateResponse, dict[str, str]]:
-    front, call, params = front_of(request), Call.of(request), params_of(wire)
-    front.validation.check_best_of(params)
-    with front.infer.permits(params.num_samples):
-        valid = await front.validation.validate(prompt, params, add_special_tokens=True)
-        generations = await front.infer.collect_all(samples(valid, params.num_samples), call.tally)
-    best, *others = sorted(generations, key=lambda one: one.mean_logprob, reverse=True)
-    is_full = full_text_default if wire.return_full_text is None else wire.return_full_text
-    prefix = prompt if is_full else ""
-    details = (
-        _details(best, others, prefix) if wire.details or wire.decoder_input_details else UNSET
-    )
-    winner = [Finished(best.request, best.end)]
-    log_success(call, winner)
-    return (
-        GenerateResponse(prefix + best.end.generated_text, details),
-        whole_headers(front.compute_type, [prompt], call, winner),
-    )
-
-
-async def _stream(
-    request: web.Request, prompt: str, wire: GenerateParameters, full_text_default: bool
-) -> web.StreamResponse:
-    front, call, params = front_of(request), Call.of(request), params_of(wire)
-    front.validation.check_stream(params)
-    with front.infer.permits():
-        valid = await front.validation.validate(prompt, params, add_special_tokens=True)
-        is_full = full_text_default if wire.return_full_text is None else wire.return_full_text
-        events = _EventWriter(call, valid, prompt if is_full else "", wire.details)
-        return await sse.respond(
-            request,
-            front.infer.stream(valid, call.tally),
-            render=events.render,
-            last=events.last,
-            headers=stream_headers(front.compute_type, call, [valid]),
-        )
-
-
 # Nearly every event of a stream: a `StreamResponse` of a token and nothing else.
-_PLAIN_EVENT = b'data: {"index":%d,"token":%b,"generated_text":null,"details":null}\n\n'
+_TOKEN_EVENT = b'data: {"index":%d,"token":%b,"generated_text":null,"details":null}\n\n'
 
 
-class _EventWriter:
-    """Writes the events of one native stream."""
+class _Writer:
+    """Writes the answer of one native call, as `respond.AnswerWriter` says."""
 
-    def __init__(self, call: Call, request: ValidRequest, prefix: str, has_details: bool) -> None:
-        self._call = call
-        self._request = request
+    def __init__(self, prefix: str, *, has_details: bool, is_list: bool) -> None:
         self._prefix = prefix
         self._has_details = has_details
+        self._is_list = is_list
+        self._request: ValidRequest | None = None
         self._index = 0
-        self._finished: list[Finished] = []
 
-    def render(self, events: Events) -> bytes:
-        """The events of one turn."""
-        if len(events) == 1:
-            return self._render_one(events[0])
-        return b"".join([self._render_one(event) for event in events])
+    def whole(self, generations: Sequence[Generation]) -> GenerateResponse | list[GenerateResponse]:
+        """The likeliest of the samples; the others are in its details."""
+        best, *others = _likeliest_first(generations)
+        details = _details(best, others, self._prefix) if self._has_details else UNSET
+        answer = GenerateResponse(self._prefix + best.end.generated_text, details)
+        return [answer] if self._is_list else answer
 
-    def last(self) -> bytes:
-        """A native stream just ends; its times come as a comment."""
-        log_success(self._call, self._finished)
-        return stream_comment(self._call, self._finished)
+    def chosen(self, generations: Sequence[Generation]) -> Sequence[Generation]:
+        """The likeliest of the samples."""
+        return _likeliest_first(generations)[:1]
 
-    def _render_one(self, event: StreamEvent) -> bytes:
+    def counted(self, end: End) -> End:
+        """All of it."""
+        return end
+
+    def start(self, requests: Sequence[ValidRequest]) -> bytes:
+        """A stream begins with its first token."""
+        (self._request,) = requests
+        return b""
+
+    def event(self, index: int, event: StreamEvent) -> bytes:
+        """One token; the last one with the whole text."""
         self._index += 1
         token, top_tokens, tail, end, _ = event
         if end is None and not tail and not top_tokens:
             token_id, shown, logprob, special = token
             out = TokenOut(token_id, shown, shortest(logprob), special)
-            return _PLAIN_EVENT % (self._index, encode(out))
-        text = f"{event.tail}{token.text}" if token.special else f"{token.text}{event.tail}"
-        generated_text, details = None, None
-        if end is not None:
-            self._finished.append(Finished(self._request, end))
-            generated_text = self._prefix + end.generated_text
-            if self._has_details:
-                sampling = self._request.sampling
-                details = StreamDetails(
-                    finish_reason=end.finish_reason.value,
-                    generated_tokens=end.num_generated,
-                    seed=sampling.seed if sampling.do_sample else None,
-                    input_length=len(self._request.prompt_ids),
-                )
+            return _TOKEN_EVENT % (self._index, encode(out))
+        text = f"{tail}{token.text}" if token.special else f"{token.text}{tail}"
         return sse.event(
             encode(
                 StreamResponse(
                     self._index,
                     TokenOut(token.id, text, shortest(token.logprob), token.special),
-                    _tokens(event.top_tokens) if event.top_tokens else UNSET,
-                    generated_text,
-                    details,
+                    _tokens(top_tokens) if top_tokens else UNSET,
+                    None if end is None else self._prefix + end.generated_text,
+                    None if end is None or not self._has_details else self._stream_details(end),
                 )
             )
         )
+
+    def end(self, finished: Sequence[Finished], comment: bytes) -> bytes:
+        """A native stream just ends."""
+        return comment
+
+    def failed(self, error: KagamiError) -> bytes:
+        """The error as TGI's clients read it."""
+        return error_event(error, Family.NATIVE)
+
+    def _stream_details(self, end: End) -> StreamDetails:
+        assert self._request is not None, "a stream has started"
+        sampling = self._request.sampling
+        return StreamDetails(
+            finish_reason=end.finish_reason.value,
+            generated_tokens=end.num_generated,
+            seed=sampling.seed if sampling.do_sample else None,
+            input_length=len(self._request.prompt_ids),
+        )
+
+
+def _likeliest_first(generations: Sequence[Generation]) -> Sequence[Generation]:
+    return sorted(generations, key=lambda one: one.mean_logprob, reverse=True)
 
 
 def _details(best: Generation, others: Sequence[Generation], prefix: str) -> Details:

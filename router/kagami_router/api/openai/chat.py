@@ -11,15 +11,21 @@ from kagami_proto.errors import InvalidRequest, MalformedBody
 from kagami_proto.values import Grammar
 from kagami_router.api.answering import conversation, grammars
 from kagami_router.api.answering.conversation import Conversation, Prepared
-from kagami_router.api.native.service import Front, front_of, json_response, simple_tokens
-from kagami_router.api.openai import answers as openai
-from kagami_router.api.openai.chat_writer import ChoiceWriter
+from kagami_router.api.answering.openai_params import max_tokens_of, read_num_choices, read_params
+from kagami_router.api.answering.respond import Asked, respond
+from kagami_router.api.answering.token_lists import simple_tokens
+from kagami_router.api.openai.answer_writer import Form, Identity, OpenAIWriter, wants_usage
+from kagami_router.api.openai.chat_writer import ChatChoices
 from kagami_router.api.schemas.native import ChatTokenizeResponse
 from kagami_router.api.schemas.openai import ChatRequest
-from kagami_router.api.web.call import Call
+from kagami_router.api.web.app_state import state_of
+from kagami_router.api.web.call import HttpCall
+from kagami_router.api.web.json_response import json_response
 from kagami_router.api.web.middleware import read_body
+from kagami_router.request.validation import GenerationParams, Validation
 from kagami_router.text.chat_template import PromptOptions
 from kagami_router.tools import offers
+from kagami_router.tools.chat_format import ChatFormat
 
 _CHAT = msgspec.json.Decoder(ChatRequest)
 
@@ -27,50 +33,58 @@ _CHAT = msgspec.json.Decoder(ChatRequest)
 async def chat_tokenize(request: web.Request) -> web.Response:
     """The rendered prompt and its tokens."""
     body = await read_body(request, _CHAT)
-    front = front_of(request)
-    prompt = await conversation.prompt(front, _conversation(body, None))
-    spans = await front.tokenizer.spans(prompt, add_special_tokens=False)
+    state = state_of(request)
+    prompt = await conversation.prompt(state.chat_format, _conversation(body, None))
+    spans = await state.tokenizer.spans(prompt, add_special_tokens=False)
     return json_response(ChatTokenizeResponse(simple_tokens(spans), prompt))
 
 
 async def chat_completions(request: web.Request) -> web.StreamResponse:
     """One answer, or one chunk for each token."""
     body = await read_body(request, _CHAT)
-    front, call = front_of(request), Call.of(request)
-    plan, prepared = await prepare(front, body)
-    writer = ChoiceWriter(prepared, front.decoder if body.logprobs else None)
-    form = openai.Form(
+    state, call = state_of(request), HttpCall.of(request)
+    asked, prepared = await ask(state.validation, state.chat_format, body)
+    form = Form(
         kind="chat.completion",
         chunk_kind="chat.completion.chunk",
-        id_prefix="chatcmpl",
-        adds_special_tokens=False,  # the template has written them
+        num_samples=asked.num_samples,
+        wants_usage=wants_usage(body),
         has_own_usage=False,
-        choices=writer.choices,
-        chunk_choices=writer.chunk_choices,
-        plain_choice=writer.plain_choice,
     )
-    return await openai.respond(
-        request, call, body, plan=plan, prompts=[prepared.prompt], form=form
+    writer = OpenAIWriter(
+        Identity.of("chatcmpl", call, state, body.model),
+        form,
+        ChatChoices(prepared, state.decoder if body.logprobs else None),
     )
+    return await respond(request, call, [asked], writer, is_stream=bool(body.stream))
 
 
-async def prepare(front: Front, body: ChatRequest) -> tuple[openai.Plan, Prepared]:
-    """What to do with a chat, and the prompt it becomes."""
-    plan = _plan(front, body)  # before the prompt, which costs more to make
-    prepared = await conversation.prepare(front, _conversation(body, plan.params.grammar))
-    return plan._replace(params=replace(plan.params, grammar=prepared.grammar)), prepared
+async def ask(
+    validation: Validation, chat_format: ChatFormat, body: ChatRequest
+) -> tuple[Asked, Prepared]:
+    """What to generate for a chat, and how to read each answer."""
+    params, num_samples = _params(validation, body)  # before the prompt, which costs more to make
+    prepared = await conversation.prepare(
+        chat_format, validation, _conversation(body, params.grammar)
+    )
+    params = replace(params, grammar=prepared.grammar)
+    return Asked(
+        prepared.prompt, params, adds_special_tokens=False, num_samples=num_samples
+    ), prepared
 
 
-def _plan(front: Front, body: ChatRequest) -> openai.Plan:
+def _params(validation: Validation, body: ChatRequest) -> tuple[GenerationParams, int]:
+    """How to generate, and how many times."""
     grammar = grammars.response_format(body.response_format)
-    max_top = front.validation.limits.max_top_n_tokens
+    max_top = validation.limits.max_top_n_tokens
     top_n_tokens = body.top_logprobs or 0
     if top_n_tokens and not body.logprobs:
         raise InvalidRequest(f"`top_logprobs` needs `logprobs`: true. Given: {top_n_tokens}")
     if top_n_tokens > max_top:
         raise InvalidRequest(f"`top_logprobs` must be >= 0 and <= {max_top}. Given: {top_n_tokens}")
-    params, num_samples = openai.plan(front, body, openai.max_tokens_of(body), top_n_tokens)
-    return openai.Plan(replace(params, grammar=grammar), num_samples)
+    num_choices = read_num_choices(body, validation.limits.max_best_of)
+    params = read_params(validation, body, max_tokens_of(body), top_n_tokens)
+    return replace(params, grammar=grammar), num_choices
 
 
 def _conversation(body: ChatRequest, grammar: Grammar | None) -> Conversation:

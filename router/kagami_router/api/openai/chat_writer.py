@@ -7,7 +7,7 @@ from msgspec.structs import replace
 
 from kagami_router.api.answering.conversation import AnswerParser, Prepared, read_answer
 from kagami_router.api.answering.logprobs import chat_logprobs
-from kagami_router.api.openai import answers as openai
+from kagami_router.api.openai.answer_writer import FINISH_REASON, text_of
 from kagami_router.api.schemas.encoding import encode
 from kagami_router.api.schemas.openai import (
     ChatChoice,
@@ -24,12 +24,12 @@ from kagami_router.text.detokenize import TextDecoder
 from kagami_router.tools.parser import CallArguments, CallStart, Delta, TextDelta
 
 _NULL = b"null"
-_PLAIN_CHOICE = (b'{"index":%d,"delta":{"content":', b'},"logprobs":null,"finish_reason":null}')
+_TEXT_CHOICE = (b'{"index":%d,"delta":{"content":', b'},"logprobs":null,"finish_reason":null}')
 _TOOL_CALLS = "tool_calls"
 _TOOL_CALLS_JSON = encode(_TOOL_CALLS)
 
 
-class ChoiceWriter:
+class ChatChoices:
     """Writes the choices of one chat; in a stream the first chunk of each has the role.
 
     A chunk stands for a token; where tools are offered, for each thing said, and a last one for
@@ -43,9 +43,9 @@ class ChoiceWriter:
         self._started: set[int] = set()
 
     @property
-    def plain_choice(self) -> tuple[bytes, bytes] | None:
+    def text_choice(self) -> tuple[bytes, bytes] | None:
         """A choice around its text, in every chunk but the first and the last."""
-        return None if self._decoder is not None or self._prepared.has_tools else _PLAIN_CHOICE
+        return None if self._decoder is not None or self._prepared.has_tools else _TEXT_CHOICE
 
     def choices(self, generations: Sequence[Generation]) -> list[ChatChoice]:
         """Those of a whole answer."""
@@ -65,7 +65,7 @@ class ChoiceWriter:
             index,
             ChatMessage("assistant", answer.text, calls or UNSET),
             logprobs,
-            _TOOL_CALLS if _ends_in_calls(len(calls), reason) else openai.FINISH_REASON[reason],
+            _TOOL_CALLS if _ends_in_calls(len(calls), reason) else FINISH_REASON[reason],
         )
 
     def chunk_choices(self, index: int, event: StreamEvent, finish_reason: bytes) -> list[bytes]:
@@ -74,7 +74,7 @@ class ChoiceWriter:
         if self._decoder is not None:
             logprobs = encode(chat_logprobs(self._decoder, [(event.token, event.top_tokens)]))
         if not self._prepared.has_tools:
-            deltas = [ChatDelta(content=openai.text_of(event))]
+            deltas = [ChatDelta(content=text_of(event))]
         else:
             if index not in self._parsers:
                 self._parsers[index] = self._prepared.new_parser()

@@ -14,54 +14,65 @@ from kagami_proto.errors import (
     SuffixNotSupported,
 )
 from kagami_router.api.answering.logprobs import Columns
-from kagami_router.api.native.service import Front, front_of
-from kagami_router.api.openai import answers as openai
+from kagami_router.api.answering.openai_params import max_tokens_of, read_num_choices, read_params
+from kagami_router.api.answering.respond import Asked, respond
+from kagami_router.api.openai.answer_writer import (
+    FINISH_REASON,
+    Form,
+    Identity,
+    OpenAIWriter,
+    text_of,
+    wants_usage,
+)
 from kagami_router.api.schemas.encoding import encode
 from kagami_router.api.schemas.openai import CompletionChoice, CompletionRequest
-from kagami_router.api.web.call import Call
+from kagami_router.api.web.app_state import state_of
+from kagami_router.api.web.call import HttpCall
 from kagami_router.api.web.middleware import read_body
 from kagami_router.request.prompt import Prompt
-from kagami_router.request.values import PrefillToken, StreamEvent
+from kagami_router.request.validation import GenerationParams, Validation
+from kagami_router.request.values import StreamEvent
 from kagami_router.serving.infer import Generation
 from kagami_router.text.detokenize import TextDecoder
 
 _COMPLETION = msgspec.json.Decoder(CompletionRequest)
-_PLAIN_CHOICE = (b'{"index":%d,"text":', b',"logprobs":null,"finish_reason":null}')
+_TEXT_CHOICE = (b'{"index":%d,"text":', b',"logprobs":null,"finish_reason":null}')
 _PROMPT_FORMS = "expected a text, token ids, or a list of texts or of lists of token ids"
 
 
 async def completions(request: web.Request) -> web.StreamResponse:
     """One answer, or one chunk for each token."""
     body = await read_body(request, _COMPLETION)
-    front, call = front_of(request), Call.of(request)
+    state, call = state_of(request), HttpCall.of(request)
     if body.suffix is not None:
         raise SuffixNotSupported(
             "Suffix is not supported and can be achieved by preprocessing the prompt."
         )
-    given = _split(body.prompt, front.validation.limits.max_client_batch_size)
-    plan = _plan(front, body)
-    prompts = [await _prompt(front, *one) for one in given]
+    validation = state.validation
+    given = _split(body.prompt, validation.limits.max_client_batch_size)
+    params, num_samples = _params(validation, body)
+    prompts = [await _prompt(validation, *one) for one in given]
     shows_output = not _is_scoring(body)
-    writer = _ChoiceWriter(
+    choices = _Choices(
         [one if isinstance(one, str) else one.text for one in prompts],
         num_choices=body.n or 1,
         echo=bool(body.echo),
         shows_output=shows_output,
-        decoder=None if _num_logprobs(front, body) is None else front.decoder,
+        decoder=None if body.logprobs is None or body.logprobs is False else state.decoder,
     )
-    form = openai.Form(
+    form = Form(
         kind="text_completion",
         chunk_kind="text_completion",
-        id_prefix="cmpl",
-        adds_special_tokens=True,
+        num_samples=num_samples,
+        wants_usage=wants_usage(body),
         has_own_usage=True,
-        choices=writer.choices,
-        chunk_choices=writer.chunk_choices,
         shows_output=shows_output,
-        take_prompt=writer.take_prompt if plan.params.prompt_logprobs else None,
-        plain_choice=writer.plain_choice,
     )
-    return await openai.respond(request, call, body, plan=plan, prompts=prompts, form=form)
+    writer = OpenAIWriter(Identity.of("cmpl", call, state, body.model), form, choices)
+    asked = [
+        Asked(one, params, adds_special_tokens=True, num_samples=num_samples) for one in prompts
+    ]
+    return await respond(request, call, asked, writer, is_stream=bool(body.stream))
 
 
 @dataclass(slots=True, eq=False)
@@ -72,7 +83,7 @@ class _Progress:
     is_started: bool = False
 
 
-class _ChoiceWriter:
+class _Choices:
     """Writes the choices of one call: each prompt has `num_choices` of them, in its place."""
 
     def __init__(
@@ -107,7 +118,9 @@ class _ChoiceWriter:
         """That of one chunk; the prompt is part of the first."""
         progress = self._progress[index]
         columns = progress.columns
-        text = openai.text_of(event) if self._shows_output else ""
+        if columns is not None and event.prefill:
+            columns.add_prompt(event.prefill)
+        text = text_of(event) if self._shows_output else ""
         if self._echo and not progress.is_started:
             text = self._prompts[index // self._num_choices] + text
         progress.is_started = True
@@ -122,15 +135,9 @@ class _ChoiceWriter:
         return [choice]
 
     @property
-    def plain_choice(self) -> tuple[bytes, bytes] | None:
+    def text_choice(self) -> tuple[bytes, bytes] | None:
         """A choice around its text, in every chunk but the first and the last."""
-        return _PLAIN_CHOICE if self._decoder is None and self._shows_output else None
-
-    def take_prompt(self, index: int, tokens: Sequence[PrefillToken]) -> None:
-        """The prompt's logprobs, before the first chunk of a choice."""
-        columns = self._progress[index].columns
-        if columns is not None:
-            columns.add_prompt(tokens)
+        return _TEXT_CHOICE if self._decoder is None and self._shows_output else None
 
     def _choice(self, index: int, generation: Generation) -> CompletionChoice:
         prompt = self._prompts[index // self._num_choices]
@@ -143,7 +150,7 @@ class _ChoiceWriter:
             index,
             (prompt if self._echo else "") + generation.end.generated_text,
             None if columns is None else columns.take(),
-            openai.FINISH_REASON[generation.end.finish_reason],
+            FINISH_REASON[generation.end.finish_reason],
         )
 
     def _columns(self, prompt: str) -> Columns | None:
@@ -158,25 +165,27 @@ def _best(samples: Sequence[Generation], count: int) -> Sequence[Generation]:
 
 def _is_scoring(body: CompletionRequest) -> bool:
     """The prompt's logprobs are all that is wanted: evaluation harnesses ask so."""
-    return bool(body.echo) and openai.max_tokens_of(body) == 0
+    return bool(body.echo) and max_tokens_of(body) == 0
 
 
-def _plan(front: Front, body: CompletionRequest) -> openai.Plan:
-    num_logprobs = _num_logprobs(front, body)
+def _params(validation: Validation, body: CompletionRequest) -> tuple[GenerationParams, int]:
+    """How to generate from each prompt, and how many times."""
+    num_logprobs = _num_logprobs(body, validation.limits.max_top_n_tokens)
+    num_choices = read_num_choices(body, validation.limits.max_best_of)
     is_scoring = _is_scoring(body)
-    max_tokens = 1 if is_scoring else openai.max_tokens_of(body)
-    params, num_choices = openai.plan(front, body, max_tokens, num_logprobs or 0)
-    num_samples = _num_samples(front, body, num_choices)
+    max_tokens = 1 if is_scoring else max_tokens_of(body)
+    params = read_params(validation, body, max_tokens, num_logprobs or 0)
+    num_samples = _num_samples(body, num_choices, validation.limits.max_best_of)
     has_prompt_logprobs = bool(body.echo) and num_logprobs is not None
-    return openai.Plan(
+    return (
         replace(params, prompt_logprobs=has_prompt_logprobs),
         num_choices if is_scoring else num_samples,
     )
 
 
-def _num_samples(front: Front, body: CompletionRequest, num_choices: int) -> int:
+def _num_samples(body: CompletionRequest, num_choices: int, limit: int) -> int:
     """How many generations the choices are taken from."""
-    best_of, limit = body.best_of or num_choices, front.validation.limits.max_best_of
+    best_of = body.best_of or num_choices
     if best_of > limit:
         raise InvalidRequest(f"`best_of` must be > 0 and <= {limit}. Given: {best_of}")
     if best_of < num_choices:
@@ -188,11 +197,11 @@ def _num_samples(front: Front, body: CompletionRequest, num_choices: int) -> int
     return best_of
 
 
-def _num_logprobs(front: Front, body: CompletionRequest) -> int | None:
+def _num_logprobs(body: CompletionRequest, limit: int) -> int | None:
     """Alternatives for each token; None = no logprobs at all."""
     if body.logprobs is None or body.logprobs is False:
         return None
-    count, limit = int(body.logprobs), front.validation.limits.max_top_n_tokens
+    count = int(body.logprobs)
     if count > limit:
         raise InvalidRequest(f"`logprobs` must be >= 0 and <= {limit}. Given: {count}")
     return count
@@ -217,5 +226,5 @@ def _split(prompt: str | list[Any], max_prompts: int) -> list[tuple[str, str | l
     return [(f"prompt[{index}]", one) for index, one in enumerate(prompt)]
 
 
-async def _prompt(front: Front, place: str, given: str | list[Any]) -> str | Prompt:
-    return given if isinstance(given, str) else await front.validation.token_prompt(given, place)
+async def _prompt(validation: Validation, place: str, given: str | list[Any]) -> str | Prompt:
+    return given if isinstance(given, str) else await validation.token_prompt(given, place)

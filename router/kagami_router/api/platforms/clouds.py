@@ -1,26 +1,27 @@
 """SageMaker's /invocations and Vertex AI's predictions."""
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 from aiohttp import web
 
 from kagami_proto.errors import InvalidRequest, MalformedBody
 from kagami_router.api.answering.conversation import AnswerParser, read_answer
+from kagami_router.api.answering.respond import Asked, respond_whole
 from kagami_router.api.native import generate
-from kagami_router.api.native.service import Front, front_of, json_response
 from kagami_router.api.openai import chat, completions
 from kagami_router.api.schemas.encoding import encode
 from kagami_router.api.schemas.native import GenerateRequest
 from kagami_router.api.schemas.openai import ChatRequest
 from kagami_router.api.schemas.platforms import VertexRequest, VertexResponse
-from kagami_router.api.web.call import Call, Finished, log_success, whole_headers
+from kagami_router.api.web.app_state import state_of
+from kagami_router.api.web.call import HttpCall
 from kagami_router.api.web.errors import Family
 from kagami_router.api.web.middleware import FAMILY, read_body, reason_of
-from kagami_router.request.validation import GenerationParams
-from kagami_router.request.values import ValidRequest
+from kagami_router.request.validation import Validation
 from kagami_router.serving.infer import Generation
+from kagami_router.tools.chat_format import ChatFormat
 from kagami_router.tools.parser import TextOnly
 
 _MEMBERS = msgspec.json.Decoder(dict[str, msgspec.Raw])
@@ -52,46 +53,43 @@ async def invocations(request: web.Request) -> web.StreamResponse:
 async def vertex(request: web.Request) -> web.StreamResponse:
     """One text for each instance, all generated at once; sampled unless told otherwise."""
     body = await read_body(request, _VERTEX)
-    front, call = front_of(request), Call.of(request)
+    state, call = state_of(request), HttpCall.of(request)
     if not body.instances:
         raise InvalidRequest("`instances` cannot be empty")
-    with front.infer.permits(len(body.instances)):
-        asked = [await _ask(front, index, one) for index, one in enumerate(body.instances)]
-        valid = [await _validated(front, call, one) for one in asked]
-        generations = await front.infer.collect_all(valid, call.tally)
-    finished = [Finished(one.request, one.end) for one in generations]
-    log_success(call, finished)
-    texts = [
-        _text(generation, one.parser) for generation, one in zip(generations, asked, strict=True)
+    read = [
+        await _ask(state.validation, state.chat_format, index, one)
+        for index, one in enumerate(body.instances)
     ]
-    headers = whole_headers(front.compute_type, [one.prompt_text for one in valid], call, finished)
-    return json_response(VertexResponse(texts), **headers)
+
+    def write(generations: Sequence[Generation]) -> VertexResponse:
+        texts = [
+            _text(generation, parser)
+            for generation, (_, parser) in zip(generations, read, strict=True)
+        ]
+        return VertexResponse(texts)
+
+    return await respond_whole(request, call, [asked for asked, _ in read], write)
 
 
-class _Asked(NamedTuple):
-    """One instance, understood."""
-
-    prompt: str
-    params: GenerationParams
-    adds_special_tokens: bool
-    parser: AnswerParser
-
-
-async def _ask(front: Front, index: int, instance: Mapping[str, Any]) -> _Asked:
+async def _ask(
+    validation: Validation, chat_format: ChatFormat, index: int, instance: Mapping[str, Any]
+) -> tuple[Asked, AnswerParser]:
+    """What to generate for one instance, and how to read the answer."""
     place = f"instances[{index}]"
     if "messages" in instance:
-        plan, prepared = await chat.prepare(front, _converted(place, instance, ChatRequest))
-        _refuse_samples(place, plan.num_samples)
-        return _Asked(prepared.prompt, plan.params, False, prepared.new_parser())
+        body = _converted(place, instance, ChatRequest)
+        asked, prepared = await chat.ask(validation, chat_format, body)
+        _refuse_samples(place, asked.num_samples)
+        return asked, prepared.new_parser()
     parameters = instance.get("parameters")
     if isinstance(parameters, Mapping):
         instance = {**instance, "parameters": {"do_sample": True, **parameters}}
     elif parameters is None:  # null is allowed here
         instance = {key: value for key, value in instance.items() if key != "parameters"}
-    body = _converted(place, instance, GenerateRequest)
-    params = generate.params_of(generate.given(body.parameters))
+    given = _converted(place, instance, GenerateRequest)
+    params = generate.params_of(generate.given(given.parameters))
     _refuse_samples(place, params.num_samples)
-    return _Asked(body.inputs, params, True, TextOnly())
+    return Asked(given.inputs, params, adds_special_tokens=True), TextOnly()
 
 
 def _converted(place: str, instance: Mapping[str, Any], body: type[_Body]) -> _Body:
@@ -104,12 +102,6 @@ def _converted(place: str, instance: Mapping[str, Any], body: type[_Body]) -> _B
 def _refuse_samples(place: str, count: int) -> None:
     if count > 1:
         raise InvalidRequest(f"`{place}` may ask for one sample. Given: {count}")
-
-
-async def _validated(front: Front, call: Call, asked: _Asked) -> ValidRequest:
-    return await front.validation.validate(
-        asked.prompt, asked.params, add_special_tokens=asked.adds_special_tokens
-    )
 
 
 def _text(generation: Generation, parser: AnswerParser) -> str:

@@ -4,6 +4,8 @@ Prompts come as BYTES: an array of byte numbers, which is TGI's way, or one text
 protocol's. There is one model, whatever name and version the path has.
 """
 
+from collections.abc import Sequence
+
 import msgspec
 from aiohttp import web
 
@@ -14,8 +16,8 @@ from kagami_proto.errors import (
     MalformedBody,
     Unhealthy,
 )
+from kagami_router.api.answering.respond import Asked, respond_whole
 from kagami_router.api.native import generate
-from kagami_router.api.native.service import DOOR, TGI_VERSION, front_of, json_response
 from kagami_router.api.schemas.platforms import (
     InferInput,
     InferOutput,
@@ -24,8 +26,11 @@ from kagami_router.api.schemas.platforms import (
     Live,
     ServerMetadata,
 )
-from kagami_router.api.web.call import Call, Finished, log_success, whole_headers
+from kagami_router.api.web.app_state import READINESS, TGI_VERSION, state_of
+from kagami_router.api.web.call import HttpCall
+from kagami_router.api.web.json_response import json_response
 from kagami_router.api.web.middleware import read_body
+from kagami_router.serving.infer import Generation
 
 _INFER = msgspec.json.Decoder(InferRequest)
 
@@ -37,7 +42,7 @@ async def live(request: web.Request) -> web.Response:
 
 async def ready(request: web.Request) -> web.Response:
     """A request would be served."""
-    if not request.app[DOOR].is_healthy:
+    if not request.app[READINESS].is_healthy:
         raise Unhealthy("unhealthy")
     return json_response(Live(True))
 
@@ -58,7 +63,8 @@ async def model_metadata(request: web.Request) -> web.Response:
 async def infer(request: web.Request) -> web.StreamResponse:
     """One text for each input, in their order."""
     body = await read_body(request, _INFER)
-    front, call = front_of(request), Call.of(request)
+    state_of(request)  # takes work, before the body is looked at
+    call = HttpCall.of(request)
     names = [one.name for one in (body.outputs if body.outputs is not None else body.inputs)]
     if len(names) != len(body.inputs):
         raise LengthMismatch("Inputs and outputs length mismatch")
@@ -68,20 +74,16 @@ async def infer(request: web.Request) -> web.StreamResponse:
     params = generate.params_of(generate.given(body.parameters))
     if params.num_samples > 1:
         raise InvalidRequest("`best_of` != 1 is not allowed for this endpoint")
-    with front.infer.permits(len(prompts)):
-        valid = [
-            await front.validation.validate(prompt, params, add_special_tokens=True)
-            for prompt in prompts
+    asked = [Asked(prompt, params, adds_special_tokens=True) for prompt in prompts]
+
+    def write(generations: Sequence[Generation]) -> InferResponse:
+        outputs = [
+            _output(name, given, one.end.generated_text)
+            for name, given, one in zip(names, body.inputs, generations, strict=True)
         ]
-        generations = await front.infer.collect_all(valid, call.tally)
-    finished = [Finished(one.request, one.end) for one in generations]
-    log_success(call, finished)
-    outputs = [
-        _output(name, asked, one.generated_text)
-        for name, asked, (_, one) in zip(names, body.inputs, finished, strict=True)
-    ]
-    headers = whole_headers(front.compute_type, prompts, call, finished)
-    return json_response(InferResponse(body.id, outputs), **headers)
+        return InferResponse(body.id, outputs)
+
+    return await respond_whole(request, call, asked, write)
 
 
 def _prompt(index: int, asked: InferInput) -> str:

@@ -12,10 +12,9 @@ from msgspec.structs import replace as changed
 from kagami_proto.errors import InvalidRequest, KagamiError, MalformedBody
 from kagami_proto.values import Grammar
 from kagami_router.api.answering import conversation, grammars
-from kagami_router.api.answering import single as one_answer
 from kagami_router.api.answering.conversation import Conversation, Prepared
-from kagami_router.api.native.service import Front, front_of, json_response
-from kagami_router.api.openai import answers as openai
+from kagami_router.api.answering.openai_params import read_params
+from kagami_router.api.answering.respond import Asked, respond
 from kagami_router.api.responses import items
 from kagami_router.api.responses.output import COMPLETED, IN_PROGRESS, INCOMPLETE, Output
 from kagami_router.api.schemas.encoding import encode
@@ -44,10 +43,12 @@ from kagami_router.api.schemas.responses import (
     TextSettings,
 )
 from kagami_router.api.web import sse
-from kagami_router.api.web.call import Call
+from kagami_router.api.web.app_state import state_of
+from kagami_router.api.web.call import Finished, HttpCall
 from kagami_router.api.web.errors import error_kind, error_text
+from kagami_router.api.web.json_response import json_response
 from kagami_router.api.web.middleware import read_body
-from kagami_router.request.validation import GenerationParams
+from kagami_router.request.validation import GenerationParams, Validation
 from kagami_router.request.values import End, FinishReason, StreamEvent, ValidRequest
 from kagami_router.serving.infer import Generation
 from kagami_router.text.chat_template import PromptOptions
@@ -68,27 +69,25 @@ _REFUSED: Mapping[str, str] = {
 async def responses(request: web.Request) -> web.StreamResponse:
     """One Response, or the events in which it grows."""
     body = await _read(request)
-    front, call = front_of(request), Call.of(request)
-    params = _params(front, body)  # before the prompt, which costs more to make
-    prepared = await conversation.prepare(front, _conversation(body))
-    return await one_answer.respond(
-        request,
-        call,
-        prompt=prepared.prompt,
-        params=replace(params, grammar=prepared.grammar),
-        is_stream=bool(body.stream),
-        writer=ResponseWriter(
-            _begun(front, call, body), prepared, front.decoder if _has_logprobs(body) else None
-        ),
+    state, call = state_of(request), HttpCall.of(request)
+    params = _params(state.validation, body)  # before the prompt, which costs more to make
+    prepared = await conversation.prepare(state.chat_format, state.validation, _conversation(body))
+    params = replace(params, grammar=prepared.grammar)
+    writer = ResponseWriter(
+        _begun(state.served_model(body.model), call, body),
+        prepared,
+        state.decoder if _has_logprobs(body) else None,
     )
+    asked = Asked(prepared.prompt, params, adds_special_tokens=False)
+    return await respond(request, call, [asked], writer, is_stream=bool(body.stream))
 
 
 async def input_tokens(request: web.Request) -> web.Response:
     """How long the prompt of such a Response is."""
     body = await _read(request)
-    front = front_of(request)
-    prompt = await conversation.prompt(front, _conversation(body))
-    prompt_ids = await front.tokenizer.encode(prompt, add_special_tokens=False)
+    state = state_of(request)
+    prompt = await conversation.prompt(state.chat_format, _conversation(body))
+    prompt_ids = await state.tokenizer.encode(prompt, add_special_tokens=False)
     return json_response(InputTokens(len(prompt_ids)))
 
 
@@ -104,9 +103,9 @@ def _has_logprobs(body: ResponsesRequest) -> bool:
     return _LOGPROBS in (body.include or ()) or bool(body.top_logprobs)
 
 
-def _params(front: Front, body: ResponsesRequest) -> GenerationParams:
+def _params(validation: Validation, body: ResponsesRequest) -> GenerationParams:
     top_logprobs = body.top_logprobs or 0
-    max_top = front.validation.limits.max_top_n_tokens
+    max_top = validation.limits.max_top_n_tokens
     if top_logprobs > max_top:
         raise InvalidRequest(f"`top_logprobs` must be >= 0 and <= {max_top}. Given: {top_logprobs}")
     if body.max_output_tokens == 0:
@@ -121,7 +120,7 @@ def _params(front: Front, body: ResponsesRequest) -> GenerationParams:
         stop=body.stop,
         seed=body.seed,
     )
-    return openai.plan(front, given, body.max_output_tokens, top_logprobs).params
+    return read_params(validation, given, body.max_output_tokens, top_logprobs)
 
 
 def _conversation(body: ResponsesRequest) -> Conversation:
@@ -161,7 +160,7 @@ def _grammar(wire: TextFormat) -> Grammar | None:
     return grammars.json_schema(wire.schema)
 
 
-def _begun(front: Front, call: Call, body: ResponsesRequest) -> ResponseObject:
+def _begun(model: str, call: HttpCall, body: ResponsesRequest) -> ResponseObject:
     """The Response before its first token: who made it, and the settings."""
     text = body.text or TextSettings()
     return ResponseObject(
@@ -170,7 +169,7 @@ def _begun(front: Front, call: Call, body: ResponsesRequest) -> ResponseObject:
         status=IN_PROGRESS,
         instructions=body.instructions,
         max_output_tokens=body.max_output_tokens,
-        model=front.served_model(body.model),
+        model=model,
         parallel_tool_calls=body.parallel_tool_calls is not False,
         prompt_cache_key=body.prompt_cache_key,
         reasoning=Reasoning(body.reasoning.effort if body.reasoning else None),
@@ -200,10 +199,10 @@ class ResponseWriter:
         answer_id = begun.id.removeprefix("resp_")
         self._output = Output(answer_id, prepared.new_parser(), decoder)
         self._num_input = 0
-        self._end: End | None = None
 
-    def whole(self, generation: Generation) -> ResponseObject:
+    def whole(self, generations: Sequence[Generation]) -> ResponseObject:
         """The Response in one piece."""
+        (generation,) = generations
         self._num_input = len(generation.request.prompt_ids)
         last = len(generation.tokens) - 1
         spoken = zip(generation.tokens_with_alternatives(), generation.tails, strict=True)
@@ -212,25 +211,33 @@ class ResponseWriter:
             self._output.push(StreamEvent(token, alternatives, tail, end))
         return self._finished(generation.end)
 
-    def start(self, request: ValidRequest) -> bytes:
+    def chosen(self, generations: Sequence[Generation]) -> Sequence[Generation]:
+        """The only one."""
+        return generations
+
+    def counted(self, end: End) -> End:
+        """All of it."""
+        return end
+
+    def start(self, requests: Sequence[ValidRequest]) -> bytes:
         """The two events before the first item."""
+        (request,) = requests
         self._num_input = len(request.prompt_ids)
         number = self._output.next_number
         return _written(
             [ResponseCreated(number(), self._begun), ResponseInProgress(number(), self._begun)]
         )
 
-    def events(self, turn: Sequence[StreamEvent]) -> bytes:
+    def event(self, index: int, event: StreamEvent) -> bytes:
         """Items and what they grow by."""
-        self._end = turn[-1].end
-        return _written([one for event in turn for one in self._output.push(event)])
+        return _written(self._output.push(event))
 
-    def end(self) -> bytes:
+    def end(self, finished: Sequence[Finished], comment: bytes) -> bytes:
         """The Response as it became."""
-        assert self._end is not None, "the last turn of a stream brings its end"
-        response = self._finished(self._end)
+        ((_, end),) = finished
+        response = self._finished(end)
         kind = ResponseCompleted if response.status == COMPLETED else ResponseIncomplete
-        return _written([kind(self._output.next_number(), response)])
+        return comment + _written([kind(self._output.next_number(), response)])
 
     def failed(self, error: KagamiError) -> bytes:
         """The error for who reads events, and a Response that has it."""

@@ -1,6 +1,6 @@
 """What every generating route does around an answer: ids, `x-*` headers, the line in the log.
 
-One HTTP call is one `Call`, whatever number of generations it runs.
+One HTTP call is one `HttpCall`, whatever number of generations it runs.
 """
 
 import secrets
@@ -12,23 +12,23 @@ from typing import NamedTuple
 
 from aiohttp import web
 
-from kagami_router.api.web.call_log import TALLY, duration, log_answered, origin_of
+from kagami_router.api.web.call_log import CALL_STATS, duration, log_answered, origin_of
 from kagami_router.request.values import End, ValidRequest
-from kagami_router.serving.infer import Tally
+from kagami_router.serving.generation_stream import CallStats
 from kagami_router.telemetry.request_trace import describe_answer
 
 TRACES_CONTENT = web.AppKey("traces_content", bool)
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class HttpCall:
     """One HTTP call: when it came in, what it brought, what its log line names.
 
     `id` is ours and goes into the ids of answers; the client's own may be in `origin`.
     """
 
     id: str
-    tally: Tally
+    stats: CallStats
     created: int
     """Seconds since the epoch."""
     traces_content: bool
@@ -39,14 +39,14 @@ class Call:
     @property
     def received(self) -> float:
         """When its body was read, in monotonic seconds."""
-        return self.tally.received
+        return self.stats.received
 
     @classmethod
-    def of(cls, request: web.Request) -> "Call":
+    def of(cls, request: web.Request) -> "HttpCall":
         """The call that starts with `request`, now."""
         return cls(
             secrets.token_hex(12),
-            request.setdefault(TALLY, Tally(time.monotonic())),
+            request.setdefault(CALL_STATS, CallStats(time.monotonic())),
             int(time.time()),
             request.app[TRACES_CONTENT],
             origin_of(request),
@@ -70,7 +70,7 @@ class Times(NamedTuple):
     per_token: float
 
     @classmethod
-    def of(cls, call: Call, finished: Sequence[Finished]) -> "Times":
+    def of(cls, call: HttpCall, finished: Sequence[Finished]) -> "Times":
         """The times of these generations."""
         timings = [one.end.timings for one in finished]
         inference = [one.finished - one.scheduled for one in timings]
@@ -85,18 +85,18 @@ class Times(NamedTuple):
 
 
 def stream_headers(
-    compute_type: str, call: Call, requests: Sequence[ValidRequest]
+    compute_type: str, call: HttpCall, prompts: Sequence[ValidRequest]
 ) -> dict[str, str]:
-    """The `x-*` headers that are known before the first token."""
+    """The `x-*` headers that are known before the first token; `prompts`: a request for each."""
     return {
         "x-compute-type": compute_type,
-        "x-compute-characters": str(sum(len(one.prompt_text) for one in requests)),
+        "x-compute-characters": _num_characters(prompts),
         "x-validation-time": _milliseconds(time.monotonic() - call.received),
-        "x-prompt-tokens": str(sum(len(one.prompt_ids) for one in requests)),
+        "x-prompt-tokens": str(sum(len(one.prompt_ids) for one in prompts)),
     }
 
 
-def stream_comment(call: Call, finished: Sequence[Finished]) -> bytes:
+def stream_comment(call: HttpCall, finished: Sequence[Finished]) -> bytes:
     """What a stream's headers could not tell, as its last line: a comment to every client."""
     phases = {f"{name}-ms": ms for name, ms in _phases(call, finished).items()}
     told = _times_headers(call, finished) | phases
@@ -104,19 +104,26 @@ def stream_comment(call: Call, finished: Sequence[Finished]) -> bytes:
 
 
 def whole_headers(
-    compute_type: str, prompts: Sequence[str], call: Call, finished: Sequence[Finished]
+    compute_type: str,
+    prompts: Sequence[ValidRequest],
+    call: HttpCall,
+    finished: Sequence[Finished],
 ) -> dict[str, str]:
-    """The `x-*` headers of an answer in one piece."""
+    """The `x-*` headers of an answer in one piece; `prompts`: a request for each."""
     return {
         "x-compute-type": compute_type,
-        "x-compute-characters": str(sum(len(prompt) for prompt in prompts)),
+        "x-compute-characters": _num_characters(prompts),
         "x-prompt-tokens": str(sum(len(one.request.prompt_ids) for one in finished)),
         **_times_headers(call, finished),
         "server-timing": _server_timing(call, finished),
     }
 
 
-def _phases(call: Call, finished: Sequence[Finished]) -> dict[str, str]:
+def _num_characters(prompts: Sequence[ValidRequest]) -> str:
+    return str(sum(len(one.prompt_text) for one in prompts))
+
+
+def _phases(call: HttpCall, finished: Sequence[Finished]) -> dict[str, str]:
     """Where the time went, in milliseconds.
 
     Of several generations, which run side by side, the longest counts. `device` is what the steps
@@ -134,12 +141,12 @@ def _phases(call: Call, finished: Sequence[Finished]) -> dict[str, str]:
     return {name: f"{value * 1e3:.3f}" for name, value in seconds.items()}
 
 
-def _server_timing(call: Call, finished: Sequence[Finished]) -> str:
+def _server_timing(call: HttpCall, finished: Sequence[Finished]) -> str:
     """The phases as browsers' tools draw them: https://www.w3.org/TR/server-timing/."""
     return ", ".join(f"{name};dur={ms}" for name, ms in _phases(call, finished).items())
 
 
-def _times_headers(call: Call, finished: Sequence[Finished]) -> dict[str, str]:
+def _times_headers(call: HttpCall, finished: Sequence[Finished]) -> dict[str, str]:
     """What is known at the end: milliseconds, but x-compute-time in seconds."""
     times = Times.of(call, finished)
     return {
@@ -153,7 +160,7 @@ def _times_headers(call: Call, finished: Sequence[Finished]) -> dict[str, str]:
     }
 
 
-def log_success(call: Call, finished: Sequence[Finished]) -> None:
+def log_success(call: HttpCall, finished: Sequence[Finished]) -> None:
     """The one line of a call that was answered in full; times in TGI's words and form."""
     describe_answer(
         finished,

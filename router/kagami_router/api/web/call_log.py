@@ -12,14 +12,14 @@ from collections.abc import Mapping
 
 from aiohttp import web
 
-from kagami_router.serving.infer import Tally
+from kagami_router.serving.generation_stream import CallStats
 
 logger = logging.getLogger(__name__)
 
 # The id of a request: the client's own, or one of ours; in the answer, the log, and the ids in it.
 REQUEST_ID = web.RequestKey("request_id", str)
-# What a call has brought so far, whatever becomes of it.
-TALLY = web.RequestKey("tally", Tally)
+# What a call has brought until now, whatever becomes of it.
+CALL_STATS = web.RequestKey("call_stats", CallStats)
 _CLIENTS_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
@@ -36,18 +36,18 @@ def origin_of(request: web.Request) -> dict[str, object]:
     return {"path": request.path, "request_id": request_id(request)}
 
 
-def so_far(request: web.Request) -> dict[str, object]:
+def brought_until_now(request: web.Request) -> dict[str, object]:
     """What a call that does not reach its end has brought, behind the error's text."""
-    tally = request.get(TALLY)
-    if tally is None:
+    stats = request.get(CALL_STATS)
+    if stats is None:
         return {}
-    fields: dict[str, object] = {"total_time": duration(time.monotonic() - tally.received)}
-    if tally.first_token is not None:
-        fields["time_to_first_token"] = duration(tally.first_token - tally.received)
-    if tally.prompt_tokens:
+    fields: dict[str, object] = {"total_time": duration(time.monotonic() - stats.received)}
+    if stats.first_token is not None:
+        fields["time_to_first_token"] = duration(stats.first_token - stats.received)
+    if stats.prompt_tokens:
         fields |= {
-            "prompt_tokens": tally.prompt_tokens,
-            "generated_tokens": tally.generated_tokens,
+            "prompt_tokens": stats.prompt_tokens,
+            "generated_tokens": stats.generated_tokens,
         }
     return fields
 

@@ -34,7 +34,7 @@ from kagami_proto.errors import (
 )
 from kagami_proto.span_names import EventName, Key
 from kagami_proto.tracing import mark_failed
-from kagami_router.api.web.call_log import origin_of, so_far
+from kagami_router.api.web.call_log import brought_until_now, origin_of
 from kagami_router.api.web.errors import (
     Family,
     error_body,
@@ -97,7 +97,7 @@ def report(request: web.Request, error: Exception) -> KagamiError:
 
 def _fields(request: web.Request, error: BaseException) -> dict[str, object]:
     kind = error_kind(error) if isinstance(error, KagamiError) else "internal"
-    return {"error_type": kind, **so_far(request), **origin_of(request)}
+    return {"error_type": kind, **brought_until_now(request), **origin_of(request)}
 
 
 def failure_cause(error: BaseException) -> str:
@@ -154,7 +154,7 @@ def report_dropped(request: web.Request) -> None:
     """Write the one log line of a call whose client did not wait for its end."""
     logger.info(
         "The connection was closed before the end",
-        extra={"error_type": "dropped", **so_far(request), **origin_of(request)},
+        extra={"error_type": "dropped", **brought_until_now(request), **origin_of(request)},
     )
     trace.get_current_span().add_event(EventName.CANCELLED)
     trace.get_current_span().set_attribute(Key.ERROR_TYPE, "cancelled")

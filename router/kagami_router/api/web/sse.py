@@ -5,24 +5,17 @@ an event must leave when it is written.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
-from typing import Generic, TypeVar
+from typing import Protocol
 
 from aiohttp import hdrs, web
 from opentelemetry import trace
 
 from kagami_proto.errors import KagamiError
 from kagami_proto.span_names import Key
-from kagami_router.api.web.errors import error_event
-from kagami_router.api.web.middleware import (
-    FAILURE_CAUSE,
-    failure_cause,
-    family_of,
-    report,
-    report_dropped,
-)
-from kagami_router.serving.step_events import Divertible
+from kagami_router.api.web.middleware import FAILURE_CAUSE, failure_cause, report, report_dropped
+from kagami_router.serving.generation_stream import Events, Sink
 
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b":\n\n"
@@ -34,7 +27,24 @@ HEADERS: Mapping[str, str] = {
     "x-accel-buffering": "no",
 }
 
-_Turn = TypeVar("_Turn")
+Backlog = Sequence[tuple[int, Events]]
+"""Events that were not pushed, each with the index of its generation"""
+
+
+class StreamWriter(Protocol):
+    """Writes the events of one stream."""
+
+    def push(self, index: int, events: Events) -> bytes | None:
+        """The bytes of what one step brought; None: it takes too long for the event loop."""
+
+    async def pull(self, backlog: Backlog) -> bytes:
+        """The bytes of what was not pushed."""
+
+    def end(self) -> bytes:
+        """What the stream ends with."""
+
+    def failed(self, error: KagamiError) -> bytes:
+        """What it ends with if a generation fails."""
 
 
 def event(body: bytes) -> bytes:
@@ -49,35 +59,33 @@ def named_event(name: str, body: bytes) -> bytes:
 
 async def respond(
     request: web.Request,
-    turns: AbstractAsyncContextManager[AsyncIterator[_Turn]],
+    start: Callable[[Sink], AbstractAsyncContextManager[AsyncIterator[Backlog]]],
+    writer: StreamWriter,
     *,
-    render: Callable[[_Turn], bytes],
-    last: Callable[[], bytes],
     headers: Mapping[str, str],
-    failed: Callable[[KagamiError], bytes] | None = None,
     keep_alive_s: float = KEEP_ALIVE_S,
 ) -> web.StreamResponse:
-    """Answer with a stream: one write for each turn, then `last()`.
+    """Answer with the stream that `start` starts: one write for what a step brought, then the end.
 
-    Turns of a stream that hands them over are written within the batching loop's pass; this task
-    sleeps until the end, or until a client reads slower than its tokens come.
+    Events are pushed: they are written within the batching loop's pass, and this task sleeps until
+    the end. It writes only what could not be pushed, because the client reads slower than its
+    tokens come or because it takes long to write.
 
-    What fails before `turns` is entered is raised and gets a status of its own; what fails later
-    becomes an event, by `failed` or else in the family's shape. A client that goes away cancels
-    this task, and leaving `turns` the generation.
+    An error of `start` is raised and gets a status of its own; an error behind it becomes an event.
+    A client that goes away cancels this task, and so the generations.
     """
     trace.get_current_span().set_attribute(Key.REQUEST_STREAM, True)
     response = web.StreamResponse(headers={**HEADERS, **headers})
+    pushed = _Pushed(request, writer)
     try:
-        async with turns as stream:
+        async with start(pushed) as backlogs:
             await response.prepare(request)
-            async with _keep_alive(response, keep_alive_s) as pulse:
-                if isinstance(stream, Divertible):
-                    stream.divert(_Direct(request, response, render, pulse))
-                async for turn in stream:
-                    pulse.last_write = pulse.now()
-                    await response.write(render(turn))
-        ending = last()
+            async with _keep_alive(response, pushed, keep_alive_s):
+                pushed.open(response)
+                async for backlog in backlogs:
+                    pushed.last_write = pushed.now()
+                    await response.write(await writer.pull(backlog))
+        ending = writer.end()
         with suppress(ConnectionError):  # everything was said, and is in the log as answered
             await response.write(ending)
             await response.write_eof()
@@ -90,48 +98,57 @@ async def respond(
         known = report(request, error)
         request[FAILURE_CAUSE] = failure_cause(known)
         with suppress(ConnectionError):
-            told = failed(known) if failed else error_event(known, family_of(request))
-            await response.write(told)
+            await response.write(writer.failed(known))
             await response.write_eof()
     return response
 
 
-class _Direct(Generic[_Turn]):
-    """Writes a turn to its connection at once, unless bytes still wait there.
+class _Pushed:
+    """The sink of a stream: writes to the connection at once, unless bytes still wait there.
 
-    Goes past aiohttp's writer, which is three coroutines deep and as dear as all else that is done
-    for a token; what it would add is the frame of a chunk (RFC 9112, section 7.1).
+    Goes past aiohttp's writer, which is three coroutines deep and costs as much as all else that is
+    done for a token; what it would add is the frame of a chunk (RFC 9112, section 7.1).
     """
 
-    __slots__ = ("_is_chunked", "_outbox", "_pulse", "_render", "_transport")
+    __slots__ = ("_is_chunked", "_is_open", "_outbox", "_push", "_transport", "last_write", "now")
 
-    def __init__(
-        self,
-        request: web.Request,
-        response: web.StreamResponse,
-        render: Callable[[_Turn], bytes],
-        pulse: "_Pulse",
-    ) -> None:
+    def __init__(self, request: web.Request, writer: StreamWriter) -> None:
         self._transport = request.transport
         self._outbox = request.app[OUTBOX]
-        self._is_chunked = response.headers.get(hdrs.TRANSFER_ENCODING) == "chunked"
-        self._render = render
-        self._pulse = pulse
+        self._push = writer.push
+        self._is_open = False
+        self._is_chunked = False
+        self.now = asyncio.get_running_loop().time
+        self.last_write = self.now()
+        """When the stream was last written to, in the event loop's time"""
 
-    def __call__(self, turn: _Turn) -> bool:
+    def open(self, response: web.StreamResponse) -> None:
+        """The head of the response was written: events may follow."""
+        self._is_chunked = response.headers.get(hdrs.TRANSFER_ENCODING) == "chunked"
+        self._is_open = True
+
+    def __call__(self, index: int, events: Events) -> bool:
         transport = self._transport
-        if transport is None or transport.is_closing() or transport.get_write_buffer_size():
+        if (
+            not self._is_open
+            or transport is None
+            or transport.is_closing()
+            or transport.get_write_buffer_size()
+        ):
             return False
-        if data := self._render(turn):
+        data = self._push(index, events)
+        if data is None:
+            return False
+        if data:
             self._outbox.put(
                 transport, b"%x\r\n%b\r\n" % (len(data), data) if self._is_chunked else data
             )
-        self._pulse.last_write = self._pulse.now()
+        self.last_write = self.now()
         return True
 
 
 class Outbox:
-    """What one pass of the loop says to all clients, written in a row when the pass is over.
+    """What one pass of the loop writes to all clients, in a row when the pass is over.
 
     A client that waits is woken by the first bytes; as long as more come it need not be woken
     again, and that is half of what a write costs.
@@ -156,34 +173,25 @@ class Outbox:
 OUTBOX = web.AppKey("outbox", Outbox)
 
 
-class _Pulse:
-    """When a stream was written to last, in the loop's time."""
-
-    __slots__ = ("last_write", "now")
-
-    def __init__(self, now: Callable[[], float]) -> None:
-        self.now = now
-        self.last_write = now()
-
-
 @asynccontextmanager
-async def _keep_alive(response: web.StreamResponse, interval_s: float) -> AsyncIterator[_Pulse]:
+async def _keep_alive(
+    response: web.StreamResponse, pushed: _Pushed, interval_s: float
+) -> AsyncIterator[None]:
     """Write a comment whenever nothing was written for `interval_s`.
 
     The timer looks back when it fires, instead of being restarted by each event.
     """
-    pulse = _Pulse(asyncio.get_running_loop().time)
 
     async def comment() -> None:
         with suppress(ConnectionError):
             while True:
-                await asyncio.sleep(pulse.last_write + interval_s - pulse.now())
-                if pulse.now() - pulse.last_write >= interval_s:
-                    pulse.last_write = pulse.now()
+                await asyncio.sleep(pushed.last_write + interval_s - pushed.now())
+                if pushed.now() - pushed.last_write >= interval_s:
+                    pushed.last_write = pushed.now()
                     await response.write(KEEP_ALIVE)
 
     timer = asyncio.ensure_future(comment())  # ends with this context
     try:
-        yield pulse
+        yield
     finally:
         timer.cancel()

@@ -171,7 +171,7 @@ async def test_the_request_over_the_limit_gets_429(path: str) -> None:
                 }
             loop.gate.set()
             await first.read()
-        assert server.front.infer.num_permits_held == 0
+        assert server.has_all_permits()
 
 
 async def test_a_failure_before_the_end_is_424() -> None:
@@ -192,7 +192,7 @@ async def test_a_failure_in_a_stream_is_an_event() -> None:
             'data: {"error":"Request failed during generation: Server error: boom",'
             '"error_type":"generation"}'
         )
-        assert 'tgi_request_failure{err="generation"} 1' in server.door.metrics.render()
+        assert 'tgi_request_failure{err="generation"} 1' in server.readiness.metrics.render()
 
 
 async def test_a_bug_is_a_500_and_is_logged(caplog: pytest.LogCaptureFixture) -> None:
@@ -217,9 +217,9 @@ async def test_a_client_that_goes_away_cancels_its_generation(path: str) -> None
             (await call).close()
         async with asyncio.timeout(5):
             await loop.left.wait()
-            await server.front.infer.drain(5, 0)
+            await server.state.infer.drain(5, 0)
         assert loop.num_open == 0
-        assert 'tgi_request_failure{err="dropped"} 1' in server.door.metrics.render()
+        assert 'tgi_request_failure{err="dropped"} 1' in server.readiness.metrics.render()
 
 
 async def test_held_back_text_comes_before_a_special_last_token() -> None:

@@ -4,7 +4,7 @@ import pytest
 from tests.fakes.fake_loop import FakeLoop
 from tests.fakes.fake_server import flat_error, serving
 
-from kagami_router.api.native.service import TGI_VERSION
+from kagami_router.api.web.app_state import TGI_VERSION
 
 GENERATING = [
     ("/", {"inputs": "a"}),
@@ -53,7 +53,7 @@ async def test_before_the_model_is_warm_nothing_is_served(path: str, body: objec
 
 async def test_a_stopping_server_refuses_new_work() -> None:
     async with serving() as server:
-        server.door.close()
+        server.readiness.close()
         async with server.post("/generate", {"inputs": "a"}) as response:
             assert response.status == 503
             assert (await flat_error(response))["error"] == "The server is shutting down"
@@ -91,9 +91,9 @@ async def test_models_lists_the_one_model() -> None:
     async with serving() as server, server.http.get("/v1/models") as response:
         assert await response.read() == (
             b'{"object":"list","data":[{"id":"M","object":"model","created":%d,"owned_by":"M"}]}'
-            % server.front.created
+            % server.state.created
         )
-        assert abs(server.front.created - time.time()) < 60
+        assert abs(server.state.created - time.time()) < 60
 
 
 @pytest.mark.parametrize(("name", "status"), [("M", 200), ("m", 404), ("a/b", 404)])
@@ -135,7 +135,7 @@ async def test_tokenize_counts_bytes() -> None:
 
 
 def server_id(server: object, token: str) -> int:
-    return server.front.tokenizer.backend.token_to_id(token)  # type: ignore[attr-defined]
+    return server.state.tokenizer.backend.token_to_id(token)  # type: ignore[attr-defined]
 
 
 async def test_metrics_are_prometheus_text() -> None:

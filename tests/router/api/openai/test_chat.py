@@ -454,7 +454,7 @@ async def test_no_template_is_an_error_of_its_own() -> None:
             "error": "Template error: template not found (looked for one in x)",
             "error_type": "template_error",
         }
-        assert 'tgi_request_failure{err="template"} 1' in server.door.metrics.render()
+        assert 'tgi_request_failure{err="template"} 1' in server.readiness.metrics.render()
 
 
 async def test_a_failure_in_a_stream_has_its_real_status_and_then_done() -> None:

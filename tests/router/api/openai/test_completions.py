@@ -193,7 +193,7 @@ async def test_a_huge_list_is_refused_before_its_parts_are_looked_at(prompt: lis
         with suppress(BatchSizeExceeded):
             for place, given in split(prompt, 4):
                 with suppress(InvalidRequest):
-                    await server.front.validation.token_prompt(given, place)
+                    await server.state.validation.token_prompt(given, place)
         assert time.perf_counter() - started < 0.02
 
 
@@ -201,7 +201,7 @@ async def test_one_bad_prompt_fails_the_call_and_gives_all_permits_back() -> Non
     async with serving() as server:
         async with server.post(PATH, {"prompt": ["a", ""]}) as response:
             assert response.status == 422
-        assert server.front.infer.num_permits_held == 0
+        assert server.has_all_permits()
         assert server.loop.requests == []
 
 
@@ -439,7 +439,7 @@ async def test_max_completion_tokens_wins_here_too() -> None:
 async def test_long_columns_are_the_same_from_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     fields = {"echo": True, "logprobs": 2}
     inline = (await answer_of(scored_loop(), **fields))["choices"]
-    monkeypatch.setattr("kagami_router.api.openai.answers.INLINE_TOKENS", 0)
+    monkeypatch.setattr("kagami_router.api.answering.respond.INLINE_TOKENS", 0)
     assert (await answer_of(scored_loop(), **fields))["choices"] == inline
     chunks = await chunks_of(scored_loop(), **fields)
     tokens = [token for one in chunks for token in one["choices"][0]["logprobs"]["tokens"]]

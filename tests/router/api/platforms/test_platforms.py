@@ -79,7 +79,7 @@ async def test_an_invocation_counts_once() -> None:
     async with serving() as server:
         async with server.post("/invocations", CHAT) as response:
             await response.read()
-        assert "\ntgi_request_count 1\n" in server.door.metrics.render()
+        assert "\ntgi_request_count 1\n" in server.readiness.metrics.render()
 
 
 # ---------------------------------------------------------------------- Vertex
@@ -247,4 +247,4 @@ async def test_kserve_counts_by_route() -> None:
     async with serving() as server:
         async with server.post(INFER, inputs(["a"])) as response:
             assert response.status == 200
-        assert "\ntgi_request_success 1\n" in server.door.metrics.render()
+        assert "\ntgi_request_success 1\n" in server.readiness.metrics.render()

@@ -6,8 +6,8 @@ from aiohttp import ClientSession
 from aiohttp.test_utils import TestServer
 from tests.fakes.fake_server import flat_error, serving
 
-from kagami_router.api.native.service import Door
 from kagami_router.api.routes import make_metrics_app
+from kagami_router.api.web.app_state import Readiness
 from kagami_router.api.web.middleware import failure_cause
 from kagami_router.telemetry.metric_names import FAILURES
 from kagami_router.telemetry.metrics import Metrics
@@ -246,7 +246,10 @@ async def test_a_list_of_origins_is_echoed() -> None:
 
 
 async def test_the_metrics_of_a_port_of_their_own_have_the_same_headers() -> None:
-    async with TestServer(make_metrics_app(Door(Metrics()), ())) as server, ClientSession() as http:
+    async with (
+        TestServer(make_metrics_app(Readiness(Metrics()), ())) as server,
+        ClientSession() as http,
+    ):
         async with http.get(server.make_url("/metrics")) as response:
             assert response.status == 200
             assert response.headers["x-request-id"]

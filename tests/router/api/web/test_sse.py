@@ -1,18 +1,41 @@
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from aiohttp import ClientSession, web
 
+from kagami_proto.errors import KagamiError
 from kagami_router.api.web import sse
+from kagami_router.request.values import plain_event as text_event
+from kagami_router.serving.generation_stream import Events, Sink
+
+
+class Verbatim:
+    """Writes the texts of tokens as they are."""
+
+    def push(self, index: int, events: Events) -> bytes | None:
+        return b"".join(event.token.text.encode() for event in events)
+
+    async def pull(self, backlog: sse.Backlog) -> bytes:
+        return b"".join(self.push(index, events) or b"" for index, events in backlog)
+
+    def end(self) -> bytes:
+        return b"last"
+
+    def failed(self, error: KagamiError) -> bytes:
+        return b"failed"
+
+
+def said(text: str) -> Events:
+    return (text_event(1, text, -0.5),)
 
 
 async def test_a_silent_stream_sends_comments() -> None:
     @asynccontextmanager
-    async def turns() -> AsyncIterator[AsyncIterator[bytes]]:
-        async def silent() -> AsyncIterator[bytes]:
+    async def start(sink: Sink) -> AsyncIterator[AsyncIterator[sse.Backlog]]:
+        async def silent() -> AsyncIterator[sse.Backlog]:
             await written_twice.wait()
-            yield b"x"
+            yield [(0, said("x"))]
 
         yield silent()
 
@@ -20,16 +43,10 @@ async def test_a_silent_stream_sends_comments() -> None:
     written_twice = asyncio.Event()
 
     async def handler(request: web.Request) -> web.StreamResponse:
-        return await sse.respond(
-            request,
-            turns(),
-            render=sse.event,
-            last=lambda: sse.DONE,
-            headers={},
-            keep_alive_s=0.001,
-        )
+        return await sse.respond(request, start, Verbatim(), headers={}, keep_alive_s=0.001)
 
     app = web.Application()
+    app[sse.OUTBOX] = sse.Outbox()
     app.add_routes([web.get("/", handler)])
     runner = web.AppRunner(app)
     await runner.setup()
@@ -44,51 +61,51 @@ async def test_a_silent_stream_sends_comments() -> None:
             written_twice.set()
             rest = await response.text()
         assert written == [b":\n\n", b":\n\n"]
-        assert rest.endswith("data: x\n\ndata: [DONE]\n\n")
+        assert rest.endswith("xlast")
     finally:
         await runner.cleanup()
 
 
-class Diverted:
-    """A stream that hands over what `say` is given, as the batching loop does."""
+class Pushed:
+    """Events that are pushed by the test, as the batching loop does it."""
 
     def __init__(self) -> None:
-        self.sink: Callable[[bytes], bool] | None = None
-        self.waiting: list[bytes] = []
+        self.sink: Sink | None = None
+        self.waiting: list[str] = []
         self._ended = asyncio.Event()
 
-    def divert(self, sink: Callable[[bytes], bool]) -> None:
-        self.sink = sink
+    def push(self, text: str) -> bool:
+        assert self.sink is not None
+        return self.sink(0, said(text))
 
     def end(self) -> None:
         self._ended.set()
 
-    def __aiter__(self) -> "Diverted":
+    @asynccontextmanager
+    async def start(self, sink: Sink) -> AsyncIterator["Pushed"]:
+        self.sink = sink
+        yield self
+
+    def __aiter__(self) -> "Pushed":
         return self
 
-    async def __anext__(self) -> bytes:
+    async def __anext__(self) -> sse.Backlog:
         await self._ended.wait()
         if not self.waiting:
             raise StopAsyncIteration
-        return self.waiting.pop(0)
+        return [(0, said(self.waiting.pop(0)))]
 
 
 @asynccontextmanager
 async def responding(
-    turns: Diverted, version: str = "1.1"
+    pushed: Pushed, version: str = "1.1"
 ) -> AsyncIterator[tuple[asyncio.StreamReader, web.Request]]:
-    """A raw connection to a handler that answers with `turns`, its head read."""
+    """A raw connection to a handler that answers with `pushed`, its head read."""
     requests: list[web.Request] = []
-
-    @asynccontextmanager
-    async def entered() -> AsyncIterator[Diverted]:
-        yield turns
 
     async def handler(request: web.Request) -> web.StreamResponse:
         requests.append(request)
-        return await sse.respond(
-            request, entered(), render=lambda turn: turn, last=lambda: b"last", headers={}
-        )
+        return await sse.respond(request, pushed.start, Verbatim(), headers={})
 
     app = web.Application()
     app[sse.OUTBOX] = sse.Outbox()
@@ -106,45 +123,41 @@ async def responding(
         await runner.cleanup()
 
 
-async def test_turns_that_are_handed_over_are_chunks_of_their_own() -> None:
-    turns = Diverted()
-    async with responding(turns) as (reader, _):
-        assert turns.sink is not None
-        assert turns.sink(b"one")
-        assert turns.sink(b"and two")
-        turns.end()
+async def test_events_that_are_pushed_are_chunks_of_their_own() -> None:
+    pushed = Pushed()
+    async with responding(pushed) as (reader, _):
+        assert pushed.push("one")
+        assert pushed.push("and two")
+        pushed.end()
         assert await reader.readuntil(b"0\r\n\r\n") == (
             b"3\r\none\r\n7\r\nand two\r\n4\r\nlast\r\n0\r\n\r\n"
         )
 
 
-async def test_a_turn_without_words_does_not_end_the_stream() -> None:
-    turns = Diverted()
-    async with responding(turns) as (reader, _):
-        assert turns.sink is not None
-        assert turns.sink(b"")
-        turns.end()
+async def test_an_event_without_text_does_not_end_the_stream() -> None:
+    pushed = Pushed()
+    async with responding(pushed) as (reader, _):
+        assert pushed.push("")
+        pushed.end()
         assert await reader.readuntil(b"0\r\n\r\n") == b"4\r\nlast\r\n0\r\n\r\n"
 
 
 async def test_http_1_0_gets_no_chunks() -> None:
-    turns = Diverted()
-    async with responding(turns, "1.0") as (reader, _):
-        assert turns.sink is not None
-        assert turns.sink(b"one")
-        turns.end()
+    pushed = Pushed()
+    async with responding(pushed, "1.0") as (reader, _):
+        assert pushed.push("one")
+        pushed.end()
         assert await reader.read() == b"onelast"
 
 
-async def test_a_client_that_reads_too_slowly_is_handed_nothing() -> None:
-    turns = Diverted()
-    async with responding(turns) as (reader, _):
-        assert turns.sink is not None
-        megabyte = b"x" * 2**20
-        while turns.sink(megabyte):  # noqa: ASYNC110 - until the socket is full
+async def test_a_client_that_reads_too_slowly_is_pushed_nothing() -> None:
+    pushed = Pushed()
+    async with responding(pushed) as (reader, _):
+        megabyte = "x" * 2**20
+        while pushed.push(megabyte):  # noqa: ASYNC110 - until the socket is full
             await asyncio.sleep(0)
-        turns.waiting.append(b"after all")
-        turns.end()
+        pushed.waiting.append("after all")
+        pushed.end()
         rest = await _whole(reader)
     assert rest.endswith(b"x\r\n9\r\nafter all\r\n4\r\nlast\r\n0\r\n\r\n")
 
@@ -156,10 +169,9 @@ async def _whole(reader: asyncio.StreamReader) -> bytes:
     return data
 
 
-async def test_a_connection_that_is_gone_is_handed_nothing() -> None:
-    turns = Diverted()
-    async with responding(turns) as (_, request):
-        assert turns.sink is not None
+async def test_a_connection_that_is_gone_is_pushed_nothing() -> None:
+    pushed = Pushed()
+    async with responding(pushed) as (_, request):
         assert request.transport is not None
         request.transport.close()
-        assert not turns.sink(b"one")
+        assert not pushed.push("one")

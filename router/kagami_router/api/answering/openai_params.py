@@ -1,0 +1,69 @@
+"""OpenAI's parameters in the native terms, for all routes that take them."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from kagami_proto.errors import InvalidRequest
+from kagami_router.api.schemas.openai import OpenAIRequest
+from kagami_router.request.validation import GenerationParams, Validation
+
+_MAX_ID_DIGITS = 10  # of 2**32
+# As many as OpenAI takes. They travel with the sequence each time it is replayed.
+MAX_BIASED_IDS = 1024
+
+
+def max_tokens_of(body: OpenAIRequest) -> int | None:
+    """The newer name wins."""
+    return body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+
+
+def read_params(
+    validation: Validation, body: OpenAIRequest, max_tokens: int | None, top_n_tokens: int = 0
+) -> GenerationParams:
+    """The parameters of each generation; refuses all that needs no prompt to be seen.
+
+    Sampling is on unless temperature or top_p is 0; top_p 1 and top_k below 1 are off.
+    """
+    stop = (body.stop,) if isinstance(body.stop, str) else filter(None, body.stop or ())
+    params = GenerationParams(
+        do_sample=True,
+        temperature=body.temperature or None,
+        top_p=None if body.top_p in (0, 1) else body.top_p,
+        top_k=None if (body.top_k or 0) < 1 else body.top_k,
+        repetition_penalty=body.repetition_penalty,
+        frequency_penalty=body.frequency_penalty,
+        presence_penalty=body.presence_penalty,
+        max_new_tokens=max_tokens,
+        stop=tuple(stop),
+        keep_stop=False,
+        ignore_eos=bool(body.ignore_eos),
+        seed=body.seed,
+        top_n_tokens=top_n_tokens,
+        logit_bias=_logit_bias(body.logit_bias),
+    )
+    validation.check_params(params)
+    if body.temperature == 0 or body.top_p == 0:
+        return replace(params, do_sample=False, temperature=None, top_p=None, top_k=None)
+    return params
+
+
+def read_num_choices(body: OpenAIRequest, limit: int) -> int:
+    """`n`, which --max-best-of (`limit`) limits as it limits `best_of`."""
+    count = 1 if body.n is None else body.n
+    if not 0 < count <= limit:
+        raise InvalidRequest(f"`n` must be > 0 and <= {limit}. Given: {count}")
+    return count
+
+
+def _logit_bias(wire: Mapping[str, float] | list[float] | None) -> tuple[tuple[int, float], ...]:
+    """JSON's keys are texts; here they are token ids. A list is TGI's form, which does nothing."""
+    if not isinstance(wire, Mapping):
+        return ()
+    if len(wire) > MAX_BIASED_IDS:
+        raise InvalidRequest(
+            f"`logit_bias` supports up to {MAX_BIASED_IDS} token ids. Given: {len(wire)}"
+        )
+    for key in wire:
+        if not (key.isascii() and key.isdecimal() and len(key) <= _MAX_ID_DIGITS):
+            raise InvalidRequest(f"`logit_bias` has token ids as its keys. Given: {key[:40]!r}")
+    return tuple((int(key), bias) for key, bias in wire.items())
