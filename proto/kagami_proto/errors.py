@@ -42,7 +42,14 @@ class KagamiError(Exception):
 
 
 class InvalidRequest(KagamiError):
-    """The request breaks a rule; the text names the field, the limit and the value."""
+    """The request breaks a rule; the text names the field, the limit and the value.
+
+    `field` is the path of that field in the body, as in "messages[0].content"; None: no one field.
+    """
+
+    def __init__(self, text: str, *, field: str | None = None) -> None:
+        super().__init__(text)
+        self.field = field
 
 
 class MalformedBody(InvalidRequest):

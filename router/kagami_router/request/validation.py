@@ -112,19 +112,24 @@ class Validation:
     def check_stream(self, params: GenerationParams) -> None:
         """What only one whole answer can carry; comes before the permit."""
         if params.num_samples > 1:
-            raise InvalidRequest("`best_of` != 1 is not supported when streaming tokens")
+            raise InvalidRequest(
+                "`best_of` != 1 is not supported when streaming tokens", field="best_of"
+            )
         if params.prompt_logprobs:
             raise InvalidRequest(
-                "`decoder_input_details` == true is not supported when streaming tokens"
+                "`decoder_input_details` == true is not supported when streaming tokens",
+                field="decoder_input_details",
             )
 
     def check_best_of(self, params: GenerationParams) -> None:
         """How many samples one call may draw; comes before the permits they take."""
         limit = self.limits.max_best_of
         if params.num_samples > 1 and limit == 1:
-            raise InvalidRequest("`best_of` != 1 is not allowed for this endpoint")
+            raise InvalidRequest("`best_of` != 1 is not allowed for this endpoint", field="best_of")
         if params.num_samples > limit:
-            raise InvalidRequest(f"`best_of` must be > 0 and <= {limit}. Given: {params.best_of}")
+            raise InvalidRequest(
+                f"`best_of` must be > 0 and <= {limit}. Given: {params.best_of}", field="best_of"
+            )
 
     def check_params(self, params: GenerationParams) -> None:
         """What can be refused without the prompt; for a route that has to work to make one."""
@@ -142,11 +147,12 @@ class Validation:
 
     def _token_id(self, given: object, place: str, index: int) -> int:
         if not isinstance(given, int) or isinstance(given, bool):
-            raise MalformedBody(f"{place}[{index}]: expected a token id")
+            raise MalformedBody(f"{place}[{index}]: expected a token id", field=f"{place}[{index}]")
         size = self.limits.vocab_size
         if not 0 <= given < size:
             raise InvalidRequest(
-                f"`{place}[{index}]` must be a token id, >= 0 and < {size}. Given: {given}"
+                f"`{place}[{index}]` must be a token id, >= 0 and < {size}. Given: {given}",
+                field=f"{place}[{index}]",
             )
         return given
 
@@ -171,7 +177,7 @@ class Validation:
         self._check_logit_bias(params)
         text, given_ids = (prompt, None) if isinstance(prompt, str) else (prompt.text, prompt.ids)
         if not (text if given_ids is None else given_ids):
-            raise InvalidRequest("`inputs` cannot be empty")
+            raise InvalidRequest("`inputs` cannot be empty", field="inputs")
         self._check_truncate(params.truncate)
         prompt_ids = given_ids or await self._encode(text, params.truncate, add_special_tokens)
         max_new_tokens = self._max_new_tokens(len(prompt_ids), params)
@@ -210,19 +216,21 @@ class Validation:
     def _sampling(self, params: GenerationParams) -> SamplingParams:
         """Rules 1 to 7, and whether the sequence samples at all."""
         if params.num_samples > 1 and not params.is_sampling_asked:
-            raise InvalidRequest("you must use sampling when `best_of` is > 1")
+            raise InvalidRequest("you must use sampling when `best_of` is > 1", field="best_of")
         temperature = _float32("temperature", params.temperature, 1.0)
         if temperature <= 0:
-            raise InvalidRequest("`temperature` must be strictly positive")
+            raise InvalidRequest("`temperature` must be strictly positive", field="temperature")
         repetition_penalty = _float32("repetition_penalty", params.repetition_penalty, 1.0)
         if repetition_penalty <= 0:
-            raise InvalidRequest("`repetition_penalty` must be strictly positive")
+            raise InvalidRequest(
+                "`repetition_penalty` must be strictly positive", field="repetition_penalty"
+            )
         frequency_penalty = _additive_penalty("frequency_penalty", params.frequency_penalty)
         presence_penalty = _additive_penalty("presence_penalty", params.presence_penalty)
         top_p = _share("top_p", params.top_p)
         typical_p = _share("typical_p", params.typical_p)
         if params.top_k is not None and params.top_k <= 0:
-            raise InvalidRequest("`top_k` must be strictly positive")
+            raise InvalidRequest("`top_k` must be strictly positive", field="top_k")
         do_sample = (
             params.do_sample
             or temperature != 1.0
@@ -248,18 +256,22 @@ class Validation:
         """Rules 8 to 11."""
         limits = self.limits
         if params.max_new_tokens == 0:
-            raise InvalidRequest("`max_new_tokens` must be strictly positive")
+            raise InvalidRequest(
+                "`max_new_tokens` must be strictly positive", field="max_new_tokens"
+            )
         if len(params.stop) > limits.max_stop_sequences:
             raise InvalidRequest(
                 f"`stop` supports up to {limits.max_stop_sequences} stop sequences."
-                f" Given: {len(params.stop)}"
+                f" Given: {len(params.stop)}",
+                field="stop",
             )
         if params.seed is not None and params.num_samples > 1:
-            raise InvalidRequest("`seed` must not be set when `best_of` > 1")
+            raise InvalidRequest("`seed` must not be set when `best_of` > 1", field="seed")
         if (params.top_n_tokens or 0) > limits.max_top_n_tokens:
             raise InvalidRequest(
                 f"`top_n_tokens` must be >= 0 and <= {limits.max_top_n_tokens}."
-                f" Given: {params.top_n_tokens}"
+                f" Given: {params.top_n_tokens}",
+                field="top_n_tokens",
             )
 
     def _check_logit_bias(self, params: GenerationParams) -> None:
@@ -267,12 +279,14 @@ class Validation:
         for token_id, bias in params.logit_bias:
             if not 0 <= token_id < size:
                 raise InvalidRequest(
-                    f"`logit_bias` has ids of the vocabulary, >= 0 and < {size}. Given: {token_id}"
+                    f"`logit_bias` has ids of the vocabulary, >= 0 and < {size}. Given: {token_id}",
+                    field="logit_bias",
                 )
             if not -MAX_LOGIT_BIAS <= bias <= MAX_LOGIT_BIAS:
                 raise InvalidRequest(
                     f"`logit_bias` must be >= -{MAX_LOGIT_BIAS} and <= {MAX_LOGIT_BIAS}."
-                    f" Given: {bias} for the id {token_id}"
+                    f" Given: {bias} for the id {token_id}",
+                    field="logit_bias",
                 )
 
     def _check_truncate(self, truncate: int | None) -> None:
@@ -280,7 +294,8 @@ class Validation:
         limit = self.limits.max_input_tokens
         if truncate is not None and not 0 < truncate <= limit:
             raise InvalidRequest(
-                f"`truncate` must be strictly positive and less than {limit}. Given: {truncate}"
+                f"`truncate` must be strictly positive and less than {limit}. Given: {truncate}",
+                field="truncate",
             )
 
     async def _encode(
@@ -289,7 +304,7 @@ class Validation:
         """Rule 14: the last `truncate` tokens of the prompt, all of them without it."""
         prompt_ids = await self._tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
         if not prompt_ids:
-            raise InvalidRequest("`inputs` has no tokens")
+            raise InvalidRequest("`inputs` has no tokens", field="inputs")
         return prompt_ids if truncate is None else prompt_ids[-truncate:]
 
     def _max_new_tokens(self, num_input: int, params: GenerationParams) -> int:
@@ -302,7 +317,8 @@ class Validation:
         if num_input + max_new > limits.max_total_tokens:
             raise InvalidRequest(
                 f"`inputs` tokens + `max_new_tokens` must be <= {limits.max_total_tokens}."
-                f" Given: {num_input} `inputs` tokens and {max_new} `max_new_tokens`"
+                f" Given: {num_input} `inputs` tokens and {max_new} `max_new_tokens`",
+                field="inputs",
             )
         if num_input > limits.max_input_tokens:
             raise _too_many_tokens(limits, num_input)
@@ -325,7 +341,8 @@ def samples(request: ValidRequest, count: int) -> list[ValidRequest]:
 
 def _too_many_tokens(limits: Limits, count: int) -> InvalidRequest:
     return InvalidRequest(
-        f"`inputs` must have less than {limits.max_input_tokens} tokens. Given: {count}"
+        f"`inputs` must have less than {limits.max_input_tokens} tokens. Given: {count}",
+        field="inputs",
     )
 
 
@@ -333,7 +350,7 @@ def _check_supported(params: GenerationParams) -> None:
     """What is known but not served yet."""
     for name, value in params.unsupported.items():
         if value:
-            raise InvalidRequest(f"`{name}` is not supported yet")
+            raise InvalidRequest(f"`{name}` is not supported yet", field=name)
 
 
 def _float32(name: str, value: float | None, default: float) -> float:
@@ -343,14 +360,14 @@ def _float32(name: str, value: float | None, default: float) -> float:
     try:
         rounded: float = _FLOAT.unpack(_FLOAT.pack(value))[0]
     except OverflowError:
-        raise InvalidRequest(f"`{name}` is out of range. Given: {value}") from None
+        raise InvalidRequest(f"`{name}` is out of range. Given: {value}", field=name) from None
     return rounded
 
 
 def _additive_penalty(name: str, value: float | None) -> float:
     penalty = _float32(name, value, 0.0)
     if not -2.0 <= penalty <= 2.0:
-        raise InvalidRequest(f"`{name}` must be >= -2.0 and <= 2.0")
+        raise InvalidRequest(f"`{name}` must be >= -2.0 and <= 2.0", field=name)
     return penalty
 
 
@@ -359,13 +376,13 @@ def _share(name: str, value: float | None) -> float:
         return 1.0
     share = _float32(name, value, 1.0)
     if not 0.0 < share < 1.0:
-        raise InvalidRequest(f"`{name}` must be > 0.0 and < 1.0")
+        raise InvalidRequest(f"`{name}` must be > 0.0 and < 1.0", field=name)
     return share
 
 
 def _seed(given: int | None, do_sample: bool) -> int:
     if given is not None:
         if given > MAX_SEED:
-            raise InvalidRequest(f"`seed` must be <= {MAX_SEED}. Given: {given}")
+            raise InvalidRequest(f"`seed` must be <= {MAX_SEED}. Given: {given}", field="seed")
         return given
     return random.getrandbits(64) if do_sample else 0

@@ -54,12 +54,14 @@ class PromptOptions:
         """Raises `InvalidRequest` for what contradicts itself, whatever the template."""
         if self.add_generation_prompt and self.continue_final_message:
             raise InvalidRequest(
-                "`add_generation_prompt` and `continue_final_message` exclude each other"
+                "`add_generation_prompt` and `continue_final_message` exclude each other",
+                field="add_generation_prompt",
             )
         for name in (*_OWN, "continue_final_message"):
             if name in self.variables:
                 raise InvalidRequest(
-                    f"`chat_template_kwargs.{name}` is no variable: `{name}` is a field of its own"
+                    f"`chat_template_kwargs.{name}` is no variable: `{name}` is a field of its own",
+                    field=f"chat_template_kwargs.{name}",
                 )
 
 
@@ -111,7 +113,7 @@ class ChatTemplate:
     ) -> str:
         """The prompt that these messages become; raises `TooLong` as `meter` says."""
         if not messages:
-            raise InvalidRequest("`messages` cannot be empty")
+            raise InvalidRequest("`messages` cannot be empty", field="messages")
         options.check()
         program = self._program_for(options)
         variables = {
@@ -132,7 +134,8 @@ class ChatTemplate:
             known = ", ".join(self._programs)
             raise InvalidRequest(
                 "`chat_template` may name one of the model's templates"
-                f" ({known}); templates in requests are not supported"
+                f" ({known}); templates in requests are not supported",
+                field="chat_template",
             )
         if name not in self._programs:
             raise TemplateError(

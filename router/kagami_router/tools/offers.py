@@ -76,12 +76,17 @@ def read_tools(
     """`tools`, each by `read(its place, itself)`; without it as OpenAI's chats have them."""
     read = read or _read_tool
     if len(wire) > MAX_TOOLS:
-        raise ToolError(f"`tools` must have at most {MAX_TOOLS} tools. Given: {len(wire)}")
+        raise ToolError(
+            f"`tools` must have at most {MAX_TOOLS} tools. Given: {len(wire)}", field="tools"
+        )
     tools: dict[str, Tool] = {}
     for index, one in enumerate(wire):
         tool = read(f"tools[{index}]", one)
         if tool.name in tools:
-            raise ToolError(f"`tools[{index}]` has a name that was given before: {tool.name}")
+            raise ToolError(
+                f"`tools[{index}]` has a name that was given before: {tool.name}",
+                field=f"tools[{index}]",
+            )
         tools[tool.name] = tool
     return tuple(tools.values())
 
@@ -90,10 +95,14 @@ def _read_tool(place: str, wire: object) -> Tool:
     """TGI's key `arguments` is read as `parameters`."""
     function = wire.get("function") if isinstance(wire, Mapping) else None
     if not isinstance(wire, Mapping) or not isinstance(function, Mapping):
-        raise ToolError(f'`{place}` must be {{"type":"function","function":{{"name":…}}}}')
+        raise ToolError(
+            f'`{place}` must be {{"type":"function","function":{{"name":…}}}}', field=place
+        )
     kind = wire.get("type", "function")
     if kind != "function":
-        raise ToolError(f"`{place}.type` must be `function`. Given: {_quote(kind)}")
+        raise ToolError(
+            f"`{place}.type` must be `function`. Given: {_quote(kind)}", field=f"{place}.type"
+        )
     function = dict(function)
     arguments = function.pop("arguments", None)
     if function.get("parameters") is None:
@@ -114,7 +123,8 @@ def tool(place: str, wire: Mapping[str, Any], *, schema: object) -> Tool:
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ToolError(
             f"`{place}.name` must have 1 to 128 letters, digits or any of `_-.:/`."
-            f" Given: {_quote(name)}"
+            f" Given: {_quote(name)}",
+            field=f"{place}.name",
         )
     is_strict = function.get("strict") is True
     return Tool(name, _object_schema(f"{place}.parameters", schema), is_strict, wire)
@@ -124,10 +134,12 @@ def _object_schema(place: str, schema: object) -> Mapping[str, Any]:
     if schema is None:
         schema = {}
     if not isinstance(schema, Mapping):
-        raise ToolError(f"`{place}` must be a JSON schema. Given: {_quote(schema)}")
+        raise ToolError(f"`{place}` must be a JSON schema. Given: {_quote(schema)}", field=place)
     kind = schema.get("type", "object")
     if kind != "object":
-        raise ToolError(f"`{place}` must be the schema of an object. Given: {_quote(kind)}")
+        raise ToolError(
+            f"`{place}` must be the schema of an object. Given: {_quote(kind)}", field=place
+        )
     is_open = schema.keys() & _OPEN_KEYWORDS or requires_unnamed(schema)
     is_closed = not is_open and (not schema or "properties" in schema)
     closing = {"additionalProperties": False} if is_closed else {}
@@ -151,7 +163,8 @@ def read_choice(wire: object) -> ToolChoice:
         case _:
             raise ToolError(
                 "`tool_choice` must be `auto`, `none`, `required`, or"
-                f' {{"type":"function","function":{{"name":…}}}}. Given: {_quote(wire)}'
+                f' {{"type":"function","function":{{"name":…}}}}. Given: {_quote(wire)}',
+                field="tool_choice",
             )
 
 
@@ -168,7 +181,10 @@ def _listed_name(wire: object) -> str:
         case {"function": {"name": str(name)}} | {"name": str(name)}:
             return name
         case _:
-            raise ToolError(f"`tool_choice.allowed_tools.tools` has no such form: {_quote(wire)}")
+            raise ToolError(
+                f"`tool_choice.allowed_tools.tools` has no such form: {_quote(wire)}",
+                field="tool_choice.allowed_tools.tools",
+            )
 
 
 def allowed_calls(
@@ -180,16 +196,19 @@ def allowed_calls(
     if not tools:
         if choice == AUTO:
             return None
-        raise ToolError("`tool_choice` is only allowed when `tools` are given")
+        raise ToolError("`tool_choice` is only allowed when `tools` are given", field="tool_choice")
     chosen = tuple(tools)
     if choice.names is not None:
         by_name = {one.name: one for one in tools}
         for name in choice.names:
             if name not in by_name:
-                raise ToolError(f"Tool with name {name[:_QUOTED]} not found")
+                raise ToolError(f"Tool with name {name[:_QUOTED]} not found", field="tool_choice")
         chosen = tuple(by_name[name] for name in dict.fromkeys(choice.names))
         if not chosen:
-            raise ToolError("`tool_choice.allowed_tools.tools` cannot be empty")
+            raise ToolError(
+                "`tool_choice.allowed_tools.tools` cannot be empty",
+                field="tool_choice.allowed_tools.tools",
+            )
     max_calls = choice.max_calls if is_parallel else 1
     return AllowedCalls(chosen, choice.mode is Mode.REQUIRED, max_calls)
 

@@ -154,7 +154,9 @@ async def _check_grammar(validation: Validation, grammar: Grammar, calls: Allowe
             try:
                 await validation.ready_grammar(alone)
             except InvalidRequest as error:
-                raise ToolError(f"`parameters` of the tool {tool.name}: {error}") from error
+                raise ToolError(
+                    f"`parameters` of the tool {tool.name}: {error}", field="parameters"
+                ) from error
         raise ToolError(f"the grammar of the tools: {whole}") from whole
 
 

@@ -41,7 +41,7 @@ def response_format(wire: ResponseFormat | None) -> Grammar | None:
     if wire.value is None:
         if wire.type in ("json", "json_object"):
             return json_schema(_ANY_OBJECT)
-        raise MalformedBody("response_format: missing field `value`")
+        raise MalformedBody("response_format: missing field `value`", field="response_format")
     return _FORMS[wire.type](wire.value, "response_format")
 
 
@@ -63,13 +63,13 @@ def _named_schema(value: Mapping[str, Any] | str, place: str) -> Grammar:
     """`{"name": …, "schema": …}`, TGI's form of a `json_schema`."""
     schema = value.get("schema") if isinstance(value, Mapping) else None
     if not isinstance(schema, Mapping):
-        raise MalformedBody(f"{place}.value: missing field `schema`")
+        raise MalformedBody(f"{place}.value: missing field `schema`", field=f"{place}.value")
     return json_schema(schema)
 
 
 def _regex(value: Mapping[str, Any] | str, place: str) -> Grammar:
     if not isinstance(value, str):
-        raise MalformedBody(f"{place}.value: expected a string")
+        raise MalformedBody(f"{place}.value: expected a string", field=f"{place}.value")
     return Grammar(GrammarKind.REGEX, value)
 
 

@@ -51,7 +51,7 @@ def read_num_choices(body: OpenAIRequest, limit: int) -> int:
     """`n`, which --max-best-of (`limit`) limits as it limits `best_of`."""
     count = 1 if body.n is None else body.n
     if not 0 < count <= limit:
-        raise InvalidRequest(f"`n` must be > 0 and <= {limit}. Given: {count}")
+        raise InvalidRequest(f"`n` must be > 0 and <= {limit}. Given: {count}", field="n")
     return count
 
 
@@ -61,9 +61,12 @@ def _logit_bias(wire: Mapping[str, float] | list[float] | None) -> tuple[tuple[i
         return ()
     if len(wire) > MAX_BIASED_IDS:
         raise InvalidRequest(
-            f"`logit_bias` supports up to {MAX_BIASED_IDS} token ids. Given: {len(wire)}"
+            f"`logit_bias` supports up to {MAX_BIASED_IDS} token ids. Given: {len(wire)}",
+            field="logit_bias",
         )
     for key in wire:
         if not (key.isascii() and key.isdecimal() and len(key) <= _MAX_ID_DIGITS):
-            raise InvalidRequest(f"`logit_bias` has token ids as its keys. Given: {key[:40]!r}")
+            raise InvalidRequest(
+                f"`logit_bias` has token ids as its keys. Given: {key[:40]!r}", field="logit_bias"
+            )
     return tuple((int(key), bias) for key, bias in wire.items())

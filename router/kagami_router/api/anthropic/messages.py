@@ -68,12 +68,13 @@ async def count_tokens(request: web.Request) -> web.Response:
 def _params(validation: Validation, body: schema.MessagesRequest) -> GenerationParams:
     """Sampling is on unless temperature or top_p is 0; top_p 1 and top_k below 1 are off."""
     if body.max_tokens == 0:
-        raise InvalidRequest("`max_tokens` must be strictly positive. Given: 0")
+        raise InvalidRequest("`max_tokens` must be strictly positive. Given: 0", field="max_tokens")
     stop = tuple(text for text in body.stop_sequences or () if text)
     max_stop = validation.limits.max_stop_sequences
     if len(stop) > max_stop:
         raise InvalidRequest(
-            f"`stop_sequences` supports up to {max_stop} stop sequences. Given: {len(stop)}"
+            f"`stop_sequences` supports up to {max_stop} stop sequences. Given: {len(stop)}",
+            field="stop_sequences",
         )
     is_greedy = body.temperature == 0 or body.top_p == 0
     params = GenerationParams(
@@ -92,7 +93,7 @@ def _params(validation: Validation, body: schema.MessagesRequest) -> GenerationP
 
 def _conversation(body: schema.CountTokensRequest) -> Conversation:
     if not body.messages:
-        raise InvalidRequest("`messages` cannot be empty")
+        raise InvalidRequest("`messages` cannot be empty", field="messages")
     choice = body.tool_choice or schema.Choice("auto")
     is_off = body.thinking is not None and body.thinking.type == "disabled"
     return Conversation(
@@ -113,7 +114,8 @@ def _grammar(body: schema.CountTokensRequest) -> Grammar | None:
     if body.messages[-1].role == "assistant":
         raise InvalidRequest(
             "`output_config.format` needs a last message of the user's: an answer that is begun"
-            " cannot be held to a schema"
+            " cannot be held to a schema",
+            field="output_config.format",
         )
     return grammars.json_schema(output.schema)
 
@@ -122,7 +124,9 @@ def _choice(choice: schema.Choice) -> ToolChoice:
     if choice.type != "tool":
         return _CHOICES[choice.type]
     if choice.name is None:
-        raise InvalidRequest("`tool_choice.name` is missing: the type `tool` needs it")
+        raise InvalidRequest(
+            "`tool_choice.name` is missing: the type `tool` needs it", field="tool_choice.name"
+        )
     return ToolChoice(offers.REQUIRED.mode, (choice.name,))
 
 
@@ -132,14 +136,16 @@ def _tool(place: str, given: object) -> Tool:
     if given.type not in (None, "custom"):
         raise ToolError(
             f"`{place}.type` must be `custom`: tools that Anthropic's servers define are not"
-            f" served. Given: {given.type[:80]!r}"
+            f" served. Given: {given.type[:80]!r}",
+            field=f"{place}.type",
         )
     if given.input_schema is None:
-        raise ToolError(f"`{place}.input_schema` is missing")
+        raise ToolError(f"`{place}.input_schema` is missing", field=f"{place}.input_schema")
     kind = given.input_schema.get("type", "object")
     if kind != "object":
         raise ToolError(
-            f"`{place}.input_schema` must be the schema of an object. Given: {str(kind)[:80]!r}"
+            f"`{place}.input_schema` must be the schema of an object. Given: {str(kind)[:80]!r}",
+            field=f"{place}.input_schema",
         )
     function = {
         "name": given.name,
@@ -242,8 +248,9 @@ def _text(place: str, block: schema.TextBlock | schema.ImageBlock | schema.Docum
 
 def _misplaced(place: str, block: schema.Block, role: str) -> InvalidRequest:
     if medium := _MEDIA.get(type(block)):
-        return InvalidRequest(f"`{place}` is {medium}, and this model reads text only")
+        return InvalidRequest(f"`{place}` is {medium}, and this model reads text only", field=place)
     return InvalidRequest(
         f"`{place}` has the type `{block.__struct_config__.tag}`,"
-        f" which no message of the role `{role}` can have"
+        f" which no message of the role `{role}` can have",
+        field=place,
     )

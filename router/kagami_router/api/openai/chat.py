@@ -79,9 +79,14 @@ def _params(validation: Validation, body: ChatRequest) -> tuple[GenerationParams
     max_top = validation.limits.max_top_n_tokens
     top_n_tokens = body.top_logprobs or 0
     if top_n_tokens and not body.logprobs:
-        raise InvalidRequest(f"`top_logprobs` needs `logprobs`: true. Given: {top_n_tokens}")
+        raise InvalidRequest(
+            f"`top_logprobs` needs `logprobs`: true. Given: {top_n_tokens}", field="top_logprobs"
+        )
     if top_n_tokens > max_top:
-        raise InvalidRequest(f"`top_logprobs` must be >= 0 and <= {max_top}. Given: {top_n_tokens}")
+        raise InvalidRequest(
+            f"`top_logprobs` must be >= 0 and <= {max_top}. Given: {top_n_tokens}",
+            field="top_logprobs",
+        )
     num_choices = read_num_choices(body, validation.limits.max_best_of)
     params = read_params(validation, body, max_tokens_of(body), top_n_tokens)
     return replace(params, grammar=grammar), num_choices
@@ -89,7 +94,7 @@ def _params(validation: Validation, body: ChatRequest) -> tuple[GenerationParams
 
 def _conversation(body: ChatRequest, grammar: Grammar | None) -> Conversation:
     if not body.messages:
-        raise InvalidRequest("`messages` cannot be empty")
+        raise InvalidRequest("`messages` cannot be empty", field="messages")
     choice = offers.read_choice(body.tool_choice)
     return Conversation(
         messages=[_message(index, message) for index, message in enumerate(body.messages)],
@@ -116,15 +121,17 @@ def _message(index: int, message: Mapping[str, Any]) -> Mapping[str, Any]:
     """A message as sent, once it is known to be one."""
     place = f"messages[{index}]"
     if not isinstance(message.get("role"), str):
-        raise MalformedBody(f"{place}: missing field `role`")
+        raise MalformedBody(f"{place}: missing field `role`", field=place)
     content = message.get("content")
     if content is None and not message.get("tool_calls"):
-        raise MalformedBody(f"{place}: needs `content` or `tool_calls`")
+        raise MalformedBody(f"{place}: needs `content` or `tool_calls`", field=place)
     if isinstance(content, list):
         for number, chunk in enumerate(content):
             _check_chunk(f"{place}.content[{number}]", chunk)
     elif content is not None and not isinstance(content, str):
-        raise MalformedBody(f"{place}.content: expected a text or a list of chunks")
+        raise MalformedBody(
+            f"{place}.content: expected a text or a list of chunks", field=f"{place}.content"
+        )
     return message
 
 
@@ -133,5 +140,7 @@ def _check_chunk(place: str, chunk: object) -> None:
         if chunk.get("type") == "text" and isinstance(chunk.get("text"), str):
             return
         if chunk.get("type") == "image_url":
-            raise InvalidRequest(f"`{place}` is an image, and this model reads text only")
-    raise MalformedBody(f'{place}: expected {{"type":"text","text":…}}')
+            raise InvalidRequest(
+                f"`{place}` is an image, and this model reads text only", field=place
+            )
+    raise MalformedBody(f'{place}: expected {{"type":"text","text":…}}', field=place)

@@ -46,7 +46,8 @@ async def completions(request: web.Request) -> web.StreamResponse:
     state, call = state_of(request), HttpCall.of(request)
     if body.suffix is not None:
         raise SuffixNotSupported(
-            "Suffix is not supported and can be achieved by preprocessing the prompt."
+            "Suffix is not supported and can be achieved by preprocessing the prompt.",
+            field="suffix",
         )
     validation = state.validation
     given = _split(body.prompt, validation.limits.max_client_batch_size)
@@ -187,12 +188,17 @@ def _num_samples(body: CompletionRequest, num_choices: int, limit: int) -> int:
     """How many generations the choices are taken from."""
     best_of = body.best_of or num_choices
     if best_of > limit:
-        raise InvalidRequest(f"`best_of` must be > 0 and <= {limit}. Given: {best_of}")
+        raise InvalidRequest(
+            f"`best_of` must be > 0 and <= {limit}. Given: {best_of}", field="best_of"
+        )
     if best_of < num_choices:
-        raise InvalidRequest(f"`best_of` must be >= `n`, which is {num_choices}. Given: {best_of}")
+        raise InvalidRequest(
+            f"`best_of` must be >= `n`, which is {num_choices}. Given: {best_of}", field="best_of"
+        )
     if body.stream and best_of > num_choices:
         raise InvalidRequest(
-            f"`best_of` > `n` is not supported when streaming tokens. Given: {best_of}"
+            f"`best_of` > `n` is not supported when streaming tokens. Given: {best_of}",
+            field="best_of",
         )
     return best_of
 
@@ -203,7 +209,9 @@ def _num_logprobs(body: CompletionRequest, limit: int) -> int | None:
         return None
     count = int(body.logprobs)
     if count > limit:
-        raise InvalidRequest(f"`logprobs` must be >= 0 and <= {limit}. Given: {count}")
+        raise InvalidRequest(
+            f"`logprobs` must be >= 0 and <= {limit}. Given: {count}", field="logprobs"
+        )
     return count
 
 
@@ -213,16 +221,18 @@ def _split(prompt: str | list[Any], max_prompts: int) -> list[tuple[str, str | l
         return [("prompt", prompt)]
     if not prompt:
         raise MalformedBody(
-            "prompt: Empty array detected. Do not use an empty array for the prompt."
+            "prompt: Empty array detected. Do not use an empty array for the prompt.",
+            field="prompt",
         )
     if isinstance(prompt[0], int):
         return [("prompt", prompt)]
     if len(prompt) > max_prompts:
         raise BatchSizeExceeded(
-            f"Number of prompts exceeds the maximum allowed batch size of {max_prompts}"
+            f"Number of prompts exceeds the maximum allowed batch size of {max_prompts}",
+            field="prompt",
         )
     if not all(isinstance(one, type(prompt[0])) for one in prompt):
-        raise MalformedBody(f"prompt: {_PROMPT_FORMS}")
+        raise MalformedBody(f"prompt: {_PROMPT_FORMS}", field="prompt")
     return [(f"prompt[{index}]", one) for index, one in enumerate(prompt)]
 
 

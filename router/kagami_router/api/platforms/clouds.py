@@ -55,7 +55,7 @@ async def vertex(request: web.Request) -> web.StreamResponse:
     body = await read_body(request, _VERTEX)
     state, call = state_of(request), HttpCall.of(request)
     if not body.instances:
-        raise InvalidRequest("`instances` cannot be empty")
+        raise InvalidRequest("`instances` cannot be empty", field="instances")
     read = [
         await _ask(state.validation, state.chat_format, index, one)
         for index, one in enumerate(body.instances)
@@ -96,12 +96,13 @@ def _converted(place: str, instance: Mapping[str, Any], body: type[_Body]) -> _B
     try:
         return msgspec.convert(instance, body)
     except msgspec.ValidationError as error:
-        raise MalformedBody(reason_of(error, place)) from error
+        field, reason = reason_of(error, place)
+        raise MalformedBody(reason, field=field) from error
 
 
 def _refuse_samples(place: str, count: int) -> None:
     if count > 1:
-        raise InvalidRequest(f"`{place}` may ask for one sample. Given: {count}")
+        raise InvalidRequest(f"`{place}` may ask for one sample. Given: {count}", field=place)
 
 
 def _text(generation: Generation, parser: AnswerParser) -> str:

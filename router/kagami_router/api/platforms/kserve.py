@@ -69,11 +69,11 @@ async def infer(request: web.Request) -> web.StreamResponse:
     if len(names) != len(body.inputs):
         raise LengthMismatch("Inputs and outputs length mismatch")
     if not body.inputs:
-        raise InvalidRequest("`inputs` cannot be empty")
+        raise InvalidRequest("`inputs` cannot be empty", field="inputs")
     prompts = [_prompt(index, one) for index, one in enumerate(body.inputs)]
     params = generate.params_of(generate.given(body.parameters))
     if params.num_samples > 1:
-        raise InvalidRequest("`best_of` != 1 is not allowed for this endpoint")
+        raise InvalidRequest("`best_of` != 1 is not allowed for this endpoint", field="best_of")
     asked = [Asked(prompt, params, adds_special_tokens=True) for prompt in prompts]
 
     def write(generations: Sequence[Generation]) -> InferResponse:
@@ -91,15 +91,15 @@ def _prompt(index: int, asked: InferInput) -> str:
     texts = [one for one in asked.data if isinstance(one, str)]
     numbers = [one for one in asked.data if isinstance(one, int)]
     if texts and (numbers or len(texts) > 1):
-        raise MalformedBody(f"{place}: expected one text, or the numbers of its bytes")
+        raise MalformedBody(f"{place}: expected one text, or the numbers of its bytes", field=place)
     if texts:
         return texts[0]
     try:
         return bytes(numbers).decode()
     except UnicodeDecodeError as error:
-        raise InvalidUtf8(f"{place}: {error}") from error
+        raise InvalidUtf8(f"{place}: {error}", field=place) from error
     except ValueError as error:
-        raise MalformedBody(f"{place}: a byte is >= 0 and < 256") from error
+        raise MalformedBody(f"{place}: a byte is >= 0 and < 256", field=place) from error
 
 
 def _output(name: str, asked: InferInput, text: str) -> InferOutput:

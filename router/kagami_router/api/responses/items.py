@@ -34,7 +34,8 @@ def read_messages(body: ResponsesRequest) -> list[Message]:
     """The conversation: `instructions`, then the items of `input`."""
     if body.input is None:
         raise MalformedBody(
-            "Failed to deserialize the JSON body into the target type: missing field `input`"
+            "Failed to deserialize the JSON body into the target type: missing field `input`",
+            field="input",
         )
     messages: list[Message] = []
     if body.instructions:
@@ -42,11 +43,11 @@ def read_messages(body: ResponsesRequest) -> list[Message]:
     if isinstance(body.input, str):
         return [*messages, {"role": "user", "content": body.input}]
     if not body.input:
-        raise InvalidRequest("`input` cannot be empty")
+        raise InvalidRequest("`input` cannot be empty", field="input")
     for index, item in enumerate(body.input):
         _add_item(messages, f"input[{index}]", item)
     if not messages:
-        raise InvalidRequest("`input` has no message")
+        raise InvalidRequest("`input` has no message", field="input")
     return messages
 
 
@@ -68,12 +69,14 @@ def _add_item(messages: list[Message], place: str, item: Mapping[str, Any]) -> N
             pass  # of another model: ours think in plain text, which is in their messages
         case "item_reference":
             raise InvalidRequest(
-                f"`{place}` is an item_reference, and this server keeps no items: send the item"
+                f"`{place}` is an item_reference, and this server keeps no items: send the item",
+                field=place,
             )
         case other:
             raise InvalidRequest(
                 f"`{place}.type` must be `message`, `function_call`, `function_call_output` or"
-                f" `reasoning`. Given: {_quote(other)}"
+                f" `reasoning`. Given: {_quote(other)}",
+                field=f"{place}.type",
             )
 
 
@@ -81,7 +84,8 @@ def _add_message(messages: list[Message], place: str, item: Mapping[str, Any]) -
     role = _ROLES.get(_text(place, item, "role"))
     if role is None:
         raise InvalidRequest(
-            f"`{place}.role` must be one of {', '.join(_ROLES)}. Given: {_quote(item['role'])}"
+            f"`{place}.role` must be one of {', '.join(_ROLES)}. Given: {_quote(item['role'])}",
+            field=f"{place}.role",
         )
     content = _content(f"{place}.content", item.get("content"))
     if role == "system" and messages and messages[-1]["role"] == "system":
@@ -110,7 +114,7 @@ def _content(place: str, content: object) -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise MalformedBody(f"{place}: expected a text or a list of parts")
+        raise MalformedBody(f"{place}: expected a text or a list of parts", field=place)
     return "".join(_part(f"{place}[{number}]", part) for number, part in enumerate(content))
 
 
@@ -120,16 +124,18 @@ def _part(place: str, part: object) -> str:
         if kind in _TEXT_PARTS:
             return _text(place, part, _TEXT_PARTS[kind])
         if kind in _OTHER_PARTS:
-            raise InvalidRequest(f"`{place}` is an {kind}, and this model reads text only")
-    raise MalformedBody(f'{place}: expected {{"type":"input_text","text":…}}')
+            raise InvalidRequest(
+                f"`{place}` is an {kind}, and this model reads text only", field=place
+            )
+    raise MalformedBody(f'{place}: expected {{"type":"input_text","text":…}}', field=place)
 
 
 def _text(place: str, item: Mapping[str, Any], name: str) -> str:
     value = item.get(name)
     if value is None:
-        raise MalformedBody(f"{place}: missing field `{name}`")
+        raise MalformedBody(f"{place}: missing field `{name}`", field=place)
     if not isinstance(value, str):
-        raise MalformedBody(f"{place}.{name}: expected a string")
+        raise MalformedBody(f"{place}.{name}: expected a string", field=f"{place}.{name}")
     return value
 
 
@@ -141,10 +147,13 @@ def read_tools(wire: Sequence[object]) -> tuple[Tool, ...]:
 def _read_tool(place: str, wire: object) -> Tool:
     kind = wire.get("type") if isinstance(wire, Mapping) else None
     if not isinstance(wire, Mapping) or not isinstance(kind, str):
-        raise ToolError(f'`{place}` must be {{"type":"function","name":…,"parameters":…}}')
+        raise ToolError(
+            f'`{place}` must be {{"type":"function","name":…,"parameters":…}}', field=place
+        )
     if kind != "function":
         raise ToolError(
-            f"`{place}.type` must be `function`: no other tools are here. Given: {kind}"
+            f"`{place}.type` must be `function`: no other tools are here. Given: {kind}",
+            field=f"{place}.type",
         )
     function = {key: value for key, value in wire.items() if key != "type" and value is not None}
     return offers.tool(
@@ -164,7 +173,8 @@ def read_choice(wire: object) -> ToolChoice:
         case _:
             raise ToolError(
                 "`tool_choice` must be `auto`, `none`, `required`, or"
-                f' {{"type":"function","name":…}}. Given: {_quote(wire)}'
+                f' {{"type":"function","name":…}}. Given: {_quote(wire)}',
+                field="tool_choice",
             )
 
 

@@ -95,7 +95,7 @@ async def _read(request: web.Request) -> ResponsesRequest:
     body = await read_body(request, _BODY)
     for name, reason in _REFUSED.items():
         if getattr(body, name):
-            raise InvalidRequest(f"`{name}` is not supported: {reason}")
+            raise InvalidRequest(f"`{name}` is not supported: {reason}", field=name)
     return body
 
 
@@ -107,9 +107,14 @@ def _params(validation: Validation, body: ResponsesRequest) -> GenerationParams:
     top_logprobs = body.top_logprobs or 0
     max_top = validation.limits.max_top_n_tokens
     if top_logprobs > max_top:
-        raise InvalidRequest(f"`top_logprobs` must be >= 0 and <= {max_top}. Given: {top_logprobs}")
+        raise InvalidRequest(
+            f"`top_logprobs` must be >= 0 and <= {max_top}. Given: {top_logprobs}",
+            field="top_logprobs",
+        )
     if body.max_output_tokens == 0:
-        raise InvalidRequest("`max_output_tokens` must be strictly positive")
+        raise InvalidRequest(
+            "`max_output_tokens` must be strictly positive", field="max_output_tokens"
+        )
     given = OpenAIRequest(
         temperature=body.temperature,
         top_p=body.top_p,
@@ -156,7 +161,7 @@ def _grammar(wire: TextFormat) -> Grammar | None:
     if wire.type == "json_object":
         return grammars.json_schema({"type": "object"})
     if wire.schema is None:
-        raise MalformedBody("text.format: missing field `schema`")
+        raise MalformedBody("text.format: missing field `schema`", field="text.format")
     return grammars.json_schema(wire.schema)
 
 

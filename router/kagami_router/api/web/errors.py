@@ -5,7 +5,6 @@ of the request decides the shape around them.
 """
 
 import enum
-import re
 from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from typing import NamedTuple
@@ -22,9 +21,6 @@ from kagami_router.api.schemas.errors import (
     OpenAIStreamErrorEvent,
 )
 
-# Our texts name the field that is wrong first: `temperature` must be …, or messages[0].content: …
-_FIELD = re.compile(r"`(?P<quoted>[\w.\[\]]+)`|(?P<path>[A-Za-z_][\w.\[\]]*): ", re.ASCII)
-_MALFORMED = "Failed to deserialize the JSON body into the target type: "
 _SERVER_ERROR = HTTPStatus.INTERNAL_SERVER_ERROR
 _OPENAI_TYPES: Mapping[HTTPStatus, str] = {
     HTTPStatus.UNAUTHORIZED: "authentication_error",
@@ -94,7 +90,7 @@ def _native(error: KagamiError) -> bytes:
 
 
 def _openai(error: KagamiError) -> bytes:
-    inner = OpenAIError(error_text(error), _openai_type(error), _field(error), error_kind(error))
+    inner = OpenAIError(error_text(error), _openai_type(error), _field_of(error), error_kind(error))
     return encode(OpenAIErrorResponse(inner, error_kind(error)))
 
 
@@ -103,7 +99,7 @@ def _openai_event(error: KagamiError) -> bytes:
         error_text(error),
         error_status(error).value,
         _openai_type(error),
-        _field(error),
+        _field_of(error),
         error_kind(error),
     )
     return b"data: %b\n\ndata: [DONE]\n\n" % encode(OpenAIStreamErrorEvent(inner))
@@ -122,12 +118,8 @@ def _openai_type(error: KagamiError) -> str:
     return _OPENAI_TYPES.get(status, default)
 
 
-def _field(error: KagamiError) -> str | None:
-    """The name of the field that is wrong, where the text begins with it."""
-    if not isinstance(error, InvalidRequest):
-        return None
-    found = _FIELD.match(str(error).removeprefix(_MALFORMED))
-    return (found["quoted"] or found["path"]) if found else None
+def _field_of(error: KagamiError) -> str | None:
+    return error.field if isinstance(error, InvalidRequest) else None
 
 
 _SHAPES: Mapping[Family, _Shape] = {

@@ -223,19 +223,20 @@ async def read_body(request: web.Request, decoder: msgspec.json.Decoder[_Body]) 
     try:
         return decoder.decode(body)
     except msgspec.ValidationError as error:
+        place, reason = reason_of(error)
         raise MalformedBody(
-            f"Failed to deserialize the JSON body into the target type: {reason_of(error)}"
+            f"Failed to deserialize the JSON body into the target type: {reason}", field=place
         ) from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise NotJson(f"Failed to parse the request body as JSON: {error}") from error
 
 
-def reason_of(error: msgspec.ValidationError, place: str = "") -> str:
-    """What is wrong with a body, behind the path of where; `place` is the path of its root."""
+def reason_of(error: msgspec.ValidationError, place: str = "") -> tuple[str | None, str]:
+    """The field that is wrong, and what is wrong; `place` is the path of the body's root."""
     text = str(error)
     if found := _PLACE.fullmatch(text):
         place, text = ".".join(filter(None, (place, found["path"]))), found["reason"]
-    return f"{place}: {text}" if place else text
+    return (place, f"{place}: {text}") if place else (None, text)
 
 
 def api_key(key: str, open_paths: frozenset[str]) -> Middleware:

@@ -93,7 +93,9 @@ class Program:
         except jinja2.TemplateError as error:
             raise TemplateError(_describe(error)) from error
         except _FAULTS as error:  # constants are computed while compiling
-            raise TemplateError(f"{type(error).__name__}: {error}") from error
+            raise TemplateError(
+                f"{type(error).__name__}: {error}", field=f"{type(error).__name__}"
+            ) from error
         self.source = source
 
     def run(self, variables: Mapping[str, Any], meter: Meter) -> str:
@@ -109,7 +111,9 @@ class Program:
             raise TemplateError(_describe(error)) from error
         except _FAULTS as error:
             # A template is a program of the model's author: what it does wrong is no bug of ours.
-            raise TemplateError(f"{type(error).__name__}: {error}") from error
+            raise TemplateError(
+                f"{type(error).__name__}: {error}", field=f"{type(error).__name__}"
+            ) from error
         return "".join(pieces)
 
 

@@ -58,10 +58,9 @@ def test_the_path_decides_the_family(path: str, family: Family) -> None:
 @pytest.mark.parametrize(
     ("error", "kind", "code", "param"),
     [
-        (InvalidRequest("`top_p` must be > 0"), "invalid_request_error", "validation", "top_p"),
-        (InvalidRequest("`messages[0].content` is no"), "invalid_request_error", "validation",
-         "messages[0].content"),
-        (MalformedBody("Failed to deserialize the JSON body into the target type: a.b: Expected"),
+        (InvalidRequest("`top_p` must be > 0", field="top_p"),
+         "invalid_request_error", "validation", "top_p"),
+        (MalformedBody("a.b: Expected", field="a.b"),
          "invalid_request_error", "validation", "a.b"),
         (InvalidRequest("grammar is not valid"), "invalid_request_error", "validation", None),
         (Unauthorized("no"), "authentication_error", "unauthorized", None),
