@@ -103,7 +103,6 @@ def test_rooms_import_only_what_lies_below_them(name: str) -> None:
     assert [each for each in sorted(imported_modules(name)) if not may_import(name, each)] == []
 
 
-@pytest.mark.xfail(strict=True, reason="to be moved")
 def test_no_modules_import_each_other_in_a_circle() -> None:
     assert circles({name: imported_modules(name) for name in modules()}) == []
 

@@ -2,18 +2,15 @@
 
 transformers' `AutoConfig` fills in defaults and gives old spellings one form, but it takes 1.6 s
 to import: more than all the rest of a small model's start (notes/0012). A file that says in the
-present spelling all that its family's spec reads is therefore taken as it is; `AutoConfig` reads
-every other one, and every one with code of its own.
+present spelling all that its family's spec reads is therefore taken as it is. `AutoConfig` reads
+every other one, and every one with code of its own: `auto_config.py`.
 """
 
 import json
-from collections.abc import Callable, Mapping
-from importlib import import_module
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
-
-from kagami_proto.errors import InvalidCheckpoint
 
 
 class Config(Protocol):
@@ -66,17 +63,6 @@ _OPTIONAL: Mapping[str, type | tuple[type, ...]] = MappingProxyType(
 )
 # These change what the others mean.
 _NEVER_PLAIN = ("auto_map", "is_encoder_decoder", "layer_types", "compression_config")
-
-
-def read_config(folder: Path, *, trust_remote_code: bool = False) -> Config:
-    """config.json with defaults filled in. Raises `InvalidCheckpoint`, `UnsupportedModel`."""
-    file = folder / "config.json"
-    if not file.is_file():
-        raise InvalidCheckpoint(f"{file} does not exist")
-    if (config := plain_config(file)) is not None:
-        return config
-    read: Callable[..., Config] = import_module("kagami_shard.models.auto_config").read
-    return read(folder, trust_remote_code=trust_remote_code)
 
 
 def plain_config(file: Path) -> PlainConfig | None:

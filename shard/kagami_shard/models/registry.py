@@ -1,35 +1,34 @@
-"""The families of models that the decoder runs, by one table."""
+"""From a checkpoint's folder to its config, and to the decoder if its family is in the table."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
 
+from kagami_proto.errors import InvalidCheckpoint
 from kagami_shard.machine.distributed import TensorParallel
-from kagami_shard.models.config import Config
+from kagami_shard.models.config import Config, plain_config
 from kagami_shard.models.decoder import Decoder
+from kagami_shard.models.families import FAMILIES
 from kagami_shard.quantization.select import select_scheme
 from kagami_shard.weights.checkpoint import Checkpoint
 
-# `model_type` of config.json -> the module of this package whose `spec(config, max_length)` it has.
-FAMILIES: Mapping[str, str] = MappingProxyType(
-    {
-        "gemma2": "gemma2",
-        "gemma3": "gemma3",
-        "gemma3_text": "gemma3",
-        "granite": "granite",
-        "llama": "llama",
-        "mistral": "mistral",
-        "olmo2": "olmo2",
-        "phi3": "phi3",
-        "qwen2": "qwen2",
-        "qwen3": "qwen3",
-        "starcoder2": "starcoder2",
-    }
-)
+
+def read_config(folder: Path, *, trust_remote_code: bool = False) -> Config:
+    """config.json with defaults filled in: as it is, or by transformers.
+
+    Raises `InvalidCheckpoint`, `UnsupportedModel`.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        raise InvalidCheckpoint(f"{file} does not exist")
+    if (config := plain_config(file)) is not None:
+        return config
+    # transformers is imported only for who needs it.
+    read: Callable[..., Config] = import_module("kagami_shard.models.auto_config").read
+    return read(folder, trust_remote_code=trust_remote_code)
 
 
 def load_decoder(
@@ -48,8 +47,7 @@ def load_decoder(
     Raises `UnsupportedModel` or `InvalidCheckpoint`.
     """
     scheme = select_scheme(_quantization_config(config), quantize)
-    family = import_module(f"kagami_shard.models.{FAMILIES[config.model_type]}")
-    spec = family.spec(config, max_length)
+    spec = FAMILIES[config.model_type](config, max_length)
     with Checkpoint(folder) as checkpoint:
         return Decoder(
             spec,

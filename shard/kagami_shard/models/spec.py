@@ -1,8 +1,8 @@
 """What a family is to the one decoder: a `ModelSpec`, made from config.json.
 
 Values are those that transformers' `AutoConfig` reads (`config.py`): it fills in defaults and gives
-old spellings (`rope_scaling`, `sliding_window_pattern`, `max_window_layers`) one form. A family's
-file holds one function, `spec(config)`, which starts from `llama_like` and says what differs.
+old spellings (`rope_scaling`, `sliding_window_pattern`, `max_window_layers`) one form. Every family
+(`families.py`) starts from `llama_like` and says what differs.
 """
 
 from collections.abc import Sequence

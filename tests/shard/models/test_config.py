@@ -1,14 +1,15 @@
 """A config.json that is read as it is says what transformers makes of it."""
 
 import json
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import AutoConfig
 
-from kagami_shard.models.config import plain_config, read_config
+from kagami_shard.models.config import plain_config
+from kagami_shard.models.families import FAMILIES
+from kagami_shard.models.registry import read_config
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",
@@ -49,8 +50,8 @@ def test_a_plain_config_makes_the_spec_that_transformers_makes(
     config: dict[str, Any], tmp_path: Path
 ) -> None:
     plain = plain_config(written(tmp_path, config))
-    family = import_module(f"kagami_shard.models.{config['model_type']}")
-    assert family.spec(plain, 0) == family.spec(AutoConfig.from_pretrained(tmp_path), 0)
+    spec_of = FAMILIES[str(config["model_type"])]
+    assert spec_of(plain, 0) == spec_of(AutoConfig.from_pretrained(tmp_path), 0)
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,8 @@ from transformers import (
 from kagami_proto.errors import InvalidCheckpoint, UnsupportedModel
 from kagami_shard.backends.torch.load import load_torch
 from kagami_shard.models.base import Model
-from kagami_shard.models.config import read_config
-from kagami_shard.models.registry import FAMILIES
+from kagami_shard.models.families import FAMILIES
+from kagami_shard.models.registry import read_config
 
 TINY = {
     "vocab_size": 32,
@@ -171,7 +171,7 @@ def test_a_missing_tensor_is_named(
         load(tmp_path)
 
 
-def test_every_family_is_a_module_with_a_spec(tmp_path: Path) -> None:
+def test_every_family_has_a_spec(tmp_path: Path) -> None:
     for model_type in FAMILIES:
         AutoConfig.for_model(model_type).save_pretrained(tmp_path)
         with pytest.raises(InvalidCheckpoint, match="has no weights"):

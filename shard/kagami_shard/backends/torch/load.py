@@ -10,8 +10,9 @@ from kagami_proto.errors import UnsupportedModel
 from kagami_shard.backends.torch.runner import Forward, Successor, TorchBackend, run_decoder
 from kagami_shard.machine.distributed import Alone, TensorParallel
 from kagami_shard.models.base import Model
-from kagami_shard.models.config import Config, read_config
-from kagami_shard.models.registry import FAMILIES, load_decoder
+from kagami_shard.models.config import Config
+from kagami_shard.models.families import FAMILIES
+from kagami_shard.models.registry import load_decoder, read_config
 
 
 def load_torch(
