@@ -153,8 +153,6 @@ T = TypeVar("T")
 
 def on_device(value: T, device: torch.device) -> T:
     """`value`, a weight or a part of one, with all its tensors on `device`."""
-    if device.type == "cpu":
-        return value
     if isinstance(value, Tensor):
         return cast(T, value.to(device))
     if isinstance(value, Groups) or hasattr(value, "linear"):

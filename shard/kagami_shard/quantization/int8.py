@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from kagami_shard.machine.device import ProductShape, int8_product_shape
 from kagami_shard.quantization.base import quantize_activations, take_columns, take_rows
 from kagami_shard.weights.sharding import Span
 
@@ -76,17 +77,16 @@ def int_matmul(left: Tensor, right: Tensor) -> Tensor:
         return torch.zeros(0, out, device=left.device)
     if left.shape[1] == 1:  # (m) for which torch 2.13's product is wrong
         return left.float() * right[:, 0].float()
-    if left.device.type == "cuda":
-        left, right = fitted_to_cuda(left, right)
+    left, right = fitted(left, right, int8_product_shape(left.device))
     return torch._int_mm(left, right.t())[:rows, :out].float()
 
 
-def fitted_to_cuda(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """Both with zeros behind them: torch's product there wants more than 16 rows, widths by 8."""
-    columns = -left.shape[1] % 8
+def fitted(left: Tensor, right: Tensor, shape: ProductShape) -> tuple[Tensor, Tensor]:
+    """Both with the zeros behind them that make them of such a `shape`."""
+    columns = -left.shape[1] % shape.multiple
     return (
-        _padded(left, max(0, 17 - left.shape[0]), columns),
-        _padded(right, -right.shape[0] % 8, columns),
+        _padded(left, max(0, shape.min_rows - left.shape[0]), columns),
+        _padded(right, -right.shape[0] % shape.multiple, columns),
     )
 
 

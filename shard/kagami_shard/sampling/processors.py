@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from kagami_shard.machine.device import to_device
+from kagami_shard.machine.device import is_read_at_once, send, to_device
 from kagami_shard.sampling.grammar import Banned
 
 # The nucleus of real text lies within this many candidates; a row that needs more is sorted whole.
@@ -92,9 +92,7 @@ def _bias_value(bias: float) -> float:
 
 def ban(logits: Tensor, banned: Banned) -> None:
     """Rule out in place what the grammars of some rows forbid."""
-    mask = banned.mask
-    if logits.device.type != "cpu":
-        mask = mask.pin_memory().to(logits.device, non_blocking=True)
+    mask = send(banned.mask, logits.device)
     if len(banned.rows) == len(logits):
         logits.masked_fill_(mask, float("-inf"))
         return
@@ -109,7 +107,7 @@ def keep_top(logits: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
     switch them off. Top-p (nucleus sampling, arXiv:1904.09751) keeps the most likely tokens up to
     and including the one at which their sum passes `top_p`.
     """
-    if logits.is_cuda:  # a full sort is cheap there, looking at a result on the host is not
+    if not is_read_at_once(logits.device):  # where a full sort is cheaper than the wait
         return _keep_among(logits, top_k, top_p, logits.shape[-1])[0]
     width = min(logits.shape[-1], _CANDIDATES)
     keep, covered = _keep_among(logits, top_k, top_p, width)

@@ -11,17 +11,19 @@ from torch import Tensor
 from transformers import LlamaConfig, PreTrainedModel
 
 from kagami_shard.backends.torch.load import load_torch
+from kagami_shard.machine.device import int8_product_shape
 from kagami_shard.quantization.base import Groups, quantize_activations
 from kagami_shard.quantization.fp8 import quantize_fp8
 from kagami_shard.quantization.int4 import quantize_int4
 from kagami_shard.quantization.int8 import (
     Int8Weight,
-    fitted_to_cuda,
+    fitted,
     int_matmul,
     quantize_int8,
     turned,
 )
 
+ON_CUDA = int8_product_shape(torch.device("cuda"))
 Save = Callable[..., tuple[Path, PreTrainedModel]]
 
 CONFIG = LlamaConfig(
@@ -108,16 +110,18 @@ def test_an_8_bit_product_is_the_same_with_what_cuda_wants_around_it(
 ) -> None:
     rows, columns, out = shape
     left, right = (torch.randint(-127, 128, (n, columns), dtype=torch.int8) for n in (rows, out))
-    fitted, weight = fitted_to_cuda(left, right)
+    activations, weight = fitted(left, right, ON_CUDA)
 
-    assert len(fitted) > 16
-    assert fitted.shape[1] % 8 == len(weight) % 8 == 0
-    assert torch.equal(int_matmul(fitted, weight)[:rows, :out], left.float() @ right.t().float())
+    assert len(activations) > 16
+    assert activations.shape[1] % 8 == len(weight) % 8 == 0
+    assert torch.equal(
+        int_matmul(activations, weight)[:rows, :out], left.float() @ right.t().float()
+    )
 
 
 def test_a_weight_that_cuda_takes_is_not_copied() -> None:
     right = torch.ones(16, 8, dtype=torch.int8)
-    assert fitted_to_cuda(torch.ones(1, 8, dtype=torch.int8), right)[1] is right
+    assert fitted(torch.ones(1, 8, dtype=torch.int8), right, ON_CUDA)[1] is right
 
 
 def test_no_rows_give_no_rows() -> None:
