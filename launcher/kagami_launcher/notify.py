@@ -51,6 +51,7 @@ class Notifier:
         self._socket: socket.socket | None = None
         self._watchdog_s = settings.watchdog_s
         self._next_beat = 0.0
+        self._start_status = "Starting"
         if settings.address is not None:
             self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
             # A leading @ stands for the zero byte of Linux's abstract names.
@@ -73,9 +74,15 @@ class Notifier:
 
     def starting(self, what: str) -> None:
         """The start goes on; `what` is for people."""
+        self._start_status = what
         patience = str(_PATIENCE_S * 1_000_000)
         self._send(STATUS=what, EXTEND_TIMEOUT_USEC=patience)
         self._next_beat = time.monotonic() + _PATIENCE_S / 3
+
+    def still_starting(self) -> None:
+        """Say once more what the start is at, if the service manager's patience needs it."""
+        if self.is_due:
+            self.starting(self._start_status)
 
     def serving(self, what: str, *, is_ready: bool = False, is_alive: bool = True) -> None:
         """The service serves; the watchdog is fed only where it `is_alive`."""

@@ -7,7 +7,7 @@ import socket
 import stat
 from contextlib import suppress
 
-from kagami_launcher.plan import LaunchFailed
+from kagami_launcher.errors import LaunchFailed
 
 _TIMEOUT_S = 1.0
 _MAX_SOCKET_PATH = 107  # sun_path of unix(7), less its terminator

@@ -104,7 +104,7 @@ class HeldOutput:
 
 
 @dataclass(frozen=True, slots=True)
-class Voice:
+class LogStyle:
     """How a child's lines appear in the launcher's log."""
 
     target: str
@@ -139,12 +139,12 @@ class Child:
         return self.exit_code is None
 
     def listen(
-        self, voice: Voice, output: Output | HeldOutput, ended: Callable[[ChildEnded], None]
+        self, style: LogStyle, output: Output | HeldOutput, ended: Callable[[ChildEnded], None]
     ) -> None:
         """Forward the child's lines from now on; call `ended` when it is gone."""
         readers = [
             threading.Thread(
-                target=self._forward, args=(pipe, is_error, voice, output), daemon=True
+                target=self._forward, args=(pipe, is_error, style, output), daemon=True
             )
             for pipe, is_error in ((self.process.stdout, False), (self.process.stderr, True))
         ]
@@ -163,25 +163,26 @@ class Child:
         threading.Thread(target=wait, daemon=True).start()
 
     def _forward(
-        self, pipe: BinaryIO, is_error: bool, voice: Voice, output: Output | HeldOutput
+        self, pipe: BinaryIO, is_error: bool, style: LogStyle, output: Output | HeldOutput
     ) -> None:
-        for raw in pipe:
-            text = raw.decode("utf-8", "backslashreplace").rstrip("\r\n")
-            line = self._line(text, is_error, voice)
-            if logs.LEVELS.get(line.level.lower(), logging.INFO) >= voice.level:
-                output.write((line.to_json() if voice.json_output else line.to_text()) + "\n")
+        with pipe:
+            for raw in pipe:
+                text = raw.decode("utf-8", "backslashreplace").rstrip("\r\n")
+                line = self._line(text, is_error, style)
+                if logs.LEVELS.get(line.level.lower(), logging.INFO) >= style.level:
+                    output.write((line.to_json() if style.json_output else line.to_text()) + "\n")
 
-    def _line(self, text: str, is_error: bool, voice: Voice) -> logs.LogLine:
+    def _line(self, text: str, is_error: bool, style: LogStyle) -> logs.LogLine:
         if line := logs.parse(text):
-            if voice.renames:
-                line = replace(line, target=voice.target)
+            if style.renames:
+                line = replace(line, target=style.target)
             self.has_connected = self.has_connected or line.message == "Connected"
         else:
             level = "ERROR" if text.startswith("Error: ") else "WARN" if is_error else "INFO"
-            line = logs.LogLine(logs.now(), level, voice.target, text)
+            line = logs.LogLine(logs.now(), level, style.target, text)
         self._remember_error(line, is_error)
-        if voice.rank is not None:
-            line = replace(line, fields={**line.fields, "rank": voice.rank})
+        if style.rank is not None:
+            line = replace(line, fields={**line.fields, "rank": style.rank})
         return line
 
     def _remember_error(self, line: logs.LogLine, is_error: bool) -> None:
@@ -265,13 +266,13 @@ class Supervisor:
         name: str,
         argv: Sequence[str],
         env: Mapping[str, str],
-        voice: Voice,
+        style: LogStyle,
         output: HeldOutput | None = None,
     ) -> Child:
         """Start a child; raises OSError if that fails. Only the main thread may call this."""
         child = Child(name, argv, env)
         self._children.append(child)
-        child.listen(voice, output or self._output, self._events.put)
+        child.listen(style, output or self._output, self._events.put)
         return child
 
     def next_event(self, timeout_s: float | None) -> Event | None:
@@ -313,6 +314,15 @@ class Supervisor:
                     pass
         self._backlog.extend(kept)
 
+    def kill(self, child: Child) -> None:
+        """End a child at once and wait until it is gone; nothing is logged."""
+        child.was_asked_to_end = True
+        child.signal_group(signal.SIGKILL)
+        while child.is_running:
+            event = self._events.get()
+            if event != ChildEnded(child):
+                self._backlog.append(event)
+
 
 def describe_end(child: Child) -> str:
     """How a child ended, in one phrase."""
@@ -324,7 +334,7 @@ def describe_end(child: Child) -> str:
     return f"ended with exit code {code}"
 
 
-def last_words(child: Child) -> str:
+def exit_reason(child: Child) -> str:
     """Why a child failed, in its own words; SIGKILL leaves no time for any, so it has none."""
     if child.exit_code == -signal.SIGKILL:
         return f"it {describe_end(child)}"

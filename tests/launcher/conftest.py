@@ -51,7 +51,7 @@ class Launcher:
     def happened(self) -> list[str]:
         """The children's starts and ends, in order."""
         events = [line.split()[0] for line in self.events.read_text().splitlines()]
-        return [event for event in events if event != "router-serves"]
+        return [event for event in events if event not in ("router-serves", "shard-lost")]
 
     def child_pids(self) -> list[int]:
         return [int(line.split()[1]) for line in self.events.read_text().splitlines()]

@@ -1,12 +1,12 @@
 """A shard and a router to start instead of the real ones; the environment says how they behave.
 
 FAKE_SHARD: serve (default), die, hang (never ready), deaf (never ready, ignores SIGTERM), crash
-(ready; SIGKILLs itself 1.5 s after a router serves), fail (ready; ends with an error 0.3 s after
-one started), stuck (ready, ignores SIGTERM); FAKE_SHARD_1 for rank 1 alone. FAKE_NUM_SHARD: how
-many the router waits for.
-FAKE_ROUTER: serve (default), busy,
-leave (exit 0 after Connected), deaf, talk. FAKE_EVENTS: a file that gets a line for each start and
-end, in order.
+(ready; SIGKILLs itself 1.5 s after a router serves), fail (once a router serves it answers no more,
+and ends with an error when the router is gone), stuck (ready, ignores SIGTERM); FAKE_SHARD_1 for
+rank 1 alone. FAKE_NUM_SHARD: how many the router waits for.
+FAKE_ROUTER: serve (default), busy, leave (exit 0 after Connected), lose (ends with an error when a
+shard answers no more), deaf, talk.
+FAKE_EVENTS: a file that gets a line for each start and end, in order.
 """
 
 import os
@@ -33,6 +33,15 @@ class Service(generate_pb2_grpc.TextGenerationServiceServicer):
 def say(level: str, message: str, target: str = "text_generation_server") -> None:
     sys.stdout.write(logs.LogLine(logs.now(), level, target, message).to_json() + "\n")
     sys.stdout.flush()
+
+
+def wait_for(event: str, stop: "Stop") -> int:
+    """Wait until somebody has noted this event; returns who, by its pid."""
+    while True:
+        for line in Path(os.environ["FAKE_EVENTS"]).read_text().splitlines():
+            if line.startswith(f"{event} "):
+                return int(line.split()[1])
+        stop.wait(0.02)
 
 
 def note(event: str) -> None:
@@ -81,15 +90,17 @@ def shard(argv: list[str]) -> int:
     say("INFO", f"Server started at {address}")
     if mode == "stuck":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if mode in ("crash", "fail"):
-        events = Path(os.environ["FAKE_EVENTS"])
-        awaited = "router-serves" if mode == "crash" else "router-start"
-        while awaited not in events.read_text():
+    if mode == "crash":
+        wait_for("router-serves", stop)
+        stop.wait(1.5)  # the launcher has to have seen that all are ready
+        os.kill(os.getpid(), signal.SIGKILL)
+    if mode == "fail":
+        router_pid = wait_for("router-serves", stop)
+        server.stop(None).wait()
+        note("shard-lost")
+        while Path(f"/proc/{router_pid}").exists():
             stop.wait(0.02)
-        # The launcher has to have seen that all are ready; "fail" is as early as the router's end.
-        stop.wait(1.5 if mode == "crash" else 0.3)
-        if mode == "crash":
-            os.kill(os.getpid(), signal.SIGKILL)
+        stop.wait(1.5)  # the launcher knows of the router's end long before this one
         say("ERROR", "the GPU is lost")
         return 1
     stop.wait()
@@ -122,6 +133,9 @@ def router(argv: list[str]) -> int:
     note("router-serves")
     if mode == "leave":
         return 0
+    if mode == "lose":
+        wait_for("shard-lost", stop)
+        return 1
     stop.wait()
     note("router-end")
     return 0

@@ -5,7 +5,7 @@ import signal
 import sys
 from collections.abc import Mapping
 
-from kagami_launcher import cli, environment, main
+from kagami_launcher import cli, environment, main, process_tree
 
 
 def find_fake(name: str, base: Mapping[str, str]) -> str | None:
@@ -17,6 +17,5 @@ if __name__ == "__main__":
     # Tests that were started by `nohup` would have a launcher that ignores it.
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     environment.find_command = find_fake
-    main._WAITING_EVERY_S = float(os.environ.get("FAKE_WAITING_S", "10"))
-    main._SHARD_ENDS_WITHIN_S = float(os.environ.get("FAKE_SHARD_ENDS_S", "1"))
+    process_tree._WAITING_EVERY_S = float(os.environ.get("FAKE_WAITING_S", "10"))
     sys.exit(main.run(cli.parse(sys.argv[1:], os.environ)))

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from kagami_launcher.main import _duration
+from kagami_launcher.process_tree import rust_duration
 
 Launch = Callable[..., Any]
 
@@ -143,7 +143,7 @@ def test_a_shard_that_crashes_takes_the_router_down(launch: Launch) -> None:
 
 
 def test_a_router_that_loses_its_shard_is_not_blamed(launch: Launch) -> None:
-    code, stdout, stderr = launch(FAKE_SHARD="fail", FAKE_ROUTER="busy").finish()
+    code, stdout, stderr = launch(FAKE_SHARD="fail", FAKE_ROUTER="lose").finish()
     assert (code, stderr) == (1, "Error: ShardFailed\n")
     assert "Shard 0 crashed" in stdout
     assert "Webserver Crashed" not in stdout
@@ -151,7 +151,7 @@ def test_a_router_that_loses_its_shard_is_not_blamed(launch: Launch) -> None:
 
 
 def test_a_router_that_cannot_bind_shows_its_own_error(launch: Launch) -> None:
-    launcher = launch(FAKE_ROUTER="busy", FAKE_SHARD_ENDS_S="0.1")
+    launcher = launch(FAKE_ROUTER="busy")
     code, stdout, stderr = launcher.finish()
     assert (code, stderr) == (1, "Error: WebserverFailed\n")
     assert (
@@ -163,7 +163,7 @@ def test_a_router_that_cannot_bind_shows_its_own_error(launch: Launch) -> None:
 
 
 def test_a_router_that_leaves_politely_is_a_failure_too(launch: Launch) -> None:
-    code, _, stderr = launch(FAKE_ROUTER="leave", FAKE_SHARD_ENDS_S="0.1").finish()
+    code, _, stderr = launch(FAKE_ROUTER="leave").finish()
     assert (code, stderr) == (1, "Error: WebserverFailed\n")
 
 
@@ -302,7 +302,7 @@ def test_a_router_that_waits_for_a_dead_shard_is_not_heard_of(launch: Launch) ->
     launcher = launch(FAKE_SHARD="die")
     _, stdout, _ = launcher.finish()
     assert "ebserver" not in stdout.partition("Args {")[2].partition("}\n")[2]
-    wait_until_dead(launcher.child_pids())
+    assert not any(is_alive(pid) for pid in launcher.child_pids())
 
 
 @pytest.mark.slow
@@ -401,4 +401,4 @@ def test_a_stale_socket_is_no_obstacle(launch: Launch, tmp_path: Path) -> None:
     [(9_107_832_275, "9.107832275s"), (987_654_321, "987.654321ms"), (12_000_000_000, "12s")],
 )
 def test_a_duration_has_the_form_of_rust(nanoseconds: int, text: str) -> None:
-    assert _duration(nanoseconds) == text
+    assert rust_duration(nanoseconds) == text

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from kagami_launcher import sockets
-from kagami_launcher.plan import LaunchFailed
+from kagami_launcher.errors import LaunchFailed
 
 
 def test_a_socket_that_answers_is_left_alone(tmp_path: Path) -> None:

@@ -1,15 +1,26 @@
 """What a child says before anybody shall hear it, and signals that come at a bad moment."""
 
+import logging
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from threading import Thread
 
 import pytest
 
-from kagami_launcher.supervisor import HeldOutput, Output, StopAsked, Supervisor
+from kagami_launcher.supervisor import (
+    Child,
+    ChildEnded,
+    HeldOutput,
+    LogStyle,
+    Output,
+    StopAsked,
+    Supervisor,
+)
 
 
 class Pipe:
@@ -68,9 +79,16 @@ def test_no_line_is_lost_or_passed_by_while_it_is_released(pipe: Pipe) -> None:
     assert pipe.heard().split() == [str(number) for number in range(2000)]
 
 
+def wait_until_asleep(thread: Thread) -> None:
+    """Wait until the kernel says that the thread waits for something."""
+    stat = Path(f"/proc/self/task/{thread.native_id}/stat")
+    while stat.read_text().rpartition(")")[2].split()[0] != "S":
+        time.sleep(0.001)
+
+
 def test_a_signal_that_another_thread_gets_ends_the_wait(pipe: Pipe) -> None:
     def signal_itself() -> None:
-        time.sleep(0.2)  # the main thread waits meanwhile; if it does not yet, the test says less
+        wait_until_asleep(threading.main_thread())
         signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
 
     before = signal.getsignal(signal.SIGTERM)
@@ -91,3 +109,20 @@ def test_every_signal_is_heard_and_none_behind_the_scope(pipe: Pipe) -> None:
         signal.raise_signal(signal.SIGTERM)
     heard = [supervisor.next_event(0.0) for _ in range(3)]
     assert heard == [StopAsked(signal.SIGINT), StopAsked(signal.SIGTERM), None]
+
+
+def start(supervisor: Supervisor, *argv: str) -> Child:
+    style = LogStyle("fake", logging.INFO, json_output=False)
+    return supervisor.start("fake", argv, dict(os.environ), style)
+
+
+def test_a_killed_child_is_gone_and_the_ends_of_others_are_not_lost(pipe: Pipe) -> None:
+    with Supervisor(pipe.output) as supervisor:
+        other = start(supervisor, sys.executable, "-c", "")
+        child = start(
+            supervisor, sys.executable, "-c", "import threading; threading.Event().wait()"
+        )
+        other.process.wait()
+        supervisor.kill(child)
+        assert child.exit_code == -signal.SIGKILL
+        assert supervisor.next_event(20.0) == ChildEnded(other)

@@ -14,26 +14,26 @@ _TIMEOUT_S = 3.0
 _SHOWN = {"tgi_requests_running": "running", "tgi_requests_waiting": "waiting"}
 
 
-class Pulse(NamedTuple):
+class Health(NamedTuple):
     """Is it alive, and a line that says so."""
 
     is_alive: bool
     status: str
 
 
-def feel(host: str, port: int, sockets: Sequence[str]) -> Pulse:
+def probe_health(host: str, port: int, sockets: Sequence[str]) -> Health:
     """Ask router and shards; takes `_TIMEOUT_S` for each that does not answer."""
     for rank, path in enumerate(sockets):
         if not is_healthy(f"unix://{path}", _TIMEOUT_S):
-            return Pulse(False, f"Shard {rank} does not answer")
+            return Health(False, f"Shard {rank} does not answer")
     try:
         status, _ = _get(host, port, "/health")
         if status != http.client.OK:
-            return Pulse(False, "Steps make no progress")
+            return Health(False, "Steps make no progress")
         _, text = _get(host, port, "/metrics")
     except (OSError, http.client.HTTPException) as error:
-        return Pulse(False, f"The router does not answer: {error or type(error).__name__}")
-    return Pulse(True, f"Serving: {_counts(text)}")
+        return Health(False, f"The router does not answer: {error or type(error).__name__}")
+    return Health(True, f"Serving: {_counts(text)}")
 
 
 def _get(host: str, port: int, path: str) -> tuple[int, str]:

@@ -8,7 +8,7 @@ from typing import Any
 import grpc
 import pytest
 
-from kagami_launcher import pulse
+from kagami_launcher.health import probe_health
 from kagami_proto import generate_pb2, generate_pb2_grpc
 
 METRICS = "# TYPE x counter\ntgi_requests_running 3\ntgi_requests_waiting 1\nother 5\n"
@@ -58,16 +58,16 @@ def port(health: list[int]) -> Iterator[int]:
 
 
 def test_all_that_answer_are_alive(port: int, shard: str) -> None:
-    assert pulse.feel("127.0.0.1", port, [shard]) == (True, "Serving: 3 running, 1 waiting")
+    assert probe_health("127.0.0.1", port, [shard]) == (True, "Serving: 3 running, 1 waiting")
 
 
 def test_steps_without_progress_are_not(port: int, shard: str, health: list[int]) -> None:
     health[0] = 503
-    assert pulse.feel("127.0.0.1", port, [shard]) == (False, "Steps make no progress")
+    assert probe_health("127.0.0.1", port, [shard]) == (False, "Steps make no progress")
 
 
 def test_a_router_that_is_gone_is_not(shard: str) -> None:
-    is_alive, status = pulse.feel("127.0.0.1", 9, [shard])
+    is_alive, status = probe_health("127.0.0.1", 9, [shard])
     assert not is_alive
     assert status.startswith("The router does not answer: ")
 
@@ -75,6 +75,6 @@ def test_a_router_that_is_gone_is_not(shard: str) -> None:
 def test_one_dead_shard_is_enough(
     port: int, shard: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pulse, "_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("kagami_launcher.health._TIMEOUT_S", 0.2)
     dead = str(tmp_path / "shard-1")
-    assert pulse.feel("127.0.0.1", port, [shard, dead]) == (False, "Shard 1 does not answer")
+    assert probe_health("127.0.0.1", port, [shard, dead]) == (False, "Shard 1 does not answer")
