@@ -77,10 +77,10 @@ class DevicePolicy:
 
 # By torch's name of the device's type.
 #
-# A CPU's threads have all cores: what runs beside a step delays it by more than it takes itself
-# (notes/0009), so one step is in flight. Running streams stand still for a prefill: 0.17 s for 256
-# tokens of SmolLM2-135M on two cores; larger chunks win nothing (shard/notes/0011). A warm-up has
-# to start the threads and fill the primitive caches, and no more.
+# A CPU's threads have all cores: what runs beside a step delays it by more than it takes itself, so
+# one step is in flight (router/notes/0009). Running streams stand still for a prefill: 0.17 s for
+# 256 tokens of SmolLM2-135M on two cores; larger chunks gain nothing (shard/notes/0011). A warm-up
+# has to start the threads and fill the primitive caches, and no more.
 DEVICE_POLICIES: Mapping[str, DevicePolicy] = MappingProxyType(
     {
         "cpu": DevicePolicy(
