@@ -141,43 +141,63 @@ class RankLost(KagamiError):
 
 
 class Row(NamedTuple):
-    """What an error becomes: TGI's `error_type`, an HTTP status, the text's prefix."""
+    """What an error becomes at a border."""
 
     kind: str
+    """TGI's `error_type`"""
     status: HTTPStatus
-    prefix: str
+    prefix: str = ""
+    """Stands before the text that a client reads"""
+    cause: str = "generation"
+    """The label `err` of tgi_request_failure"""
+    is_refusal: bool = False
+    """The request was not served, and nothing of ours is broken: a warning in the log"""
+
+
+def _invalid(
+    kind: str,
+    status: HTTPStatus = HTTPStatus.UNPROCESSABLE_ENTITY,
+    prefix: str = "",
+    cause: str = "validation",
+) -> Row:
+    return Row(kind, status, prefix, cause, is_refusal=True)
 
 
 TABLE: Mapping[type[KagamiError], Row] = MappingProxyType(
     {
-        InvalidRequest: Row(
-            "validation", HTTPStatus.UNPROCESSABLE_ENTITY, "Input validation error: "
+        InvalidRequest: _invalid("validation", prefix="Input validation error: "),
+        MalformedBody: _invalid("validation"),
+        NotJson: _invalid("validation", HTTPStatus.BAD_REQUEST),
+        BodyTooLarge: _invalid("validation", HTTPStatus.REQUEST_ENTITY_TOO_LARGE),
+        UnsupportedMediaType: _invalid("validation", HTTPStatus.UNSUPPORTED_MEDIA_TYPE),
+        TemplateError: _invalid("template_error", prefix="Template error: ", cause="template"),
+        ToolError: _invalid("tool_error", prefix="Tool error: "),
+        SuffixNotSupported: _invalid("suffix not supported"),
+        BatchSizeExceeded: _invalid("batch size exceeded"),
+        InvalidUtf8: _invalid("utf8"),
+        LengthMismatch: _invalid("length mismatch"),
+        NotFound: Row("not_found", HTTPStatus.NOT_FOUND, is_refusal=True),
+        MethodNotAllowed: Row("method_not_allowed", HTTPStatus.METHOD_NOT_ALLOWED, is_refusal=True),
+        Unauthorized: Row("unauthorized", HTTPStatus.UNAUTHORIZED, is_refusal=True),
+        Overloaded: Row(
+            "overloaded", HTTPStatus.TOO_MANY_REQUESTS, cause="overloaded", is_refusal=True
         ),
-        MalformedBody: Row("validation", HTTPStatus.UNPROCESSABLE_ENTITY, ""),
-        NotJson: Row("validation", HTTPStatus.BAD_REQUEST, ""),
-        BodyTooLarge: Row("validation", HTTPStatus.REQUEST_ENTITY_TOO_LARGE, ""),
-        UnsupportedMediaType: Row("validation", HTTPStatus.UNSUPPORTED_MEDIA_TYPE, ""),
-        TemplateError: Row("template_error", HTTPStatus.UNPROCESSABLE_ENTITY, "Template error: "),
-        ToolError: Row("tool_error", HTTPStatus.UNPROCESSABLE_ENTITY, "Tool error: "),
-        SuffixNotSupported: Row("suffix not supported", HTTPStatus.UNPROCESSABLE_ENTITY, ""),
-        BatchSizeExceeded: Row("batch size exceeded", HTTPStatus.UNPROCESSABLE_ENTITY, ""),
-        InvalidUtf8: Row("utf8", HTTPStatus.UNPROCESSABLE_ENTITY, ""),
-        LengthMismatch: Row("length mismatch", HTTPStatus.UNPROCESSABLE_ENTITY, ""),
-        NotFound: Row("not_found", HTTPStatus.NOT_FOUND, ""),
-        MethodNotAllowed: Row("method_not_allowed", HTTPStatus.METHOD_NOT_ALLOWED, ""),
-        Unauthorized: Row("unauthorized", HTTPStatus.UNAUTHORIZED, ""),
-        Overloaded: Row("overloaded", HTTPStatus.TOO_MANY_REQUESTS, ""),
-        Unavailable: Row("unavailable", HTTPStatus.SERVICE_UNAVAILABLE, ""),
-        Unhealthy: Row("healthcheck", HTTPStatus.SERVICE_UNAVAILABLE, ""),
+        Unavailable: Row(
+            "unavailable", HTTPStatus.SERVICE_UNAVAILABLE, cause="unavailable", is_refusal=True
+        ),
+        Unhealthy: Row("healthcheck", HTTPStatus.SERVICE_UNAVAILABLE),
         GenerationFailed: Row(
             "generation", HTTPStatus.FAILED_DEPENDENCY, "Request failed during generation: "
         ),
         IncompleteGeneration: Row(
-            "incomplete_generation", HTTPStatus.INTERNAL_SERVER_ERROR, "Incomplete generation: "
+            "incomplete_generation",
+            HTTPStatus.INTERNAL_SERVER_ERROR,
+            "Incomplete generation: ",
+            cause="incomplete",
         ),
-        UnsupportedModel: Row("unsupported_model", HTTPStatus.INTERNAL_SERVER_ERROR, ""),
-        InvalidCheckpoint: Row("invalid_checkpoint", HTTPStatus.INTERNAL_SERVER_ERROR, ""),
-        RankLost: Row("rank_lost", HTTPStatus.INTERNAL_SERVER_ERROR, ""),
+        UnsupportedModel: Row("unsupported_model", HTTPStatus.INTERNAL_SERVER_ERROR),
+        InvalidCheckpoint: Row("invalid_checkpoint", HTTPStatus.INTERNAL_SERVER_ERROR),
+        RankLost: Row("rank_lost", HTTPStatus.INTERNAL_SERVER_ERROR),
     }
 )
 

@@ -97,7 +97,7 @@ def mark_failed(failed: trace.Span, error: BaseException) -> None:
     """
     row = row_of(error)
     failed.set_attribute(Key.ERROR_TYPE, row.kind if row else type(error).__name__)
-    if row is None or row.status >= 500 or row.kind == "generation":
+    if row is None or row.status >= 500 or not row.is_refusal:
         failed.set_status(trace.Status(trace.StatusCode.ERROR, str(error)))
 
 

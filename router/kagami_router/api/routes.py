@@ -10,7 +10,7 @@ from aiohttp.typedefs import Middleware
 from kagami_proto.tracing import NO_TRACING, Tracing
 from kagami_router.api.anthropic import messages
 from kagami_router.api.docs import openapi, page
-from kagami_router.api.docs.openapi import Operation, Route
+from kagami_router.api.docs.openapi import Operation, Route, Section
 from kagami_router.api.native import generate, service
 from kagami_router.api.openai import chat, completions
 from kagami_router.api.platforms import clouds, kserve
@@ -61,15 +61,18 @@ from kagami_router.api.schemas.responses import (
 from kagami_router.api.web import sse
 from kagami_router.api.web.app_state import READINESS, TGI_VERSION, Readiness
 from kagami_router.api.web.call import TRACES_CONTENT
-from kagami_router.api.web.errors import Family
+from kagami_router.api.web.errors import Families, Family
 from kagami_router.api.web.headers import cors
-from kagami_router.api.web.middleware import api_key, count_calls, errors
+from kagami_router.api.web.middleware import FAMILIES, api_key, count_calls, errors
 from kagami_router.api.web.request_span import trace_calls
 
 _HELLO = {"inputs": "The three primary colours are", "parameters": {"max_new_tokens": 12}}
 _CHAT = {"messages": [{"role": "user", "content": "Say hi."}], "max_tokens": 8}
-_TGI, _OPENAI, _PLATFORMS, _SERVER = "Text generation", "OpenAI", "Platforms", "Server"
-_ANTHROPIC = "Anthropic"
+_TGI = Section("Text generation", Family.NATIVE)
+_OPENAI = Section("OpenAI", Family.OPENAI)
+_ANTHROPIC = Section("Anthropic", Family.ANTHROPIC)
+_PLATFORMS = Section("Platforms", Family.NATIVE)
+_SERVER = Section("Server", Family.NATIVE)
 
 # Open routes need no API key: probes and scrapers carry none. TGI leaves /info, /v1/models,
 # /chat_tokenize and the docs open too; here they are closed, see notes/0003.
@@ -227,6 +230,9 @@ ROUTES: Sequence[Route] = (
 )
 
 
+FAMILIES_OF_ROUTES = Families((route.path, route.operation.family) for route in ROUTES)
+
+
 def document() -> str:
     """The OpenAPI document as JSON."""
     return encode(openapi.document(ROUTES, TGI_VERSION)).decode()
@@ -263,9 +269,10 @@ def make_app(
     middlewares.append(count_calls(readiness.metrics, generating))
     app = web.Application(middlewares=middlewares, client_max_size=payload_limit)
     app[READINESS] = readiness
+    app[FAMILIES] = FAMILIES_OF_ROUTES
     app[TRACES_CONTENT] = traces_content
     app[sse.OUTBOX] = sse.Outbox()
-    app.on_response_prepare.append(cors(allowed_origins))
+    app.on_response_prepare.append(cors(allowed_origins, FAMILIES_OF_ROUTES))
     for route in routes:
         add = app.router.add_get if route.method == "GET" else app.router.add_post
         add(route.path, route.handler)
@@ -286,6 +293,7 @@ def make_metrics_app(readiness: Readiness, allowed_origins: Sequence[str]) -> we
     """Only /metrics, for a port of its own."""
     app = web.Application(middlewares=[errors])
     app[READINESS] = readiness
-    app.on_response_prepare.append(cors(allowed_origins))
+    app[FAMILIES] = FAMILIES_OF_ROUTES
+    app.on_response_prepare.append(cors(allowed_origins, FAMILIES_OF_ROUTES))
     app.add_routes([web.get("/metrics", service.metrics)])
     return app

@@ -46,11 +46,18 @@ _VARIABLE = re.compile(r"{(\w+)(:[^}]*)?}")
 _JSON = "application/json"
 
 
+class Section(NamedTuple):
+    """A group of routes in the document, which serve the same clients."""
+
+    name: str
+    family: Family
+
+
 @dataclass(frozen=True, slots=True)
 class Operation:
     """What a route takes and gives."""
 
-    tag: str
+    section: Section
     request: Any = None
     """The type of its body, or a tuple: one of these; None = it has none."""
     answer: Any = None
@@ -63,10 +70,15 @@ class Operation:
     is_open: bool = False
     """Served without the API key."""
     families: tuple[Family, ...] = ()
-    """In whose words it may fail, where the body decides that; empty = those of its path."""
+    """In whose words it may fail, where the body decides that; empty = in its section's."""
     may_fail: tuple[int, ...] = ()
     """Statuses beside those that follow from the rest."""
     example: Any = None
+
+    @property
+    def family(self) -> Family:
+        """In whose words it answers."""
+        return self.section.family
 
 
 class Route(NamedTuple):
@@ -126,7 +138,7 @@ def _operation(route: Route, refs: Sequence[tuple[Any, Any]]) -> dict[str, Any]:
 
     summary = (inspect.getdoc(route.handler) or "").partition("\n\n")[0].replace("\n", " ")
     written: dict[str, Any] = {
-        "tags": [operation.tag],
+        "tags": [operation.section.name],
         "summary": summary,
         "operationId": f"{route.method.lower()}_{_identifier(route.path)}",
         "responses": {"200": _success(operation, schema_of)},
@@ -141,10 +153,10 @@ def _operation(route: Route, refs: Sequence[tuple[Any, Any]]) -> dict[str, Any]:
         if operation.example is not None:
             content["example"] = operation.example
         written["requestBody"] = {"required": True, "content": {_JSON: content}}
-    families = operation.families or (Family.of(route.path),)
+    families = operation.families or (operation.family,)
     error = schema_of(tuple(_ERROR_TYPES[family] for family in families))
     for status in _statuses(operation):
-        has_body = status != HTTPStatus.NOT_FOUND or Family.of(route.path) is not Family.NATIVE
+        has_body = status != HTTPStatus.NOT_FOUND or operation.family is not Family.NATIVE
         written["responses"][str(status)] = {
             "description": _DESCRIPTIONS[status],
             **({"content": {_JSON: {"schema": error}}} if has_body else {}),

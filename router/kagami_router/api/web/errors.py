@@ -5,7 +5,7 @@ of the request decides the shape around them.
 """
 
 import enum
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from http import HTTPStatus
 from typing import NamedTuple
 
@@ -44,12 +44,29 @@ class Family(enum.Enum):
     OPENAI = enum.auto()
     ANTHROPIC = enum.auto()
 
-    @classmethod
-    def of(cls, path: str) -> "Family":
-        """The family of a path, whether or not there is such a route."""
-        if path == "/v1/messages" or path.startswith("/v1/messages/"):
-            return cls.ANTHROPIC
-        return cls.OPENAI if path == "/v1" or path.startswith("/v1/") else cls.NATIVE
+
+class Families:
+    """The family of every path, whether or not there is such a route.
+
+    A path that no route has belongs to the family of the first route with the longest common
+    beginning: "/v1/nowhere" to that of "/v1/chat/completions".
+    """
+
+    def __init__(self, routes: Iterable[tuple[str, Family]]) -> None:
+        """The path of every route, in the order of the table, and its family."""
+        paths = list(routes)
+        self._by_path = dict(paths)
+        for path, family in paths:
+            while path := path.rpartition("/")[0]:
+                self._by_path.setdefault(path, family)
+
+    def of(self, path: str) -> Family:
+        """The family of `path`."""
+        while path:
+            if family := self._by_path.get(path):
+                return family
+            path = path.rpartition("/")[0]
+        return Family.NATIVE
 
 
 def error_text(error: KagamiError) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from aiohttp import hdrs, web
 
 from kagami_router.api.web.call_log import request_id
-from kagami_router.api.web.errors import Family
+from kagami_router.api.web.errors import Families, Family
 from kagami_router.api.web.request_span import TRACE_HEADERS
 
 EXPOSED_HEADERS = (
@@ -30,14 +30,14 @@ _ALLOWED_HEADERS = (
 _VARY = "origin, access-control-request-method, access-control-request-headers"
 
 
-def cors(allowed_origins: Sequence[str]) -> Callable[..., Awaitable[None]]:
+def cors(allowed_origins: Sequence[str], families: Families) -> Callable[..., Awaitable[None]]:
     """A signal that gives every response TGI's headers; no origins = any origin."""
 
     async def add_headers(request: web.Request, response: web.StreamResponse) -> None:
         headers = response.headers
         headers["x-request-id"] = request_id(request)
         headers.update(request.get(TRACE_HEADERS, {}))
-        if Family.of(request.path) is Family.ANTHROPIC:
+        if families.of(request.path) is Family.ANTHROPIC:
             headers["request-id"] = headers["x-request-id"]  # the name that its clients read
         headers.pop(hdrs.SERVER, None)  # aiohttp's own; it tells versions to anyone
         if isinstance(response, web.Response) and not response.body:

@@ -18,24 +18,23 @@ from opentelemetry import trace
 
 from kagami_proto.errors import (
     BodyTooLarge,
-    IncompleteGeneration,
-    InvalidRequest,
     KagamiError,
     MalformedBody,
     MethodNotAllowed,
     NotFound,
     NotJson,
     Overloaded,
-    TemplateError,
     Unauthorized,
     Unavailable,
     Unhealthy,
     UnsupportedMediaType,
+    row_of,
 )
 from kagami_proto.span_names import EventName, Key
 from kagami_proto.tracing import mark_failed
 from kagami_router.api.web.call_log import brought_until_now, origin_of
 from kagami_router.api.web.errors import (
+    Families,
     Family,
     error_body,
     error_kind,
@@ -49,6 +48,8 @@ logger = logging.getLogger(__name__)
 
 # Where a stream leaves the `err` label of what its status line could not tell any more.
 FAILURE_CAUSE = web.RequestKey("failure_cause", str)
+# Who answers in whose words, by path.
+FAMILIES = web.AppKey("families", Families)
 # Where a path serves several families, what the body turned out to be.
 FAMILY = web.RequestKey("family", Family)
 
@@ -63,7 +64,7 @@ class UnreadableBody(NotJson):
 
 def family_of(request: web.Request) -> Family:
     """In whose words this request is answered."""
-    return request.get(FAMILY) or Family.of(request.path)
+    return request.get(FAMILY) or request.app[FAMILIES].of(request.path)
 
 
 def on_one_line(error: BaseException) -> str:
@@ -86,10 +87,8 @@ def report(request: web.Request, error: Exception) -> KagamiError:
         return InternalError("Internal error")
     is_probe = request.method in (hdrs.METH_GET, hdrs.METH_HEAD)
     if not isinstance(error, Unhealthy | Unavailable) or not is_probe:
-        is_theirs = isinstance(
-            error, InvalidRequest | NotFound | Overloaded | Unauthorized | Unavailable
-        )
-        level = logging.WARNING if is_theirs else logging.ERROR
+        row = row_of(error)
+        level = logging.WARNING if row is not None and row.is_refusal else logging.ERROR
         hint = {"limit": "--max-concurrent-requests"} if isinstance(error, Overloaded) else {}
         logger.log(level, "%s", error_text(error), extra={**_fields(request, error), **hint})
     return error
@@ -102,16 +101,10 @@ def _fields(request: web.Request, error: BaseException) -> dict[str, object]:
 
 def failure_cause(error: BaseException) -> str:
     """The `err` label of tgi_request_failure."""
-    for kind, cause in (
-        (TemplateError, "template"),
-        (InvalidRequest | RecursionError, "validation"),
-        (Overloaded, "overloaded"),
-        (Unavailable, "unavailable"),
-        (IncompleteGeneration, "incomplete"),
-    ):
-        if isinstance(error, kind):
-            return cause
-    return "generation"
+    if isinstance(error, RecursionError):  # of a body; see `report`
+        error = MalformedBody(str(error))
+    row = row_of(error)
+    return "generation" if row is None else row.cause
 
 
 def error_response(request: web.Request, error: KagamiError) -> web.Response:
@@ -163,7 +156,7 @@ def report_dropped(request: web.Request) -> None:
 def _refusal(request: web.Request, refusal: web.HTTPException) -> web.Response:
     """404 and 405: without a body on native paths, as in TGI."""
     response = web.Response(status=refusal.status)
-    if Family.of(request.path) is not Family.NATIVE:
+    if family_of(request) is not Family.NATIVE:
         is_there = isinstance(refusal, web.HTTPMethodNotAllowed)
         error = MethodNotAllowed if is_there else NotFound
         response = error_response(request, error(f"There is no {request.method} {request.path}"))

@@ -28,6 +28,7 @@ from kagami_proto.errors import (
     ShardLost,
     Unauthorized,
 )
+from kagami_router.api.routes import FAMILIES_OF_ROUTES
 from kagami_router.api.web.errors import Family, error_body, error_event
 from kagami_router.request.values import StreamEvent, Timings, ValidRequest
 
@@ -52,7 +53,7 @@ def failing(*script: Any) -> FakeLoop:
     ],
 )
 def test_the_path_decides_the_family(path: str, family: Family) -> None:
-    assert Family.of(path) is family
+    assert FAMILIES_OF_ROUTES.of(path) is family
 
 
 @pytest.mark.parametrize(
