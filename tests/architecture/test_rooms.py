@@ -1,7 +1,7 @@
 """Who may import whom: the rooms as one table, no import circle, and who asks what a device is."""
 
 import ast
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 
 import pytest
@@ -75,17 +75,6 @@ LAUNCHER: Mapping[str, str] = {
 RULES = {**ROUTER, **SHARD, **LAUNCHER, "kagami_benchmark": "", "kagami_proto": ""}
 
 
-# Still to be moved. Whoever mends one takes it out of the list: a test that passes fails in it.
-PENDING_IMPORTS = {
-    "kagami_shard.engine.engine",
-}
-
-
-def but_for(pending: set[str], names: Iterable[str]) -> list[object]:
-    mark = pytest.mark.xfail(strict=True, reason="to be moved")
-    return [pytest.param(name, marks=[mark] if name in pending else []) for name in names]
-
-
 def room_of(module: str) -> str:
     return max((room for room in RULES if module == room or module.startswith(f"{room}.")), key=len)
 
@@ -99,7 +88,7 @@ def may_import(source: str, target: str) -> bool:
     return any(fnmatchcase(other, pattern) for pattern in allowed)
 
 
-@pytest.mark.parametrize("name", but_for(PENDING_IMPORTS, sorted(modules())))
+@pytest.mark.parametrize("name", sorted(modules()))
 def test_rooms_import_only_what_lies_below_them(name: str) -> None:
     assert [each for each in sorted(imported_modules(name)) if not may_import(name, each)] == []
 

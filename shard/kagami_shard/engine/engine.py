@@ -21,6 +21,7 @@ from kagami_shard.engine.generation import GenerationState, Pending
 from kagami_shard.engine.greedy_batch import GreedyBatch
 from kagami_shard.engine.items import Item, build_batch, prompt_rows, samples_token
 from kagami_shard.engine.launched import Launched, split_prompt_logprobs, top_tokens
+from kagami_shard.engine.read_cost import ReadCost, read_cost
 from kagami_shard.engine.step import NewSequence, Step, StepResult, Work
 from kagami_shard.engine.warmup import WarmupLimits, measured_cache
 from kagami_shard.forward.batch import ForwardBatch
@@ -29,7 +30,6 @@ from kagami_shard.forward.output import OutputKind
 from kagami_shard.machine.bandwidth import Probe
 from kagami_shard.machine.device import to_device
 from kagami_shard.machine.distributed import Alone, TensorParallel
-from kagami_shard.models.read_cost import ReadCost, read_cost
 from kagami_shard.sampling.grammar import Banned, Grammars, nothing_to_fill
 from kagami_shard.sampling.logprobs import Scores, score
 from kagami_shard.sampling.sampler import Drawn, draw
@@ -101,7 +101,7 @@ class Engine:
                 self.cache = measured_cache(
                     backend, limits, block_size=self.block_size, run=self._forward_and_draw
                 )
-                self.read_cost = read_cost(backend.model, backend.dtype, bandwidth)
+                self.read_cost = read_cost(backend, bandwidth)
             logger.info("Warm-up done", extra={"seconds": round(time.monotonic() - started, 2)})
         return self.cache
 

@@ -6,10 +6,8 @@ The share of the memory's bandwidth that it reaches says how much could still be
 
 from dataclasses import dataclass
 
-import torch
-
+from kagami_shard.backends.base import Backend
 from kagami_shard.forward.kv_cache import block_bytes
-from kagami_shard.models.base import Model
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +21,7 @@ class ReadCost:
     """0: not measured"""
 
 
-def read_cost(model: Model, dtype: torch.dtype, bandwidth: float) -> ReadCost:
-    """What reading `model` and its cache, in `dtype`, costs."""
-    return ReadCost(model.weight_bytes, block_bytes(model.layers, 1, dtype), bandwidth)
+def read_cost(backend: Backend, bandwidth: float) -> ReadCost:
+    """What reading the backend's model and its cache costs."""
+    model = backend.model
+    return ReadCost(model.weight_bytes, block_bytes(model.layers, 1, backend.dtype), bandwidth)

@@ -5,13 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.fakes.tiny_model import TinyModel
 from tests.shard.models.test_decoder import CONFIGS
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, PreTrainedConfig
 
 from kagami_shard.backends.torch.load import load_torch
 from kagami_shard.models.base import Model
-from kagami_shard.models.read_cost import read_cost
 
 CPU = torch.device("cpu")
 
@@ -73,8 +71,3 @@ def test_transformers_own_code_counts_all_but_the_embedding(is_tied: bool, tmp_p
     table = 99 * 32 * 2
     assert model.bytes_loaded - table * (not is_tied) <= model.weight_bytes
     assert model.weight_bytes < model.bytes_loaded - table * (not is_tied) + table // 2
-
-
-def test_a_token_costs_its_keys_and_values_in_every_layer() -> None:
-    cost = read_cost(TinyModel(), torch.bfloat16, 1e9)
-    assert (cost.weight_bytes, cost.kv_token_bytes, cost.bandwidth) == (1000, 2 * 2 * 16, 1e9)
