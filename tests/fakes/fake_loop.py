@@ -72,7 +72,7 @@ class FakeLoop:
     """`play` says for a request what happens: turns, or an exception to raise.
 
     Before each turn after the first the stream waits until `gate` is set; `held` is set when one
-    waits there, so all that came before has been read.
+    waits there: its first events have been delivered.
     """
 
     play: Callable[[ValidRequest], list[Events | Exception]] = failed_colon
