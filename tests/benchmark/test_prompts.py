@@ -1,7 +1,7 @@
 from pathlib import Path
 
 import pytest
-from tests.fakes.fake_server import byte_tokenizer
+from tests.fakes.byte_tokenizer import byte_tokenizer_with_start
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from kagami_benchmark.prompts import Words
@@ -53,7 +53,7 @@ def test_a_seed_gives_the_same_prompts_again_and_another_one_others() -> None:
 
 
 def test_a_vocabulary_without_words_is_refused(tmp_path: Path) -> None:
-    byte_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    byte_tokenizer_with_start().save(str(tmp_path / "tokenizer.json"))
 
     with pytest.raises(ValueError, match="has only 0 words of one token"):
         Words.load(tmp_path)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 from aiohttp import ClientSession
-from tests.fakes.fake_server import TEMPLATE, byte_tokenizer
+from tests.fakes.byte_tokenizer import byte_tokenizer_with_start
+from tests.fakes.fake_server import TEMPLATE
 from tests.fakes.null_shard import NullShard
 from tests.fakes.sse_server import sse_server
 
@@ -34,7 +35,7 @@ async def measured(*argv: str) -> list[Row]:
 @asynccontextmanager
 async def router(folder: Path) -> AsyncIterator[str]:
     """The real router over a null shard; its URL."""
-    byte_tokenizer().save(str(folder / "tokenizer.json"))
+    byte_tokenizer_with_start().save(str(folder / "tokenizer.json"))
     config = {"chat_template": TEMPLATE, "bos_token": "<s>", "eos_token": "</s>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     with socket.socket() as probe:

@@ -1,4 +1,4 @@
-"""A batching loop without a scheduler: plays a script of turns, remembers what it was asked."""
+"""A batching loop without a scheduler: plays a script and remembers what it was asked."""
 
 import asyncio
 import time
@@ -32,7 +32,7 @@ def end(
     return End(reason, text, num_generated, Timings(now, now, now, now), cached_tokens, stop)
 
 
-def turns_of(
+def step_events_of(
     tokens: Iterable[Token],
     reason: FinishReason = FinishReason.LENGTH,
     *,
@@ -42,7 +42,7 @@ def turns_of(
     cached_tokens: int = 0,
     stop: str | None = None,
 ) -> list[Events]:
-    """One event a turn; the last one carries the end."""
+    """One event for each step; the last one carries the end."""
     said = list(tokens)
     text = "".join(token.text for token in said if not token.special) + tail
     events = [StreamEvent(token, top_tokens) for token in said[:-1]]
@@ -61,7 +61,7 @@ def failed_colon(request: ValidRequest) -> list[Events | Exception]:
         for index, token_id in enumerate(request.prompt_ids)
     )
     return [
-        *turns_of(
+        *step_events_of(
             [FAILED, COLON], top_tokens=top, prefill=prefill if request.prompt_logprobs else ()
         )
     ]
@@ -69,10 +69,10 @@ def failed_colon(request: ValidRequest) -> list[Events | Exception]:
 
 @dataclass(eq=False)
 class FakeLoop:
-    """`play` says for a request what happens: turns, or an exception to raise.
+    """`play` gives the script of a request: the events of each step, or an exception that ends it.
 
-    Before each turn after the first the stream waits until `gate` is set; `held` is set when one
-    waits there: its first events have been delivered.
+    Before each step after the first the stream waits until `gate` is set. `held` is set when a
+    stream waits there: the events of its first step have been delivered.
     """
 
     play: Callable[[ValidRequest], list[Events | Exception]] = failed_colon
@@ -101,11 +101,11 @@ class FakeLoop:
         return leave
 
     async def _play(self, script: list[Events | Exception], stream: GenerationStream) -> None:
-        for number, turn in enumerate(script):
+        for number, events in enumerate(script):
             if number and not self.gate.is_set():
                 self.held.set()
                 await self.gate.wait()
-            if isinstance(turn, Exception):
-                stream.fail(turn)
+            if isinstance(events, Exception):
+                stream.fail(events)
                 return
-            stream.put(turn)
+            stream.put(events)

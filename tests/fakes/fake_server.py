@@ -5,10 +5,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-import tokenizers
 from aiohttp import ClientResponse, ClientSession, web
+from tests.fakes.byte_tokenizer import byte_tokenizer_with_start
 from tests.fakes.fake_loop import COLON, EOS, FAILED, FakeLoop
-from tokenizers import decoders, models, pre_tokenizers, processors
 
 from kagami_proto.errors import Overloaded
 from kagami_proto.tracing import NO_TRACING, Tracing
@@ -39,20 +38,6 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 TOKENS = SpecialTokens("<s>", "</s>", {})
-
-
-def byte_tokenizer() -> tokenizers.Tokenizer:
-    """One token a byte, `<s>` (id 0) in front."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {"<s>": 0, "</s>": 1} | {one: n for n, one in enumerate(alphabet, 2)}
-    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.add_special_tokens(["<s>", "</s>"])
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", 0)]
-    )
-    return tokenizer
 
 
 def info(limits: Limits) -> Info:
@@ -132,7 +117,7 @@ async def serving(
     template = template or ChatTemplate(TEMPLATE, TOKENS)
     metrics = Metrics()
     with ThreadPoolExecutor(1) as threads:
-        tokenizer = Tokenizer(byte_tokenizer(), threads)
+        tokenizer = Tokenizer(byte_tokenizer_with_start(), threads)
         state = AppState(
             infer=Infer(loop, metrics, max_concurrent_requests=max_concurrent_requests),
             validation=Validation(tokenizer, limits, compile_grammar, tracer=tracing.tracer),

@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import pytest
 from aiohttp import ClientConnectionError, ClientSession
-from tests.fakes.fake_server import TEMPLATE, byte_tokenizer
+from tests.fakes.byte_tokenizer import byte_tokenizer_with_start
+from tests.fakes.fake_server import TEMPLATE
 from tests.fakes.fake_shard import FakeShard
 
 from kagami_router.app import StartError, cache_grows_to, plan_limits, serve
@@ -20,7 +21,7 @@ from kagami_router.cli import RouterArgs, parse
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A model's tokenizer and template."""
-    byte_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    byte_tokenizer_with_start().save(str(tmp_path / "tokenizer.json"))
     config = {"chat_template": TEMPLATE, "bos_token": "<s>", "eos_token": "</s>"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     return tmp_path

@@ -10,7 +10,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 from huggingface_hub import AsyncInferenceClient
 from huggingface_hub.errors import ValidationError
-from tests.fakes.fake_loop import EOS, FakeLoop, turns_of
+from tests.fakes.fake_loop import EOS, FakeLoop, step_events_of
 from tests.fakes.fake_server import serving
 
 from kagami_router.request.values import FinishReason, Token
@@ -51,7 +51,7 @@ async def test_a_browser_may_send_all_that_openais_and_anthropics_clients_send(
 def hi_loop() -> FakeLoop:
     return FakeLoop(
         lambda request: [
-            *turns_of(
+            *step_events_of(
                 [HI, BANG, EOS],
                 FinishReason.EOS_TOKEN,
                 top_tokens=(HI, BANG)[: request.top_n_tokens],

@@ -3,7 +3,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
-from tests.fakes.fake_server import LIMITS, byte_tokenizer
+from tests.fakes.byte_tokenizer import byte_tokenizer_with_start
+from tests.fakes.fake_server import LIMITS
 
 from kagami_proto.errors import InvalidRequest
 from kagami_proto.values import SamplingParams
@@ -19,7 +20,7 @@ from kagami_router.text.tokenizer import INLINE_CHARACTERS, Tokenizer
 @pytest.fixture
 def validation() -> Iterator[Validation]:
     with ThreadPoolExecutor(1) as threads:
-        yield Validation(Tokenizer(byte_tokenizer(), threads), LIMITS)
+        yield Validation(Tokenizer(byte_tokenizer_with_start(), threads), LIMITS)
 
 
 P = GenerationParams

@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.fakes.fake_server import byte_tokenizer
+from tests.fakes.byte_tokenizer import byte_tokenizer_with_start
 
 from kagami_router.text import tokenizer
 from kagami_router.text.tokenizer import INLINE_CHARACTERS, Tokenizer
 
 
 async def test_saved_truncation_and_padding_are_switched_off(tmp_path: Path) -> None:
-    backend = byte_tokenizer()
+    backend = byte_tokenizer_with_start()
     backend.enable_truncation(4)
     backend.enable_padding(length=8)
     backend.save(str(tmp_path / "tokenizer.json"))
@@ -32,7 +32,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("length", [3, INLINE_CHARACTERS + 1])
 async def test_special_tokens_are_added_on_demand(length: int) -> None:
     with ThreadPoolExecutor(1) as threads:
-        encoder = Tokenizer(byte_tokenizer(), threads)
+        encoder = Tokenizer(byte_tokenizer_with_start(), threads)
         with_bos = await encoder.encode("a" * length, add_special_tokens=True)
         without = await encoder.encode("a" * length, add_special_tokens=False)
         assert with_bos == [0, *without]
@@ -42,7 +42,9 @@ async def test_special_tokens_are_added_on_demand(length: int) -> None:
 @given(st.text())
 async def test_spans_are_byte_slices(text: str) -> None:
     with ThreadPoolExecutor(1) as threads:
-        spans = await Tokenizer(byte_tokenizer(), threads).spans(text, add_special_tokens=False)
+        spans = await Tokenizer(byte_tokenizer_with_start(), threads).spans(
+            text, add_special_tokens=False
+        )
     encoded = text.encode()
     assert all(encoded[one.start : one.stop].decode() == one.text for one in spans)
     assert len(spans) == len(encoded)

@@ -4,13 +4,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from tests.fakes.fake_server import byte_tokenizer
+from tests.fakes.byte_tokenizer import byte_tokenizer_with_start
 
 from kagami_proto.errors import InvalidRequest
 from kagami_proto.values import Grammar, GrammarKind
 from kagami_shard.sampling.grammar import MAX_KEPT, MAX_SOURCE_BYTES, Grammars, GrammarState
 
-TOKENIZER = byte_tokenizer()
+TOKENIZER = byte_tokenizer_with_start()
 VOCAB = TOKENIZER.get_vocab_size()
 EOS = 1
 

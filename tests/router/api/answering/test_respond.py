@@ -4,7 +4,7 @@ from collections import Counter
 from typing import Any
 
 import pytest
-from tests.fakes.fake_loop import FakeLoop, turns_of
+from tests.fakes.fake_loop import FakeLoop, step_events_of
 from tests.fakes.fake_server import serving
 
 from kagami_router.api.answering import respond
@@ -28,7 +28,7 @@ NUM_TOKENS = 6
 
 
 def spoken(request: ValidRequest) -> list[Any]:
-    return [*turns_of([Token(40 + index, "a", -0.5, False) for index in range(NUM_TOKENS)])]
+    return [*step_events_of([Token(40 + index, "a", -0.5, False) for index in range(NUM_TOKENS)])]
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ async def test_a_prompt_with_many_logprobs_is_written_beside_the_event_loop(
     ways: Counter[str],
 ) -> None:
     prefill = tuple(PrefillToken(40, "a", -0.5) for _ in range(INLINE_TOKENS + 1))
-    loop = FakeLoop(lambda _: [*turns_of([Token(40, "a", -0.5, False)] * 2, prefill=prefill)])
+    loop = FakeLoop(lambda _: [*step_events_of([Token(40, "a", -0.5, False)] * 2, prefill=prefill)])
     body = {"prompt": "a", "echo": True, "logprobs": 1, "stream": True}
     async with serving(loop) as server, server.post("/v1/completions", body) as response:
         text = await response.text()

@@ -10,7 +10,7 @@ import anthropic
 import pytest
 from anthropic.types import Message
 from pydantic import BaseModel
-from tests.fakes.fake_loop import EOS, FakeLoop, turns_of
+from tests.fakes.fake_loop import EOS, FakeLoop, step_events_of
 from tests.fakes.fake_server import TEMPLATE, TOKENS, FakeServer, serving
 from tests.router.api.openai.test_chat_tools import CALL, QWEN, WIDE, compiles, saying
 
@@ -31,7 +31,7 @@ WITH_TOOL = BODY | {"tools": [TOOL], "max_tokens": 100}
 
 def hi_loop(reason: FinishReason = FinishReason.EOS_TOKEN, **options: Any) -> FakeLoop:
     said = [HI, BANG, EOS] if reason is FinishReason.EOS_TOKEN else [HI, BANG]
-    return FakeLoop(lambda _: [*turns_of(said, reason, **options)])
+    return FakeLoop(lambda _: [*step_events_of(said, reason, **options)])
 
 
 @asynccontextmanager
@@ -182,7 +182,7 @@ async def test_an_answer_cut_by_the_context_says_so(answer: Any) -> None:
 
 @pytest.mark.parametrize("answer", [create, streamed])
 async def test_an_empty_answer_has_one_empty_text(answer: Any) -> None:
-    message = await answer(FakeLoop(lambda _: [*turns_of([EOS], FinishReason.EOS_TOKEN)]))
+    message = await answer(FakeLoop(lambda _: [*step_events_of([EOS], FinishReason.EOS_TOKEN)]))
     assert [block.text for block in message.content] == [""]
 
 
@@ -396,7 +396,7 @@ async def test_a_failed_generation_is_an_error_with_its_text() -> None:
 
 
 async def test_a_stream_that_fails_raises_in_the_client() -> None:
-    loop = FakeLoop(lambda _: [turns_of([HI, BANG])[0], GenerationFailed("no memory")])
+    loop = FakeLoop(lambda _: [step_events_of([HI, BANG])[0], GenerationFailed("no memory")])
     async with client_of(loop) as (client, _), client.messages.stream(**BODY) as stream:
         assert await anext(stream.text_stream) == "Hi"
         with pytest.raises(anthropic.APIStatusError, match="no memory"):

@@ -2,7 +2,7 @@ import asyncio
 import json
 
 import pytest
-from tests.fakes.fake_loop import COLON, EOS, FAILED, FakeLoop, end, turns_of
+from tests.fakes.fake_loop import COLON, EOS, FAILED, FakeLoop, end, step_events_of
 from tests.fakes.fake_server import events_of, flat_error, serving
 
 from kagami_proto.errors import GenerationFailed
@@ -110,7 +110,7 @@ async def test_best_of_returns_the_best_mean_and_the_others_beside_it() -> None:
     logprobs = iter((-3.0, -1.0))
 
     def play(request: object) -> list:
-        return [*turns_of([Token(7, "x", next(logprobs), False)])]
+        return [*step_events_of([Token(7, "x", next(logprobs), False)])]
 
     body = {"inputs": "a", "parameters": {"best_of": 2, "do_sample": True, "details": True}}
     async with serving(FakeLoop(play)) as server, server.post("/generate", body) as response:
@@ -205,7 +205,7 @@ async def test_a_bug_is_a_500_and_is_logged(caplog: pytest.LogCaptureFixture) ->
 
 @pytest.mark.parametrize("path", ["/generate", "/generate_stream"])
 async def test_a_client_that_goes_away_cancels_its_generation(path: str) -> None:
-    loop = FakeLoop(lambda _: [*turns_of([FAILED, COLON])])
+    loop = FakeLoop(lambda _: [*step_events_of([FAILED, COLON])])
     loop.gate.clear()
     async with serving(loop) as server:
         call = asyncio.ensure_future(server.post(path, REQUEST).__aenter__())
@@ -223,7 +223,7 @@ async def test_a_client_that_goes_away_cancels_its_generation(path: str) -> None
 
 
 async def test_held_back_text_comes_before_a_special_last_token() -> None:
-    loop = FakeLoop(lambda _: [*turns_of([FAILED, EOS], FinishReason.EOS_TOKEN, tail="!")])
+    loop = FakeLoop(lambda _: [*step_events_of([FAILED, EOS], FinishReason.EOS_TOKEN, tail="!")])
     async with serving(loop) as server, server.post("/generate_stream", REQUEST) as response:
         last = json.loads((await events_of(response))[1].removeprefix("data: "))
         assert last["token"]["text"] == "!</s>"
@@ -283,7 +283,7 @@ async def test_a_seed_that_is_no_u64_is_refused(seed: object) -> None:
 
 
 async def test_ties_may_bring_more_top_tokens_than_asked_for() -> None:
-    loop = FakeLoop(lambda _: [*turns_of([FAILED], top_tokens=(FAILED, COLON, EOS))])
+    loop = FakeLoop(lambda _: [*step_events_of([FAILED], top_tokens=(FAILED, COLON, EOS))])
     body = {"inputs": "a", "parameters": {"top_n_tokens": 2, "details": True}}
     async with serving(loop) as server, server.post("/generate", body) as response:
         (top,) = (await response.json())["details"]["top_tokens"]

@@ -3,8 +3,9 @@ import json
 from typing import Any
 
 import pytest
-from tests.fakes.fake_loop import EOS, FAILED, FakeLoop, turns_of
-from tests.fakes.fake_server import TOKENS, byte_tokenizer, events_of, flat_error, serving
+from tests.fakes.byte_tokenizer import byte_tokenizer_with_start
+from tests.fakes.fake_loop import EOS, FAILED, FakeLoop, step_events_of
+from tests.fakes.fake_server import TOKENS, events_of, flat_error, serving
 
 from kagami_proto.errors import GenerationFailed
 from kagami_router.request.values import FinishReason, StreamEvent, Token
@@ -19,7 +20,7 @@ BANG = Token(41, "!", -0.5, False)
 
 
 def hi_loop() -> FakeLoop:
-    return FakeLoop(lambda _: [*turns_of([HI, BANG, EOS], FinishReason.EOS_TOKEN)])
+    return FakeLoop(lambda _: [*step_events_of([HI, BANG, EOS], FinishReason.EOS_TOKEN)])
 
 
 def chunks_of(text: str) -> list[dict[str, Any]]:
@@ -103,7 +104,7 @@ async def test_without_stream_options_no_usage_chunk_comes() -> None:
 
 
 async def test_logprobs_have_alternatives_and_bytes() -> None:
-    loop = FakeLoop(lambda _: [*turns_of([HI], top_tokens=(HI, BANG))])
+    loop = FakeLoop(lambda _: [*step_events_of([HI], top_tokens=(HI, BANG))])
     body = CHAT | {"logprobs": True, "top_logprobs": 2}
     async with serving(loop) as server, server.post(PATH, body) as response:
         assert (await response.json())["choices"][0]["logprobs"] == {
@@ -124,8 +125,8 @@ async def test_logprobs_have_alternatives_and_bytes() -> None:
 
 
 async def test_half_a_character_shows_as_its_bytes() -> None:
-    half = Token(byte_tokenizer().token_to_id("ð"), "", -0.25, False)  # b"\xf0"
-    loop = FakeLoop(lambda _: [*turns_of([half])])
+    half = Token(byte_tokenizer_with_start().token_to_id("ð"), "", -0.25, False)  # b"\xf0"
+    loop = FakeLoop(lambda _: [*step_events_of([half])])
     async with serving(loop) as server:
         async with server.post(PATH, CHAT | {"logprobs": True}) as response:
             (one,) = (await response.json())["choices"][0]["logprobs"]["content"]
@@ -135,7 +136,7 @@ async def test_half_a_character_shows_as_its_bytes() -> None:
 
 async def test_a_token_held_back_for_a_stop_string_has_its_own_text_in_logprobs() -> None:
     held = HI._replace(text="")
-    loop = FakeLoop(lambda _: [*turns_of([held])])
+    loop = FakeLoop(lambda _: [*step_events_of([held])])
     async with serving(loop) as server:
         async with server.post(PATH, CHAT | {"logprobs": True, "stop": "Hi there"}) as response:
             (one,) = (await response.json())["choices"][0]["logprobs"]["content"]
@@ -144,7 +145,7 @@ async def test_a_token_held_back_for_a_stop_string_has_its_own_text_in_logprobs(
 
 async def test_a_logprob_that_is_no_number_is_openais_impossible() -> None:
     never = Token(40, "Hi", float("-inf"), False)
-    loop = FakeLoop(lambda _: [*turns_of([never], top_tokens=(never,))])
+    loop = FakeLoop(lambda _: [*step_events_of([never], top_tokens=(never,))])
     body = CHAT | {"logprobs": True, "top_logprobs": 1}
     async with serving(loop) as server, server.post(PATH, body) as response:
         (one,) = (await response.json())["choices"][0]["logprobs"]["content"]
@@ -224,7 +225,7 @@ async def test_nulls_and_empty_texts_in_a_list_of_stop_strings_mean_nothing() ->
 
 async def test_cached_prompt_tokens_are_told_once_for_all_samples() -> None:
     cached = iter((3, 20))
-    loop = FakeLoop(lambda _: [*turns_of([HI], cached_tokens=next(cached))])
+    loop = FakeLoop(lambda _: [*step_events_of([HI], cached_tokens=next(cached))])
     async with serving(loop) as server, server.post(PATH, CHAT | {"n": 2}) as response:
         usage = (await response.json())["usage"]
     assert usage["prompt_tokens"] == 28
@@ -472,7 +473,7 @@ async def test_a_failure_in_a_stream_has_its_real_status_and_then_done() -> None
 
 
 async def test_a_failure_of_one_of_two_choices_ends_both() -> None:
-    plays = iter(([*turns_of([HI, BANG])], [GenerationFailed("Server error: boom")]))
+    plays = iter(([*step_events_of([HI, BANG])], [GenerationFailed("Server error: boom")]))
     loop = FakeLoop(lambda _: next(plays))
     async with serving(loop) as server:
         async with server.post(PATH, CHAT | {"n": 2}) as response:

@@ -2,7 +2,7 @@ import json
 from typing import Any
 
 import pytest
-from tests.fakes.fake_loop import EOS, FakeLoop, turns_of
+from tests.fakes.fake_loop import EOS, FakeLoop, step_events_of
 from tests.fakes.fake_server import (
     LIMITS,
     TEMPLATE,
@@ -53,7 +53,7 @@ def saying(text: str, reason: FinishReason = FinishReason.EOS_TOKEN) -> FakeLoop
     pieces = [text[at : at + 5] for at in range(0, len(text), 5)]
     tokens = [Token(number, piece, -0.5, False) for number, piece in enumerate(pieces)]
     end = [EOS] if reason is FinishReason.EOS_TOKEN else []
-    return FakeLoop(lambda _: [*turns_of([*tokens, *end], reason)])
+    return FakeLoop(lambda _: [*step_events_of([*tokens, *end], reason)])
 
 
 def serving_tools(loop: FakeLoop, **options: Any) -> Any:

@@ -4,8 +4,9 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
-from tests.fakes.fake_loop import COLON, EOS, FAILED, FakeLoop, turns_of
-from tests.fakes.fake_server import byte_tokenizer, events_of, flat_error, serving
+from tests.fakes.byte_tokenizer import byte_tokenizer_with_start
+from tests.fakes.fake_loop import COLON, EOS, FAILED, FakeLoop, step_events_of
+from tests.fakes.fake_server import events_of, flat_error, serving
 
 from kagami_proto.errors import BatchSizeExceeded, InvalidRequest
 from kagami_router.api.openai import completions
@@ -19,7 +20,7 @@ def echo_loop() -> FakeLoop:
 
     def play(request: ValidRequest) -> list[Any]:
         token = Token(5, f" {request.prompt_text}", -0.5, False)
-        return [*turns_of([token, EOS], FinishReason.EOS_TOKEN)]
+        return [*step_events_of([token, EOS], FinishReason.EOS_TOKEN)]
 
     return FakeLoop(play)
 
@@ -240,7 +241,7 @@ def scored_loop() -> FakeLoop:
             for at, token_id in enumerate(request.prompt_ids)
         )
         return [
-            *turns_of(
+            *step_events_of(
                 [FAILED, COLON, EOS],
                 FinishReason.EOS_TOKEN,
                 top_tokens=top,
@@ -355,7 +356,7 @@ async def test_a_streams_chunks_add_up_to_the_whole_answer(echo: bool) -> None:
 
 async def test_a_prompt_of_token_ids_is_taken_as_it_is() -> None:
     loop = scored_loop()
-    ids = byte_tokenizer().encode("ab", add_special_tokens=False).ids
+    ids = byte_tokenizer_with_start().encode("ab", add_special_tokens=False).ids
     (choice,) = (await answer_of(loop, prompt=ids, echo=True, logprobs=0))["choices"]
     assert loop.requests[0].prompt_ids == tuple(ids)
     assert choice["text"] == "ab failed:"
@@ -388,7 +389,7 @@ def sampled(*logprobs: float) -> FakeLoop:
 
     def play(request: ValidRequest) -> list[Any]:
         logprob = next(left)
-        return [*turns_of([Token(7, f"{request.prompt_text}{logprob}", logprob, False)])]
+        return [*step_events_of([Token(7, f"{request.prompt_text}{logprob}", logprob, False)])]
 
     return FakeLoop(play)
 

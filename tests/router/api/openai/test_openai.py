@@ -4,7 +4,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from tests.fakes.fake_loop import FakeLoop, turns_of
+from tests.fakes.fake_loop import FakeLoop, step_events_of
 from tests.fakes.fake_server import events_of, serving
 
 from kagami_router.api.schemas.chunks import ChatChunk, CompletionChunk
@@ -18,7 +18,9 @@ ROUTES: dict[str, tuple[dict[str, Any], type]] = {
 
 
 def spoken(request: ValidRequest) -> list[Any]:
-    return [*turns_of([Token(40 + index, text, -0.5, False) for index, text in enumerate(TEXTS)])]
+    return [
+        *step_events_of([Token(40 + index, text, -0.5, False) for index, text in enumerate(TEXTS)])
+    ]
 
 
 @pytest.mark.parametrize("path", ROUTES)

@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from tests.fakes.fake_loop import FAILED, FakeLoop, turns_of
+from tests.fakes.fake_loop import FAILED, FakeLoop, step_events_of
 from tests.fakes.fake_server import events_of, flat_error, serving
 
 from kagami_proto.errors import GenerationFailed
@@ -15,7 +15,7 @@ INFER = "/v2/models/m/versions/1/infer"
 
 def echo(request: ValidRequest) -> list[Any]:
     """The prompt's text as the one token of the answer."""
-    return [*turns_of([Token(5, f"{request.prompt_text}!", -0.5, False)])]
+    return [*step_events_of([Token(5, f"{request.prompt_text}!", -0.5, False)])]
 
 
 # ---------------------------------------------------------------------- /invocations

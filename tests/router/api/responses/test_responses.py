@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
-from tests.fakes.fake_loop import EOS, FakeLoop, turns_of
+from tests.fakes.fake_loop import EOS, FakeLoop, step_events_of
 from tests.fakes.fake_server import TOKENS, FakeServer, flat_error
 from tests.router.api.openai.test_chat_tools import ARGUMENTS, CALL, serving_tools
 
@@ -34,7 +34,7 @@ def saying(text: str, reason: FinishReason = FinishReason.EOS_TOKEN) -> FakeLoop
     end = [EOS] if reason is FinishReason.EOS_TOKEN else []
     return FakeLoop(
         lambda request: [
-            *turns_of(
+            *step_events_of(
                 [*tokens, *end],
                 reason,
                 top_tokens=tuple(tokens[: request.top_n_tokens]),
@@ -46,7 +46,7 @@ def saying(text: str, reason: FinishReason = FinishReason.EOS_TOKEN) -> FakeLoop
 
 def failing() -> FakeLoop:
     """A model that breaks after its first token."""
-    turns = turns_of([Token(3, "Hello", -0.5, False), EOS], FinishReason.EOS_TOKEN)
+    turns = step_events_of([Token(3, "Hello", -0.5, False), EOS], FinishReason.EOS_TOKEN)
     return FakeLoop(lambda _: [turns[0], GenerationFailed("out of paper")])
 
 

@@ -14,7 +14,7 @@ import openai
 import pytest
 import text_generation.errors
 from huggingface_hub import AsyncInferenceClient
-from tests.fakes.fake_loop import FAILED, FakeLoop, turns_of
+from tests.fakes.fake_loop import FAILED, FakeLoop, step_events_of
 from tests.fakes.fake_server import FakeServer, events_of, flat_error, serving
 from text_generation import AsyncClient
 
@@ -336,7 +336,7 @@ async def test_the_times_of_several_prompts_are_summed_as_in_tgi() -> None:
     def half_a_second(request: ValidRequest) -> list[Any]:
         now = time.monotonic()
         timings = Timings(now, now, now, now + 0.5)
-        (event,) = turns_of([FAILED])[0]
+        (event,) = step_events_of([FAILED])[0]
         assert event.end is not None
         return [(event._replace(end=replace(event.end, timings=timings)),)]
 
