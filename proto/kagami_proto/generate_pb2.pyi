@@ -456,7 +456,7 @@ class NewSequence(_message.Message):
         """prompt, and on a replay what was generated since"""
 
     @_builtins.property
-    def sampling(self) -> Global___SamplingParameters: ...
+    def sampling(self) -> Global___SamplingParams: ...
     @_builtins.property
     def grammar(self) -> Global___Grammar:
         """unset = free text"""
@@ -467,7 +467,7 @@ class NewSequence(_message.Message):
         id: _builtins.int = ...,
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
         num_prompt_tokens: _builtins.int = ...,
-        sampling: Global___SamplingParameters | None = ...,
+        sampling: Global___SamplingParams | None = ...,
         top_n_tokens: _builtins.int = ...,
         prompt_logprobs: _builtins.bool = ...,
         grammar: Global___Grammar | None = ...,
@@ -485,7 +485,7 @@ class NewSequence(_message.Message):
 Global___NewSequence: _TypeAlias = NewSequence  # noqa: Y015
 
 @_typing.final
-class SamplingParameters(_message.Message):
+class SamplingParams(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     DO_SAMPLE_FIELD_NUMBER: _builtins.int
@@ -548,7 +548,7 @@ class SamplingParameters(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___SamplingParameters: _TypeAlias = SamplingParameters  # noqa: Y015
+Global___SamplingParams: _TypeAlias = SamplingParams  # noqa: Y015
 
 @_typing.final
 class Grammar(_message.Message):

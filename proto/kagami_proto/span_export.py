@@ -64,7 +64,7 @@ class SpanExport(SpanProcessor):
         self._wake = threading.Event()
         self._is_closing = False
         self._is_failing = False
-        self._last_words = _LastWords()
+        self._last_warning = _LastWarning()
         self._thread = threading.Thread(target=self._run, name="export spans", daemon=True)
         self._thread.start()
 
@@ -110,7 +110,7 @@ class SpanExport(SpanProcessor):
         return not self._queue
 
     def _run(self) -> None:
-        with self._last_words:
+        with self._last_warning:
             while not self._is_closing:
                 self._wake.wait(self._limits.delay_s)
                 self._wake.clear()
@@ -125,12 +125,12 @@ class SpanExport(SpanProcessor):
             self._export(batch)
 
     def _export(self, batch: list[ReadableSpan]) -> None:
-        self._last_words.text = ""
+        self._last_warning.text = ""
         try:
             is_there = self._exporter.export(batch) is SpanExportResult.SUCCESS
         # A border: whatever an exporter raises costs these spans and nothing else.
         except Exception as error:
-            self._last_words.text = f"{type(error).__name__}: {error}"
+            self._last_warning.text = f"{type(error).__name__}: {error}"
             is_there = False
         if not is_there:
             self._failed += len(batch)
@@ -145,11 +145,11 @@ class SpanExport(SpanProcessor):
         else:
             logger.warning(
                 "Traces cannot be exported: spans are dropped and counted until they can",
-                extra={"endpoint": self._endpoint, "reason": self._last_words.text or "refused"},
+                extra={"endpoint": self._endpoint, "reason": self._last_warning.text or "refused"},
             )
 
 
-class _LastWords(logging.Handler):
+class _LastWarning(logging.Handler):
     """Keeps what the exporters last complained about, instead of a line for each export.
 
     A context manager: inside, OpenTelemetry's loggers speak to it alone.
@@ -160,7 +160,7 @@ class _LastWords(logging.Handler):
         self.text = ""
         self._logger = logging.getLogger("opentelemetry")
 
-    def __enter__(self) -> "_LastWords":
+    def __enter__(self) -> "_LastWarning":
         self._logger.addHandler(self)
         self._logger.propagate = False
         return self

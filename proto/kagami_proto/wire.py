@@ -20,9 +20,9 @@ _WANTED: Mapping[Wanted, pb.Wanted.ValueType] = {
 _WANTED_BY_NUMBER = {number: wanted for wanted, number in _WANTED.items()}
 
 
-def sampling_to_pb(params: SamplingParams) -> pb.SamplingParameters:
+def sampling_to_pb(params: SamplingParams) -> pb.SamplingParams:
     """`params` as the wire has them; the biases become two columns."""
-    return pb.SamplingParameters(
+    return pb.SamplingParams(
         do_sample=params.do_sample,
         seed=params.seed,
         temperature=params.temperature,
@@ -38,7 +38,7 @@ def sampling_to_pb(params: SamplingParams) -> pb.SamplingParameters:
     )
 
 
-def sampling_from_pb(message: pb.SamplingParameters) -> SamplingParams:
+def sampling_from_pb(message: pb.SamplingParams) -> SamplingParams:
     """The inverse of `sampling_to_pb`; raises ValueError if the bias columns differ in length."""
     return SamplingParams(
         do_sample=message.do_sample,

@@ -35,7 +35,7 @@ UNUSUAL = SamplingParams(
 def test_sampling_parameters_come_back_as_they_were_sent(params: SamplingParams) -> None:
     sent = sampling_to_pb(params).SerializeToString()
 
-    assert sampling_from_pb(pb.SamplingParameters.FromString(sent)) == params
+    assert sampling_from_pb(pb.SamplingParams.FromString(sent)) == params
 
 
 def test_the_unusual_parameters_leave_no_field_at_its_default() -> None:
@@ -47,7 +47,7 @@ def test_the_unusual_parameters_leave_no_field_at_its_default() -> None:
 
 def test_bias_columns_of_unequal_length_are_refused() -> None:
     with pytest.raises(ValueError, match="shorter"):
-        sampling_from_pb(pb.SamplingParameters(bias_ids=[1, 2], biases=[0.5]))
+        sampling_from_pb(pb.SamplingParams(bias_ids=[1, 2], biases=[0.5]))
 
 
 @pytest.mark.parametrize("kind", GrammarKind)

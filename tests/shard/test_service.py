@@ -21,7 +21,7 @@ from kagami_shard.forward.output import Output
 from kagami_shard.service import TextGenerationService
 
 PROMPT = [3, 1, 4, 1, 5]
-GREEDY = pb.SamplingParameters(temperature=1, top_p=1, typical_p=1, repetition_penalty=1)
+GREEDY = pb.SamplingParams(temperature=1, top_p=1, typical_p=1, repetition_penalty=1)
 
 
 class Gate(TinyModel):

@@ -25,7 +25,7 @@ from kagami_launcher.convert.files import (
     write_safetensors,
 )
 from kagami_launcher.convert.gguf_families import (
-    Family,
+    GgufFamily,
     checkpoint_name,
     family_of,
     model_config,
@@ -53,7 +53,7 @@ class _Placed:
 
     name: str
     source: Any
-    family: Family
+    family: GgufFamily
 
     @property
     def shape(self) -> list[int]:
@@ -90,7 +90,7 @@ class _Placed:
 
 
 def write_weights(
-    path: Path, tensors: Mapping[str, Any], config: Mapping[str, Any], family: Family
+    path: Path, tensors: Mapping[str, Any], config: Mapping[str, Any], family: GgufFamily
 ) -> None:
     """Write all tensors as one safetensors file; only one is in memory at a time."""
     placed = [

@@ -20,7 +20,7 @@ _Tensors = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Family:
+class GgufFamily:
     """How one architecture of llama.cpp's is written as a checkpoint."""
 
     model_type: str
@@ -81,23 +81,25 @@ def _gemma2(metadata: Metadata, tensors: _Tensors) -> dict[str, Any]:
 
 
 # general.architecture -> its family.
-FAMILIES: Mapping[str, Family] = MappingProxyType(
+FAMILIES: Mapping[str, GgufFamily] = MappingProxyType(
     {
-        "llama": Family("llama", "LlamaForCausalLM", _LLAMA_NAMES, _llama, swaps_rotary_rows=True),
-        "qwen2": Family("qwen2", "Qwen2ForCausalLM", _LLAMA_NAMES, _qwen2),
-        "qwen3": Family(
+        "llama": GgufFamily(
+            "llama", "LlamaForCausalLM", _LLAMA_NAMES, _llama, swaps_rotary_rows=True
+        ),
+        "qwen2": GgufFamily("qwen2", "Qwen2ForCausalLM", _LLAMA_NAMES, _qwen2),
+        "qwen3": GgufFamily(
             "qwen3",
             "Qwen3ForCausalLM",
             {**_LLAMA_NAMES, "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"},
             _qwen3,
         ),
-        "phi3": Family(
+        "phi3": GgufFamily(
             "phi3",
             "Phi3ForCausalLM",
             {**_LLAMA_NAMES, "attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"},
             _phi3,
         ),
-        "gemma2": Family(
+        "gemma2": GgufFamily(
             "gemma2",
             "Gemma2ForCausalLM",
             {
@@ -113,7 +115,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
 )
 
 
-def family_of(metadata: Metadata) -> Family:
+def family_of(metadata: Metadata) -> GgufFamily:
     """The family of a file; refuses what is not in the table."""
     family = FAMILIES.get(metadata.architecture)
     if family is None or metadata.of_model("expert_count", 0):
@@ -125,7 +127,7 @@ def family_of(metadata: Metadata) -> Family:
     return family
 
 
-def checkpoint_name(name: str, family: Family) -> str:
+def checkpoint_name(name: str, family: GgufFamily) -> str:
     """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`."""
     match name.split("."):
         case ["blk", layer, part, suffix] if part in family.block_names:
@@ -145,7 +147,7 @@ def _head_dim(metadata: Metadata) -> int:
     return int(metadata.of_model("attention.key_length") or hidden // heads)
 
 
-def model_config(metadata: Metadata, tensors: _Tensors, family: Family) -> dict[str, Any]:
+def model_config(metadata: Metadata, tensors: _Tensors, family: GgufFamily) -> dict[str, Any]:
     """config.json, with the names a checkpoint uses."""
     heads, hidden = metadata.need("attention.head_count"), metadata.need("embedding_length")
     head_dim = _head_dim(metadata)

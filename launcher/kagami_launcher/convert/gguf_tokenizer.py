@@ -180,6 +180,3 @@ def generation_config(metadata: Metadata) -> dict[str, Any]:
         "pad_token_id": metadata.token_id("padding"),
     }
     return {key: value for key, value in config.items() if value is not None}
-
-
-# --- weights --------------------------------------------------------------------------------------

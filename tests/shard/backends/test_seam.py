@@ -31,7 +31,7 @@ from kagami_shard.service import TextGenerationService
 
 VOCAB, BLOCK = 50, 4
 PROMPT = [3, 1, 4, 1, 5, 9]
-GREEDY = pb.SamplingParameters(temperature=1, top_p=1, typical_p=1, repetition_penalty=1)
+GREEDY = pb.SamplingParams(temperature=1, top_p=1, typical_p=1, repetition_penalty=1)
 
 
 def next_token(ids: Sequence[int]) -> int:
