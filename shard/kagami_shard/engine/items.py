@@ -92,7 +92,7 @@ def build_batch(
         slots=tensor(slots),
         queries=queries,
         logits_rows=tensor(rows),
-        kept=queries.at(rows),
+        selected=queries.at(rows),
     )
 
 

@@ -66,7 +66,7 @@ class ForwardBatch:
     """All tokens, a run for each sequence"""
     logits_rows: Tensor
     """`[num_rows]` int64, the tokens after which logits are wanted"""
-    kept: Queries
+    selected: Queries
     """Those tokens: all that the last layer computes, beside keys and values; `queries` if they
     are all, in order"""
 

@@ -43,5 +43,5 @@ class AttentionStep(Protocol):
     def attend(self, query: Tensor, spec: AttentionSpec) -> Tensor:
         """The second half of a call, over what has been written."""
 
-    def kept(self) -> "AttentionStep":
-        """The step that attends with the queries of `batch.kept`, and writes as this one does."""
+    def selected(self) -> "AttentionStep":
+        """A step that attends with the queries of `batch.selected`, and writes as this one."""

@@ -131,7 +131,7 @@ class _Layer:
         qkv = ops.linear(ops.norm(hidden, self._before_attention), self._qkv)
         queries = ops.write(qkv, self._attention)
         if is_last:
-            hidden, queries = ops.keep(hidden, queries)
+            hidden, queries = ops.select_rows(hidden, queries)
         update = ops.linear(ops.attend(queries, self._attention), self._output)
         hidden = ops.add(hidden, update, self._after_attention, self._multiplier)
         update = ops.mlp(ops.norm(hidden, self._before_mlp), self._mlp)

@@ -48,10 +48,10 @@ class Ops(Protocol[T]):
 
     def attend(self, queries: T, attention: SelfAttention) -> T: ...
 
-    def keep(self, *values: T) -> tuple[T, ...]:
-        """Of these the rows that the step wants logits after: from here on there are no others.
+    def select_rows(self, *values: T) -> tuple[T, ...]:
+        """The rows of each value that the step wants logits for; all that follows has these alone.
 
-        Once in a step. What was written into the cache before it is there for all tokens.
+        Once in a step. What was written into the cache before is there for all tokens.
         """
 
     def mlp(self, hidden: T, mlp: GatedMLP | MLP) -> T: ...

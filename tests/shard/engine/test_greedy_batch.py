@@ -60,7 +60,7 @@ class TorchDecodes:
             slots=blocks * size + self._positions % size,
             queries=queries,
             logits_rows=rows,
-            kept=queries,
+            selected=queries,
         )
         logits = self._backend.run(batch, self._cache, OutputKind.LOGITS).logits
         assert logits is not None

@@ -20,7 +20,7 @@ from kagami_shard.quantization.int8 import (
     fitted,
     int_matmul,
     quantize_int8,
-    turned,
+    rotated,
 )
 
 ON_CUDA = int8_product_shape(torch.device("cuda"))
@@ -46,17 +46,17 @@ def relative(error: Tensor, of: Tensor) -> float:
     return float(error.norm() / of.norm())
 
 
-@pytest.mark.parametrize(("columns", "turn"), [(48, 16), (64, 64), (1024, 512), (33, 1)])
-def test_a_turn_is_as_wide_as_divides_the_columns(columns: int, turn: int) -> None:
-    assert quantize_int8(random(3, columns)).turn == turn
+@pytest.mark.parametrize(("columns", "block"), [(48, 16), (64, 64), (1024, 512), (33, 1)])
+def test_a_rotated_block_is_as_wide_as_divides_the_columns(columns: int, block: int) -> None:
+    assert quantize_int8(random(3, columns)).hadamard_block == block
 
 
-def test_turning_is_a_product_with_the_hadamard_matrix() -> None:
+def test_rotating_is_a_product_with_the_hadamard_matrix() -> None:
     matrix = random(5, 16)
     of_two = torch.tensor([[1.0, 1.0], [1.0, -1.0]])
     of_eight = torch.kron(torch.kron(of_two, of_two), of_two) / 8**0.5
     expected = torch.cat((matrix[:, :8] @ of_eight, matrix[:, 8:] @ of_eight), dim=1)
-    assert torch.allclose(turned(matrix, 8), expected, atol=1e-6)
+    assert torch.allclose(rotated(matrix, 8), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize(

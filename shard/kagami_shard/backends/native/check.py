@@ -57,7 +57,7 @@ class _Sample:
     def run(self, ops: Ops[T]) -> T:
         hidden = ops.embed(self._embedding)
         qkv = ops.linear(ops.norm(hidden, self._norm), self._qkv)
-        hidden, queries = ops.keep(hidden, ops.write(qkv, self._attention))
+        hidden, queries = ops.select_rows(hidden, ops.write(qkv, self._attention))
         update = ops.linear(ops.attend(queries, self._attention), self._output)
         hidden = ops.add(hidden, update, no_norm, 1.0)
         update = ops.mlp(ops.norm(hidden, self._norm), self._mlp)
@@ -111,5 +111,5 @@ def _batch(work: Sequence[tuple[int, int]], rows: Sequence[int], block_size: int
         slots=torch.tensor(slots),
         queries=queries,
         logits_rows=torch.tensor(rows),
-        kept=queries.at(rows),
+        selected=queries.at(rows),
     )

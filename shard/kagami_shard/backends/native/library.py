@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 class WeightKind(IntEnum):
-    """How a packed weight is kept."""
+    """The form of a packed weight."""
 
     BF16 = 0
     INT8 = 1
@@ -37,7 +37,7 @@ class Code(IntEnum):
     WRITE = 5
     ATTEND = 6
     QUANTIZE = 7
-    KEEP = 8
+    SELECT = 8
 
 
 class Epilogue(IntEnum):
@@ -61,7 +61,7 @@ class Activation(IntEnum):
 
 
 class NormKind(IntEnum):
-    """Of an op; `ROUND` only rounds."""
+    """The formula of an op's norm; `ROUND` only rounds."""
 
     ROUND = 0
     RMS = 1
@@ -69,7 +69,7 @@ class NormKind(IntEnum):
 
 
 class QKNorm(IntEnum):
-    """Of queries and keys."""
+    """The norm of queries and keys: none, of each head, or of all heads together."""
 
     NONE = 0
     HEADS = 1
@@ -77,7 +77,7 @@ class QKNorm(IntEnum):
 
 
 LOGITS = -1
-"""As a buffer: the logits of the step"""
+"""The number of a buffer that is not the tape's: the logits of the step"""
 
 
 class CLinear(ctypes.Structure):
@@ -92,7 +92,7 @@ class CLinear(ctypes.Structure):
 
 
 class CQuantize(ctypes.Structure):
-    _fields_ = (("columns", c_int32), ("turn", c_int32))
+    _fields_ = (("columns", c_int32), ("hadamard_block", c_int32))
 
 
 class CEmbedding(ctypes.Structure):
@@ -142,7 +142,7 @@ class COp(ctypes.Structure):
         ("index", c_int32),
         ("epilogue", c_int32),
         ("activation", c_int32),
-        ("kept", c_int32),
+        ("selected", c_int32),
         ("alpha", c_float),
         ("bound", c_float),
         ("params", c_void_p),
@@ -172,7 +172,7 @@ class CBatch(ctypes.Structure):
         ("values", c_void_p),
         ("block_size", c_int64),
         ("logits", c_void_p),
-        ("kept", c_void_p),
+        ("selected", c_void_p),
         ("rows", c_void_p),
     )
 
@@ -278,7 +278,7 @@ def layout() -> str:
 
 
 def pointer(tensor: Tensor | None) -> int | None:
-    """Of a contiguous tensor's first element; whoever stores it keeps the tensor."""
+    """The address of a contiguous tensor's first element; who stores it must hold the tensor."""
     if tensor is None:
         return None
     assert tensor.is_contiguous()

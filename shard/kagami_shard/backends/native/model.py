@@ -70,10 +70,10 @@ def replay_into(tape: Tape, batch: ForwardBatch, pages: PageTables, logits: Tens
     whole = _Step(batch.queries, pages, logits)
     struct = whole.struct
     struct.input_ids, struct.positions = pointer(batch.input_ids), pointer(batch.positions)
-    if batch.kept is not batch.queries:
-        kept = _Step(batch.kept, pages, logits)
-        kept.struct.rows = pointer(batch.logits_rows)
-        struct.kept = addressof(kept.struct)
+    if batch.selected is not batch.queries:
+        selected = _Step(batch.selected, pages, logits)
+        selected.struct.rows = pointer(batch.logits_rows)
+        struct.selected = addressof(selected.struct)
     tape.replay(struct)
 
 

@@ -241,7 +241,7 @@ FORMS: Mapping[type, Form] = MappingProxyType(
     {
         DenseWeight: Form(_dense),
         StoredRows: Form(_stored),
-        Int8Weight: Form(_int8, lambda weight: weight.turn),
+        Int8Weight: Form(_int8, lambda weight: weight.hadamard_block),
         GroupedWeight: Form(_grouped),
         Fp8Weight: Form(_fp8),
     }

@@ -100,7 +100,7 @@ class _Op:
     input: int
     output: int
     params: Callable[[], ctypes.Structure] | None
-    kept: bool
+    selected: bool
     index: int = 0
     epilogue: Epilogue = Epilogue.STORE_FLOAT
     activation: Activation = Activation.NONE
@@ -122,7 +122,7 @@ class Recorder:
         self._packed: dict[int, PackedWeight] = {}
         """By the projection's identity"""
         self._tied_head: Linear | None = None
-        self._keeps = False
+        self._has_selected = False
 
     # ------------------------------------------------------------------ the verbs
 
@@ -168,10 +168,10 @@ class Recorder:
         self._note(Code.ATTEND, _buffer_of(queries), output, partial(_same, struct))
         return output
 
-    def keep(self, *values: Value) -> tuple[Value, ...]:
+    def select_rows(self, *values: Value) -> tuple[Value, ...]:
         sources = [self._finished(value, "update") for value in values]
-        self._keeps = True
-        return tuple(self._kept_rows(source) for source in sources)
+        self._has_selected = True
+        return tuple(self._selected_rows(source) for source in sources)
 
     def mlp(self, hidden: Value, mlp: GatedMLP | MLP) -> Value:
         up, gated = (mlp.gate_up, True) if isinstance(mlp, GatedMLP) else (mlp.up, False)
@@ -228,7 +228,7 @@ class Recorder:
         **fields: object,
     ) -> None:
         number = source.number if source else 0
-        op = _Op(code, number, output.number, params, self._keeps, **fields)  # type: ignore[arg-type]  # the fields of _Op, by name
+        op = _Op(code, number, output.number, params, self._has_selected, **fields)  # type: ignore[arg-type]  # the fields of _Op, by name
         self._ops.append(op)
 
     def _product(
@@ -251,7 +251,7 @@ class Recorder:
 
         self._note(Code.LINEAR, source, output, params, epilogue=epilogue, **fields)
 
-    def _quantized(self, source: Buffer, turn: int) -> Buffer:
+    def _quantized(self, source: Buffer, block: int) -> Buffer:
         """`source` in 8 bits; where every thread has its own copy of it, of this too."""
         if source.columns > _MAX_QUANTIZED:
             raise NotRecordable(f"activations of {source.columns} columns are in 8 bits")
@@ -260,7 +260,7 @@ class Recorder:
         # quantized.h: the values, padded, and a line for the scale.
         columns = -(-source.columns // 64) * 64 + 64
         output = self._buffer(name, columns, torch.uint8, is_replicated=is_replicated)
-        struct = CQuantize(source.columns, turn)
+        struct = CQuantize(source.columns, block)
         self._note(Code.QUANTIZE, source, output, partial(_same, struct))
         return output
 
@@ -278,11 +278,11 @@ class Recorder:
         self._note(Code.NORM, hidden, output, partial(_same, struct))
         return output
 
-    def _kept_rows(self, source: Buffer) -> Buffer:
-        """Where all rows are kept this is `source`'s memory, and nothing is copied."""
+    def _selected_rows(self, source: Buffer) -> Buffer:
+        """Where all rows are selected this is `source`'s memory, and nothing is copied."""
         self._shapes.append(self._shapes[source.number])
         output = Buffer(len(self._shapes) - 1, source.columns)
-        self._note(Code.KEEP, source, output, None)
+        self._note(Code.SELECT, source, output, None)
         return output
 
     def _buffer(
@@ -362,7 +362,7 @@ class Recorder:
                     index=op.index,
                     epilogue=op.epilogue,
                     activation=op.activation,
-                    kept=op.kept,
+                    selected=op.selected,
                     alpha=op.alpha,
                     bound=op.bound,
                     params=ctypes.addressof(structs[index]) if index in structs else None,

@@ -50,10 +50,10 @@ class TorchOps:
     def attend(self, queries: Tensor, attention: SelfAttention) -> Tensor:
         return self._attend.attend(queries, attention.spec).flatten(1)
 
-    def keep(self, *values: Tensor) -> tuple[Tensor, ...]:
-        if self._batch.kept is self._batch.queries:
+    def select_rows(self, *values: Tensor) -> tuple[Tensor, ...]:
+        if self._batch.selected is self._batch.queries:
             return values
-        self._attend = self._attend.kept()
+        self._attend = self._attend.selected()
         return tuple(value.index_select(0, self._batch.logits_rows) for value in values)
 
     def mlp(self, hidden: Tensor, mlp: GatedMLP | MLP) -> Tensor:

@@ -92,10 +92,10 @@ class _SdpaStep:
             output[span.rows] = self._prefill(span, query[span.rows], keys, values, spec)
         return output
 
-    def kept(self) -> "_SdpaStep":
-        if self._batch.kept is self._batch.queries:
+    def selected(self) -> "_SdpaStep":
+        if self._batch.selected is self._batch.queries:
             return self
-        return _SdpaStep(self._batch, self._batch.kept, self._cache, self._gather)
+        return _SdpaStep(self._batch, self._batch.selected, self._cache, self._gather)
 
     def _decode(
         self, span: _Span, query: Tensor, keys: Tensor, values: Tensor, spec: AttentionSpec

@@ -301,7 +301,7 @@ def _batch_of(stop: int, start: int, vocab_size: int, device: torch.device) -> F
         slots=positions + 8,
         queries=queries,
         logits_rows=torch.arange(stop - start, device=device),
-        kept=queries,
+        selected=queries,
     )
 
 

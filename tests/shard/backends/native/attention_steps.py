@@ -85,7 +85,7 @@ class Case:
         output = output or weights.linear(self.width, self.num_heads * self.dim, bias=False)
 
         def body(ops: Ops[Any], hidden: Any) -> Any:
-            (queries,) = ops.keep(ops.write(hidden, attention))
+            (queries,) = ops.select_rows(ops.write(hidden, attention))
             return ops.linear(ops.attend(queries, attention), output)
 
         return Program(
@@ -95,7 +95,7 @@ class Case:
             head=head,
             rope=RopeSpec(self.rotary, 1e4, 64, 64),
             heads=LayerShape(self.num_kv_heads, self.dim, self.dim),
-            body_keeps=True,
+            body_selects=True,
         )
 
 
@@ -196,7 +196,7 @@ def layers(weights: Weights, project: Callable[[int, int], Any] | None = None) -
         for qkv, output, mlp in parts:
             queries = ops.write(ops.linear(ops.norm(hidden, norm), qkv), attention)
             if mlp is parts[-1][2]:
-                hidden, queries = ops.keep(hidden, queries)
+                hidden, queries = ops.select_rows(hidden, queries)
             update = ops.linear(ops.attend(queries, attention), output)
             hidden = ops.add(hidden, update, norm, 0.5)
             hidden = ops.add(hidden, ops.mlp(ops.norm(hidden, norm), mlp), no_norm, 0.5)
@@ -204,4 +204,4 @@ def layers(weights: Weights, project: Callable[[int, int], Any] | None = None) -
 
     heads = LayerShape(case.num_kv_heads, case.dim, case.dim)
     rope = RopeSpec(32, 1e4, 64, 64)
-    return Program(weights, width, body, rope=rope, heads=heads, body_keeps=True)
+    return Program(weights, width, body, rope=rope, heads=heads, body_selects=True)

@@ -75,13 +75,13 @@ class Program:
         multiplier: float = 1.0,
         rope: RopeSpec | None = None,
         heads: LayerShape = LayerShape(1, 2, 2),  # noqa: B008
-        body_keeps: bool = False,
+        body_selects: bool = False,
     ) -> None:
         """Rows without logits leave it in the body, or else at its end."""
         self.embedding = Embedding(weights.matrix(64, width), multiplier)
         self._round = Rounding(weights.dtype)
         self._body = body
-        self._body_keeps = body_keeps
+        self._body_selects = body_selects
         self._head = head
         self._width = width
         self._dtype = weights.dtype
@@ -90,8 +90,8 @@ class Program:
 
     def run(self, ops: Ops[T]) -> T:
         hidden = self._body(ops, ops.embed(self.embedding))
-        if not self._body_keeps:
-            (hidden,) = ops.keep(hidden)
+        if not self._body_selects:
+            (hidden,) = ops.select_rows(hidden)
         head = self._head or Head(Linear(torch.eye(self._width, dtype=self._dtype)), self._width)
         return ops.logits(ops.norm(hidden, self._round), head)
 

@@ -39,10 +39,10 @@ from kagami_shard.quantization.base import Groups, Weight, quantize_activations
 from kagami_shard.quantization.fp8 import FP8, Fp8Weight, quantize_fp8
 from kagami_shard.quantization.grouped import GroupedWeight, make_grouped
 from kagami_shard.quantization.int4 import quantize_int4
-from kagami_shard.quantization.int8 import Int8Weight, quantize_int8, turned
+from kagami_shard.quantization.int8 import Int8Weight, quantize_int8, rotated
 
 
-def not_turned(matrix: Tensor) -> Int8Weight:
+def not_rotated(matrix: Tensor) -> Int8Weight:
     scales = matrix.float().abs().amax(1) / 127
     values = (matrix.float() / scales[:, None]).round().to(torch.int8)
     return Int8Weight(values, scales)
@@ -84,7 +84,7 @@ def fp8_of_blocks(matrix: Tensor) -> Fp8Weight:
 
 QUANTIZERS: dict[str, Callable[[Tensor], Weight]] = {
     "int8": quantize_int8,
-    "int8 not turned": not_turned,
+    "int8 not rotated": not_rotated,
     "int4": quantize_int4,
     "int4 of 128": lambda matrix: quantize_int4(matrix, 128),
     "int4 of a row": lambda matrix: quantize_int4(matrix, matrix.shape[1]),
@@ -158,7 +158,7 @@ def allowed_for(mlp: GatedMLP, hidden: Tensor) -> dict[str, float]:
     addends = inner.square() @ weight.square().T + mlp.down.bias.square() + hidden.square()
     steps = 0.0
     if isinstance(down, Int8Weight):
-        _, step = quantize_activations(turned(inner, down.turn))
+        _, step = quantize_activations(rotated(inner, down.hadamard_block))
         steps = (step * weight.norm(dim=1)).max().item()
     return {"size": max(1.0, addends.max().sqrt().item()), "steps": steps}
 
@@ -257,7 +257,7 @@ def test_nan_in_e4m3_stays_so(runtime: Runtime) -> None:
 
 
 @pytest.mark.parametrize("width", [512, 576, 1024])
-def test_wide_turns_are_torchs(runtime: Runtime, width: int) -> None:
+def test_wide_rotations_are_torchs(runtime: Runtime, width: int) -> None:
     def make(weights: Weights) -> Program:
         head = Head(linear(weights, "int8", 40, width), 40)
         return Program(weights, width, lambda ops, hidden: hidden, head=head)

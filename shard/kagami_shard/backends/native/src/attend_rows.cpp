@@ -119,7 +119,7 @@ struct Rows {
   }
 
   // Adds these rows' weighted values of the tile; the sums until now lie in the second cache, and
-  // come while there are products (m: a tile 2 % sooner than where products start from them).
+  // come while there are products (measured: a tile 2 % sooner than where products start from them).
   static void add_values(const TileRows& rows, int64_t row, int64_t num_pieces) {
     const Softmax& softmax = rows.softmax;
     const int64_t depth = softmax.depth;

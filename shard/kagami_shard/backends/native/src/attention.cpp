@@ -5,7 +5,7 @@
 //
 // Rows that share a tile: the heads of a KV group, times the tokens of a prompt's chunk. A decode has
 // few of them, so it takes all KV heads together: they lie side by side in the cache, and the pages
-// are read as one stream (m: 333 -> 105 us a layer, 16 sequences of 192 tokens, SmolLM2).
+// are read as one stream (measured: 333 -> 105 us a layer, 16 sequences of 192 tokens, SmolLM2).
 #include <math.h>
 
 #include "cache.h"
@@ -89,8 +89,8 @@ void norm_queries_and_keys(const kg_attention& spec, float* heads) {
   }
 }
 
-// Dimension i turns with i + half.
-void turn(float* head, const float* table, int64_t half) {
+// Rotates dimension i with i + half.
+void rotate(float* head, const float* table, int64_t half) {
   for (int64_t i = 0; i < half; i += kLanes) {
     const __mmask16 mask = lanes(half - i);
     const __m512 a = _mm512_maskz_loadu_ps(mask, head + i);
@@ -165,18 +165,18 @@ struct LayerOp {
 };
 
 // What is done to a token's queries, keys and values before anyone attends. Queries that nobody will
-// use (LinearLinks::only_kept) are what lay there.
+// use (LinearLinks::only_selected) are what lay there.
 struct Writing : LayerOp {
   using LayerOp::LayerOp;
 
-  // Queries stay in their row, turned and rounded: bf16 in the first half of their floats.
+  // Queries stay in their row, rotated and rounded: bf16 in the first half of their floats.
   void write_token(int64_t sequence, int64_t token, int64_t position) const {
     float* heads = step.row<float>(step.buffer(op.in), token, batch.num_tokens, thread);
     const int64_t dim = spec.head_dim, of_queries = spec.num_heads * dim;
     norm_queries_and_keys(spec, heads);
     const float* table = step.row<float>(step.buffer(op.index), token, batch.num_tokens, thread);
     for (int64_t head = 0; head < spec.num_heads + spec.num_kv_heads; head++)
-      turn(heads + head * dim, table, spec.rotary_half);
+      rotate(heads + head * dim, table, spec.rotary_half);
     kg_bf16* rounded = (kg_bf16*)heads;
     // Scores are exponents of 2 then, unless there is a cap.
     round_to(rounded, heads, of_queries, spec.softcap != 0 ? 1.f : kLog2e * spec.scale);
@@ -196,9 +196,9 @@ struct Writing : LayerOp {
 };
 
 struct Attention : LayerOp {
-  const Plan& plan;
+  const AttentionPlan& plan;
 
-  Attention(const Step& step, const kg_op& op, const Plan& plan, int thread)
+  Attention(const Step& step, const kg_op& op, const AttentionPlan& plan, int thread)
       : LayerOp(step, op, thread), plan(plan) {}
 
   const kg_bf16* query(int64_t token, int64_t head) const {
@@ -207,8 +207,8 @@ struct Attention : LayerOp {
   }
 
   // Which of the tile's tokens the token at `position` sees.
-  uint64_t seen(const Attending& item, int64_t begin, int64_t position) const {
-    const int64_t last = std::min<int64_t>(position, item.end - 1);
+  uint64_t seen(const AttentionTask& task, int64_t begin, int64_t position) const {
+    const int64_t last = std::min<int64_t>(position, task.end - 1);
     const int64_t first = spec.window ? std::max<int64_t>(0, position - spec.window + 1) : 0;
     const int64_t low = std::max<int64_t>(first - begin, 0);
     const int64_t high = std::min<int64_t>(last - begin + 1, kTile);
@@ -221,25 +221,25 @@ struct Attention : LayerOp {
             scratch.totals, scratch.sums,   scratch.weights};
   }
 
-  const Member& member(const Attending& item, int64_t index) const {
-    return plan.members[item.first_member + index];
+  const Member& member(const AttentionTask& task, int64_t index) const {
+    return plan.members[task.first_member + index];
   }
 
-  struct Of {  // whose a row of an item is, and where its unfinished result goes, or -1
+  struct Of {  // whose a row of a task is, and where its unfinished result goes, or -1
     int64_t token, head, slot;
   };
 
   // `use(row, Of)`: the KV heads' rows one after the other, of each the tokens, of each its group.
   template <class Use>
-  void each_row(const Attending& item, Use use) const {
-    const int64_t count = item.num_members ? item.num_members : item.num_rows;
+  void each_row(const AttentionTask& task, Use use) const {
+    const int64_t count = task.num_members ? task.num_members : task.num_rows;
     int64_t row = 0;
-    for (int64_t head = item.head; head < item.head + item.num_heads; head++)
+    for (int64_t head = task.head; head < task.head + task.num_heads; head++)
       for (int64_t index = 0; index < count; index++) {
-        Of of{step.first_tokens[item.sequence] + item.first_row + index, 0, item.slot};
-        if (item.num_members) {
-          of.token = step.first_tokens[member(item, index).sequence];
-          of.slot = member(item, index).slot;
+        Of of{step.first_tokens[task.sequence] + task.first_row + index, 0, task.slot};
+        if (task.num_members) {
+          of.token = step.first_tokens[member(task, index).sequence];
+          of.slot = member(task, index).slot;
         }
         for (int64_t i = 0; i < shape.group; i++) {
           of.head = head * shape.group + i;
@@ -249,42 +249,42 @@ struct Attention : LayerOp {
   }
 
   // `next` is what this thread likely does then: its first tile is fetched at the end of this one.
-  void attend(const Attending& item, const Attending* next, const Scratch& scratch) const {
-    const int64_t count = item.num_members ? item.num_members : item.num_rows;
-    const int64_t of_head = count * shape.group, rows = of_head * item.num_heads;
+  void attend(const AttentionTask& task, const AttentionTask* next, const Scratch& scratch) const {
+    const int64_t count = task.num_members ? task.num_members : task.num_rows;
+    const int64_t of_head = count * shape.group, rows = of_head * task.num_heads;
     // Of the first row; decodes see all of a stretch that they share.
-    const int64_t position = item.num_members ? item.end
-                                              : batch.kv_lens[item.sequence] -
-                                                    batch.query_lens[item.sequence] + item.first_row;
-    each_row(item, [&](int64_t row, Of of) {
+    const int64_t position = task.num_members ? task.end
+                                              : batch.kv_lens[task.sequence] -
+                                                    batch.query_lens[task.sequence] + task.first_row;
+    each_row(task, [&](int64_t row, Of of) {
       kg_bf16* to = scratch.queries + row * shape.depth;
       memcpy(to, query(of.token, of.head), spec.head_dim * 2);
       if (shape.depth > spec.head_dim)
         memset(to + spec.head_dim, 0, (shape.depth - spec.head_dim) * 2);
     });
-    const Part all{item.begin / kStretch, (item.end + kStretch - 1) / kStretch};
+    const Part all{task.begin / kStretch, (task.end + kStretch - 1) / kStretch};
     for (int64_t stretch = all.begin; stretch < all.end; stretch++) {
-      const int64_t first = std::max<int64_t>(item.begin, stretch * kStretch);
-      const int64_t end = std::min<int64_t>(item.end, (stretch + 1) * kStretch);
+      const int64_t first = std::max<int64_t>(task.begin, stretch * kStretch);
+      const int64_t end = std::min<int64_t>(task.end, (stretch + 1) * kStretch);
       softmax(scratch).start(rows);
       for (int64_t begin = first; begin < end; begin += kTile)
-        for (int64_t head = 0; head < item.num_heads; head++) {
+        for (int64_t head = 0; head < task.num_heads; head++) {
           const Part part{head * of_head, (head + 1) * of_head};
-          const Tile tile = pages.tile({item.sequence, begin, item.end}, item.head + head,
+          const Tile tile = pages.tile({task.sequence, begin, task.end}, task.head + head,
                                        {scratch.keys, scratch.values});
-          attend_tile(item, begin, position, scratch, part, tile, coming(item, next, begin, head));
+          attend_tile(task, begin, position, scratch, part, tile, coming(task, next, begin, head));
         }
-      end_stretch(item, stretch - all.begin, stretch + 1 == all.end, scratch);
+      end_stretch(task, stretch - all.begin, stretch + 1 == all.end, scratch);
     }
   }
 
-  // What the rows have summed up of the item's stretch `index` goes to those before it, or away.
-  void end_stretch(const Attending& item, int64_t index, bool is_last,
+  // What the rows have summed up of the task's stretch `index` goes to those before it, or away.
+  void end_stretch(const AttentionTask& task, int64_t index, bool is_last,
                    const Scratch& scratch) const {
-    each_row(item, [&](int64_t row, Of of) {
+    each_row(task, [&](int64_t row, Of of) {
       float total = _mm512_reduce_add_ps(_mm512_loadu_ps(scratch.totals + row * kLanes));
       Partial result{scratch.sums + row * shape.depth, scratch.shifts[row], total};
-      if (!item.is_first) {
+      if (!task.is_first) {
         store(partial_of(of.slot + index, of.head), result, shape.depth);
         return;
       }
@@ -307,23 +307,23 @@ struct Attention : LayerOp {
   }
 
   // The tile that is read after this one.
-  Tile coming(const Attending& item, const Attending* next, int64_t begin, int64_t head) const {
-    if (head + 1 < item.num_heads)
-      return pages.lying({item.sequence, begin, item.end}, item.head + head + 1);
-    if (begin + kTile < item.end)
-      return pages.lying({item.sequence, begin + kTile, item.end}, item.head);
+  Tile coming(const AttentionTask& task, const AttentionTask* next, int64_t begin, int64_t head) const {
+    if (head + 1 < task.num_heads)
+      return pages.lying({task.sequence, begin, task.end}, task.head + head + 1);
+    if (begin + kTile < task.end)
+      return pages.lying({task.sequence, begin + kTile, task.end}, task.head);
     return next ? pages.lying({next->sequence, next->begin, next->end}, next->head) : Tile{};
   }
 
   // For the rows of the tile's head; the first of them is of the token at `position`.
-  void attend_tile(const Attending& item, int64_t begin, int64_t position, const Scratch& scratch,
+  void attend_tile(const AttentionTask& task, int64_t begin, int64_t position, const Scratch& scratch,
                    Part rows, const Tile& tile, const Tile& coming) const {
     const int64_t count = rows.end - rows.begin;
     uint64_t masks[kMaxRows];
     const int64_t last = position + (count - 1) / shape.group;
-    const bool sees_all = !~(seen(item, begin, position) & seen(item, begin, last));
+    const bool sees_all = !~(seen(task, begin, position) & seen(task, begin, last));
     for (int64_t row = 0; row < count && !sees_all; row++)
-      masks[row] = seen(item, begin, position + row / shape.group);
+      masks[row] = seen(task, begin, position + row / shape.group);
     const Softmax running = softmax(scratch);
     const TileRows of_tile{running,    rows.begin, count,
                            scratch.queries + rows.begin * shape.depth,
@@ -351,7 +351,7 @@ struct Attention : LayerOp {
     return {base + head * shape.depth, shifts[head], shifts[spec.num_heads + head]};
   }
 
-  void merge(const Merging& merging, int64_t head, float* sums) const {
+  void merge(const MergeTask& merging, int64_t head, float* sums) const {
     float shift = 0, total = 0;
     const Partial added{sums, shift, total};
     for (int64_t slot = 0; slot < merging.num_slots; slot++)
@@ -368,11 +368,11 @@ int64_t partial_floats(const kg_attention& spec) {
 
 bool write(const Step& step, const kg_op& op, int thread) {
   Writing(step, op, thread).write(part_of(step.batch->num_tokens, thread, step.pool->num_threads));
-  step.items[thread].begin(&op);  // for those who attend
+  step.attention_shares[thread].begin(&op);  // for those who attend
   return true;
 }
 
-bool attend(const Step& step, const kg_op& op, const Plan& plan, int thread) {
+bool attend(const Step& step, const kg_op& op, const AttentionPlan& plan, int thread) {
   const Attention attention(step, op, plan, thread);
   const Scratch scratch(step.scratch[thread], attention.shape);
   const int num_threads = step.pool->num_threads;
@@ -381,11 +381,11 @@ bool attend(const Step& step, const kg_op& op, const Plan& plan, int thread) {
     const Part range = plan.ranges[whose];
     if (range.begin == range.end) continue;
     const auto take = [&] {
-      return range.begin + step.items[whose].take();
+      return range.begin + step.attention_shares[whose].take();
     };
     for (int64_t i; (i = take()) < range.end;) {
       const int64_t likely = i + (plan.is_by_rows ? 1 : num_threads);
-      attention.attend(plan.items[i], likely < range.end ? &plan.items[likely] : nullptr, scratch);
+      attention.attend(plan.tasks[i], likely < range.end ? &plan.tasks[likely] : nullptr, scratch);
     }
   }
   if (plan.merges.empty()) return true;

@@ -24,7 +24,7 @@ std::string linear() {
 }
 std::string quantize() {
   using Struct = kg_quantize;
-  return line("kg_quantize", {sizeof(Struct), AT(columns), AT(turn)});
+  return line("kg_quantize", {sizeof(Struct), AT(columns), AT(hadamard_block)});
 }
 std::string embedding() {
   using Struct = kg_embedding;
@@ -49,7 +49,7 @@ std::string attention() {
 std::string op() {
   using Struct = kg_op;
   return line("kg_op", {sizeof(Struct), AT(code), AT(in), AT(out), AT(index), AT(epilogue),
-                        AT(activation), AT(kept), AT(alpha), AT(bound), AT(params)});
+                        AT(activation), AT(selected), AT(alpha), AT(bound), AT(params)});
 }
 std::string buffer() {
   using Struct = kg_buffer;
@@ -60,7 +60,7 @@ std::string batch() {
   return line("kg_batch",
               {sizeof(Struct), AT(num_tokens), AT(num_sequences), AT(num_decodes), AT(table_width),
                AT(input_ids), AT(positions), AT(block_tables), AT(query_lens), AT(kv_lens),
-               AT(keys), AT(values), AT(block_size), AT(logits), AT(kept), AT(rows)});
+               AT(keys), AT(values), AT(block_size), AT(logits), AT(selected), AT(rows)});
 }
 std::string decodes() {
   using Struct = kg_decodes;
@@ -71,7 +71,7 @@ std::string decodes() {
 std::string enums() {
   return line("kind", {KG_BF16, KG_INT8, KG_INT4, KG_FLOAT8, KG_GROUPED8}) +
          line("code", {KG_EMBED, KG_ROPE, KG_NORM, KG_ADD_NORM, KG_LINEAR, KG_WRITE, KG_ATTEND,
-                       KG_QUANTIZE, KG_KEEP}) +
+                       KG_QUANTIZE, KG_SELECT}) +
          line("epilogue", {KG_STORE_FLOAT, KG_STORE_BF16, KG_ADD, KG_GATED}) +
          line("activation", {KG_NO_ACTIVATION, KG_SILU, KG_GELU, KG_GELU_TANH, KG_RELU, KG_SOFTCAP}) +
          line("norm kind", {KG_ROUND, KG_RMS, KG_LAYER_NORM}) +

@@ -24,7 +24,7 @@ enum {  // kg_op.code            in        out       params           index
   KG_WRITE,     //               float32   the same  kg_attention     buffer of the rope's tables
   KG_ATTEND,    //               (2)       bf16      kg_attention     (2) what KG_WRITE has left
   KG_QUANTIZE,  //               bf16      8 bits    kg_quantize      what a KG_INT8 layer reads
-  KG_KEEP,      //               any       the same  NULL             rows kg_batch.kept names
+  KG_SELECT,      //               any       the same  NULL             rows kg_batch.selected names
   KG_NUM_CODES,
 };
 
@@ -73,7 +73,7 @@ typedef struct {
 
 typedef struct {
   int32_t columns;
-  int32_t turn;  // columns of a block that is turned by a Hadamard matrix; 1: none
+  int32_t hadamard_block;  // columns of a block that a Hadamard matrix rotates; 1: none
 } kg_quantize;
 
 typedef struct {
@@ -87,7 +87,7 @@ typedef struct {
 
 typedef struct {
   int32_t code, in, out, index, epilogue, activation;
-  int32_t kept;  // 1: over the tokens that logits are wanted for, as all ops behind a KG_KEEP
+  int32_t selected;  // 1: over the selected tokens, as all ops behind a KG_SELECT
   float alpha, bound;  // bound: of KG_SOFTCAP
   const void* params;
 } kg_op;
@@ -104,13 +104,13 @@ typedef struct kg_batch {  // one step; see batch.py and kv_cache.py
   kg_bf16* const* values;  // block arranged as cache.h says
   int64_t block_size;
   float* logits;  // of each token that they are wanted for, [vocab_size]
-  // Of the tokens those that logits are wanted for, as a step of their own; NULL: all, in order.
-  const struct kg_batch* kept;
-  const int64_t* rows;  // in `kept`: which token of the step each is. Ids and positions are not read
+  // The tokens that logits are wanted for, as a step of their own; NULL: all, in order.
+  const struct kg_batch* selected;
+  const int64_t* rows;  // in `selected`: the token of the step; ids and positions are not read
 } kg_batch;
 
 typedef struct {    // greedy decodes, one token of each sequence, that go on from step to step
-  kg_batch batch;   // num_tokens, num_sequences and num_decodes are equal, all are kept
+  kg_batch batch;   // num_tokens, num_sequences and num_decodes are equal, all are selected
   int64_t *ids;     // the same memory as batch.input_ids: what is chosen is the next step's input
   int64_t *positions, *kv_lens;  // the same as the batch's, moved on by each step
   float* logprobs;               // of the ids, not finite where there is no distribution
@@ -142,8 +142,8 @@ void kg_pack_int4(const kg_linear*, const uint8_t* codes, const uint16_t* scales
 void kg_pack_bytes(const kg_linear*, const uint8_t* codes, const float* scales, const float* zeros,
                    int gated, void* packed);
 // bf16 [rows, columns], each row wherever `weight` says, into the order that the kernels read. With
-// `gated` the upper half of the rows is the gate, the lower half `up`: they come to lie in turns of
-// 16.
+// `gated` the upper half of the rows is the gate, the lower half `up`: they come to lie alternately,
+// 16 rows of each.
 void kg_pack(const kg_bf16* const* weight, int64_t rows, int64_t columns, int gated, void* packed);
 int64_t kg_padded_rows(int64_t rows, int gated);
 

@@ -13,7 +13,7 @@ struct Source {  // of a row
 };
 
 // From s eeee mmm to mmm s eeee.
-inline uint8_t turned(uint8_t code) { return (uint8_t)(code << 5 | code >> 3); }
+inline uint8_t rotated(uint8_t code) { return (uint8_t)(code << 5 | code >> 3); }
 // From 0..255 to what is 128 less, as int8.
 inline uint8_t centred(uint8_t code) { return code ^ 128; }
 
@@ -40,7 +40,7 @@ void pack_row(const kg_linear& layer, const Source& source, int64_t lane, char* 
       const uint8_t code = source.codes[column];
       const int64_t place = column - begin;
       to[is_float ? float8_place(place, lane) : place * kBlock + lane] =
-          (char)(is_float ? turned(code) : centred(code));
+          (char)(is_float ? rotated(code) : centred(code));
     }
     to += num_steps(layer, group) * form.step_bytes;
   }

@@ -7,13 +7,14 @@
 namespace kg {
 namespace {
 
-// With more rows than kFewRows the units are the limit as much as the memory, and a line that was
-// fetched for this panel is asked for again so many pairs of k ahead, into the first cache (m: a step
-// of 16 rows of a 1B 83.9 -> 82.2 ms, where the memory is fast 79.6 -> 79.2; with one row 1.5 % lost).
+// With more rows than kFewRows the units limit a step as much as the memory does. A line that was
+// fetched for this panel is then asked for again so many pairs of k ahead, into the first cache
+// (measured: a step of 16 rows of a 1B 83.9 -> 82.2 ms; 79.6 -> 79.2 where the memory is fast; one
+// row loses 1.5 %).
 constexpr int64_t kPairsAhead = 32;
 
 // Lines of `next` are asked for in each pair of k: they arrive while this panel is computed, so that
-// a second pass over the panel's rows does not leave the memory idle (m: 13.3 -> 9.5 ms for
+// a second pass over the panel's rows does not leave the memory idle (measured: 13.3 -> 9.5 ms for
 // 16 rows of a 268 MB weight on two Zen 4 cores, 0.95 of what the units can multiply).
 template <int kRows, int kFetching>
 void multiply(const Panel& panel) {

@@ -49,11 +49,11 @@ inline Kernel kernel_for(int64_t rows, bool use_amx) {
   return {panel_avx512, kAvx512Rows};
 }
 
-// How a pass asks for the panel that comes: for so many cache lines in each step along k, or for one
-// of four, two steps' lines. The processor's own prefetcher finds the other three where a panel is
-// long, and has more of them under way than a core that asks for each (m: a 1B, two Zen 4 cores where
-// the memory is fast, 4 x 1,024 52 -> 45 ms, 2 x 192 46 -> 40). Where the next pass comes too soon it
-// loses (8 rows 45 -> 51, 16 82 -> 97), and in short panels (SmolLM2 in 8 bits 4.0 -> 4.5).
+// How a pass prefetches the next panel: so many cache lines in each step along k, or one line of
+// four, two steps' lines. In a long panel the processor's own prefetcher finds the other three, and
+// has more of them under way than a core that asks for each (measured: a 1B, two Zen 4 cores, fast
+// memory, 4 x 1,024 52 -> 45 ms, 2 x 192 46 -> 40). One of four loses if the next pass comes too soon
+// (8 rows 45 -> 51, 16 rows 82 -> 97), and in short panels (SmolLM2 in 8 bits 4.0 -> 4.5).
 constexpr int kOneOfFour = -1;
 constexpr int64_t kLongPanel = 1024;  // lines
 

@@ -18,7 +18,7 @@ constexpr Table smalls() {  // by mmm s, where the exponent is 0: mmm / 512
 }
 constexpr Table kUppers = uppers(), kSmalls = smalls();
 
-// A code is kept turned by three bits, mmm s eeee (quantized.h), so that `vpermw`, which looks at
+// A code lies rotated by three bits, mmm s eeee (quantized.h), so that `vpermw`, which looks at
 // the lowest five, finds sign and exponent; the bits of the mantissa are put beside them.
 class Float8 {
  public:

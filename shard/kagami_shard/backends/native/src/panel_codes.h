@@ -1,4 +1,4 @@
-// Weights kept as codes, times bf16 activations. Codes become bf16 numbers in registers, without
+// Weights stored as codes, times bf16 activations. Codes become bf16 numbers in registers, without
 // rounding; a group's products are summed, and its scale and zero come in once for all columns:
 // sum((code - zero) * scale * x) = scale * (sum(code * x) - zero * sum(x)).
 //
@@ -18,8 +18,8 @@ namespace kg {
 
 constexpr int kPairs = kDepth / 2;  // of columns, in a step
 
-// Up to so many rows the memory is the limit, and a line comes into the first cache in time if it is
-// asked for so many bytes ahead (m: 32.4 GB/s with it, 30.5 without, where reading alone had 34).
+// Up to so many rows the memory is the limit. A line comes into the first cache in time if it is
+// asked for so many bytes ahead (measured: 32.4 GB/s with it, 30.5 without, reading alone 34).
 constexpr int kRowsInStream = 2, kAhead = 1024;
 
 template <int kCount>

@@ -55,24 +55,24 @@ void multiply_rows(const Int8Panel& panel) {
 
 // One round of sums and differences of lanes `width` apart.
 template <int kWidth>
-inline __m512 turn_lanes(__m512 x) {
+inline __m512 rotate_lanes(__m512 x) {
   const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
   const __m512 other = _mm512_permutexvar_ps(_mm512_xor_si512(lane, _mm512_set1_epi32(kWidth)), x);
   const __mmask16 upper = _mm512_test_epi32_mask(lane, _mm512_set1_epi32(kWidth));
   return _mm512_mask_sub_ps(_mm512_add_ps(x, other), upper, other, x);
 }
 
-// quantization/int8.py's `turned` in place; `x` is padded to 16.
-void turn(float* x, int64_t columns, int turn) {
-  if (turn == 1) return;
+// quantization/int8.py's `rotated` in place; `x` is padded to 16.
+void rotate(float* x, int64_t columns, int block) {
+  if (block == 1) return;
   for (int64_t i = 0; i < columns; i += kLanes) {
-    __m512 v = turn_lanes<1>(_mm512_loadu_ps(x + i));
-    if (turn > 2) v = turn_lanes<2>(v);
-    if (turn > 4) v = turn_lanes<4>(v);
-    if (turn > 8) v = turn_lanes<8>(v);
+    __m512 v = rotate_lanes<1>(_mm512_loadu_ps(x + i));
+    if (block > 2) v = rotate_lanes<2>(v);
+    if (block > 4) v = rotate_lanes<4>(v);
+    if (block > 8) v = rotate_lanes<8>(v);
     _mm512_storeu_ps(x + i, v);
   }
-  for (int64_t width = kLanes; width < turn; width *= 2)
+  for (int64_t width = kLanes; width < block; width *= 2)
     for (int64_t start = 0; start < columns; start += 2 * width)
       for (int64_t i = start; i < start + width; i += kLanes) {
         const __m512 low = _mm512_loadu_ps(x + i), high = _mm512_loadu_ps(x + i + width);
@@ -85,7 +85,7 @@ void quantize_row(const kg_quantize& how, const kg_bf16* in, float* x, uint8_t* 
   const int64_t columns = how.columns, depth = round_up(columns, kDepth8);
   for (int64_t i = 0; i < columns; i += kLanes)
     _mm512_storeu_ps(x + i, load_bf16(in + i, lanes(columns - i)));
-  turn(x, columns, how.turn);
+  rotate(x, columns, how.hadamard_block);
   __m512 largest = _mm512_setzero_ps();
   __mmask16 unordered = 0;
   for (int64_t i = 0; i < columns; i += kLanes) {
@@ -94,7 +94,7 @@ void quantize_row(const kg_quantize& how, const kg_bf16* in, float* x, uint8_t* 
     largest = _mm512_max_ps(largest, _mm512_abs_ps(value));
   }
   const float top = unordered ? NAN : _mm512_reduce_max_ps(largest);
-  const float of_turn = 1.f / sqrtf((float)how.turn);
+  const float of_block = 1.f / sqrtf((float)how.hadamard_block);
   const float step = top == 0.f ? 1.f : top / 127.f;
   const __m512 scale = _mm512_set1_ps(step);
   const __m512i most = _mm512_set1_epi32(127), least = _mm512_set1_epi32(-127);
@@ -106,7 +106,7 @@ void quantize_row(const kg_quantize& how, const kg_bf16* in, float* x, uint8_t* 
     _mm_storeu_si128((__m128i*)(out + i), _mm512_cvtepi32_epi8(code));
   }
   // What is not finite must not become a number: int8 has no other place for it.
-  const float result = top * 0.f == 0.f ? step * of_turn : NAN;
+  const float result = top * 0.f == 0.f ? step * of_block : NAN;
   memcpy(out + depth, &result, 4);
 }
 

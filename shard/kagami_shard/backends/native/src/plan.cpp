@@ -13,9 +13,9 @@
 namespace kg {
 namespace {
 
-// So many items for each thread let them end at about the same time.
-constexpr int64_t kItemsPerThread = 4;
-constexpr int64_t kItemsToDeal = 32;
+// So many tasks for each thread let them end at about the same time.
+constexpr int64_t kTasksPerThread = 4;
+constexpr int64_t kTasksToDeal = 32;
 
 Part stretches_of(Part tokens) {
   return {tokens.begin / kStretch, (tokens.end + kStretch - 1) / kStretch};
@@ -45,14 +45,14 @@ struct Planner {
   const kg_attention& spec;
   const int64_t* first_tokens;
   const int num_threads;
-  Plan& plan;
+  AttentionPlan& plan;
   const int64_t at_once;              // sequences or tokens whose queries attend together
   std::vector<int32_t>& order;        // the decodes, by their block tables
   std::vector<int32_t>& num_slots;    // of each decode
   std::vector<int32_t>& first_alone;  // the first token that each decode shares with nobody
 
   Planner(const kg_batch& batch, const kg_attention& spec, const int64_t* first_tokens,
-          int num_threads, Plan& plan)
+          int num_threads, AttentionPlan& plan)
       : batch(batch),
         spec(spec),
         first_tokens(first_tokens),
@@ -129,8 +129,8 @@ struct Planner {
 
   void add_shared(Part decodes, Part tokens) {
     const int64_t count = decodes.end - decodes.begin;
-    const int64_t num_items = (count + at_once - 1) / at_once * spec.num_kv_heads;
-    const int64_t wanted = (kItemsPerThread * num_threads + num_items - 1) / num_items;
+    const int64_t num_tasks = (count + at_once - 1) / at_once * spec.num_kv_heads;
+    const int64_t wanted = (kTasksPerThread * num_threads + num_tasks - 1) / num_tasks;
     const int64_t parts = std::min(wanted, num_stretches(tokens));
     for (int64_t part = 0; part < parts; part++) {
       const Part of_part = part_of_tokens(tokens, part, parts);
@@ -141,7 +141,7 @@ struct Planner {
         for (int64_t i = at; i < at + members; i++)
           plan.members.push_back({order[i], take_slots(order[i], of_part, is_first)});
         for (int32_t head = 0; head < spec.num_kv_heads; head++)
-          plan.items.push_back({order[at], head, 1, 0, 0, (int32_t)of_part.begin,
+          plan.tasks.push_back({order[at], head, 1, 0, 0, (int32_t)of_part.begin,
                                 (int32_t)of_part.end, -1, first_member, members, is_first});
       }
     }
@@ -163,7 +163,7 @@ struct Planner {
     for (int64_t row = (count - 1) / at_once * at_once; row >= 0; row -= at_once) {
       const int64_t rows = std::min(at_once, count - row);
       for (int32_t head = 0; head < spec.num_kv_heads; head++)
-        plan.items.push_back({sequence, head, 1, (int32_t)row, (int32_t)rows, start(before + row),
+        plan.tasks.push_back({sequence, head, 1, (int32_t)row, (int32_t)rows, start(before + row),
                               (int32_t)(before + row + rows), -1, 0, 0, true});
     }
   }
@@ -171,7 +171,7 @@ struct Planner {
   // Decodes of few sequences are cut along the cache, so that all threads have something to read.
   void add_decode(int32_t sequence) {
     const Part tokens{first_alone[sequence], batch.kv_lens[sequence]};
-    const bool cuts = num_threads > 1 && batch.num_decodes < kItemsPerThread * num_threads &&
+    const bool cuts = num_threads > 1 && batch.num_decodes < kTasksPerThread * num_threads &&
                       batch.num_decodes == batch.num_sequences;
     const int64_t parts = cuts ? num_stretches(tokens) : 1;
     const int32_t heads_at_once = (int32_t)std::min<int64_t>(spec.num_kv_heads, at_once);
@@ -181,30 +181,30 @@ struct Planner {
       const bool is_first = num_slots[sequence] == 0;
       const int32_t slot = is_unfinished ? take_slots(sequence, of_part, is_first) : -1;
       for (int32_t head = 0; head < spec.num_kv_heads; head += heads_at_once)
-        plan.items.push_back({sequence, head, std::min(heads_at_once, spec.num_kv_heads - head), 0,
+        plan.tasks.push_back({sequence, head, std::min(heads_at_once, spec.num_kv_heads - head), 0,
                               1, (int32_t)of_part.begin, (int32_t)of_part.end, slot, 0, 0, is_first});
     }
   }
 
   // ------------------------------------------------------------------ who begins with what
 
-  // The thread whose rows an item's are, most of them.
-  int owner(const Attending& item) const {
-    const int64_t row = first_tokens[item.sequence] + item.first_row + item.num_rows / 2;
+  // The thread that has most of the task's rows.
+  int owner(const AttentionTask& task) const {
+    const int64_t row = first_tokens[task.sequence] + task.first_row + task.num_rows / 2;
     return (int)(((row + 1) * num_threads - 1) / batch.num_tokens);  // see part_of
   }
 
-  // Where a step is cut by rows a thread begins with its own: their queries lie in its cache, and it
-  // will read what is attended. Later rows attend to more, so the work of few items cannot be divided
-  // as well then (m: SmolLM2, 24 items, 1.3 ms of 41 more are waited; a 1B, 88 items, less).
+  // If a step is cut by rows, a thread begins with its own rows: their queries lie in its cache, and it
+  // will read the result. Later rows attend to more tokens, so few tasks are not divided well that way
+  // (measured: SmolLM2, 24 tasks: threads wait 1.3 ms of 41 longer; a 1B, 88 tasks: less).
   void deal(bool cuts_rows) {
-    auto& items = plan.items;
-    const bool by_rows = cuts_rows && (int64_t)items.size() >= kItemsToDeal * num_threads;
+    auto& tasks = plan.tasks;
+    const bool by_rows = cuts_rows && (int64_t)tasks.size() >= kTasksToDeal * num_threads;
     plan.is_by_rows = by_rows;
     if (by_rows)
-      std::sort(items.begin(), items.end(), [this](const Attending& a, const Attending& b) {
-        const auto key = [this](const Attending& item) {
-          return std::make_tuple(owner(item), -item.end, item.sequence, item.head, item.begin);
+      std::sort(tasks.begin(), tasks.end(), [this](const AttentionTask& a, const AttentionTask& b) {
+        const auto key = [this](const AttentionTask& task) {
+          return std::make_tuple(owner(task), -task.end, task.sequence, task.head, task.begin);
         };
         return key(a) < key(b);
       });
@@ -212,7 +212,7 @@ struct Planner {
     int64_t begin = 0;
     for (int thread = 0; thread < num_threads; thread++) {
       int64_t end = begin;
-      while (end < (int64_t)items.size() && (!by_rows || owner(items[end]) == thread)) end++;
+      while (end < (int64_t)tasks.size() && (!by_rows || owner(tasks[end]) == thread)) end++;
       plan.ranges.push_back({begin, end});
       begin = end;
     }
@@ -230,20 +230,20 @@ struct Planner {
       plan.merges.push_back({sequence, first_slot[sequence], num_slots[sequence]});
       plan.num_slots += num_slots[sequence];
     }
-    for (auto& item : plan.items)
-      if (item.slot >= 0) item.slot += first_slot[item.sequence];
+    for (auto& task : plan.tasks)
+      if (task.slot >= 0) task.slot += first_slot[task.sequence];
     for (auto& member : plan.members) member.slot += first_slot[member.sequence];
   }
 };
 
 }  // namespace
 
-// Items are taken one after the other by whoever is free, the longest first: shared stretches,
+// Tasks are taken one after the other by whoever is free, the longest first: shared stretches,
 // chunks from their last tokens backwards, then decodes (the engine sorts them by length). Where a
 // step is cut by rows those of the thread's own rows come before others.
 void plan_attention(const kg_batch& batch, const kg_attention& spec, const int64_t* first_tokens,
-                    int num_threads, int64_t rows_apart, Plan& plan) {
-  plan.items.clear();
+                    int num_threads, int64_t rows_apart, AttentionPlan& plan) {
+  plan.tasks.clear();
   plan.members.clear();
   plan.merges.clear();
   plan.num_slots = 0;

@@ -10,7 +10,7 @@
 //             for each 32 columns 4 times [16][2] words, as a bf16 panel has its values: pair p of
 //             columns in the lowest four bits, then pairs p + 4, p + 8 and p + 12.
 //   KG_FLOAT8   the same with 16 float scales and no zeros; then 8 times 64 bytes of e4m3, pair p
-//               in the low bytes of [16][2] words and pair p + 8 in the high ones, each code turned
+//               in the low bytes of [16][2] words and pair p + 8 in the high ones, each code rotated
 //               by three bits: mmm s eeee, where the checkpoint has s eeee mmm.
 //   KG_GROUPED8 the same with 16 float scales and 16 float zeros; then [32][16] int8. Codes and
 //               zeros are 128 less than in the checkpoint.
@@ -54,7 +54,7 @@ void panel_int8_amx(const Int8Panel&);
 // `sums` [rows][kPanel] of products, which do not know yet that activations are 128 too large.
 void finish_int8(const Int8Panel&, const int32_t* sums);
 
-constexpr int kZeroParts = 15;  // of 1, in which the zeros of KG_INT4 are kept
+constexpr int kZeroParts = 15;  // of 1, in which the zeros of KG_INT4 are stored
 constexpr int kCodeRows = 8;
 
 struct CodePanel {
@@ -68,7 +68,7 @@ struct CodePanel {
   const char* next;
 };
 
-struct CodeForm {  // how one kind of codes is kept and multiplied; panel_codes.h
+struct CodeForm {  // how one kind of codes is stored and multiplied; panel_codes.h
   int64_t header_bytes, step_bytes;  // of a group, and of 32 columns, of a block
   bool has_zeros;
   // Up to so many rows the vector unit multiplies codes as they are; for more they are made

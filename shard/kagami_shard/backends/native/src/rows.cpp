@@ -117,7 +117,7 @@ bool add_norm(const Step& step, const kg_op& op, int thread) {
 }
 
 // Behind this the step is a smaller one; where it is not, both buffers are the same memory.
-bool keep(const Step& step, const kg_op& op, int thread) {
+bool select_rows(const Step& step, const kg_op& op, int thread) {
   const Buffer &in = step.buffer(op.in), &out = step.buffer(op.out);
   if (in.base == out.base) return false;
   const int64_t rows = step.batch->num_tokens;

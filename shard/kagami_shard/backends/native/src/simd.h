@@ -51,11 +51,11 @@ inline void store_bf16(kg_bf16* p, __mmask16 mask, __m512 value) {
   _mm256_mask_storeu_epi16(p, mask, narrow(value));
 }
 
-// Adds a row's pair of bf16 times two blocks of 16 pairs. Where full passes of rows keep the units
-// busy the pair is an operand in memory, which saves an instruction (m: 1.00 cycles for each product
-// against 1.02 at k = 256, 1.08 at 64, 1.10 at 32; chunks of 256 tokens 3 % shorter), written as
-// assembly because compilers make it a register. Few rows wait for memory, and longer so (m: 1 x 128
-// 5.5 -> 6.3 ms).
+// Adds a row's pair of bf16 times two blocks of 16 pairs. If full passes of rows keep the units busy,
+// the pair is an operand in memory, which saves an instruction (measured: 1.00 cycles for each
+// product against 1.02 at k = 256, 1.08 at 64, 1.10 at 32; chunks of 256 tokens take 3 % less). It is
+// written as assembly because compilers make it a register. Few rows wait for memory, and wait longer
+// that way (measured: 1 x 128 5.5 -> 6.3 ms).
 template <bool kFromMemory>
 inline void add_products(__m512 (&sums)[2], const kg_bf16* pair, __m512bh first, __m512bh second) {
   int32_t both;

@@ -16,13 +16,13 @@ namespace kg {
 constexpr int64_t kReplicatedRows = 16;
 
 // Steps of at least so many rows for each thread are cut by rows: a thread takes its rows through
-// all columns of all weights, and through whole layers, attention apart, without meeting another;
-// before they meet they help one another (linear.cpp).
-// What a core has written stays in its cache (m: a line of the other core's takes 27 ns, 6-8 % of
-// a chunk of 256 tokens), and twice as much is read of the weights. Codes are made bf16 by each
-// thread for itself (m: a chunk of 128 tokens of a 1B in 4 bits 669 ms where it is cut by rows, 612
-// where it is not; 256 tokens 1,225 and 1,213). AMX multiplies faster, but its cores lie farther
-// apart.
+// all columns of all weights, and through whole layers but for attention, without meeting another.
+// Before they meet they help one another (linear.cpp).
+// What a core has written stays in its cache (measured: a line of the other core takes 27 ns, which
+// is 6-8 % of a chunk of 256 tokens), but weights are read once by each thread. Each thread makes
+// bf16 of codes for itself (measured on a 1B in 4 bits: a chunk of 128 tokens takes 669 ms cut by
+// rows and 612 not cut; 256 tokens 1,225 and 1,213). AMX multiplies faster, but its cores lie
+// farther apart.
 constexpr int64_t kRowsApart = 64, kCodeRowsApart = 128, kAmxRowsApart = 128;
 
 constexpr int64_t kTile = 2 * kPanel;  // tokens of the cache that attention reads at a time
@@ -54,13 +54,13 @@ struct Buffer {
 
 // Rows that attend together to a stretch of the cache: tokens of one sequence's chunk, or decodes
 // that share the stretch; see plan.cpp.
-struct Attending {
+struct AttentionTask {
   int32_t sequence;                   // whose block table is read
   int32_t head, num_heads;            // of keys and values
   int32_t first_row, num_rows;        // tokens of the sequence's chunk
   int32_t begin, end;                 // tokens of the cache
   int32_t slot;                       // the first one for its unfinished results, or -1
-  int32_t first_member, num_members;  // in place of rows and slot: of Plan::members
+  int32_t first_member, num_members;  // in place of rows and slot: of AttentionPlan::members
   // Whether nothing of these rows lies before it: its stretches become one result. Else each has a
   // slot of its own.
   bool is_first;
@@ -70,23 +70,24 @@ struct Member {  // a decode, and where its share of a stretch's result goes
   int32_t sequence, slot;  // the first one
 };
 
-struct Merging {  // a decode with several unfinished results
+struct MergeTask {  // a decode with several unfinished results
   int32_t sequence, first_slot, num_slots;
 };
 
-struct Plan {  // what the threads attend to in one step, the same for all layers with one window
-  std::vector<Attending> items;
-  std::vector<Part> ranges;  // of items, for each thread those that it begins with
-  bool is_by_rows;           // each range is of its thread's rows; else all items are the first one's
+// What the threads attend to in one step, the same for all layers with one window.
+struct AttentionPlan {
+  std::vector<AttentionTask> tasks;
+  std::vector<Part> ranges;  // of tasks, for each thread those that it begins with
+  bool is_by_rows;           // each range is of its thread's rows; else all tasks are the first one's
   std::vector<Member> members;
-  std::vector<Merging> merges;
+  std::vector<MergeTask> merges;
   int64_t num_slots;
-  // What the planner notes of each decode; kept, so that a step need not allocate.
+  // What the planner notes of each decode; here, so that a step need not allocate.
   std::vector<int32_t> order, slots_of, first_slot, first_alone;
 };
 
-// A thread's portion of an op, of which others may take.
-class alignas(64) Portion {
+// A thread's share of an op's work, of which others may take.
+class alignas(64) WorkShare {
  public:
   void begin(const kg_op* op) {
     taken_.store(0, std::memory_order_relaxed);
@@ -115,7 +116,7 @@ class alignas(64) Portion {
 
 struct LinearLinks {       // of a linear op with others of its tape
   const kg_op* next;       // the linear op behind it
-  int64_t only_kept;       // so many columns, queries, are only wanted of rows that are kept
+  int64_t only_selected;   // so many columns, queries, are only wanted of selected rows
   bool is_before_write;    // behind which threads meet always
 };
 
@@ -124,7 +125,7 @@ struct Step {
   kg_pool* pool;
   const Buffer* buffers;
   const int64_t* first_tokens;  // [num_sequences], of each sequence in the flat batch
-  Portion *portions, *items;  // of each thread: of a linear op, and of those who attend
+  WorkShare *linear_shares, *attention_shares;  // of each thread
   char* const* scratch;  // of each thread
   float* partials;
   int64_t rows_apart;  // of a thread, from which on a step is cut by rows
@@ -153,15 +154,15 @@ bool norm(const Step&, const kg_op&, int thread);
 bool add_norm(const Step&, const kg_op&, int thread);
 bool linear(const Step&, const kg_op&, const LinearLinks&, int thread);
 bool write(const Step&, const kg_op&, int thread);
-bool attend(const Step&, const kg_op&, const Plan&, int thread);
-bool keep(const Step&, const kg_op&, int thread);
+bool attend(const Step&, const kg_op&, const AttentionPlan&, int thread);
+bool select_rows(const Step&, const kg_op&, int thread);
 
 // The most likely id of each of these rows of `logits`, and its log probability.
 void choose_tokens(const float* logits, Part rows, int64_t vocab_size, int64_t* ids,
                    float* logprobs);
 
 void plan_attention(const kg_batch&, const kg_attention&, const int64_t* first_tokens,
-                    int num_threads, int64_t rows_apart, Plan&);
+                    int num_threads, int64_t rows_apart, AttentionPlan&);
 int64_t partial_floats(const kg_attention&);
 
 }  // namespace kg

@@ -16,9 +16,9 @@ namespace {
 using namespace kg;
 
 constexpr int64_t kHugePage = 2 << 20;
-// The next step of a decode comes 0.5 to 2 ms behind the last one. To wake a thread whose core has
-// gone to sleep takes as long as several ops, and all that Python and gRPC do in between then finds
-// one core awake (notes/0015).
+// The next step of a decode comes 0.5 to 2 ms after the last one. A thread whose core has gone to
+// sleep takes as long as several ops to wake, and Python and gRPC find one core awake in between
+// (notes/0015).
 constexpr int kLingerUs = 2000;
 constexpr int64_t kSpareBytes = 64 << 10;  // kernels prefetch beyond the end
 
@@ -37,14 +37,14 @@ struct Memory {  // freed with its owner
   }
 };
 
-struct Planned {  // attention that looks alike shares its plans
+struct SharedPlan {  // of all layers whose attention looks alike to the planner
   const kg_attention* spec;
-  bool is_kept;  // some of it comes behind a KG_KEEP
-  Plan whole, kept;
-  const Plan& of(const Step& step) const { return step.batch->rows ? kept : whole; }
+  bool has_selected;  // some of it comes behind a KG_SELECT
+  AttentionPlan whole, selected;
+  const AttentionPlan& of(const Step& step) const { return step.batch->rows ? selected : whole; }
 };
 
-// Of each sequence in the flat batch.
+// The first token of each sequence in the flat batch.
 void find_first_tokens(const kg_batch& batch, std::vector<int64_t>& first_tokens) {
   first_tokens.resize(batch.num_sequences);
   int64_t token = 0;
@@ -64,18 +64,18 @@ struct kg_tape {
   std::vector<kg_buffer> shapes;
   std::vector<Buffer> buffers;
   std::vector<int64_t> offsets;  // of the buffers in `rows`
-  std::vector<int64_t> first_tokens, first_kept;
+  std::vector<int64_t> first_tokens, first_selected;
   std::vector<int> plan_of;  // of each op, or -1
-  std::vector<Planned> planned;
+  std::vector<SharedPlan> plans;
   std::vector<char*> scratch;
   int64_t max_rows = 0, rows_apart = kRowsApart;
   Memory rows, threads, partials;
-  std::vector<Portion> portions, items;
+  std::vector<WorkShare> linear_shares, attention_shares;
 
   bool grow(const kg_batch& batch) {
-    const int64_t kept = batch.kept ? batch.kept->num_tokens : 0;
+    const int64_t num_selected = batch.selected ? batch.selected->num_tokens : 0;
     const int64_t wanted =
-        std::max({batch.num_tokens, kept, kReplicatedRows * pool->num_threads});
+        std::max({batch.num_tokens, num_selected, kReplicatedRows * pool->num_threads});
     if (wanted <= max_rows) return true;
     int64_t bytes = 0;
     offsets.clear();
@@ -89,38 +89,39 @@ struct kg_tape {
     return true;
   }
 
-  // Where all rows are kept nothing is copied: what is kept lies where it lay.
-  void place_buffers(bool keeps_all) {
+  // Where all rows are selected nothing is copied: both buffers are the same memory.
+  void place_buffers(bool selects_all) {
     for (size_t i = 0; i < buffers.size(); i++) buffers[i].base = rows.base + offsets[i];
-    if (!keeps_all) return;
+    if (!selects_all) return;
     for (const auto& op : ops)
-      if (op.code == KG_KEEP) buffers[op.out].base = buffers[op.in].base;
+      if (op.code == KG_SELECT) buffers[op.out].base = buffers[op.in].base;
   }
 
   bool prepare(const kg_batch& batch) {
     if (!grow(batch)) return false;
-    place_buffers(!batch.kept);
+    place_buffers(!batch.selected);
     find_first_tokens(batch, first_tokens);
-    if (batch.kept) find_first_tokens(*batch.kept, first_kept);
+    if (batch.selected) find_first_tokens(*batch.selected, first_selected);
     int64_t floats = 0;
     const auto plan = [&](const kg_batch& batch, const std::vector<int64_t>& first_tokens,
-                          const kg_attention& spec, Plan& plan) {
+                          const kg_attention& spec, AttentionPlan& plan) {
       plan_attention(batch, spec, first_tokens.data(), pool->num_threads, rows_apart, plan);
       floats = std::max(floats, plan.num_slots * partial_floats(spec));
     };
-    for (auto& each : planned) {
+    for (auto& each : plans) {
       plan(batch, first_tokens, *each.spec, each.whole);
-      if (batch.kept && each.is_kept) plan(*batch.kept, first_kept, *each.spec, each.kept);
+      if (batch.selected && each.has_selected)
+        plan(*batch.selected, first_selected, *each.spec, each.selected);
     }
     return !floats || partials.reserve(floats * 4);
   }
 
-  // A norm of few rows is every thread's own, and nobody waits: the layer that follows must not
-  // write what another thread's norm still reads. And rows that are kept may be another thread's.
+  // Each thread computes the norm of few rows for itself, and nobody waits: the layer that follows
+  // must not write what another thread's norm still reads. And selected rows may be another thread's.
   void meet_before_writes() {
     must_meet.assign(ops.size(), 0);
     for (size_t i = 0; i < ops.size(); i++) {
-      if (ops[i].code == KG_KEEP && i > 0 && ops[i - 1].code != KG_KEEP) must_meet[i - 1] = 1;
+      if (ops[i].code == KG_SELECT && i > 0 && ops[i - 1].code != KG_SELECT) must_meet[i - 1] = 1;
       if (ops[i].code != KG_NORM) continue;
       size_t next = i + 1;
       while (next < ops.size() && ops[next].code == KG_QUANTIZE) next++;
@@ -133,16 +134,18 @@ struct kg_tape {
     const kg_op* next = nullptr;
     for (size_t i = ops.size(); i-- > 0;) {
       links[i] = {next, 0, i + 1 < ops.size() && ops[i + 1].code == KG_WRITE};
-      if (links[i].is_before_write) links[i].only_kept = queries_only_kept(i + 1);
+      if (links[i].is_before_write) links[i].only_selected = queries_only_selected(i + 1);
       if (ops[i].code == KG_LINEAR) next = &ops[i];
     }
   }
 
-  // In the last layer keys and values are wanted of all rows, queries of those that are kept.
-  int64_t queries_only_kept(size_t write) const {
-    size_t keep = write + 1;
-    while (keep < ops.size() && ops[keep].code == KG_KEEP && ops[keep].in != ops[write].out) keep++;
-    if (keep == ops.size() || ops[keep].code != KG_KEEP) return 0;
+  // The last layer needs keys and values of all rows, and queries of the selected ones.
+  int64_t queries_only_selected(size_t write) const {
+    size_t select = write + 1;
+    while (select < ops.size() && ops[select].code == KG_SELECT &&
+           ops[select].in != ops[write].out)
+      select++;
+    if (select == ops.size() || ops[select].code != KG_SELECT) return 0;
     const kg_attention& spec = *(const kg_attention*)ops[write].params;
     return (int64_t)spec.num_heads * spec.head_dim;
   }
@@ -151,18 +154,25 @@ struct kg_tape {
   int plan_for(const kg_op& op) {
     const kg_attention& spec = *(const kg_attention*)op.params;
     size_t i = 0;
-    while (i < planned.size() && (planned[i].spec->window != spec.window ||
-                                  planned[i].spec->num_heads != spec.num_heads ||
-                                  planned[i].spec->num_kv_heads != spec.num_kv_heads))
+    while (i < plans.size() && (plans[i].spec->window != spec.window ||
+                                  plans[i].spec->num_heads != spec.num_heads ||
+                                  plans[i].spec->num_kv_heads != spec.num_kv_heads))
       i++;
-    if (i == planned.size()) planned.push_back({&spec, false});
-    planned[i].is_kept |= op.kept != 0;
+    if (i == plans.size()) plans.push_back({&spec, false});
+    plans[i].has_selected |= op.selected != 0;
     return (int)i;
   }
 
   Step step_of(const kg_batch& batch, const std::vector<int64_t>& first_tokens) {
-    return {&batch,         pool, buffers.data(), first_tokens.data(), portions.data(),
-            items.data(),   scratch.data(), (float*)partials.base, rows_apart};
+    return {&batch,
+            pool,
+            buffers.data(),
+            first_tokens.data(),
+            linear_shares.data(),
+            attention_shares.data(),
+            scratch.data(),
+            (float*)partials.base,
+            rows_apart};
   }
 
   int64_t find_rows_apart() const {
@@ -173,12 +183,12 @@ struct kg_tape {
     return std::any_of(ops.begin(), ops.end(), has_codes) ? kCodeRowsApart : kRowsApart;
   }
 
-  // All ops of a step, those behind a KG_KEEP over the tokens that are kept.
+  // All ops of a step, those behind a KG_SELECT over the selected tokens.
   void run(const kg_batch& batch, int thread) {
     const Step whole = step_of(batch, first_tokens);
-    const Step kept = batch.kept ? step_of(*batch.kept, first_kept) : whole;
+    const Step selected = batch.selected ? step_of(*batch.selected, first_selected) : whole;
     for (size_t i = 0; i < ops.size(); i++) {
-      const Step& step = ops[i].kept ? kept : whole;
+      const Step& step = ops[i].selected ? selected : whole;
       if (!step.batch->num_tokens) return;
       if (run(step, i, thread) || must_meet[i]) pool->barrier();
     }
@@ -201,10 +211,10 @@ struct kg_tape {
         return linear(step, op, links[index], thread);
       case KG_WRITE:
         return write(step, op, thread);
-      case KG_KEEP:
-        return keep(step, op, thread);
+      case KG_SELECT:
+        return select_rows(step, op, thread);
       case KG_ATTEND:
-        return attend(step, op, planned[plan_of[index]].of(step), thread);
+        return attend(step, op, plans[plan_of[index]].of(step), thread);
     }
     abort();  // kg_tape_new has looked at all codes
   }
@@ -220,8 +230,8 @@ extern "C" kg_tape* kg_tape_new(kg_pool* pool, const kg_op* ops, int num_ops,
     }
   auto tape = std::make_unique<kg_tape>();
   tape->pool = pool;
-  tape->portions = std::vector<Portion>(pool->num_threads);
-  tape->items = std::vector<Portion>(pool->num_threads);
+  tape->linear_shares = std::vector<WorkShare>(pool->num_threads);
+  tape->attention_shares = std::vector<WorkShare>(pool->num_threads);
   tape->ops.assign(ops, ops + num_ops);
   tape->meet_before_writes();
   tape->link_linears();
