@@ -1,22 +1,21 @@
 """Tokens to text and calls, as they come.
 
 What could still become a marker is held back; nothing is lost. Where the grammar held the model to
-its tools, arguments go out as they grow. Without a grammar a call is kept until it is whole: one
-that is malformed turns out to be text.
+its tools, arguments go out as they grow. Without a grammar a call is held back until it is whole:
+a malformed one turns out to be text.
 """
 
+import enum
 import json
-import re
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from kagami_router.request.values import Token
-from kagami_router.tools.formats import PYTHON_TAG, ToolForm, ToolFormat
-from kagami_router.tools.offers import NAME, AllowedCalls
-
-# White space is unbounded where no grammar holds it: a longer head is no head.
-_MAX_HEAD = 512
+from kagami_router.tools.call_patterns import ObjectScan, Pattern, overlap, patterns_of
+from kagami_router.tools.formats import PYTHON_TAG, ToolFormat
+from kagami_router.tools.offers import AllowedCalls
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +65,29 @@ class TextOnly:
         return []
 
 
+class State(enum.Enum):
+    """What the parser reads next. `_RULES` says what each state does and allows.
+
+        START ──► TEXT ──► HEAD ──► ARGUMENTS ──► FOOT ──► CLOSE ──► AFTER ──► TEXT
+          └──────────────► HEAD ◄─────────────────────────── CLOSE (the next call of a list)
+
+    From HEAD, ARGUMENTS and FOOT it falls back to TEXT if the text is no call.
+    """
+
+    START = enum.auto()
+    """Nothing was said; calls without an opener can only begin here"""
+    TEXT = enum.auto()
+    HEAD = enum.auto()
+    """An opener was read: the name of a function follows"""
+    ARGUMENTS = enum.auto()
+    FOOT = enum.auto()
+    """What stands behind the arguments of this form"""
+    CLOSE = enum.auto()
+    """Behind a call: its closer, or the next call of a list"""
+    AFTER = enum.auto()
+    """Behind a closer: white space"""
+
+
 class CallParser:
     """Reads one answer. `push` every token, then `finish`."""
 
@@ -79,18 +101,18 @@ class CallParser:
     ) -> None:
         self._form = tool_format.form
         self._special = tool_format.special_markers
-        self._first_head, self._next_head, self._foot_pattern = _patterns(self._form)
+        self._first_head, self._next_head, self._foot_pattern = patterns_of(self._form)
         self._names = frozenset(tool.name for tool in calls.tools)
         self._max_calls = calls.max_calls
         self._is_constrained = is_constrained
         self._new_id = new_id
-        self._state: Callable[[], bool] = self._text if self._form.opener else self._start
+        self._state = State.TEXT if self._form.opener else State.START
         self._head_pattern = self._first_head
         self._buffer = ""
         self._before = ""  # the call that is being read: what is text too if that is none
         self._raw = ""  # of that call: what was taken from the buffer
         self._held: list[Delta] = []  # of that call, until it is known to be one
-        self._scan = _ObjectScan()
+        self._scan = ObjectScan()
         self._is_blank = True  # nothing but white space came before
         self._out: list[Delta] = []
         self.num_calls = 0
@@ -112,12 +134,12 @@ class CallParser:
     def finish(self, *, is_cut: bool) -> list[Delta]:
         """What was held back, at the end; a call cut by a limit counts as far as it goes."""
         deltas: list[Delta] = []
-        while self._state in (self._head, self._arguments, self._foot):
+        while _RULES[self._state].is_in_call:
             self._settle(is_cut)
             deltas += self._run()
         # Behind calls nothing is left but white space, or what the next one was to begin with.
-        is_next = self._state == self._after and (self._is_constrained or not self._buffer.strip())
-        if self._state == self._close or is_next:
+        is_next = self._state is State.AFTER and (self._is_constrained or not self._buffer.strip())
+        if self._state is State.CLOSE or is_next:
             self._buffer = ""
         self._put_text(self._buffer)
         self._buffer = ""
@@ -125,7 +147,7 @@ class CallParser:
 
     def _settle(self, is_cut: bool) -> None:
         """No more text comes, and a call is not over."""
-        if self._state == self._head:
+        if self._state is State.HEAD:
             is_call = self._is_constrained and self.num_calls > 0  # its first characters
         else:
             is_call = self._is_constrained or is_cut
@@ -134,17 +156,16 @@ class CallParser:
             return
         self._release_call()
         self._buffer = ""
-        self._state = self._after
+        self._state = State.AFTER
 
     def _push_marker(self, marker: str) -> list[Delta]:
         """A special token: the text it stands for is no part of the output."""
         opens = marker in (self._form.opener, PYTHON_TAG)
         if not opens:
             return self.push_text(marker)
-        may_open = self._state in (self._start, self._text, self._after)
-        if not may_open or self.num_calls >= self._max_calls:
+        if not _RULES[self._state].may_open or self.num_calls >= self._max_calls:
             return []
-        if self._state == self._text and not self._is_blank:
+        if self._state is State.TEXT and not self._is_blank:
             self._put_text(self._buffer)
             self._buffer = ""
         before, self._buffer = self._buffer, ""
@@ -152,7 +173,7 @@ class CallParser:
         return self._run()
 
     def _run(self) -> list[Delta]:
-        while self._state():
+        while _RULES[self._state].read(self):
             pass
         return self._take()
 
@@ -160,12 +181,12 @@ class CallParser:
         out, self._out = self._out, []
         return _merged(out)
 
-    # States. Each takes what it can from the buffer; False = it needs more.
+    # One method for each state: it takes what it can from the buffer; False = it needs more.
 
     def _start(self) -> bool:
         """Calls without an opener can only begin here."""
         if not self._first_head.could_match(self._buffer):
-            self._state = self._text
+            self._state = State.TEXT
             return True
         if self._first_head.end_in(self._buffer) is None:
             return False
@@ -183,7 +204,7 @@ class CallParser:
             self._buffer = self._buffer.removeprefix(opener)
             self._open(before)
             return True
-        end = len(self._buffer) - (_overlap(self._buffer, opener) if is_searched else 0)
+        end = len(self._buffer) - (overlap(self._buffer, opener) if is_searched else 0)
         if not self._is_blank or self._buffer[:end].strip():
             self._put_text(self._buffer[:end])
             self._buffer = self._buffer[end:]
@@ -196,9 +217,9 @@ class CallParser:
             if name not in self._names:
                 return self._fail()
             self._consume(end)
-            self._scan = _ObjectScan()
+            self._scan = ObjectScan()
             self._put_call(CallStart(self.num_calls, self._new_id(), name))
-            self._state = self._arguments
+            self._state = State.ARGUMENTS
             return True
         return self._fail() if not self._head_pattern.could_match(self._buffer) else False
 
@@ -209,7 +230,7 @@ class CallParser:
         index = self.num_calls - 1 if self._is_constrained else self.num_calls
         self._put_call(CallArguments(index, piece))
         if self._scan.is_over:
-            self._state = self._foot
+            self._state = State.FOOT
         return self._scan.is_over
 
     def _foot(self) -> bool:
@@ -220,7 +241,7 @@ class CallParser:
             return self._fail()
         self._consume(end)
         self._release_call()
-        self._state = self._close
+        self._state = State.CLOSE
         return True
 
     def _close(self) -> bool:
@@ -237,7 +258,7 @@ class CallParser:
             return False
         if closer and rest.startswith(closer):
             self._buffer = rest.removeprefix(closer)
-        self._state = self._after
+        self._state = State.AFTER
         return True
 
     def _after(self) -> bool:
@@ -248,13 +269,13 @@ class CallParser:
         if not rest or (is_searched and rest != opener and opener.startswith(rest)):
             return False
         self._is_blank = is_searched and rest.startswith(opener)
-        self._state = self._text
+        self._state = State.TEXT
         return True
 
-    def _open(self, before: str, head: "_Pattern | None" = None) -> None:
+    def _open(self, before: str, head: "Pattern | None" = None) -> None:
         self._before, self._raw = before, ""
         self._head_pattern = head or self._first_head
-        self._state = self._head
+        self._state = State.HEAD
 
     def _consume(self, length: int) -> str:
         text, self._buffer = self._buffer[:length], self._buffer[length:]
@@ -286,103 +307,29 @@ class CallParser:
         self._held = []
         self._put_text(self._before)
         self._buffer = self._raw + self._buffer
-        self._state = self._text
+        self._state = State.TEXT
         return True
 
 
-class _ObjectScan:
-    """Finds the end of a JSON object."""
+class _Rule(NamedTuple):
+    """What a state does with the buffer, and what it allows."""
 
-    def __init__(self) -> None:
-        self._depth = 0
-        self._is_in_text = False
-        self._is_escaped = False
-
-    @property
-    def is_over(self) -> bool:
-        """Asked after the first character."""
-        return self._depth == 0
-
-    def feed(self, text: str) -> int:
-        """How many characters of `text` belong to the object."""
-        for index, character in enumerate(text):
-            if self._is_escaped:
-                self._is_escaped = False
-            elif character == "\\":
-                self._is_escaped = self._is_in_text
-            elif character == '"':
-                self._is_in_text = not self._is_in_text
-            elif not self._is_in_text and character in "{[":
-                self._depth += 1
-            elif not self._is_in_text and character in "}]":
-                self._depth -= 1
-                if self._depth == 0:
-                    return index + 1
-        return len(text)
+    read: Callable[[CallParser], bool]
+    is_in_call: bool = False
+    """A call has begun and is not over"""
+    may_open: bool = False
+    """A marker may open a call"""
 
 
-class _Pattern:
-    """A form's text with any white space JSON allows; knows what its beginnings look like."""
-
-    def __init__(self, units: Iterable[str], behind: str = "") -> None:
-        units = list(units)
-        beginning = ""
-        for unit in reversed(units):
-            beginning = f"(?:{unit}{beginning})?"
-        self._whole = re.compile("".join(units) + behind)
-        self._beginning = re.compile(beginning)
-
-    def end_in(self, text: str) -> int | None:
-        """Where the pattern ends in a text that begins with it."""
-        match = self._whole.match(text)
-        return None if match is None else match.end()
-
-    def name_in(self, text: str) -> str:
-        """The function's name in such a text."""
-        match = self._whole.match(text)
-        return "" if match is None else match["name"]
-
-    def could_match(self, text: str) -> bool:
-        """Whether some continuation of `text` begins with the pattern, and soon."""
-        return len(text) <= _MAX_HEAD and (
-            self._whole.match(text) is not None or self._beginning.fullmatch(text) is not None
-        )
-
-
-def _patterns(form: ToolForm) -> tuple[_Pattern, _Pattern, _Pattern]:
-    """The head of a first call, of the next in a list, and the foot."""
-    space = r"\s*"
-    head = [*_units(form.before), f"(?P<name>{NAME})", *_units(form.after)]
-    object_follows = r"(?=\{)"
-    return (
-        _Pattern(
-            [*_units(form.lead), *([] if form.lead.isspace() else [space]), *head], object_follows
-        ),
-        _Pattern([space, *head], object_follows),
-        _Pattern([space, *_units(form.foot)] if form.foot else []),
-    )
-
-
-def _units(text: str) -> list[str]:
-    """A form's text, white space optional where JSON has some."""
-    units: list[str] = []
-    for character in text:
-        if character.isspace() or character in "{,:[":
-            parts = [r"\s*", re.escape(character), r"\s*"] if not character.isspace() else [r"\s*"]
-        else:
-            parts = [re.escape(character)]
-        for part in parts:
-            if part != r"\s*" or units[-1:] != [part]:
-                units.append(part)
-    return units
-
-
-def _overlap(text: str, marker: str) -> int:
-    """Length of the longest end of `text` that `marker` begins with."""
-    for length in range(min(len(text), len(marker) - 1), 0, -1):
-        if marker.startswith(text[-length:]):
-            return length
-    return 0
+_RULES: Mapping[State, _Rule] = {
+    State.START: _Rule(CallParser._start, may_open=True),
+    State.TEXT: _Rule(CallParser._text, may_open=True),
+    State.HEAD: _Rule(CallParser._head, is_in_call=True),
+    State.ARGUMENTS: _Rule(CallParser._arguments, is_in_call=True),
+    State.FOOT: _Rule(CallParser._foot, is_in_call=True),
+    State.CLOSE: _Rule(CallParser._close),
+    State.AFTER: _Rule(CallParser._after, may_open=True),
+}
 
 
 def _is_json(call: Iterable[Delta]) -> bool:
