@@ -82,7 +82,7 @@ class _Step:
 
     def __init__(self, queries: Queries, pages: PageTables, logits: Tensor) -> None:
         query_lens, kv_lens = torch.tensor(queries.query_lens), torch.tensor(queries.kv_lens)
-        self._arrays = (queries, query_lens, kv_lens)
+        self._alive = (queries, query_lens, kv_lens)
         self.struct = CBatch(
             num_tokens=sum(queries.query_lens),
             num_sequences=len(queries.query_lens),
