@@ -36,7 +36,7 @@ class Shape(NamedTuple):
     context: int
     tokens: int
     shared: int = 0
-    """Of the context, in blocks that all sequences have in common"""
+    """Tokens of the context that lie in blocks which all sequences share"""
 
     @property
     def num_steps(self) -> int:

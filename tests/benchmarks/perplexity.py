@@ -37,7 +37,7 @@ DTYPE = torch.bfloat16
 
 
 class Perplexities(NamedTuple):
-    """Of one model, by what computes it."""
+    """Perplexities of one model, computed by torch and by the native library."""
 
     torch: float
     native: float
@@ -61,7 +61,7 @@ def windows(folder: Path, max_tokens: int) -> Iterator[list[int]]:
 
 
 def perplexity(backend: Backend, texts: Iterable[list[int]]) -> float:
-    """Of all scored tokens together."""
+    """The perplexity of all scored tokens together."""
     loss, count = 0.0, 0
     for ids in texts:
         num_blocks = 2 + WINDOW // 32
@@ -81,7 +81,7 @@ def measure(
     torch_tokens: int,
     native_tokens: int,
 ) -> Perplexities:
-    """Of the model in `folder` in bfloat16 under a value of --quantize, on so much of the text."""
+    """The model in `folder`, in bfloat16 or under a value of --quantize, on so many tokens."""
     backend = load_torch(folder, dtype=DTYPE, device=torch.device("cpu"), quantize=quantize)
     reference = perplexity(backend, windows(folder, torch_tokens))
     if runtime is None:

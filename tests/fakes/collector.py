@@ -1,6 +1,6 @@
-"""A collector: receives spans by OTLP/gRPC and OTLP/HTTP, and keeps them.
+"""A collector of traces: it receives spans by OTLP/gRPC and OTLP/HTTP and stores them.
 
-It can refuse, or hang, as a real one does when it is overloaded.
+It can refuse an export, or never answer it, as a real one does when it is overloaded.
 """
 
 import threading
@@ -54,7 +54,7 @@ class Collector:
     http_port: int = 0
     spans: list[Span] = field(default_factory=list)
     headers: list[Mapping[str, str]] = field(default_factory=list)
-    """Of each export, names in small letters."""
+    """The headers of each export, with names in small letters."""
     refuses: bool = False
     stalled: threading.Event = field(default_factory=threading.Event)
     """While set, exports get no answer."""

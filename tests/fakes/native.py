@@ -1,4 +1,4 @@
-"""Where the CPU's library cannot run, its tests are left out."""
+"""Tests of the CPU's library are skipped where it cannot be built or cannot run."""
 
 import pytest
 

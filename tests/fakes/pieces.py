@@ -1,4 +1,4 @@
-"""Small SentencePiece models, trained as Llama's was and, like Swallow's, enlarged by Japanese."""
+"""Small SentencePiece models: trained as Llama's, and with Japanese added as Swallow's."""
 
 import io
 from pathlib import Path

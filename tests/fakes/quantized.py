@@ -1,4 +1,4 @@
-"""Quantized checkpoints as their tools would write them, packed by loops that follow the formats.
+"""Quantized checkpoints as their tools write them. Plain loops pack them, as the formats say.
 
 Each packer takes a matrix `[out, in]`, and gives the tensors of its module and the matrix that
 they stand for.

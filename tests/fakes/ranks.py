@@ -1,4 +1,4 @@
-"""Ranks as threads of one process: real Gloo collectives, no start of a process to wait for."""
+"""Ranks as threads of one process: the collectives are Gloo's, and no process has to start."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor

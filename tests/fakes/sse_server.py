@@ -1,4 +1,4 @@
-"""A server that streams by a schedule, on a clock that only moves when it says so."""
+"""A server that streams by a schedule. Its clock moves only when the schedule says so."""
 
 import asyncio
 import json

@@ -1,7 +1,7 @@
 """A checkpoint in the form of tokyotech-llm/Swallow-7b-hf, with two small layers.
 
 Two pickled shards with an index, `tokenizer.model` and no tokenizer.json, the config of 2023. It
-has learnt one question and its answer by heart, so that what a server says of it is Japanese.
+was trained on one question and its answer, so a server answers that question in Japanese.
 """
 
 import json
@@ -13,7 +13,7 @@ from tests.fakes.pieces import swallow_like
 from transformers import LlamaConfig, LlamaForCausalLM
 
 QUESTION = "日本で一番高い山はなんですか？"
-# The mountain, the house and the fish are no pieces: several byte tokens each.
+# The tokenizer has no pieces for the emoji, the house and the fish: each is several byte tokens.
 ANSWER = "\n日本で一番高い山はなんですか?\nベストアンサー\n富士山です。🗻 𠮷野家の𩸽は  500円。"
 SPECIALS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 HIDDEN, INNER, HEADS, LAYERS = 64, 176, 4, 2
@@ -72,7 +72,7 @@ def _config(vocab_size: int) -> dict[str, object]:
 
 
 def _taught(config: dict[str, object], ids: list[int]) -> LlamaForCausalLM:
-    """A model that says `ids`: seconds of training, until each is far ahead of all others."""
+    """A model that generates `ids`: seconds of training make each far more likely than others."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**{**config, "torch_dtype": "float32"}))
     batch = torch.tensor([ids])
@@ -88,7 +88,7 @@ def _taught(config: dict[str, object], ids: list[int]) -> LlamaForCausalLM:
 
 
 def _write_shards(folder: Path, weights: dict[str, torch.Tensor]) -> None:
-    # Checkpoints of that time kept a rotary buffer with every layer.
+    # Checkpoints of 2023 store a rotary buffer with every layer.
     for layer in range(LAYERS):
         name = f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"
         weights[name] = 10000.0 ** -(torch.arange(0, HIDDEN // HEADS, 2) / (HIDDEN // HEADS))

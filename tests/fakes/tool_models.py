@@ -1,4 +1,4 @@
-"""Models as tools see them: a chat template's signs and a vocabulary with markers."""
+"""What decides a model's format of tool calls: its chat template and its added tokens."""
 
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ from kagami_router.tools.formats import ToolFormat, find_format
 
 
 class Described(NamedTuple):
-    """What a chat template says of itself."""
+    """The two facts that are read from a chat template."""
 
     source: str
     reads_tools: bool = True

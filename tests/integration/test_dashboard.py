@@ -28,7 +28,7 @@ MAY_BE_EMPTY = re.compile(r"tgi_request_failure|tgi_batch_inference_failure|shar
 
 
 def queries() -> list[str]:
-    """Of the dashboard, with its variables filled in, and the left sides of the alerts."""
+    """The dashboard's queries with their variables filled in, and the left sides of the alerts."""
     dashboard = json.loads((DEPLOY / "grafana" / "dashboard.json").read_text())
     panels = [each for panel in dashboard["panels"] for each in (panel, *panel.get("panels", ()))]
     found = [target["expr"] for panel in panels for target in panel.get("targets", ())]

@@ -22,8 +22,8 @@ pytestmark = pytest.mark.slow
 
 DURATION_S, WARM_UP_S = 10.0, 3.0
 CONNECTIONS = 8
-# A body that lost its `max_tokens` asks for a long answer: the client leaves in the middle of it.
-# A request that hangs would still hold its place in the end.
+# A body that lost its `max_tokens` asks for a long answer, and the client leaves after this time.
+# A request that hangs is found at the end: it still holds its permit.
 PATIENCE_S = 0.3
 ANSWER_S = 30
 MIB = 2**20
@@ -38,7 +38,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @dataclass
-class Tally:
+class Answers:
     """What came back."""
 
     statuses: Counter[int] = field(default_factory=Counter)
@@ -61,12 +61,12 @@ async def respond(reader: asyncio.StreamReader) -> tuple[int, bytes, bool]:
     return status, body, stays
 
 
-async def talk(port: int, random: Random, until: float, tally: Tally) -> None:
-    """Send one body after the other over connections that are kept as long as they last."""
+async def talk(port: int, random: Random, until: float, answers: Answers) -> None:
+    """Send one body after the other, over one connection for as long as it lives."""
     while time.monotonic() < until:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         try:
-            while time.monotonic() < until and await exchange(reader, writer, random, tally):
+            while time.monotonic() < until and await exchange(reader, writer, random, answers):
                 pass
         finally:
             writer.close()
@@ -75,7 +75,7 @@ async def talk(port: int, random: Random, until: float, tally: Tally) -> None:
 
 
 async def exchange(
-    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, random: Random, tally: Tally
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, random: Random, answers: Answers
 ) -> bool:
     """One body and its answer; whether the connection is worth keeping."""
     path = random.choice(POSTS)
@@ -87,24 +87,24 @@ async def exchange(
         async with asyncio.timeout(PATIENCE_S):
             status, answer, stays = await respond(reader)
     except TimeoutError:
-        tally.num_left += 1
+        answers.num_left += 1
         return False
-    tally.statuses[status] += 1
+    answers.statuses[status] += 1
     if status >= 500 or b"Internal error" in answer or b'"generation"' in answer:
-        tally.faults.append(f"{path} {body!r}: {status} {answer!r}")
+        answers.faults.append(f"{path} {body!r}: {status} {answer!r}")
     return stays and random.random() > 0.01
 
 
-def fuzz(server: Server, seed: int, seconds: float) -> Tally:
-    port, tally, until = int(server.url.rpartition(":")[2]), Tally(), time.monotonic() + seconds
+def fuzz(server: Server, seed: int, seconds: float) -> Answers:
+    port, answers, until = int(server.url.rpartition(":")[2]), Answers(), time.monotonic() + seconds
 
     async def main() -> None:
         async with asyncio.TaskGroup() as group:
             for number in range(CONNECTIONS):
-                group.create_task(talk(port, Random(seed + number), until, tally))
+                group.create_task(talk(port, Random(seed + number), until, answers))
 
     asyncio.run(main())
-    return tally
+    return answers
 
 
 def router_of(server: Server) -> Path:
@@ -138,11 +138,11 @@ def test_broken_bodies_leave_no_trace(server: Server) -> None:
     fuzz(server, seed=0, seconds=WARM_UP_S)
     memory, descriptors = resident_bytes(router), num_descriptors(router)
 
-    tally = fuzz(server, seed=1000, seconds=DURATION_S)
+    answers = fuzz(server, seed=1000, seconds=DURATION_S)
 
-    assert tally.faults == []
-    assert tally.statuses[200] > 50, tally
-    assert tally.statuses.total() > 500, tally
+    assert answers.faults == []
+    assert answers.statuses[200] > 50, answers
+    assert answers.statuses.total() > 500, answers
     assert within(10, lambda: all(server.metric(name) == 0 for name in IDLE))
     assert within(5, lambda: num_descriptors(router) <= descriptors)
     assert resident_bytes(router) < memory + 40 * MIB

@@ -97,7 +97,7 @@ async def test_constrained_and_free_requests_share_batches(server: Server) -> No
         assert answer["generated_text"] == alone[1]["generated_text"]
 
 
-async def test_a_bad_grammar_is_refused_at_the_door(bf16_server: Server) -> None:
+async def test_a_bad_grammar_is_refused_before_anything_is_generated(bf16_server: Server) -> None:
     for bad in ({"type": "regex", "value": "(a"}, grammar({"type": "pizza"}), grammar("{")):
         status, answer = await generate(bf16_server.url, grammar=bad)
         assert status == 422
@@ -105,7 +105,7 @@ async def test_a_bad_grammar_is_refused_at_the_door(bf16_server: Server) -> None
 
 
 async def test_a_stream_goes_on_while_grammars_are_compiled(bf16_server: Server) -> None:
-    """Grammars of 0.2 s of compiling each, that turn out to be too large, beside a stream."""
+    """Beside a stream, grammars are compiled for 0.2 s each and then found to be too large."""
     heavy = [
         {
             "type": "object",

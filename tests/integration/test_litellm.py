@@ -60,7 +60,7 @@ SCRIPTS = {"completions": COMPLETIONS, "native": NATIVE, "responses": RESPONSES}
 @pytest.fixture(scope="module")
 def shown(server: Server) -> dict[str, dict[str, Any]]:
     """What each script shows; one that failed has a `traceback` instead."""
-    # Else it asks a server on the internet for its list of prices.
+    # Without this it asks a server on the internet for its list of prices.
     environ = {**os.environ, "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
     process = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", RUNNER],

@@ -31,7 +31,7 @@ def tokenizer(model_folder: Path) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def references(model: PreTrainedModel, tokenizer: Tokenizer) -> list[Reference]:
-    """Of each prompt; the short ones are one batch, padded on the left."""
+    """What transformers generates for each prompt; the short ones are one batch, left-padded."""
     prompts = [tokenizer.encode(prompt).ids for prompt in PROMPTS]
     *short, longest = prompts
     assert max(map(len, short)) < 50 < len(longest)

@@ -1,4 +1,4 @@
-"""A model cut over two processes: the same text, one life, one death."""
+"""A model split over two processes: the text is the same, and they start and end together."""
 
 import json
 import os

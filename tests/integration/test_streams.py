@@ -20,9 +20,9 @@ async def streamed_text(session: aiohttp.ClientSession, url: str, prompt: str, c
     return text
 
 
-async def test_64_streams_complete_with_the_text_of_the_plain_route(server: Server) -> None:
+async def test_64_streams_complete_with_the_text_of_whole_answers(server: Server) -> None:
     prompts = [f"{PROMPTS[n % 19]} {n}" for n in range(64)]
-    plain = await generate_together(server.url, prompts, max_new_tokens=16)
+    whole = await generate_together(server.url, prompts, max_new_tokens=16)
 
     async with aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=600)
@@ -31,7 +31,7 @@ async def test_64_streams_complete_with_the_text_of_the_plain_route(server: Serv
             *(streamed_text(session, server.url, prompt, 16) for prompt in prompts)
         )
 
-    assert texts == [answer["generated_text"] for answer in plain]
+    assert texts == [answer["generated_text"] for answer in whole]
 
 
 async def test_japanese_and_emoji_come_whole(bf16_server: Server) -> None:
@@ -94,9 +94,9 @@ async def test_a_shared_prefix_is_computed_once(server: Server, tmp_path: Path) 
     before = server.metric("tgi_prefix_hit_tokens_total")
     cached = await first_token_seconds(server.url, 16)
     hits = server.metric("tgi_prefix_hit_tokens_total") - before
-    with running(tmp_path, "--dtype", "float32", environ={"PREFIX_CACHING": "0"}) as plain:
-        uncached = await first_token_seconds(plain.url, 3)
-        assert plain.metric("tgi_prefix_hit_tokens_total") == 0
+    with running(tmp_path, "--dtype", "float32", environ={"PREFIX_CACHING": "0"}) as without_cache:
+        uncached = await first_token_seconds(without_cache.url, 3)
+        assert without_cache.metric("tgi_prefix_hit_tokens_total") == 0
 
     assert hits >= 15 * 960
     # A ratio on one machine in one run, far from its border (seen: more than 10).

@@ -15,7 +15,7 @@ HERE = Path(__file__).parent
 
 
 class Launcher:
-    """A launcher process with fake children, and all it has said so far."""
+    """A launcher process with fake children, and all its output until now."""
 
     def __init__(self, argv: list[str], env: dict[str, str], folder: Path) -> None:
         self.socket = folder / "uds-0"

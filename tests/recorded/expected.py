@@ -39,10 +39,11 @@ def expectations(case: Case) -> list[Any]:
 
 
 def _instead(case: Case) -> list[str]:
-    """Recordings that stand for this one, where TGI did with tools what it did alone.
+    """The recordings that replace this one: no other server answers tools as TGI did.
 
-    With `auto` the model chooses between text and a call; TGI 2.0 always called, a tool of its own
-    if need be. 3.3 sent not one event if a call was cut early, 2.0's test kept the last one only.
+    With `auto` the model chooses between text and a call. TGI 2.0 always called a tool, one of its
+    own if there was no other. TGI 3.3 sent no event at all when a call was cut early. The test of
+    2.0 recorded the last event only.
     """
     if not case.body.get("tools") or case.body.get("tool_choice") == "none":
         return []
@@ -91,7 +92,7 @@ def _role_once(events: list[Any]) -> list[Any]:
 
 
 def _call_as_openai(events: list[Any]) -> list[Any]:
-    """Calls, then an empty delta with the reason. Of a call name and id, then its arguments."""
+    """Each call is its name and id, then its arguments. An empty delta with the reason ends all."""
     if not events[0]["choices"][0]["delta"]["tool_calls"]:
         return events
     for event in events[1:]:

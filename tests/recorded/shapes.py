@@ -1,7 +1,7 @@
 """Compares two pieces of JSON by structure: names, types, nulls, the order of a stream's events.
 
 The left side is what we expect, written back by a client that adds null keys: its null may be
-absent on the right, and only the nulls of `KEPT_NULLS` have to stand there.
+absent on the right, and only the nulls of `REQUIRED_NULLS` have to stand there.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -10,7 +10,7 @@ from typing import Any
 # Texts that are compared as they are; all others are the model's business.
 EXACT = frozenset({"object", "role", "type"})
 # Servers write these nulls, not only clients.
-KEPT_NULLS = frozenset({"logprobs", "seed"})
+REQUIRED_NULLS = frozenset({"logprobs", "seed"})
 # What we say and TGI did not.
 ADDITIONS: Mapping[str, str] = {
     "prompt_tokens_details": "OpenAI's usage tells how many tokens of the prompt were cached",
@@ -51,7 +51,7 @@ def _of_objects(expected: dict[str, Any], got: dict[str, Any], place: str) -> It
             continue
         if key in got:
             yield from mismatches(value, got[key], f"{place}.{key}")
-        elif value is not None or key in KEPT_NULLS:
+        elif value is not None or key in REQUIRED_NULLS:
             yield f"{place}.{key}: expected {_name(value)}, got no such key"
     for key in got.keys() - expected.keys() - ADDITIONS.keys():
         if got[key] is not None:

@@ -15,7 +15,7 @@ FIRST = {"id": 1, "text": "a", "logprob": None}
         ([FIRST, TOKEN], [FIRST, TOKEN, TOKEN]),
         ({"logprobs": None}, {"logprobs": None}),
     ],
-    ids=["a client's null", "our null", "another length", "a null that is kept"],
+    ids=["a client's null", "our null", "another length", "a required null"],
 )
 def test_the_same_structure(expected: Any, got: Any) -> None:
     assert list(mismatches(expected, got)) == []

@@ -73,7 +73,7 @@ def test_a_quantized_checkpoint_is_read_the_same_on_cuda(
 @pytest.mark.parametrize("quantize", ["int8", "int4", "fp8"])
 def test_quantized_weights_run_in_bfloat16_on_cuda(quantize: str, save_checkpoint: Save) -> None:
     folder, _ = save_checkpoint(CONFIG)
-    # Of the same matrices: what bfloat16 does to them before they are quantized is not meant here.
+    # Both quantize the same bfloat16 matrices, so the rounding to bfloat16 does not count.
     expected = logits_on("cpu", folder, torch.bfloat16, quantize)
     seen = logits_on("cuda", folder, torch.bfloat16, quantize)
 

@@ -28,9 +28,10 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """A floor under ours / the best of `against`; without `against`, a floor or a ceiling itself.
+    """What a figure has to reach, by model.
 
-    `limits` by model.
+    With `against`, a limit is the least ratio of our figure to the best of those servers. Without,
+    it is a least figure, or a greatest one where `is_ceiling`.
     """
 
     limits: Mapping[str, float]
@@ -47,7 +48,7 @@ class Line:
     weights: str
     ours: float
     others: Mapping[str, float]
-    """By server."""
+    """The other servers' figures, by name."""
     against: str = ""
     """The server that the ratio is to: the best of those that count."""
     ratio: float | None = None

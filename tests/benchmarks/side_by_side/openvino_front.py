@@ -54,7 +54,7 @@ class Engine:
         del self._answers[number]
 
 
-class Front:
+class CompletionsRoute:
     """The one route."""
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer) -> None:
@@ -103,9 +103,9 @@ async def serve(folder: Path, port: int, num_threads: int) -> None:
     if not await process.stdout.readline():
         raise SystemExit(f"the engine ended with {await process.wait()}")
     engine = Engine(process)
-    front = Front(engine, Tokenizer.from_file(str(folder / "tokenizer.json")))
+    route = CompletionsRoute(engine, Tokenizer.from_file(str(folder / "tokenizer.json")))
     app = web.Application()
-    app.router.add_post("/v1/completions", front.completions)
+    app.router.add_post("/v1/completions", route.completions)
     runner = web.AppRunner(app)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", port).start()

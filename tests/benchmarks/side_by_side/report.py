@@ -53,7 +53,7 @@ class Result:
 
 
 def conditions(model: str, rounds: int, cpuinfo: str) -> Conditions:
-    """Of this machine, now; `cpuinfo` is the text of /proc/cpuinfo."""
+    """The conditions on this machine now; `cpuinfo` is the text of /proc/cpuinfo."""
     fields = {}
     for line in cpuinfo.splitlines():
         name, _, value = line.partition(":")

@@ -79,7 +79,7 @@ class Downloads:
         process = self.start()
         deadline = time.monotonic() + 60
         while not any(self._size(path) >= PIECE for path in self.partials()):
-            assert time.monotonic() < deadline, "the download did not get so far"
+            assert time.monotonic() < deadline, "the download did not get that far"
             time.sleep(0.01)
         return process
 

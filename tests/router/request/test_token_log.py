@@ -1,4 +1,4 @@
-"""What a sequence has said so far."""
+"""The tokens of a sequence: its prompt and what was generated until now."""
 
 from kagami_router.request.token_log import TokenLog, TopToken
 

@@ -22,7 +22,7 @@ from kagami_router.scheduler.step import (
 from kagami_router.telemetry.metrics import Capacity, GenerationStats, Metrics, StepReport
 
 TABLE = Path(__file__).parents[3] / "deploy" / "metrics.md"
-# Spec http-api.md 18.2: names, types and labels of TGI 3.3, but the histogram of 2.0 for skipped.
+# Names, types and labels of TGI 3.3; the histogram of skipped tokens is that of TGI 2.0.
 TGI = {
     "tgi_request_count": ("counter", ""),
     "tgi_request_success": ("counter", ""),

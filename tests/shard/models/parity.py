@@ -48,7 +48,7 @@ def our_logits(
     return run_in_steps(runner_of(folder, dtype, parallel, quantize, device), tokens)
 
 
-# Of each step, which sequence computes how many tokens.
+# For each step: which sequence computes how many tokens.
 STEPS = (
     ((0, 7),),
     ((0, 1), (1, 5), (2, 2)),
@@ -72,9 +72,9 @@ def run_in_steps(runner: Runner, tokens: list[list[int]]) -> list[Tensor]:
 
 
 def run_in_lean_steps(runner: Runner, tokens: list[list[int]]) -> list[dict[int, Tensor]]:
-    """The same without logits of the first chunk, and of others after the last token alone.
+    """The same steps with fewer logits: none in the first, then after each last token alone.
 
-    Of each sequence, the logits after some of its tokens.
+    Returns for each sequence its logits by position.
     """
     sequences = [runner.add(each) for each in tokens]
     first, *others = ([(sequences[i], count) for i, count in step] for step in STEPS)
@@ -107,7 +107,7 @@ def worst_difference(folder: Path, model: PreTrainedModel, device: torch.device 
 
 
 def relative_error_in_bfloat16(folder: Path, model: PreTrainedModel) -> float:
-    """Of all logits together, against transformers in float32."""
+    """The error of all logits together, against transformers in float32."""
     tokens = prompts(model.config.get_text_config().vocab_size)
     return relative_error(runner_of(folder, torch.bfloat16), model, tokens)
 

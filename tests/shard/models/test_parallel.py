@@ -22,7 +22,7 @@ MANY = ["llama", "llama biased, tied", "qwen3", "gemma3_text", "phi3", "olmo2", 
 
 
 def logits_of_ranks(folder: Path, size: int) -> list[Tensor]:
-    """Of each rank, the logits of all tokens of all sequences."""
+    """For each rank: the logits after all tokens of all sequences."""
     tokens = prompts(SMALL["vocab_size"])
     return run_ranks(size, lambda group: torch.cat(our_logits(folder, tokens, parallel=group)))
 
