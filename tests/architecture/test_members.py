@@ -32,7 +32,7 @@ CALLED_BY_OTHERS = {
 # What is held only to stay in memory, for somebody has a pointer to it.
 HELD = {"_alive"}
 # To be removed by whoever rebuilds their rooms.
-PENDING = {"idle", "elapsed_s", "shard_restarted", "_arrays"}
+PENDING = {"_arrays"}
 # Their fields are read one and all, as flags or as JSON.
 READ_AS_A_WHOLE = {"LauncherArgs", "Row"}
 # Bases that call nothing of a class by themselves.

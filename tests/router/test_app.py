@@ -14,7 +14,7 @@ from tests.fakes.byte_tokenizer import byte_tokenizer_with_start
 from tests.fakes.fake_server import TEMPLATE
 from tests.fakes.fake_shard import FakeShard
 
-from kagami_router.app import StartError, cache_grows_to, plan_limits, serve
+from kagami_router.app import serve
 from kagami_router.cli import RouterArgs, parse
 
 
@@ -192,48 +192,6 @@ async def test_a_hostname_that_is_no_address_is_replaced(
     assert await serve(args, stop) == 0
     assert "Invalid hostname, defaulting to 0.0.0.0" in caplog.messages
     assert "Flag has no effect" in caplog.messages
-
-
-@pytest.mark.parametrize(
-    ("flags", "positions", "pool", "expected"),
-    [
-        ([], 2048, 10_000, (2047, 2048)),
-        ([], 2048, 1000, (999, 1000)),
-        ([], 0, 1000, (999, 1000)),
-        (["--max-total-tokens", "512"], 2048, 1000, (511, 512)),
-        (["--max-total-tokens", "512", "--max-input-tokens", "100"], 2048, 1000, (100, 512)),
-    ],
-)
-def test_limits(flags: list[str], positions: int, pool: int, expected: tuple[int, int]) -> None:
-    limits = plan_limits(parse(flags, {}), max_positions=positions, pool_tokens=pool, vocab_size=9)
-    assert (limits.max_input_tokens, limits.max_total_tokens) == expected
-
-
-@pytest.mark.parametrize(
-    ("flags", "text"),
-    [
-        (["--max-total-tokens", "2000"], "Not enough memory to handle `max_total_tokens=2000`"),
-        (["--max-input-tokens", "1000"], "`max_input_tokens` must be < `max_total_tokens`"),
-    ],
-)
-def test_limits_that_cannot_be(flags: list[str], text: str) -> None:
-    with pytest.raises(StartError, match=text):
-        plan_limits(parse(flags, {}), max_positions=2048, pool_tokens=1000, vocab_size=9)
-
-
-@pytest.mark.parametrize(
-    ("flags", "share", "expected"),
-    [
-        ([], 0.25, 200),
-        (["--max-batch-total-tokens", "1000"], 0.25, None),
-        ([], 1.0, None),
-    ],
-)
-def test_cached_prefixes_take_memory_up_to_the_devices_share_of_the_pool(
-    flags: list[str], share: float, expected: int | None, tmp_path: Path
-) -> None:
-    args = args_for(tmp_path, *flags)
-    assert cache_grows_to(args, 800, share) == expected
 
 
 async def test_contradicting_flags_end_at_once(

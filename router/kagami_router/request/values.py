@@ -1,6 +1,6 @@
 """The values a request is made of behind the door, and the events it gets back.
 
-All frozen. `validation.py` makes `ValidRequest`, `batching_loop.py` makes `StreamEvent`; nothing
+All frozen. `validation.py` makes `ValidRequest`, `text_writer.py` makes `StreamEvent`; nothing
 here knows HTTP, protobuf or the scheduler. Times are seconds of `time.monotonic()`.
 """
 
@@ -131,10 +131,10 @@ class StreamEvent(NamedTuple):
     prefill: tuple[PrefillToken, ...] = ()
 
 
-def plain_event(token_id: int, text: str, logprob: float) -> StreamEvent:
+def text_event(token_id: int, text: str, logprob: float) -> StreamEvent:
     """The event of a token that is text and nothing else: nearly every one.
 
-    A NamedTuple's own constructor is a Python function, three times as dear as the tuple.
+    A NamedTuple's own constructor is a Python function: it takes three times as long as the tuple.
     """
     token = _make(Token, (token_id, text, logprob, False))
     return _make(StreamEvent, (token, (), "", None, ()))

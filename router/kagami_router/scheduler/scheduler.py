@@ -31,7 +31,7 @@ from kagami_router.scheduler.isolation import FaultIsolation
 from kagami_router.scheduler.pool import KVPool
 from kagami_router.scheduler.prefix_cache import PrefixKey
 from kagami_router.scheduler.queues import Queues
-from kagami_router.scheduler.sequence import Sequence, Status
+from kagami_router.scheduler.sequence import Sequence, Status, age
 from kagami_router.scheduler.speculation import Drafter, put_drafts
 from kagami_router.scheduler.step import (
     Event,
@@ -275,6 +275,27 @@ class Scheduler:
             if work.wanted is not Wanted.NOTHING and work.sequence.id not in answered:
                 what = "vector" if work.wanted is Wanted.VECTOR else "token"
                 self._fail(work.sequence.id, f"the shard returned no {what}", events)
+
+    def successor(self, config: SchedulerConfig) -> tuple["Scheduler", list[Event]]:
+        """A scheduler for shards that know nothing, and what that means for some sequences.
+
+        Everybody waits in it, to be prefilled from the log; steps in flight count no more. Who does
+        not fit into its pool is ended. This one is of no use afterwards.
+        """
+        heir = Scheduler(config, self._drafter)
+        heir._ids = self._ids
+        events: list[Event] = []
+        for sequence in sorted(self._queues.by_id.values(), key=age):
+            if heir._pool.blocks_for(sequence.max_kv_tokens) > heir._pool.num_total:
+                self._queues.end(sequence)
+                events.append(SequenceFailed(sequence, "the KV cache has no room for it any more"))
+                continue
+            if sequence.status is Status.RUNNING:
+                self._queues.put_back(sequence)
+            sequence.last_step = 0
+            sequence.deferred_behind = None
+            heir._queues.add(sequence)
+        return heir, events
 
     def stats(self) -> PoolStats:
         """The state of queue and pool, for the metrics."""

@@ -2,9 +2,7 @@
 
 Results drive it: the step stream hands over what a step brought, text is made of it, and the next
 step leaves, all in one pass on the event loop's thread (one or two steps are in flight). Between
-passes a task sends steps when somebody came or left.
-
-Ids say whether a sequence ended by EOS, text whether by a stop string; both count before length.
+passes a task sends steps when somebody came or left. Text is made in `text_writer.py`.
 """
 
 import asyncio
@@ -19,33 +17,16 @@ from opentelemetry import trace
 
 from kagami_proto.errors import GenerationFailed, KagamiError, ShardLost
 from kagami_proto.tracing import NO_TRACING, Tracing
-from kagami_router.request.values import (
-    End,
-    FinishReason,
-    PrefillToken,
-    StreamEvent,
-    Timings,
-    Token,
-    ValidRequest,
-    plain_event,
-)
-from kagami_router.scheduler.scheduler import Scheduler
+from kagami_router.request.values import End, StreamEvent, ValidRequest
 from kagami_router.scheduler.sequence import Sequence
-from kagami_router.scheduler.step import (
-    Event,
-    SequenceFailed,
-    Step,
-    StepResults,
-    TokenSampled,
-    VectorComputed,
-)
+from kagami_router.scheduler.step import Step, StepResults
 from kagami_router.serving.generation_stream import GenerationStream
-from kagami_router.shards.client import ShardGroup
+from kagami_router.serving.text_writer import Outcome, TextWriter
+from kagami_router.shards.session import ShardSession
 from kagami_router.shards.stream import StepStream
 from kagami_router.telemetry.metrics import Metrics, StepReport
 from kagami_router.telemetry.sequence_trace import SequenceTrace, WireContext
-from kagami_router.text.detokenize import Detokenizer, TextDecoder
-from kagami_router.text.stopping import StopMatcher
+from kagami_router.text.detokenize import TextDecoder
 
 logger = logging.getLogger(__name__)
 
@@ -58,67 +39,35 @@ MAX_FAILED_STEPS = 16
 IDLE_CHECK_S = 1.0
 
 
-class _Generation:
-    """What the loop keeps of one sequence: its stream and its text so far."""
-
-    __slots__ = (
-        "detokenizer",
-        "device_before_s",
-        "first_token",
-        "is_plain",
-        "sequence",
-        "stop",
-        "stream",
-        "texts",
-    )
-
-    def __init__(
-        self,
-        sequence: Sequence,
-        stream: GenerationStream,
-        detokenizer: Detokenizer,
-        stop: StopMatcher | None,
-    ) -> None:
-        self.sequence = sequence
-        self.stream = stream
-        self.detokenizer = detokenizer
-        self.stop = stop
-        self.texts: list[str] = []  # what each token added
-        self.first_token: float | None = None
-        self.is_plain = False  # after its first token, where only text can be expected
-        self.device_before_s: float | None = None  # of all steps before its first
-
-
-_Outcome = tuple[GenerationStream, StreamEvent | KagamiError]
-
-
 class BatchingLoop:
-    """Drives one scheduler and the shards of one model."""
+    """Drives the shards of one model with the steps that the scheduler makes."""
 
     def __init__(
         self,
-        shards: ShardGroup,
-        scheduler: Scheduler,
+        session: ShardSession,
         *,
         tokenizer: tokenizers.Tokenizer,
         eos_token_ids: frozenset[int],
         metrics: Metrics,
         tracing: Tracing = NO_TRACING,
         clock: Callable[[], float] = time.monotonic,
+        reopened: Callable[[], None] | None = None,
     ) -> None:
-        self._shards = shards
-        self._scheduler = scheduler
+        """`reopened`: a lost shard is waited for, this is called, and everybody goes on.
+
+        None: a lost shard ends the loop.
+        """
+        self._session = session
+        self._scheduler = session.scheduler
+        self._reopened = reopened
         self._decoder = TextDecoder(tokenizer, eos_token_ids)
-        self._eos_token_ids = eos_token_ids
-        self._unlike_text = eos_token_ids.union(self._decoder.special)
+        self._writer = TextWriter(self._decoder, eos_token_ids, self._closed)
         self._metrics = metrics
         self._tracing = tracing
         # Of sampled requests only.
         self._traces: dict[int, SequenceTrace] = {}
-        self._device_s = 0.0  # of all steps so far
         self._spans_dropped_by_shards = 0
         self._clock = clock
-        self._generations: dict[int, _Generation] = {}
         # Steps in flight, each with the time it was sent.
         self._sent: deque[tuple[Step, float]] = deque()
         self._last_progress = 0.0
@@ -147,10 +96,6 @@ class BatchingLoop:
         """What makes its text."""
         return self._decoder
 
-    @property
-    def idle(self) -> bool:
-        return self._scheduler.is_idle
-
     def submit(self, request: ValidRequest, stream: GenerationStream) -> Callable[[], None]:
         """Queue one generation, whose events go to `stream`; the result cancels it."""
         if self._gone is not None:
@@ -161,48 +106,84 @@ class BatchingLoop:
         if trace.get_current_span().is_recording():
             ahead = self._scheduler.stats().waiting - 1
             self._traces[sequence.id] = SequenceTrace(self._tracing, sequence, now, ahead=ahead)
-        stopping = request.stopping
-        self._generations[sequence.id] = _Generation(
-            sequence,
-            stream,
-            self._decoder.start(request.prompt_ids),
-            StopMatcher(stopping.stop, keep_stop=stopping.keep_stop) if stopping.stop else None,
-        )
+        self._writer.open(sequence, stream)
         self._wake.set()
         return partial(self._cancel, sequence.id)
 
     def _cancel(self, sequence_id: int) -> None:
-        if self._generations.pop(sequence_id, None) is not None:
+        if self._writer.close(sequence_id):
             self._scheduler.cancel(sequence_id)
             if traced := self._traces.pop(sequence_id, None):
                 traced.cancelled(self._clock())
             self._wake.set()
 
     async def run(self) -> None:
-        """Serve until cancelled. Raises `ShardLost` when the step stream broke.
+        """Serve until cancelled. Raises `ShardLost` when the step stream broke, unless it reopens.
 
         However it ends, every open request is told.
         """
         gone: KagamiError = GenerationFailed("the server is shutting down")
         try:
-            async with self._shards.open_steps(self._finish_step) as steps:
-                self._steps = steps
-                async with asyncio.TaskGroup() as tasks:
-                    tasks.create_task(self._send_when_woken(), name="send steps")
-                    tasks.create_task(steps.lost(), name="watch shards")
-        except ExceptionGroup as group:
-            lost, bugs = group.split(ShardLost)
-            if bugs is not None or lost is None:
-                gone = GenerationFailed("internal error")
-                raise
-            gone = ShardLost(str(lost.exceptions[0]))
-            raise gone from group
+            while True:
+                try:
+                    await self._drive()
+                except ShardLost as lost:
+                    if self._reopened is None:
+                        raise
+                    await self._reopen(lost)
+                    self._reopened()
         except ShardLost as lost:
             gone = lost
             raise
+        except Exception:
+            gone = GenerationFailed("internal error")
+            raise
+        finally:
+            self._gone = gone
+            self._writer.fail_all(gone)
+
+    async def _drive(self) -> None:
+        """Serve over one step stream until it breaks, which raises `ShardLost`.
+
+        No task group: one loses a cancellation that comes while a task of it fails (Python 3.11).
+        """
+        try:
+            async with self._session.open_steps(self._finish_step) as steps:
+                self._steps = steps
+                tasks = [
+                    asyncio.ensure_future(self._send_when_woken()),
+                    asyncio.ensure_future(steps.lost()),
+                ]
+                try:
+                    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    for task in tasks:
+                        task.cancel()
+                    ends = await asyncio.gather(*tasks, return_exceptions=True)
+                # The other one was cancelled.
+                raise next(end for end in ends if isinstance(end, Exception))
         finally:
             self._steps = None
-            self._fail_everybody(gone)
+
+    async def _reopen(self, lost: ShardLost) -> None:
+        """Wait for the shards; everybody is prefilled again from the log and goes on.
+
+        Whatever was in flight is computed again. It gives the same tokens: greedy ones depend on
+        the ids alone, sampled ones on their seed and position.
+        """
+        logger.error("Shard lost, waiting for it", extra={"error": str(lost)})
+        lost_ranks = [rank for rank, is_up in enumerate(self._session.are_up()) if not is_up]
+        now = self._clock()
+        self._sent.clear()
+        for traced in self._traces.values():
+            traced.put_back(now)
+        events = await self._session.reopen()
+        self._scheduler = self._session.scheduler
+        self._num_failed_steps = 0
+        for rank in lost_ranks:
+            self._metrics.shard_restarted(rank)
+        self._deliver(self._writer.write(events, self._clock()))
+        logger.info("Shards are there again", extra={"ranks": lost_ranks})
 
     async def _send_when_woken(self) -> None:
         """Somebody came or left; what results make possible is sent as they come."""
@@ -266,7 +247,7 @@ class BatchingLoop:
         self._see_times(step, results, now)
         events = self._scheduler.update(results)
         updated = self._clock()
-        outcomes = self._outcomes_of(events, now)
+        outcomes = self._writer.write(events, now)
         if results.error:
             logger.error(
                 "Step failed",
@@ -278,13 +259,7 @@ class BatchingLoop:
                 },
             )
         texts_made = self._clock()
-        num_tokens = 0
-        for stream, outcome in outcomes:
-            if isinstance(outcome, StreamEvent):
-                stream.put((outcome,))
-                num_tokens += 1
-            else:
-                stream.fail(outcome)
+        num_tokens = self._deliver(outcomes)
         if not step.work:
             return
         report = StepReport(
@@ -292,49 +267,26 @@ class BatchingLoop:
         )
         self._metrics.step_finished(step, results, report)
 
-    def _outcomes_of(self, events: list[Event], now: float) -> list[_Outcome]:
-        """What each event brings to its stream. A text that goes wrong ends that sequence only."""
-        outcomes: list[_Outcome] = []
-        generations, unlike_text = self._generations, self._unlike_text
-        for event in events:
-            sequence = event.sequence
-            generation = generations.get(sequence.id)
-            if generation is None:
-                continue
-            outcome: StreamEvent | KagamiError
-            try:
-                if not isinstance(event, TokenSampled):
-                    outcome = self._ended_without_text(event, now)
-                elif (
-                    generation.is_plain
-                    and not event.is_last
-                    and (event.token_id not in unlike_text)
-                ):
-                    text = generation.detokenizer.step(event.token_id)
-                    generation.texts.append(text)
-                    outcome = plain_event(event.token_id, text, event.logprob)
-                else:
-                    outcome = self._new_event(generation, event, now)
-            except (KeyboardInterrupt, SystemExit):
-                raise
-            # A border: a bug in one sequence's text must not stop the others' steps. A panic of the
-            # tokenizers library is no `Exception`.
-            except BaseException:
-                logger.exception("Text failed", extra={"request_id": sequence.id})
-                self._cancel(sequence.id)
-                outcome = GenerationFailed("internal error")
-            outcomes.append((generation.stream, outcome))
-        return outcomes
+    @staticmethod
+    def _deliver(outcomes: list[Outcome]) -> int:
+        """Put everything on its stream; how many tokens that were."""
+        num_tokens = 0
+        for stream, outcome in outcomes:
+            if isinstance(outcome, StreamEvent):
+                stream.put((outcome,))
+                num_tokens += 1
+            else:
+                stream.fail(outcome)
+        return num_tokens
 
-    def _ended_without_text(
-        self, event: SequenceFailed | VectorComputed, now: float
-    ) -> GenerationFailed:
-        """It failed; or it has a vector, which no route asks for and no stream of text carries."""
-        message = event.message if isinstance(event, SequenceFailed) else "vectors are not served"
-        del self._generations[event.sequence.id]
-        if traced := self._traces.pop(event.sequence.id, None):
-            traced.failed(message, now)
-        return GenerationFailed(message)
+    def _closed(self, sequence: Sequence, how: End | KagamiError) -> None:
+        """A sequence has its last text, or cannot have more."""
+        self._scheduler.finish(sequence)
+        if traced := self._traces.pop(sequence.id, None):
+            if isinstance(how, End):
+                traced.finished(how, self._clock())
+            else:
+                traced.failed(str(how), self._clock())
 
     def _see_times(self, step: Step, results: StepResults, now: float) -> None:
         """Tell the traces of a step, and count the device's time for all who were in it."""
@@ -344,105 +296,8 @@ class BatchingLoop:
                 traced = self._traces.get(work.sequence.id)
                 if traced is not None and work.sequence.id not in failed:
                     traced.stepped(work, step, results, now)
-        for new in step.new_sequences:
-            if (started := self._generations.get(new.id)) and started.device_before_s is None:
-                started.device_before_s = self._device_s
-        self._device_s += results.device_ns / 1e9
+        self._writer.see_step(step, results.device_ns)
         self._spans_dropped_by_shards = results.spans_dropped
-
-    def _new_event(self, generation: _Generation, event: TokenSampled, now: float) -> StreamEvent:
-        token_id = event.token_id
-        prefill: tuple[PrefillToken, ...] = ()
-        if generation.first_token is None:
-            generation.first_token = now
-            generation.is_plain = self._is_plain(generation)
-            prefill = self._prefill(event.sequence)
-        is_end = token_id in self._eos_token_ids and not event.sequence.request.stopping.ignore_eos
-        reason = FinishReason.EOS_TOKEN if is_end else None
-        special = self._decoder.special.get(token_id)
-        shown = "" if special is not None else generation.detokenizer.step(token_id)
-        if generation.stop is not None and not is_end:
-            # A special token is no text, but what it stands for may complete a stop string.
-            shown, is_stopped = (
-                generation.stop.push(shown)
-                if special is None
-                else generation.stop.push(special, is_shown=False)
-            )
-            if is_stopped:
-                reason = FinishReason.STOP_SEQUENCE
-        if reason is None and event.is_last:
-            reason = FinishReason.LENGTH
-        top_tokens = (
-            tuple(self._top_token(top.id, top.logprob) for top in event.top_tokens)
-            if event.top_tokens
-            else ()
-        )
-        tail = generation.stop.rest() if reason is not None and generation.stop is not None else ""
-        generation.texts.append(shown + tail)
-        if special is None:
-            token = Token(token_id, shown, event.logprob, False)
-        else:  # what it freed goes out beside it
-            token, tail = Token(token_id, special, event.logprob, True), shown + tail
-        end = None if reason is None else self._end(generation, reason, now)
-        return StreamEvent(token, top_tokens, tail, end, prefill)
-
-    def _is_plain(self, generation: _Generation) -> bool:
-        return generation.stop is None and not generation.sequence.request.top_n_tokens
-
-    def _top_token(self, token_id: int, logprob: float) -> Token:
-        is_special = token_id in self._decoder.special
-        return Token(token_id, self._decoder.text_of(token_id), logprob, is_special)
-
-    def _end(self, generation: _Generation, reason: FinishReason, now: float) -> End:
-        sequence = generation.sequence
-        self._scheduler.finish(sequence)
-        del self._generations[sequence.id]
-        assert sequence.scheduled_at is not None
-        assert generation.first_token is not None
-        assert generation.device_before_s is not None
-        end = End(
-            finish_reason=reason,
-            generated_text="".join(generation.texts),
-            # Not those of the log: a step may bring tokens behind the last one.
-            num_generated=len(generation.texts),
-            timings=Timings(
-                submitted=sequence.added_at,
-                scheduled=sequence.scheduled_at,
-                first_token=generation.first_token,
-                finished=now,
-                device_s=self._device_s - generation.device_before_s,
-            ),
-            cached_tokens=sequence.cached_tokens,
-            stop=generation.stop.found if generation.stop is not None else None,
-        )
-        if traced := self._traces.pop(sequence.id, None):
-            traced.finished(end, now)
-        return end
-
-    def _prefill(self, sequence: Sequence) -> tuple[PrefillToken, ...]:
-        if not sequence.request.prompt_logprobs:
-            return ()
-        log = sequence.log
-        return tuple(
-            PrefillToken(
-                token_id,
-                self._decoder.text_of(token_id),
-                logprob,
-                tuple(self._top_token(*one) for one in top),
-            )
-            for token_id, logprob, top in zip(
-                log.prompt_ids, log.prompt_logprobs(), log.prompt_top_tokens(), strict=True
-            )
-        )
-
-    def _fail_everybody(self, error: KagamiError) -> None:
-        self._gone = error
-        generations, self._generations = self._generations, {}
-        for sequence_id, generation in generations.items():
-            self._scheduler.cancel(sequence_id)
-            if traced := self._traces.pop(sequence_id, None):
-                traced.failed(str(error), self._clock())
-            generation.stream.fail(error)
 
 
 def _nothing_to_cancel() -> None:

@@ -51,7 +51,6 @@ class Pool:
     block_size: int
     kv_bytes: int
     """On one shard."""
-    elapsed_s: float
     weight_bytes: int
     """On the shard that has most"""
     kv_token_bytes: int
@@ -84,7 +83,6 @@ def pool_from_pb(pools: Sequence[pb.WarmupResponse]) -> Pool:
         num_blocks=smallest.num_blocks,
         block_size=smallest.block_size,
         kv_bytes=smallest.kv_bytes,
-        elapsed_s=max(pool.elapsed_ns for pool in pools) / 1e9,
         weight_bytes=max(pool.weight_bytes for pool in pools),
         kv_token_bytes=max(pool.kv_token_bytes for pool in pools),
         bandwidth=float(min(pool.read_bandwidth for pool in pools)),

@@ -103,13 +103,15 @@ class Metrics:
     def model_ready(self, capacity: Capacity, pool: Callable[[], PoolStats]) -> None:
         """The model is warm; `pool` is asked for the scheduler's state when somebody scrapes.
 
-        The three histograms of lengths get their bounds: hundredths of the limits, as in TGI.
+        Told again whenever shards were opened again. The first time, the three histograms of
+        lengths get their bounds: hundredths of the limits, as in TGI.
         """
+        if self._capacity is None:
+            self._requests.input_length.rebound(_hundredths(capacity.max_input_tokens))
+            self._requests.generated_tokens.rebound(_hundredths(capacity.max_total_tokens))
+            self._requests.max_new_tokens.rebound(_hundredths(capacity.max_total_tokens))
         self._capacity = capacity
         self._pool = pool
-        self._requests.input_length.rebound(_hundredths(capacity.max_input_tokens))
-        self._requests.generated_tokens.rebound(_hundredths(capacity.max_total_tokens))
-        self._requests.max_new_tokens.rebound(_hundredths(capacity.max_total_tokens))
         self._state.max_total_tokens.set(capacity.pool_tokens)
         self._batch.bandwidth.set(capacity.bandwidth)
 

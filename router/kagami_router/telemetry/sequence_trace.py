@@ -130,6 +130,10 @@ class SequenceTrace:
             self._event(EventName.PREEMPTED, now, {Key.TOKENS: self._sequence.log.num_generated})
         self._wait_again(now)
 
+    def put_back(self, now: float) -> None:
+        """The shards were lost: it waits to be prefilled again when there are others."""
+        self._wait_again(now)
+
     def _wait_again(self, now: float) -> None:
         if not self.is_queued:
             self._end(now)

@@ -27,7 +27,8 @@ from kagami_router.scheduler.scheduler import Scheduler
 from kagami_router.scheduler.step import Step, StepResults
 from kagami_router.serving.batching_loop import MAX_FAILED_STEPS, BatchingLoop
 from kagami_router.serving.generation_stream import Events
-from kagami_router.shards.client import ShardGroup
+from kagami_router.shards.messages import Pool, ShardInfo
+from kagami_router.shards.session import ShardSession, WarmupLimits
 from kagami_router.telemetry.metrics import StepReport
 
 PROMPT = b"The quick brown fox"
@@ -39,12 +40,16 @@ class RecordingMetrics:
 
     sent: list[Step] = field(default_factory=list)
     finished: list[tuple[Step, StepResults, StepReport]] = field(default_factory=list)
+    restarted: list[int] = field(default_factory=list)
 
     def step_sent(self, step: Step) -> None:
         self.sent.append(step)
 
     def step_finished(self, step: Step, results: StepResults, report: StepReport) -> None:
         self.finished.append((step, results, report))
+
+    def shard_restarted(self, rank: int) -> None:
+        self.restarted.append(rank)
 
     @property
     def num_preempted(self) -> int:
@@ -57,10 +62,13 @@ class Served:
 
     shard: FakeShard
     loop: BatchingLoop
-    scheduler: Scheduler
+    session: ShardSession
     metrics: RecordingMetrics
     running: asyncio.Task[None]
-    now: float = 0.0
+
+    @property
+    def scheduler(self) -> Scheduler:
+        return self.session.scheduler
 
 
 def new_request(prompt: bytes = PROMPT, max_new_tokens: int = 8, **changes: object) -> ValidRequest:
@@ -75,39 +83,42 @@ def new_request(prompt: bytes = PROMPT, max_new_tokens: int = 8, **changes: obje
     )
 
 
+def configured(facts: ShardInfo, pool: Pool) -> SchedulerConfig:
+    return SchedulerConfig(
+        num_blocks=pool.num_blocks,
+        block_size=pool.block_size,
+        max_step_tokens=64,
+        max_batch_size=32,
+    )
+
+
 @asynccontextmanager
 async def serving(
-    folder: Path, *, num_blocks: int = 64, eos_every: int = 0, tracing: Tracing = NO_TRACING
+    folder: Path,
+    *,
+    num_blocks: int = 64,
+    eos_every: int = 0,
+    tracing: Tracing = NO_TRACING,
+    reopened: Callable[[], None] | None = None,
 ) -> AsyncIterator[Served]:
+    path = str(folder / "s")
     async with (
-        FakeShard(str(folder / "s"), num_blocks=num_blocks, eos_every=eos_every) as shard,
-        ShardGroup([shard.address]) as group,
+        FakeShard(path, num_blocks=num_blocks, eos_every=eos_every) as shard,
+        ShardSession(path, WarmupLimits(64, 32), configured) as session,
     ):
-        info = await group.wait_ready()
-        pool = await group.warmup(
-            max_step_tokens=64, max_batch_size=32, max_total_tokens=64, max_pool_tokens=0
-        )
-        scheduler = Scheduler(
-            SchedulerConfig(
-                num_blocks=pool.num_blocks,
-                block_size=pool.block_size,
-                max_step_tokens=64,
-                max_batch_size=32,
-            )
-        )
         metrics = RecordingMetrics()
         loop = BatchingLoop(
-            group,
-            scheduler,
+            session,
             tokenizer=byte_tokenizer(),
-            eos_token_ids=info.eos_token_ids,
+            eos_token_ids=session.facts.eos_token_ids,
             metrics=metrics,
             tracing=tracing,
+            reopened=reopened,
         )
         running = asyncio.ensure_future(loop.run())
         try:
-            yield Served(shard, loop, scheduler, metrics, running)
-            scheduler.check_integrity()
+            yield Served(shard, loop, session, metrics, running)
+            session.scheduler.check_integrity()
         finally:
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)
@@ -138,7 +149,7 @@ async def until(condition: Callable[[], bool]) -> None:
 async def test_the_shards_forget_a_sequence_that_was_the_last(tmp_path: Path) -> None:
     async with serving(tmp_path) as served:
         await collect(Submitted(served.loop, new_request()))
-        await until(lambda: served.loop.idle and not served.shard.engine.ids)
+        await until(lambda: served.scheduler.is_idle and not served.shard.engine.ids)
         assert all(step.work for step, *_ in served.metrics.finished)
 
 
@@ -168,7 +179,7 @@ async def test_sixteen_at_once_in_a_pool_for_four(tmp_path: Path) -> None:
         streams = [Submitted(served.loop, new_request(prompt, 12)) for prompt in prompts]
         results = await asyncio.gather(*map(collect, streams))
         assert served.metrics.num_preempted > 0
-        await until(lambda: served.loop.idle)
+        await until(lambda: served.scheduler.is_idle)
         assert served.scheduler.stats().blocks_used == 0
     for prompt, events in zip(prompts, results, strict=True):
         assert [event.token.id for event in events] == generated(prompt, 12)
@@ -188,7 +199,7 @@ async def test_leaving_a_stream_early_frees_its_blocks(tmp_path: Path) -> None:
         async with Submitted(served.loop, new_request(max_new_tokens=40)) as stream:
             await anext(stream)
         assert served.scheduler.stats().blocks_used == 0
-        await until(lambda: served.loop.idle)
+        await until(lambda: served.scheduler.is_idle)
         await collect(Submitted(served.loop, new_request(b"another")))
         assert 1 not in served.shard.engine.ids
 
@@ -362,7 +373,7 @@ async def test_a_bug_in_one_text_ends_that_request_only(
 
     async with serving(tmp_path) as served:
         broken = Submitted(served.loop, new_request(b"broken"))
-        monkeypatch.setattr(served.loop._generations[1].detokenizer.__class__, "step", step)
+        monkeypatch.setattr(served.loop._writer._open[1].detokenizer.__class__, "step", step)
         with pytest.raises(GenerationFailed, match="internal error"):
             await collect(broken)
         monkeypatch.undo()

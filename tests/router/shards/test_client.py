@@ -37,7 +37,7 @@ async def test_the_smallest_pool_counts(tmp_path: Path) -> None:
         pool = await group.warmup(
             max_step_tokens=8, max_batch_size=1, max_total_tokens=8, max_pool_tokens=0
         )
-        assert (pool.num_blocks, pool.elapsed_s) == (10, 1.0)
+        assert pool.num_blocks == 10
         assert (pool.weight_bytes, pool.kv_token_bytes, pool.bandwidth) == (10**6, 10, 1e10)
 
 

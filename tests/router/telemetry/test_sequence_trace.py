@@ -121,7 +121,7 @@ async def test_leaving_a_stream_is_a_cancelled_span(tmp_path: Path) -> None:
         with traced.request():
             async with Submitted(served.loop, new_request(max_new_tokens=40)) as stream:
                 await anext(stream)
-        await until(lambda: served.loop.idle)
+        await until(lambda: served.scheduler.is_idle)
     assert "cancelled" in events_of(traced.one("decode"))
 
 
