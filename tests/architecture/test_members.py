@@ -31,8 +31,6 @@ CALLED_BY_OTHERS = {
 
 # What is held only to stay in memory, for somebody has a pointer to it.
 HELD = {"_alive"}
-# To be removed by whoever rebuilds their rooms.
-PENDING = {"_arrays"}
 # Their fields are read one and all, as flags or as JSON.
 READ_AS_A_WHOLE = {"LauncherArgs", "Row"}
 # Bases that call nothing of a class by themselves.
@@ -106,8 +104,7 @@ def test_no_member_is_used_by_tests_alone() -> None:
     dead = [
         each
         for each in members
-        if each.name not in used | CALLED_BY_OTHERS | HELD | PENDING
-        and not each.name.startswith("__")
+        if each.name not in used | CALLED_BY_OTHERS | HELD and not each.name.startswith("__")
     ]
 
     assert "\n".join(f"{each.place} {each.name}" for each in dead) == ""

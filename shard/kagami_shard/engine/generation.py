@@ -7,7 +7,7 @@ from torch import Tensor
 from kagami_shard.engine.step import NewSequence
 from kagami_shard.sampling.grammar import GrammarState
 from kagami_shard.sampling.processors import History
-from kagami_shard.sampling.sampler import Row
+from kagami_shard.sampling.sampler import SamplingRow
 
 
 class Pending(NamedTuple):
@@ -63,9 +63,9 @@ class GenerationState:
         """Tokens whose id exists, be it on the device."""
         return len(self.ids) + self.num_pending
 
-    def row(self) -> Row:
+    def row(self) -> SamplingRow:
         """What the sampler needs to draw the next token."""
-        return Row(
+        return SamplingRow(
             self.sampling, self.num_known, self.history, self.top_n_tokens, last_id=self.ids[-1]
         )
 

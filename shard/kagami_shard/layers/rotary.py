@@ -21,7 +21,7 @@ class RopeSpec:
     """What config.json says about one rotation."""
 
     rotary_dim: int
-    """Dimensions of a head that turn, counted from the first; even"""
+    """Dimensions of a head that are rotated, counted from the first; even"""
     theta: float
     max_positions: int
     """`max_position_embeddings`"""
@@ -61,15 +61,15 @@ class RotaryEmbedding:
 
 
 def rotate(heads: Tensor, rotation: Rotation) -> Tensor:
-    """Turn `[num_tokens, num_heads, head_dim]`; dimension i pairs with i + rotary_dim / 2."""
+    """Rotate `[num_tokens, num_heads, head_dim]`; dimension i pairs with i + rotary_dim / 2."""
     rotary_dim = rotation.cos.shape[-1]
-    turning = heads[..., :rotary_dim]
-    first, second = turning.chunk(2, dim=-1)
+    part = heads[..., :rotary_dim]
+    first, second = part.chunk(2, dim=-1)
     swapped = torch.cat((second, first), dim=-1)
-    turned = torch.addcmul(turning * rotation.cos, swapped, rotation.sin)
+    rotated = torch.addcmul(part * rotation.cos, swapped, rotation.sin)
     if rotary_dim == heads.shape[-1]:
-        return turned
-    return torch.cat((turned, heads[..., rotary_dim:]), dim=-1)
+        return rotated
+    return torch.cat((rotated, heads[..., rotary_dim:]), dim=-1)
 
 
 def _exponents(spec: RopeSpec) -> Tensor:
@@ -94,15 +94,15 @@ def _dynamic(spec: RopeSpec) -> tuple[Tensor, float]:
 
 
 def _llama3(spec: RopeSpec) -> tuple[Tensor, float]:
-    """Long wavelengths interpolated, short ones kept, a ramp between (Llama 3.1's release)."""
+    """Long wavelengths interpolated, short ones unchanged, a ramp between (Llama 3.1's release)."""
     parameters = spec.parameters
     factor = parameters["factor"]
     low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
     original = parameters.get("original_max_position_embeddings") or spec.max_positions
     frequencies, _ = _default(spec)
     wavelengths = 2 * math.pi / frequencies
-    kept = ((original / wavelengths - low) / (high - low)).clamp(0, 1)
-    return (1 - kept) * frequencies / factor + kept * frequencies, 1.0
+    unchanged = ((original / wavelengths - low) / (high - low)).clamp(0, 1)
+    return (1 - unchanged) * frequencies / factor + unchanged * frequencies, 1.0
 
 
 def _yarn(spec: RopeSpec) -> tuple[Tensor, float]:

@@ -35,7 +35,7 @@ def _smallest(limit: Callable[[Path], int | None], root: Path, own: Path) -> int
 def _groups(root: Path, own: Path) -> Iterator[Path]:
     """The folders of the process's groups, the nearest first, the root's last."""
     names = [line[len("0::/") :] for line in _lines(own) if line.startswith("0::/")]
-    # Of a container without a namespace of its own for groups: they lie outside of what it sees.
+    # A container without a cgroup namespace of its own does not see where its groups lie.
     inner = Path(names[0]) if names and ".." not in names[0] else Path()
     yield from (root / folder for folder in (inner, *inner.parents))
 

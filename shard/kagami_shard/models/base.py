@@ -36,5 +36,5 @@ class Model(Protocol):
     def weight_bytes(self) -> int:
         """Bytes of weights that a step reads: all but tables of which it reads single rows.
 
-        Of a mixture of experts all experts count.
+        A mixture of experts counts all its experts.
         """

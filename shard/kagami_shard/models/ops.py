@@ -44,7 +44,7 @@ class Ops(Protocol[T]):
     def linear(self, hidden: T, projection: Projection) -> T: ...
 
     def write(self, qkv: T, attention: SelfAttention) -> T:
-        """Norms, turns, and keys and values into the cache; the queries."""
+        """Norm and rotate, write keys and values into the cache, and give the queries."""
 
     def attend(self, queries: T, attention: SelfAttention) -> T: ...
 

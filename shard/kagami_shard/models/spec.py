@@ -23,7 +23,7 @@ class NormKind(Enum):
 
 
 class QKNorm(Enum):
-    """Norms on queries and keys before they turn."""
+    """Norms on queries and keys before they are rotated."""
 
     NONE = auto()
     PER_HEAD = auto()

@@ -1,7 +1,7 @@
 """Structured output: which tokens a grammar lets a sequence say next.
 
-A grammar is compiled once, beside the steps, and kept; every sequence gets a copy of what came
-out. The masks of a step are computed on a thread while its forward pass runs. The work itself,
+A grammar is compiled once, beside the steps, and cached; every sequence gets a copy of the
+result. The masks of a step are computed on a thread while its forward pass runs. The work itself,
 lexer and Earley parser over the vocabulary's trie, is `llguidance`'s.
 """
 
@@ -33,18 +33,18 @@ if TYPE_CHECKING:
 # Some 50 KB compile in 0.2 s at worst; the parser's work grows with the square of the alternatives.
 MAX_SOURCE_BYTES = 64 * 1024
 # Compiled grammars take kilobytes to a few megabytes each.
-MAX_KEPT = 128
+MAX_CACHED = 128
 MAX_ERROR_CHARACTERS = 300
 # What `llguidance` says of a grammar that allows no first token.
 _IMPOSSIBLE = ("NoExtension", "NoExtensionBias")
 # The expression of a multiple of n has n states, and is built before any limit counts:
-# 0.1 s and 14 MB at this size (m: 8 s and 400 MB at 1,000,000). Powers of ten cost nothing.
+# 0.1 s and 14 MB at this size (measured: 8 s and 400 MB at 1,000,000). Powers of ten cost nothing.
 MAX_MULTIPLE = 20_000
 _MAX_DIGITS = 30  # of a number that is looked at: far beyond what is allowed
 _MULTIPLE_OF = re.compile(r'"multipleOf"\s*:\s*(-?[0-9][0-9.eE+-]*)')
 # Where one of these stands, one number may have to obey several schemas.
 _COMBINING = re.compile(r'"(?:allOf|anyOf|oneOf|\$ref)"')
-# One space where JSON may have any white space: a small model would babble blanks for ever.
+# One space where JSON allows any white space: a small model would write blanks for ever.
 # TGI's schemas allow just that.
 _JSON_OPTIONS: "JsonCompileOptions" = {
     "whitespace_flexible": False,
@@ -121,7 +121,7 @@ class Grammars:
             future = self._known.get(grammar)
             if future is None:
                 own = self._known[grammar] = Future()
-                while len(self._known) > MAX_KEPT:
+                while len(self._known) > MAX_CACHED:
                     self._known.popitem(last=False)
             else:
                 own = None

@@ -32,7 +32,7 @@ _WATERMARK = Watermark()
 _SCORER = TorchScorer()
 
 
-class Row(NamedTuple):
+class SamplingRow(NamedTuple):
     """One row of logits to draw from."""
 
     parameters: SamplingParams
@@ -59,7 +59,7 @@ class Drawn(NamedTuple):
 
 def draw(
     logits: Tensor,
-    rows: Sequence[Row],
+    rows: Sequence[SamplingRow],
     *,
     banned: Banned | None = None,
     watermark: Watermark = _WATERMARK,
@@ -82,12 +82,12 @@ def draw(
     return Drawn(token_ids, logprobs, scores.top_ids, scores.top_logprobs)
 
 
-def _are_greedy(rows: Sequence[Row]) -> bool:
+def _are_greedy(rows: Sequence[SamplingRow]) -> bool:
     return not any(row.parameters.do_sample or row.top_n for row in rows)
 
 
 def _processed(
-    logits: Tensor, rows: Sequence[Row], banned: Banned | None, watermark: Watermark
+    logits: Tensor, rows: Sequence[SamplingRow], banned: Banned | None, watermark: Watermark
 ) -> Tensor:
     """What is chosen from: `logits` themselves where nothing changes them, else a copy."""
     marked = [index for index, row in enumerate(rows) if row.parameters.watermark]
@@ -107,7 +107,7 @@ def _processed(
     return processed
 
 
-def _penalize(logits: Tensor, indices: Sequence[int], rows: Sequence[Row]) -> None:
+def _penalize(logits: Tensor, indices: Sequence[int], rows: Sequence[SamplingRow]) -> None:
     parameters = [rows[index].parameters for index in indices]
     penalize(
         logits,
@@ -119,7 +119,7 @@ def _penalize(logits: Tensor, indices: Sequence[int], rows: Sequence[Row]) -> No
     )
 
 
-def _draw_sampled(logits: Tensor, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+def _draw_sampled(logits: Tensor, rows: Sequence[SamplingRow]) -> tuple[Tensor, Tensor]:
     """The drawn ids, and for which rows there was a distribution to draw from."""
     vocab_size, device = logits.shape[-1], logits.device
     parameters = [row.parameters for row in rows]

@@ -77,7 +77,7 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.bytes_loaded = 0
-        """Bytes of what was asked for so far, in the files' own dtype"""
+        """Bytes that were asked for until now, in the files' own dtype"""
         self._stack = ExitStack()
         self._file_of: dict[str, Path] = {}
         self._handles: dict[Path, Any] = {}  # safetensors ships no types

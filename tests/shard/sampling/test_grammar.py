@@ -8,7 +8,7 @@ from tests.fakes.byte_tokenizer import byte_tokenizer_with_start
 
 from kagami_proto.errors import InvalidRequest
 from kagami_proto.values import Grammar, GrammarKind
-from kagami_shard.sampling.grammar import MAX_KEPT, MAX_SOURCE_BYTES, Grammars, GrammarState
+from kagami_shard.sampling.grammar import MAX_CACHED, MAX_SOURCE_BYTES, Grammars, GrammarState
 
 TOKENIZER = byte_tokenizer_with_start()
 VOCAB = TOKENIZER.get_vocab_size()
@@ -206,7 +206,7 @@ def test_a_bad_grammar_asked_for_again_and_again_keeps_nothing_of_those_who_aske
 
 def test_a_grammar_that_is_too_large_is_not_kept(grammars: Grammars) -> None:
     kept = grammars.compile(regex("first"))
-    for number in range(MAX_KEPT):
+    for number in range(MAX_CACHED):
         with pytest.raises(InvalidRequest):
             grammars.compile(regex(f"{number}" * (MAX_SOURCE_BYTES + 1)))
     assert grammars.compile(regex("first")) is kept
@@ -227,10 +227,10 @@ def test_a_grammar_is_compiled_once_whoever_asks(
 
 def test_the_grammar_not_used_for_longest_is_forgotten(grammars: Grammars) -> None:
     kept = grammars.compile(regex("first"))
-    for number in range(MAX_KEPT - 1):
+    for number in range(MAX_CACHED - 1):
         grammars.compile(regex(f"x{number}"))
         assert grammars.compile(regex("first")) is kept
-    for number in range(MAX_KEPT):
+    for number in range(MAX_CACHED):
         grammars.compile(regex(f"y{number}"))
     assert grammars.compile(regex("first")) is not kept
 

@@ -3,7 +3,7 @@ import math
 import torch
 
 from kagami_proto.values import SamplingParams
-from kagami_shard.sampling.sampler import Row, draw
+from kagami_shard.sampling.sampler import SamplingRow, draw
 from kagami_shard.sampling.watermark import Watermark, add_watermark, green
 
 VOCAB = 1000
@@ -44,7 +44,7 @@ def z_score(is_marked: bool) -> float:
     parameters = SamplingParams(do_sample=True, seed=3, watermark=is_marked)
     last, count, num_green = 0, 300, 0
     for position in range(count):
-        drawn = int(draw(logits, [Row(parameters, position, None, 0, last)]).token_ids)
+        drawn = int(draw(logits, [SamplingRow(parameters, position, None, 0, last)]).token_ids)
         num_green += bool(green(torch.tensor([last]), VOCAB, 0.5)[0, drawn])
         last = drawn
     return (num_green - count / 2) / math.sqrt(count / 4)
@@ -57,7 +57,7 @@ def test_a_watermark_shows_in_a_text_and_is_not_in_others() -> None:
 
 def test_logprobs_are_those_without_the_watermark() -> None:
     logits = torch.randn(1, VOCAB, generator=torch.Generator().manual_seed(1))
-    drawn = draw(logits, [Row(SamplingParams(watermark=True), 0, None, 0, 1)])
+    drawn = draw(logits, [SamplingRow(SamplingParams(watermark=True), 0, None, 0, 1)])
 
     expected = logits.log_softmax(-1)[0, drawn.token_ids[0]]
     torch.testing.assert_close(drawn.logprobs[0], expected)

@@ -30,7 +30,7 @@ class NativeDecodes:
         """`logits`, `[num_sequences, vocab_size]`, is scratch; `pages` says where the cache is."""
         num_rows, vocab_size = logits.shape
         self._tape = tape
-        self._kept = (logits, pages)
+        self._alive = (logits, pages)
         self.table_width = max(map(len, tables)) + _SPARE_BLOCKS
         self._ids = _array(last_ids)
         self._positions = _array(positions)

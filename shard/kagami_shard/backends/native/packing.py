@@ -63,7 +63,7 @@ class Packer:
 
     @property
     def num_bytes(self) -> int:
-        """Of all that was packed."""
+        """Bytes of all that was packed."""
         return self.arena.num_bytes + self._bias_bytes
 
     def pack(
@@ -234,7 +234,7 @@ class Form(NamedTuple):
     pack: Callable[[Packer, Any, Tensor | None, bool], PackedWeight | None]
     """None where the library cannot hold this one: it becomes bf16 then"""
     hadamard_block: Callable[[Any], int] | None = None
-    """Of a kind that multiplies activations in 8 bits: how wide the blocks are that are rotated"""
+    """How wide the rotated blocks are, if the kind multiplies activations in 8 bits"""
 
 
 FORMS: Mapping[type, Form] = MappingProxyType(

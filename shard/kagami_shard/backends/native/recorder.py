@@ -1,9 +1,8 @@
 """Record a step once, replay it in one call: the native tape of a CPU.
 
-`record` runs a decoder with verbs that compute nothing: they note which op of the library reads
-which buffer. The size of a step is an argument of the replay, so one recording serves all. The
-weights are packed when all is noted down; the decoder has given them away then and computes no
-more.
+`record` runs a decoder with verbs that compute nothing: each notes which op of the library reads
+which buffer. The size of a step is an argument of the replay, so one recording serves all steps.
+At the end the weights are packed; the decoder has given them away and can compute no more.
 """
 
 import ctypes
@@ -48,7 +47,7 @@ from kagami_shard.layers.norm import FullNorm, LayerNorm, Norm, RMSNorm, Roundin
 from kagami_shard.layers.rotary import RotaryEmbedding
 from kagami_shard.models.ops import Ops, SelfAttention, T
 
-# What attention.cpp has room for.
+# attention.cpp has room for these.
 _MAX_HEAD_DIM = 256
 _MAX_GROUP = 64
 # What a thread's scratch holds as float32 (kScratchBytes).
@@ -76,7 +75,7 @@ class Recordable(Protocol):
 
 
 class Buffer(NamedTuple):
-    """Rows of the step, by number."""
+    """A buffer of the tape, by its number; a row for each token of the step."""
 
     number: int
     columns: int
@@ -94,7 +93,7 @@ Value = Buffer | PendingMatmul
 
 @dataclass(frozen=True, slots=True)
 class _Op:
-    """`COp`, its parameters made when the weights are packed."""
+    """A `COp` whose parameters are made when the weights are packed."""
 
     code: Code
     input: int
@@ -109,7 +108,7 @@ class _Op:
 
 
 class Recorder:
-    """The verbs of `Ops`, noted down."""
+    """An `Ops` whose verbs are recorded."""
 
     def __init__(self, decoder: Recordable, packer: Packer) -> None:
         self._packer = packer
