@@ -12,11 +12,11 @@ PIP = $(BIN)/pip install --quiet --no-compile --constraint constraints.txt
 KERNELS = $${XDG_CACHE_HOME:-$$HOME/.cache}/kagami/native
 # Clients that the tests drive and that ask for an older huggingface-hub than ours; they work with it.
 CLIENTS := text-generation==0.7.0 langchain-huggingface==1.2.3
-# Two processes; more than one thread of torch in each, and they take three times as long.
+# In two processes. With more than one torch thread in each they take three times as long.
 PYTEST_TWICE := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist worksteal
-# Where real servers have the machine to themselves, with all its threads.
+# Tests with real servers run alone, with all threads of the machine.
 SERVERS := tests/integration tests/recorded
-# Where a shell forbids bytecode, every process of the tests would compile all it imports.
+# If the shell forbids bytecode, every process of the tests compiles all that it imports.
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help

@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Flag:
-    """What the parser has to know of a field beside its name and default."""
+    """What the parser needs to know about a field beside its name and default."""
 
     parse: Callable[[str], object]
     group: str

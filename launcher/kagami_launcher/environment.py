@@ -24,9 +24,9 @@ _ALWAYS: Mapping[str, str] = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONUNBUFF
 
 def for_shard(base: Mapping[str, str], additions: Mapping[str, str]) -> dict[str, str]:
     """The environment of a shard: the launcher's without its flags, plus the plan's additions."""
-    kept = _without_flags(base)
-    kept.pop("LOG_LEVEL", None)  # a flag of the shard, as in TGI
-    return {**kept, **_ALWAYS, **additions}
+    rest = _without_flags(base)
+    rest.pop("LOG_LEVEL", None)  # a flag of the shard, as in TGI
+    return {**rest, **_ALWAYS, **additions}
 
 
 def for_router(base: Mapping[str, str], additions: Mapping[str, str]) -> dict[str, str]:
@@ -41,13 +41,13 @@ def for_conversion(base: Mapping[str, str]) -> dict[str, str]:
 
 def for_download(base: Mapping[str, str], additions: Mapping[str, str]) -> dict[str, str]:
     """The environment of a download: the hub's own variables reach huggingface_hub as they are."""
-    kept = _without_flags(base)
+    rest = _without_flags(base)
     # Set in TGI's images; the library only warns that it is obsolete.
-    kept.pop("HF_HUB_ENABLE_HF_TRANSFER", None)
-    if token := kept.get("HF_API_TOKEN"):
-        kept["HF_TOKEN"] = token
+    rest.pop("HF_HUB_ENABLE_HF_TRANSFER", None)
+    if token := rest.get("HF_API_TOKEN"):
+        rest["HF_TOKEN"] = token
     # No statistics, and no request for them at each start.
-    return {**kept, **_ALWAYS, "HF_HUB_DISABLE_TELEMETRY": "1", **additions}
+    return {**rest, **_ALWAYS, "HF_HUB_DISABLE_TELEMETRY": "1", **additions}
 
 
 def _without_flags(base: Mapping[str, str]) -> dict[str, str]:
@@ -63,7 +63,7 @@ def find_command(name: str, base: Mapping[str, str]) -> str | None:
 
 
 def port_problem(address: str, port: int) -> str:
-    """Why the port cannot be listened on, in one line; empty if it can, or if nobody knows."""
+    """Why nobody can listen on the port, in one line; empty if it is free."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     try:
         with socket.socket(family, socket.SOCK_STREAM) as listener:

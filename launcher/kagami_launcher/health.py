@@ -1,7 +1,7 @@
-"""Whether a served model makes progress: what the watchdog is fed with.
+"""Whether a served model makes progress; systemd's watchdog is told so.
 
-The router's /health is false once a step is overdue, but with nothing to do it has no step to
-judge by: so every shard is asked, too. A stopped or hung process answers neither.
+The router's /health fails once a step is overdue. Without requests there is no step, so every shard
+is asked, too. A stopped or hung process does not answer.
 """
 
 import http.client
@@ -15,14 +15,14 @@ _SHOWN = {"tgi_requests_running": "running", "tgi_requests_waiting": "waiting"}
 
 
 class Health(NamedTuple):
-    """Is it alive, and a line that says so."""
+    """Whether the model makes progress, and a line about it for `systemctl status`."""
 
     is_alive: bool
     status: str
 
 
 def probe_health(host: str, port: int, sockets: Sequence[str]) -> Health:
-    """Ask router and shards; takes `_TIMEOUT_S` for each that does not answer."""
+    """Ask the shards and the router; one that does not answer takes 3 s."""
     for rank, path in enumerate(sockets):
         if not is_healthy(f"unix://{path}", _TIMEOUT_S):
             return Health(False, f"Shard {rank} does not answer")

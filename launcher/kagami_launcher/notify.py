@@ -2,8 +2,8 @@
 
     READY=1     requests are served
     STATUS=…    one line for `systemctl status`
-    WATCHDOG=1  steps make progress, or nobody wants any and all processes answer
-    EXTEND_TIMEOUT_USEC=…  a start that takes its time is not a start that hangs
+    WATCHDOG=1  steps make progress, or there is no request and all processes answer
+    EXTEND_TIMEOUT_USEC=…  the start goes on: a long start is not a start that hangs
     STOPPING=1
 
 Without NOTIFY_SOCKET nothing is sent, and nothing is asked.
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 VARIABLES = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
 # How often `systemctl status` gets new numbers where no watchdog asks for more.
 _STATUS_EVERY_S = 10.0
-# As long as each word of a start may be the last one.
+# A start that says nothing for this long hangs.
 _PATIENCE_S = 60
 
 
@@ -64,23 +64,23 @@ class Notifier:
 
     @property
     def wait_s(self) -> float | None:
-        """How long its owner may wait for something else; None: for ever."""
+        """Seconds until the next message is due; None: none is."""
         return max(0.0, self._next_beat - time.monotonic()) if self.is_on else None
 
     @property
     def is_due(self) -> bool:
-        """Whether a beat is due."""
+        """Whether the next message is due."""
         return self.is_on and time.monotonic() >= self._next_beat
 
     def starting(self, what: str) -> None:
-        """The start goes on; `what` is for people."""
+        """Say that the start goes on; `what` is the status that people read."""
         self._start_status = what
         patience = str(_PATIENCE_S * 1_000_000)
         self._send(STATUS=what, EXTEND_TIMEOUT_USEC=patience)
         self._next_beat = time.monotonic() + _PATIENCE_S / 3
 
     def still_starting(self) -> None:
-        """Say once more what the start is at, if the service manager's patience needs it."""
+        """Repeat the status of the start if the service manager is due a message."""
         if self.is_due:
             self.starting(self._start_status)
 

@@ -1,4 +1,4 @@
-"""The shards' sockets before there are any: nobody else may use the path, and leftovers go."""
+"""The paths of the shards' sockets: claimed for this launcher, and cleared of old sockets."""
 
 import errno
 import fcntl
@@ -14,10 +14,10 @@ _MAX_SOCKET_PATH = 107  # sun_path of unix(7), less its terminator
 
 
 def claim(path: str) -> int:
-    """Keep other launchers off this socket for as long as the returned descriptor is open.
+    """Lock the socket's path: no other launcher can use it while the returned descriptor is open.
 
-    The socket itself cannot do that: it appears when the shard has loaded, and gRPC replaces one
-    that is there. The lock is the kernel's, so that `kill -9` releases it; its file stays.
+    The socket itself is no lock: it appears when the shard has loaded, and gRPC replaces one that
+    is there. The kernel holds the lock, so that `kill -9` releases it; the lock's file stays.
     """
     if len(os.fsencode(path)) > _MAX_SOCKET_PATH:
         raise LaunchFailed("ShardCannotStart", f"{path} is too long for a socket's path")
@@ -56,7 +56,7 @@ def _cannot_use(path: str, error: OSError) -> LaunchFailed:
 
 
 def clear(path: str) -> None:
-    """Remove the socket of an earlier run; one that may still be served belongs to somebody."""
+    """Remove the socket of an earlier run; raises `LaunchFailed` if a process still serves it."""
     try:
         _remove_stale(path)
     except FileNotFoundError:

@@ -1,9 +1,9 @@
 """Children: start them, forward every line they say, learn of their end, stop them.
 
-Threads and one queue. Each child has two threads that read its pipes and one that waits for its
-end; everything the main thread has to know arrives in the queue as an event, signals too, which a
-thread hears of. Children are started by the main thread alone: the kernel's parent-death signal is
-tied to the thread that forked.
+There are threads and one queue. Each child has two threads that read its pipes and one that waits
+for its end; one more thread reads signals. All of them put events into the queue, which the main
+thread reads. Only the main thread starts children: the kernel's parent-death signal is tied to the
+thread that forked.
 
     child stdout ─┐ a thread per pipe: whole lines, parsed, rank and target set ─► Output
     child stderr ─┘
@@ -73,33 +73,33 @@ class Output:
         return len(text)
 
     def flush(self) -> None:
-        """Nothing is ever held back."""
+        """Nothing: every write goes out at once."""
 
 
 class HeldOutput:
-    """Keeps what is written until `release`, and passes it on from then on."""
+    """Holds what is written until `release`; after that it writes at once."""
 
     def __init__(self, output: Output) -> None:
         self._output = output
-        self._kept: list[str] | None = []
+        self._held: list[str] | None = []
         self._lock = threading.Lock()
 
     @property
     def is_held(self) -> bool:
-        return self._kept is not None
+        return self._held is not None
 
     def write(self, text: str, /) -> int:
         with self._lock:
-            if self._kept is None:
+            if self._held is None:
                 return self._output.write(text)
-            self._kept.append(text)
+            self._held.append(text)
         return len(text)
 
     def release(self) -> None:
-        """Pass on what was kept; a second call does nothing."""
+        """Write all that was held; a second call does nothing."""
         with self._lock:
-            kept, self._kept = self._kept, None
-            for text in kept or ():
+            held, self._held = self._held, None
+            for text in held or ():
                 self._output.write(text)
 
 
@@ -228,9 +228,9 @@ class Supervisor:
     def signals(self) -> Iterator[None]:
         """Turn the stop signals into events while the scope lasts; `nohup` is respected.
 
-        Through a pipe that the interpreter writes to at once. A handler in Python runs between two
-        steps of the main thread: for a signal that comes right before that begins to wait, or to
-        another thread, it would run when the wait is over.
+        The interpreter writes each signal into a pipe at once. A handler in Python would be too
+        late: it runs between two steps of the main thread. If the signal comes right before the
+        main thread begins to wait, or to another thread, the handler runs when the wait is over.
         """
         reading, writing = os.pipe()
         os.set_blocking(writing, False)
@@ -258,7 +258,7 @@ class Supervisor:
                 self._events.put(StopAsked(number))
 
     def held_output(self) -> HeldOutput:
-        """For a child that nobody shall hear yet."""
+        """An output for a child whose lines have to wait until `release`."""
         return HeldOutput(self._output)
 
     def start(
@@ -295,7 +295,7 @@ class Supervisor:
             child.terminate()
             log.info("Waiting for %s to gracefully shutdown", child.name)
         deadline = time.monotonic() + grace_s
-        kept: list[Event] = []
+        of_others: list[Event] = []
         killed: set[Child] = set()
         while waiting:
             event = self.next_event(max(0.0, deadline - time.monotonic()) if not killed else None)
@@ -304,7 +304,7 @@ class Supervisor:
                     waiting.remove(child)
                     log.info("%s %s", child.name, "killed" if child in killed else "terminated")
                 case ChildEnded():
-                    kept.append(event)
+                    of_others.append(event)
                 case StopAsked(signal.SIGINT) | None:
                     for child in waiting:
                         log.info("Killing %s", child.name)
@@ -312,7 +312,7 @@ class Supervisor:
                         killed.add(child)
                 case StopAsked():
                     pass
-        self._backlog.extend(kept)
+        self._backlog.extend(of_others)
 
     def kill(self, child: Child) -> None:
         """End a child at once and wait until it is gone; nothing is logged."""
@@ -329,13 +329,13 @@ def describe_end(child: Child) -> str:
     code = child.exit_code
     if code is not None and code < 0:
         phrase = f"was signaled to shutdown with signal {-code}"
-        # The kernel says nothing to the process that it ends; an operator would know.
+        # A process that the kernel kills for memory can log nothing, so this line says it.
         return f"{phrase} (out of memory?)" if -code == signal.SIGKILL else phrase
     return f"ended with exit code {code}"
 
 
 def exit_reason(child: Child) -> str:
-    """Why a child failed, in its own words; SIGKILL leaves no time for any, so it has none."""
+    """Why a child failed: its last error line, or the signal that leaves no time for a line."""
     if child.exit_code == -signal.SIGKILL:
         return f"it {describe_end(child)}"
     return child.last_error

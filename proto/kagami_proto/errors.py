@@ -53,7 +53,7 @@ class InvalidRequest(KagamiError):
 
 
 class MalformedBody(InvalidRequest):
-    """The body is JSON, but has not the route's shape."""
+    """The body is JSON, but does not have the route's shape."""
 
 
 class NotJson(MalformedBody):
@@ -89,11 +89,11 @@ class InvalidUtf8(InvalidRequest):
 
 
 class LengthMismatch(InvalidRequest):
-    """There are other outputs than inputs."""
+    """The number of outputs differs from the number of inputs."""
 
 
 class NotFound(KagamiError):
-    """The path, or what it names, is not here."""
+    """The path, or the thing it names, does not exist."""
 
 
 class MethodNotAllowed(NotFound):
@@ -137,7 +137,7 @@ class InvalidCheckpoint(KagamiError):
 
 
 class RankLost(KagamiError):
-    """The ranks of a model cannot meet, or no longer do the same; the shard that raises it ends."""
+    """The ranks of a model cannot connect or have diverged; the shard that raises it ends."""
 
 
 class Row(NamedTuple):

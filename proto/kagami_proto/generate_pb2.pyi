@@ -33,13 +33,13 @@ class _Wanted:
 class _WantedEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Wanted.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     ONE_TOKEN: _Wanted.ValueType  # 0
-    """sampled behind its last token, which is the last one known of the sequence"""
+    """sampled after its last token, which is the last one known of the sequence"""
     NOTHING: _Wanted.ValueType  # 1
     """more of the prompt follows"""
     VERIFY: _Wanted.ValueType  # 2
     """its tokens are the last known one and k drafted ones: 1 to k + 1 ids come back,"""
     VECTOR: _Wanted.ValueType  # 3
-    """the drafted ones that sampling agrees with, and the one sampled behind them
+    """the drafted ones that sampling agrees with, and the one sampled after them
     the hidden state of its last token
     """
 
@@ -47,13 +47,13 @@ class Wanted(_Wanted, metaclass=_WantedEnumTypeWrapper):
     """What one entry of a step's work brings beside its KV."""
 
 ONE_TOKEN: Wanted.ValueType  # 0
-"""sampled behind its last token, which is the last one known of the sequence"""
+"""sampled after its last token, which is the last one known of the sequence"""
 NOTHING: Wanted.ValueType  # 1
 """more of the prompt follows"""
 VERIFY: Wanted.ValueType  # 2
 """its tokens are the last known one and k drafted ones: 1 to k + 1 ids come back,"""
 VECTOR: Wanted.ValueType  # 3
-"""the drafted ones that sampling agrees with, and the one sampled behind them
+"""the drafted ones that sampling agrees with, and the one sampled after them
 the hidden state of its last token
 """
 Global___Wanted: _TypeAlias = Wanted  # noqa: Y015
@@ -109,7 +109,7 @@ class InfoResponse(_message.Message):
     version: _builtins.str
     """of the shard's distribution"""
     quantization: _builtins.str
-    """how the weights are kept, e.g. "int8"; empty = not quantized"""
+    """type of the weights, e.g. "int8"; empty = not quantized"""
     @_builtins.property
     def eos_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """from generation_config.json, else config.json"""
@@ -602,7 +602,7 @@ class CompileGrammarResponse(_message.Message):
     error: _builtins.str
     """why it cannot be compiled; empty = it is ready"""
     elapsed_ns: _builtins.int
-    """waiting for its turn and compiling"""
+    """waiting for other grammars, and compiling"""
     def __init__(
         self,
         *,

@@ -1,8 +1,8 @@
-"""A probe: does a shard answer `Health`? For whoever starts shards and waits for them.
+"""A probe: does a shard answer `Health`? For those who start shards and wait for them.
 
-Lives here so that gRPC stays out of the launcher. One connection for each question: one that met a
-missing socket waits longer and longer before it tries again, and gRPC lends it to every channel of
-the process with the same address, unless told not to.
+It lives here so that the launcher does not import gRPC. Every question has a new connection. A
+connection that found no socket waits longer and longer before it tries again, and gRPC shares it
+among all channels of the process with the same address, unless told not to.
 """
 
 import grpc

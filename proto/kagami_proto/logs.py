@@ -39,7 +39,7 @@ _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", 
 
 @dataclass(frozen=True, slots=True)
 class LogLine:
-    """One event: when (UTC, microseconds), how bad, who, what."""
+    """One event: time (UTC, microseconds), level, source, text."""
 
     timestamp: str
     level: str
@@ -135,7 +135,7 @@ def configure(
     handler.setFormatter(_Formatter(target, json_output))
     root = logging.getLogger()
     root.handlers[:] = [handler]
-    root.setLevel(logging.WARNING)  # libraries speak up only when something is wrong
+    root.setLevel(logging.WARNING)  # libraries log only when something is wrong
     logging.getLogger("kagami_proto").setLevel(level_of(level, target))
     for package in ("kagami_router", "kagami_shard", "kagami_launcher"):
         logging.getLogger(package).setLevel(level_of(level, target))

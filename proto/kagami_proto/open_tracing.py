@@ -1,4 +1,4 @@
-"""Starts tracing for a process; the SDK is imported where there is a plan, and not before."""
+"""Starts tracing for a process; imports the SDK only if there is a plan."""
 
 import logging
 from collections.abc import Iterator, Mapping
@@ -18,10 +18,10 @@ def open_tracing(
     *,
     problem: str = "",
 ) -> Iterator[Tracing]:
-    """Trace inside this context, to its end with what is queued (one second at most).
+    """Trace inside this context; its end exports the queued spans (one second at most).
 
-    `attributes` are of the process (the resource). What is wrong with the plan, or was with what
-    it should have been made of, is logged, and costs the traces and nothing else.
+    `attributes` describe the process (the resource). An error in the plan, or the `problem` that
+    prevented a plan, is logged; the process goes on without traces.
     """
     if problem:
         logger.warning("Traces are off: %s", problem)
@@ -29,7 +29,7 @@ def open_tracing(
         tracing = NO_TRACING
         if wanted is not None:
             try:
-                # Takes 100 ms that nobody should pay who does not trace.
+                # The import takes 100 ms, which only those who trace should pay.
                 sdk = import_module("kagami_proto.tracing_sdk")
                 opened = sdk.open_sdk(wanted, dict(attributes or {}), EXPORTERS[wanted.protocol])
                 tracing = stack.enter_context(opened)

@@ -1,7 +1,7 @@
-"""Takes finished spans to an exporter without ever making their owners wait.
+"""Takes finished spans to an exporter; those who end spans never wait.
 
 The SDK's own batch processor drops the oldest span of a full queue, writes a line for each, and
-tells nobody how many; this one refuses the newest, counts, and says once that something is wrong.
+does not count them. This one refuses the newest, counts, and logs once that something is wrong.
 """
 
 import logging
@@ -25,7 +25,7 @@ CLOSE_TIMEOUT_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class BatchLimits:
-    """Spans kept at most, spans in one export, and seconds between two exports."""
+    """Most spans in the queue, most spans in one export, and seconds between two exports."""
 
     queue: int = _DEFAULT_QUEUE
     batch: int = _DEFAULT_BATCH
@@ -70,7 +70,7 @@ class SpanExport(SpanProcessor):
 
     @property
     def dropped(self) -> int:
-        """Spans lost so far."""
+        """Spans lost until now."""
         return self._refused + self._failed
 
     def on_start(self, span: Span, parent_context: Context | None = None) -> None:
@@ -150,9 +150,9 @@ class SpanExport(SpanProcessor):
 
 
 class _LastWarning(logging.Handler):
-    """Keeps what the exporters last complained about, instead of a line for each export.
+    """Remembers the exporters' last warning, instead of a log line for each export.
 
-    A context manager: inside, OpenTelemetry's loggers speak to it alone.
+    A context manager: inside it, OpenTelemetry's loggers write to this handler alone.
     """
 
     def __init__(self) -> None:
@@ -170,5 +170,5 @@ class _LastWarning(logging.Handler):
         self._logger.propagate = True
 
     def emit(self, record: logging.LogRecord) -> None:
-        # A retry is told with its cause, its end without: the longest line says most.
+        # The warning of a retry names the cause, the last one does not: the longest says most.
         self.text = max(self.text, " ".join(record.getMessage().split())[:400], key=len)

@@ -26,7 +26,7 @@ class _Export(Protocol):
 
 
 class ChosenIds(Protocol):
-    """Makes the ids of spans; the next one may be chosen beforehand."""
+    """Makes the ids of spans; the id of the next span can be chosen before it starts."""
 
     def new(self) -> int:
         """An id for a span that starts later."""
@@ -44,7 +44,7 @@ class Tracing:
     tracer: trace.Tracer = field(default_factory=trace.NoOpTracer)
     """Starts traces by the sampler of OTEL_TRACES_SAMPLER, and children by their parents."""
     recorder: trace.Tracer = field(default_factory=trace.NoOpTracer)
-    """Records whatever it is told: for those who have looked at the sampled flag themselves."""
+    """Records every span: for callers that have checked the sampled flag themselves."""
     ids: ChosenIds | None = None
     propagator: TextMapPropagator = field(default_factory=TraceContextTextMapPropagator)
     export: _Export | None = None
@@ -73,7 +73,7 @@ def span(
 ) -> Iterator[trace.Span]:
     """A span around the body, current inside; what the body raises becomes its error.
 
-    `given` is what `Tracer.start_as_current_span` takes besides.
+    `given`: further arguments of `Tracer.start_as_current_span`.
     """
     with tracer.start_as_current_span(
         name,

@@ -67,7 +67,7 @@ def plan(
 def plan_or_problem(
     environ: Mapping[str, str], *, endpoint: str | None, service_name: str | None, part: str
 ) -> tuple[TracingPlan | None, str]:
-    """As `plan`, but what is wrong comes beside it: it must not keep a server from serving."""
+    """As `plan`, but returns the problem instead of raising: a server serves without traces."""
     try:
         return plan(environ, endpoint=endpoint, service_name=service_name, part=part), ""
     except ValueError as error:

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 class Ids(IdGenerator):
-    """Random ids, but for a span's id that was chosen beforehand; for one thread."""
+    """Random ids, except a span's id that was chosen before it started; for one thread."""
 
     def __init__(self) -> None:
         self._random = RandomIdGenerator()

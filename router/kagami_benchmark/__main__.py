@@ -1,4 +1,4 @@
-"""`text-generation-benchmark`: parse, then import what measures."""
+"""`text-generation-benchmark`: parse first, import the rest later."""
 
 import sys
 

@@ -1,7 +1,7 @@
 """Flags -> `BenchmarkArgs` or `Compare`; reads argv, and API_KEY of the environment.
 
-Names are those of TGI's benchmark where it has the thing. TGI's drives a shard's model step with
-equal batches; this one drives a server, so a batch size is a number of clients.
+A flag that TGI's benchmark has, too, has the same name. TGI's benchmark drives a shard's model step
+with equal batches. This one drives a server, so a batch size is a number of clients.
 """
 
 import argparse
@@ -19,14 +19,14 @@ from kagami_benchmark.workload import NAMED, Length, Workload
 
 DEFAULT_URL = "http://127.0.0.1:3000"
 DEFAULT_BATCH_SIZES = (1, 2, 4, 8, 16, 32)
-# One request is one batch of TGI's only where the clients are few; a rate runs for a while.
+# Without a number of requests, a request rate is measured for this long.
 SECONDS_OF_RATE = 10
 MAX_REQUESTS = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
 class Compare:
-    """Two files to put side by side."""
+    """Two files of results to compare."""
 
     before: Path
     after: Path
@@ -42,14 +42,14 @@ class BenchmarkArgs:
     warmups: int
     duration_s: float
     pause_s: float
-    """Before each run."""
+    """Seconds of pause before each run."""
     timeout_s: float
     model: str | None
     tokenizer: Path | None
     as_ids: bool
     ignore_eos: bool
     sampling: Mapping[str, float | int | bool]
-    """Native names; those that were not given are absent."""
+    """Sampling parameters by their native names, without those that were not given."""
     seed: str
     api_key: str | None
     json_path: Path | None
@@ -59,7 +59,7 @@ class BenchmarkArgs:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
-        """One line, exit code 2."""
+        """Print one line and exit with code 2."""
         self.exit(2, f"error: {message} (see --help)\n")
 
 
@@ -142,7 +142,7 @@ _SAMPLING: Sequence[tuple[str, Callable[[str], Any] | None, str]] = (
 def parse(
     argv: Sequence[str], environ: Mapping[str, str] = os.environ
 ) -> "BenchmarkArgs | Compare":
-    """The arguments; exits with code 2 and one line where they cannot be understood."""
+    """Parse the arguments; on an error prints one line and exits with code 2."""
     parser = _make_parser()
     given = parser.parse_args(argv)
     if given.compare is not None:
@@ -185,7 +185,7 @@ def parse(
 
 
 def _own_workloads(given: argparse.Namespace, with_defaults: bool = False) -> list[Workload]:
-    """What the flags describe; none where no such flag was given."""
+    """The workload that the flags describe; none if no such flag was given."""
     flags = (given.sequence_length, given.decode_length, given.prefix_length)
     if not (with_defaults or given.batch_size or given.rate or any(flags)):
         return []

@@ -1,7 +1,7 @@
 """One request over HTTP, and when each of its tokens came.
 
 The client shares the machine with the server it measures, so it does little: bytes are split at
-line ends, an event is decoded as far as it is counted, and a time is noted.
+line ends, only the counted parts of an event are decoded, and the time is noted.
 """
 
 import asyncio
@@ -22,16 +22,16 @@ _MAX_ERROR = 200
 
 @dataclass(slots=True, eq=False)
 class Outcome:
-    """One request; it fills while the answer comes. Times are seconds of one clock."""
+    """What came of one request; filled while the answer comes. Times are seconds of one clock."""
 
     started: float
-    """When it was sent, or had been due."""
+    """When it was sent; with a request rate, when it should have been sent."""
     arrivals: "array[float]" = field(default_factory=lambda: array("d"))
-    """When each event with a token came."""
+    """The time at which each event with a token came."""
     ended: float = 0.0
     prompt_tokens: int = 0
     output_tokens: int = 0
-    """As the server counted, else the number of events."""
+    """The server's count of tokens, else the number of events."""
     error: str = ""
 
     @property
@@ -58,7 +58,7 @@ class Client:
         self.clock = clock
 
     async def ask(self, body: bytes, outcome: Outcome) -> None:
-        """Send `body`, read the whole answer; what goes wrong is in `outcome.error`."""
+        """Send `body` and read the whole answer; a failure is written to `outcome.error`."""
         try:
             async with asyncio.timeout(self._timeout_s):
                 await self._stream(body, outcome)
@@ -106,7 +106,7 @@ async def connecting(api_key: str | None) -> AsyncIterator[aiohttp.ClientSession
     if api_key:
         headers["authorization"] = f"Bearer {api_key}"
     async with aiohttp.ClientSession(
-        # Some servers close a connection behind a stream without saying so.
+        # Some servers close a connection after a stream without saying so.
         connector=aiohttp.TCPConnector(limit=0, force_close=True),
         timeout=aiohttp.ClientTimeout(total=None),
         headers=headers,

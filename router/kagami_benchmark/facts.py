@@ -1,4 +1,4 @@
-"""What a server tells of itself: its model's name, and how near it is to its memory's limit."""
+"""What a server says about itself: its model's name, and its share of the memory bandwidth."""
 
 import asyncio
 import re
@@ -7,7 +7,7 @@ import aiohttp
 import msgspec
 from msgspec import Struct
 
-# Of the last steps that only decoded; 0 as long as there is none.
+# An average over the last steps that only decoded; 0 if there were none.
 BANDWIDTH_SHARE = "tgi_memory_bandwidth_used_ratio"
 _TIMEOUT_S = 5.0
 

@@ -1,4 +1,4 @@
-"""From arrivals to the figures of a table: rates, percentiles, errors. Pure."""
+"""From the times of tokens to the figures of a table: rates, percentiles, errors. Pure."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -36,35 +36,35 @@ class Row:
     workload: Workload
     num_runs: int
     num_requests: int
-    """Sent."""
+    """Requests that were sent."""
     num_succeeded: int
     errors: dict[str, int]
-    """What was wrong, and how often."""
+    """Error text -> how often it occurred."""
     prompt_tokens: int
     output_tokens: int
     output_rate: float
-    """Tokens a second."""
+    """Output tokens a second."""
     output_rate_low: float
     output_rate_high: float
     total_rate: float
-    """Of prompts and outputs."""
+    """Prompt and output tokens a second."""
     request_rate: float
     first_token: Spread
-    """From sending to the first token."""
+    """Time from sending to the first token."""
     inter_token: Spread
-    """Between two tokens of one request that came in events of their own."""
+    """Time between two tokens of one request that came in separate events."""
     end_to_end: Spread
-    """From sending to the last byte."""
+    """Time from sending to the last byte."""
     client_us_per_token: float
     """CPU time of this client, microseconds; server and client may share the cores."""
     client_cores: float
-    """The same as a share: 1.0 is one core, all the time."""
+    """The same as a share of the time: 1.0 is one core that was busy all the time."""
     bandwidth_share: float | None = None
-    """Of the memory's measured bandwidth, as the server told it behind the last run."""
+    """Share of the memory's measured bandwidth, as the server said after the last run."""
 
 
 def percentile(ordered: Sequence[float], percent: float) -> float:
-    """Between the two nearest values in proportion, as numpy does by default."""
+    """A percentile, interpolated between the two nearest values as numpy does by default."""
     place = (len(ordered) - 1) * percent / 100
     low = int(place)
     high = min(low + 1, len(ordered) - 1)
@@ -72,7 +72,7 @@ def percentile(ordered: Sequence[float], percent: float) -> float:
 
 
 def spread(seconds: Iterable[float]) -> Spread:
-    """Of any number of values."""
+    """Mean and percentiles of any number of times, which are given in seconds."""
     ordered = sorted(1000 * value for value in seconds)
     if not ordered:
         return Spread(0, 0.0, 0.0, 0.0, 0.0)
@@ -94,7 +94,7 @@ def summarize(
     runs: Sequence[Run],
     bandwidth_share: float | None = None,
 ) -> Row:
-    """The row of all runs; at least one."""
+    """One row for all runs; `runs` is not empty."""
     every = [outcome for run in runs for outcome in run.outcomes]
     good = [outcome for outcome in every if outcome.succeeded]
     seconds = [max(run.ended - run.started, 1e-9) for run in runs]

@@ -1,7 +1,7 @@
-"""When requests are sent: as soon as the last is answered, or when they come.
+"""When requests are sent: after the answer to the one before, or at random times.
 
-Both are bounded: by the number of requests, by the time after which none is sent any more, and by
-the client's limit for a single one.
+Both have limits: the number of requests, the time after which no more are sent, and the client's
+timeout for a single request.
 """
 
 import asyncio
@@ -22,11 +22,11 @@ class Run:
 
     num_requests: int
     outcomes: list[Outcome] = field(default_factory=list)
-    """Of all requests sent so far."""
+    """The outcomes of all requests sent until now."""
     started: float = 0.0
     ended: float = 0.0
     client_cpu_s: float = 0.0
-    """What this process computed meanwhile."""
+    """CPU time of this process during the run."""
 
     @property
     def num_ended(self) -> int:

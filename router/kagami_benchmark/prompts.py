@@ -1,7 +1,7 @@
-"""Prompts of a wanted length in tokens, no two of them alike.
+"""Prompts of a wanted length in tokens; no two are the same.
 
-Made of words that are one token each: those of the tokenizer that is given, else a few that nearly
-every vocabulary has. What a server counted is what is reported in the end; this only aims.
+They are made of words that are one token each: words of the given tokenizer, else common words that
+nearly every vocabulary has. The length is approximate. Reports use the server's count.
 """
 
 from collections.abc import Sequence
@@ -42,7 +42,7 @@ class Words:
 
     @classmethod
     def common(cls) -> "Words":
-        """Without a tokenizer."""
+        """Common words, for use without a tokenizer."""
         return cls([f" {word}" for word in _COMMON], None)
 
     @classmethod
@@ -58,7 +58,7 @@ class Words:
         found = sorted(
             (token_id, token[1:])
             for token, token_id in tokenizer.get_vocab().items()
-            if token.startswith(_SPACES) and len(token) > 3 and _is_plain(token[1:])
+            if token.startswith(_SPACES) and len(token) > 3 and _is_lower_ascii(token[1:])
         )
         if len(found) < _MIN_WORDS:
             raise ValueError(f"--tokenizer-name: {file} has only {len(found)} words of one token")
@@ -80,6 +80,6 @@ class Words:
         return random.choices(range(len(self._words)), k=count)
 
 
-def _is_plain(word: str) -> bool:
-    """Words of other kinds may join with their neighbours to other tokens."""
+def _is_lower_ascii(word: str) -> bool:
+    """Whether the word is letters only: others may merge with their neighbours to other tokens."""
     return word.isascii() and word.isalpha() and word.islower()

@@ -20,7 +20,7 @@ class Report:
     created: str
     """UTC, ISO 8601."""
     machine: str
-    """The client's."""
+    """Version of this client."""
     rows: list[Row]
 
 
@@ -65,7 +65,7 @@ LEGEND = "Latencies: p50 / p90 / p99. Rates: median of the runs (lowest-highest)
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """The table and what belongs to it."""
+    """The table in Markdown, and the remarks under it."""
     lines = table([[*COLUMNS], *([cell(row) for cell in COLUMNS.values()] for row in rows)])
     return "\n".join([*lines, "", *notes(rows)]) + "\n"
 
@@ -77,7 +77,7 @@ def table(cells: Sequence[Sequence[str]]) -> list[str]:
 
 
 def notes(rows: Sequence[Row]) -> list[str]:
-    """What is said under the table: the client's own cost, and all that went wrong."""
+    """The remarks under the table: the client's own cost, and every error."""
     if not rows:
         return ["Nothing was measured."]
     tokens = max(1, sum(row.output_tokens for row in rows))
@@ -93,7 +93,7 @@ def notes(rows: Sequence[Row]) -> list[str]:
 
 
 def _length_note(row: Row) -> str:
-    """Where prompts had another length than was asked for, by more than a template's few tokens."""
+    """The mean prompt length, if it is off by more than a template's few tokens; else empty."""
     wanted = row.workload
     low, high = (wanted.prefix_tokens + each for each in (wanted.prompt.low, wanted.prompt.high))
     if not row.num_succeeded or not row.prompt_tokens:
@@ -105,7 +105,7 @@ def _length_note(row: Row) -> str:
 
 
 def write(report: Report, *, json_path: Path | None, markdown_path: Path | None) -> None:
-    """The files that were asked for; raises `OSError`."""
+    """Write the files that were asked for; raises `OSError`."""
     if json_path is not None:
         json_path.write_bytes(msgspec.json.format(msgspec.json.encode(report)) + b"\n")
     if markdown_path is not None:

@@ -1,6 +1,6 @@
-"""The three routes that can be driven: the body of a request, and what an event says.
+"""The three routes that can be measured: how a request's body is made and an event is read.
 
-Only what is counted is decoded; everything else in an event is skipped.
+Only the counted parts of an event are decoded.
 """
 
 from collections.abc import Callable, Mapping
@@ -31,16 +31,16 @@ class Asking:
     ignore_eos: bool
     as_ids: bool
     sampling: Mapping[str, float | int | bool]
-    """Native names; those that were not given are absent."""
+    """Sampling parameters by their native names, without those that were not given."""
 
 
 class Route(NamedTuple):
-    """How one route is spoken."""
+    """How to write the requests of one route and read its events."""
 
     body: Callable[[Prompt, Asking], dict[str, Any]]
     read: Callable[[bytes], Seen]
     sampling: frozenset[str]
-    """Which sampling parameters it knows."""
+    """The sampling parameters that the route knows, by their native names."""
 
 
 # --- native ---
@@ -147,7 +147,7 @@ def _read_chunk(data: bytes) -> Seen:
 
 
 def _has_text(choice: _Choice) -> bool:
-    """A first chunk that only names the role is no token."""
+    """Whether the chunk has a token; a first chunk that only names the role has none."""
     delta = choice.delta
     return bool(choice.text or (delta and (delta.content or delta.reasoning_content)))
 

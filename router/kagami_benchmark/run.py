@@ -1,6 +1,6 @@
 """Measures: for each workload a few runs on every server in turn, then the table.
 
-Servers take turns within each round, so that whatever else the machine does falls on all alike.
+In each round every server is measured once, so that other load on the machine affects all alike.
 """
 
 import asyncio
@@ -26,12 +26,12 @@ from kagami_benchmark.screen import View, choose_view
 from kagami_benchmark.targets import COMPLETIONS, Target
 from kagami_benchmark.workload import Workload
 
-# Where the server does not say and the flag is not given: TGI's own examples.
+# Used if the server does not say and the flag is not given; from TGI's examples.
 _NO_MODEL = "tgi"
 _INTERRUPTED = 130
 
-# Entered for each run, with the name of the server that is asked.
-Turn = Callable[[str], AbstractContextManager[object]]
+# A context manager around each run, made from the name of the measured server.
+AroundRun = Callable[[str], AbstractContextManager[object]]
 
 
 class BadFlags(Exception):
@@ -62,7 +62,7 @@ def run(args: BenchmarkArgs) -> int:
 
 
 def _check(args: BenchmarkArgs) -> None:
-    """What the routes of the servers do not take."""
+    """Refuse flags that the routes of the servers do not take."""
     for target in args.targets:
         if args.as_ids and target.path != COMPLETIONS:
             raise BadFlags(f"--prompt-kind ids: {target.path} takes texts only")
@@ -81,7 +81,7 @@ def _tell(args: BenchmarkArgs, rows: list[Row]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Server:
-    """One target, its client, and how its model is called."""
+    """One target, its client, and the name of its model."""
 
     target: Target
     client: Client
@@ -89,9 +89,9 @@ class _Server:
 
 
 async def measure(
-    args: BenchmarkArgs, words: Words, rows: list[Row], turn: Turn = nullcontext
+    args: BenchmarkArgs, words: Words, rows: list[Row], around_run: AroundRun = nullcontext
 ) -> None:
-    """Every workload on every server; the rows are added as they are done."""
+    """Measure every workload on every server; adds each row when it is done."""
     async with AsyncExitStack() as stack:
         session = await stack.enter_async_context(connecting(args.api_key))
         servers = [await _meet(args, session, target) for target in args.targets]
@@ -101,7 +101,7 @@ async def measure(
             for number in range(-args.warmups, args.runs):
                 for server in servers:
                     await sleep(args.pause_s)
-                    with turn(server.target.name):
+                    with around_run(server.target.name):
                         one = await _run_once(args, words, server, workload, number, view)
                     if number >= 0:
                         runs[server.target.name].append(one)
@@ -125,7 +125,7 @@ async def _run_once(
     number: int,
     view: View,
 ) -> Run:
-    """One run; those of negative numbers are warm-ups."""
+    """Measure once; runs with negative numbers are warm-ups."""
     seed = f"{args.seed} {workload.name} {number}"
     asking = Asking(server.model, args.ignore_eos, args.as_ids, args.sampling)
     to_body = ROUTES[server.target.path].body

@@ -1,4 +1,4 @@
-"""What is seen while it measures: a live screen on a terminal, else one line for each run.
+"""Shows the progress: a live screen on a terminal, else one line for each run.
 
 Drawing is done twice a second on the event loop; it is part of what the client says of its own
 cost.
@@ -25,19 +25,19 @@ from kagami_benchmark.figures import Row
 from kagami_benchmark.load import Run
 
 REDRAW_S = 0.5
-# Milliseconds; the last bar is all above.
+# Milliseconds; the last bar counts all longer ones.
 EDGES = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000)
 _BAR = 40
 
 
 class View(Protocol):
-    """Shows how far the measuring is."""
+    """Shows the progress of a measurement."""
 
     def watching(self, run: Run, title: str) -> AbstractAsyncContextManager[None]:
-        """Show this run as long as it lasts."""
+        """Show this run while it lasts."""
 
     def add(self, row: Row) -> None:
-        """A workload is done on one server."""
+        """Show the row of a workload that is done on one server."""
 
 
 @contextmanager
@@ -52,7 +52,7 @@ def choose_view(*, is_plain: bool) -> Iterator[View]:
 
 
 class PlainView:
-    """One line when a run is over."""
+    """Prints one line when a run is over."""
 
     @asynccontextmanager
     async def watching(self, run: Run, title: str) -> AsyncIterator[None]:
@@ -70,7 +70,7 @@ class PlainView:
 
 
 class Histogram:
-    """Gaps between tokens by size; counts only what came since the last look."""
+    """Gaps between tokens by size; each call of `look` counts only the new ones."""
 
     def __init__(self) -> None:
         self.counts = [0] * (len(EDGES) + 1)
@@ -97,7 +97,7 @@ class Histogram:
 
 
 class LiveView:
-    """Rows so far, and the run that goes on with its progress and its histogram."""
+    """The rows that are done, and the current run with its progress and its histogram."""
 
     def __init__(self, live: Live) -> None:
         self._live = live

@@ -1,4 +1,4 @@
-"""Which servers are measured, and by which of their routes."""
+"""The servers that are measured, and the route that is used on each."""
 
 from typing import NamedTuple
 from urllib.parse import urlsplit
@@ -10,7 +10,7 @@ PATHS = (NATIVE, COMPLETIONS, CHAT)
 
 
 class Target(NamedTuple):
-    """One server: what the tables call it, and where it is asked."""
+    """One server: its name in the tables, and its address."""
 
     name: str
     origin: str
@@ -24,7 +24,7 @@ class Target(NamedTuple):
 
 
 def parse_target(name: str, text: str) -> Target:
-    """A server's URL with or without the route; raises `ValueError`."""
+    """Parse a server's URL, with or without a route; raises `ValueError`."""
     url = urlsplit(text)
     path = url.path.rstrip("/") or NATIVE
     if url.scheme not in ("http", "https") or not url.netloc:

@@ -1,7 +1,7 @@
 """What is asked of a server: how many requests, how long, and when they come.
 
-Pure values. Lengths are tokens; the four named workloads are those that Kagami's own figures are
-about, so that everybody's tables have the same rows.
+Pure values. Lengths are tokens. The four named workloads are those of Kagami's own figures, so that
+everybody's tables have the same rows.
 """
 
 from collections.abc import Iterator, Mapping
@@ -27,17 +27,17 @@ class Length(NamedTuple):
 class Workload:
     """Requests of one kind.
 
-    With `rate` they come on their own, that many a second on average, with exponential gaps (a
-    Poisson process); without, `concurrency` clients each send the next when the last is answered.
+    With `rate`, that many requests a second arrive on average, with exponential gaps (a Poisson
+    process). Without it, each of `concurrency` clients sends the next when the last is answered.
     """
 
     name: str
     prompt: Length
-    """Beside the prefix."""
+    """Tokens of each prompt after the shared prefix."""
     output: Length
     num_requests: int
     prefix_tokens: int = 0
-    """In front of every prompt of a run, the same for all, new in each run."""
+    """Tokens of the prefix that all prompts of a run share; each run has a new one."""
     concurrency: int = 0
     rate: float = 0.0
 
@@ -49,7 +49,7 @@ class Workload:
         return f"{self.concurrency} client{'s' if self.concurrency > 1 else ''}"
 
     def describe(self) -> str:
-        """One line without the name."""
+        """The workload in one line, without its name."""
         prefix = f"{self.prefix_tokens} shared + " if self.prefix_tokens else ""
         return f"{self.arrivals}, {prefix}{self.prompt} in, {self.output} out"
 

@@ -7,7 +7,7 @@ import pytest
 
 from kagami_launcher.cli import LauncherArgs, dump, flags, listen_address, option, parse
 
-# launcher.md §2: flag, a value, what it becomes, the default.
+# Flag, a value, what it becomes, the default.
 TABLE = [
     ("model-id", "a/b", "a/b", "kagami/SmolLM2-135M-Instruct"),
     ("revision", "main", "main", None),

@@ -24,7 +24,7 @@ from kagami_launcher.supervisor import (
 
 
 class Pipe:
-    """An output, and what has come out of it so far."""
+    """An output, and what has come out of it until now."""
 
     def __init__(self, reader: int, writer: int) -> None:
         self._reader = reader

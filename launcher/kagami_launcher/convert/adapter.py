@@ -1,8 +1,8 @@
 """A PEFT adapter and its base model -> one model: W + scale · B A (LoRA, arXiv:2106.09685).
 
-Computed in float32 and stored in the base's dtype, one weight at a time, so the peft library and a
-whole model in memory are not needed. What of an adapter has no place in the base is refused: an
-adapter that is applied in part answers wrongly in silence.
+Computed in float32 and stored in the base's dtype, one weight at a time: it needs neither the peft
+library nor a whole model in memory. A part of an adapter that has no place in the base is refused:
+an adapter that is applied in part gives wrong answers without an error.
 """
 
 import logging
@@ -45,8 +45,8 @@ _TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
 )
-# Ways to begin a training that leave the base's own weights as they are.
-_PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
+# Initializations of a training that leave the base's own weights as they are.
+_HARMLESS_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 _NOT_MERGED = (
     "layer_replication",
     "use_qalora",
@@ -149,7 +149,7 @@ def _check(config: Mapping[str, Any]) -> None:
     kind = config.get("peft_type")
     if kind != "LORA":
         raise ConversionRefused(f"adapters of type {kind} cannot be merged, only LORA")
-    if (start := config.get("init_lora_weights")) not in _PLAIN_STARTS:
+    if (start := config.get("init_lora_weights")) not in _HARMLESS_STARTS:
         raise ConversionRefused(f"`init_lora_weights` {start} changes the base model's weights")
     for name in _NOT_MERGED:
         if config.get(name):
@@ -217,7 +217,7 @@ def _lazy(tensor: Tensor) -> _Lazy:
 
 
 def _new_head(change: _Adapter, files: list[dict[str, _Lazy]]) -> dict[str, _Lazy]:
-    """A head that the adapter brings to a base that had none of its own."""
+    """A head that the adapter adds to a base without a head of its own."""
     head = change.replacements.get("lm_head.weight")
     if head is None or any("lm_head.weight" in file for file in files):
         return {}
@@ -253,7 +253,7 @@ def _copy_side_files(adapter: Path, base: Path, folder: Path) -> None:
 
 
 def _adapt_config(folder: Path, change: _Adapter, base: Mapping[str, _Lazy]) -> None:
-    """Say in config.json what the adapter changed in the model's shape: rows, a head of its own."""
+    """Write into config.json what the adapter changed: the vocabulary's size, an own head."""
     config = dict(model_folder.read_object(folder / "config.json"))
     before = dict(config)
     if "lm_head.weight" in change.replacements and "lm_head.weight" not in base:

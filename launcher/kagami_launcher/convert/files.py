@@ -21,7 +21,7 @@ class ConversionRefused(Exception):
 
 
 class StoredTensor(NamedTuple):
-    """A tensor to be written; `data` is asked for when its turn has come."""
+    """A tensor to be written; `data` is called when the tensors before it are written."""
 
     name: str
     dtype: str  # safetensors' name: F32, BF16, …

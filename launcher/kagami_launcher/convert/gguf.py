@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 
 def unpermute(weight: Any, num_heads: int) -> Any:
-    """Undo llama.cpp's order of q and k rows: it rotates neighbours, a checkpoint halves."""
+    """Undo llama.cpp's order of q and k rows: it rotates neighbours, checkpoints rotate halves."""
     half = weight.shape[0] // num_heads // 2
     pairs = weight.reshape(num_heads, half, 2, *weight.shape[1:])
     return pairs.swapaxes(1, 2).reshape(weight.shape)

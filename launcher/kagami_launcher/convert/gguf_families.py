@@ -67,7 +67,7 @@ def _phi3(metadata: Metadata, tensors: _Tensors) -> dict[str, Any]:
 
 def _gemma2(metadata: Metadata, tensors: _Tensors) -> dict[str, Any]:
     heads, hidden = metadata.need("attention.head_count"), metadata.need("embedding_length")
-    # Not in the file: the 27B (46 layers) alone scales by what its heads would have by division.
+    # Not in the file. Only the 27B model (46 layers) scales by hidden size / heads.
     is_27b = metadata.need("block_count") == 46
     scalar = hidden // heads if is_27b else _head_dim(metadata)
     return {
@@ -137,7 +137,7 @@ def checkpoint_name(name: str, family: GgufFamily) -> str:
     raise ConversionRefused(f"tensor `{name}` has no place in a {family.model_type} model")
 
 
-def _plain_float(value: float) -> float:
+def _shortest_float(value: float) -> float:
     """GGUF stores 32-bit floats: 9.999999747e-06 was written as 1e-05."""
     return float(str(np.float32(value)))
 
@@ -154,7 +154,7 @@ def model_config(metadata: Metadata, tensors: _Tensors, family: GgufFamily) -> d
     rotated = metadata.of_model("rope.dimension_count", head_dim)
     if rotated != head_dim:
         raise ConversionRefused(f"only {rotated} of {head_dim} dimensions of a head are rotated")
-    theta = _plain_float(metadata.of_model("rope.freq_base", 10000.0))
+    theta = _shortest_float(metadata.of_model("rope.freq_base", 10000.0))
     return {
         "architectures": [family.architecture],
         "model_type": family.model_type,
@@ -166,7 +166,9 @@ def model_config(metadata: Metadata, tensors: _Tensors, family: GgufFamily) -> d
         "num_key_value_heads": metadata.of_model("attention.head_count_kv", heads),
         "head_dim": head_dim,
         "max_position_embeddings": metadata.need("context_length"),
-        "rms_norm_eps": _plain_float(metadata.of_model("attention.layer_norm_rms_epsilon", 1e-5)),
+        "rms_norm_eps": _shortest_float(
+            metadata.of_model("attention.layer_norm_rms_epsilon", 1e-5)
+        ),
         "rope_theta": theta,
         "rope_scaling": rope_scaling(metadata, tensors.get("rope_freqs.weight"), theta, head_dim),
         "vocab_size": int(tensors["token_embd.weight"].shape[1]),
@@ -200,7 +202,7 @@ def rope_scaling(
     if factors is not None:
         found = dict(_LLAMA3_SCALING)
         stored = quants.dequantize(factors.data, factors.tensor_type).reshape(-1)
-        found["factor"] = _plain_float(float(stored.max()))
+        found["factor"] = _shortest_float(float(stored.max()))
         expected = llama3_factors(found, theta, head_dim)
         if stored.shape != expected.shape or not np.allclose(stored, expected, rtol=1e-3):
             raise ConversionRefused("`rope_freqs.weight` is not the scaling of Llama 3")
@@ -208,7 +210,7 @@ def rope_scaling(
     if kind == "linear":
         return {
             "rope_type": "linear",
-            "factor": _plain_float(metadata.of_model("rope.scaling.factor", 1.0)),
+            "factor": _shortest_float(metadata.of_model("rope.scaling.factor", 1.0)),
         }
     if kind != "none":
         raise ConversionRefused(f"rope scaling `{kind}` is not supported yet")

@@ -1,8 +1,8 @@
-"""The text half of a conversion: what a GGUF file says of itself, and its tokenizer.
+"""The text half of a conversion: a GGUF file's metadata and its tokenizer.
 
-What a GGUF does not carry is its tokenizer's splitting rule: only that rule's name. The table
-`_SPLITS` says what the names mean; a name that is not in it is refused, because a wrong rule gives
-wrong ids in silence (transformers 5.23 has no entry for "smollm" and does not split its digits).
+A GGUF file carries only the name of its tokenizer's splitting rule. The table `_SPLITS` says what
+the names mean. Other names are refused, because a wrong rule gives wrong ids without an error
+(transformers 5.23 has no entry for "smollm" and does not split its digits).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -85,7 +85,7 @@ _SPLITS: Mapping[str, tuple[Callable[[str], Any], str]] = MappingProxyType(
 )
 
 _CONTROL, _USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
-# Ends of a generation beside the file's own eos, as llama.cpp knows them by text.
+# Tokens that end a generation beside the file's own eos; llama.cpp knows them by text, too.
 _END_TOKENS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "<|eom_id|>")
 
 

@@ -58,7 +58,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def convert_weights(source: Path, folder: Path) -> None:
-    """Make `folder`'s safetensors files from `source`'s pickles; those already made are kept."""
+    """Make `folder`'s safetensors files from `source`'s pickles; those already made stay."""
     files = torch_files(source)
     names = [safetensors_name(file) for file in files]
     for number, (file, name) in enumerate(zip(files, names, strict=True), 1):
@@ -80,10 +80,10 @@ def convert_file(source: Path, destination: Path) -> None:
     """Convert one file and check it; it appears under its name when both are done."""
     tensors = read_pickle(source)
     dropped = _duplicates(tensors, source.parent)
-    kept = {name: tensor for name, tensor in tensors.items() if name not in dropped}
+    chosen = {name: tensor for name, tensor in tensors.items() if name not in dropped}
     with replaced(destination) as work:
-        write_safetensors(work, [stored(name, kept[name]) for name in kept], dropped)
-        _compare(work, kept)
+        write_safetensors(work, [stored(name, chosen[name]) for name in chosen], dropped)
+        _compare(work, chosen)
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
@@ -143,7 +143,7 @@ def as_bytes(tensor: Tensor) -> Tensor:
 def _duplicates(tensors: Mapping[str, Tensor], folder: Path) -> dict[str, str]:
     """Names that the model ties to another one with the very same data -> that other name.
 
-    Names that share data without being tied are all kept: the model would miss them.
+    Names that share data without being tied all stay: the model would miss them.
     """
     groups: dict[object, list[str]] = {}
     for name, tensor in tensors.items():
@@ -163,7 +163,7 @@ def _duplicates(tensors: Mapping[str, Tensor], folder: Path) -> dict[str, str]:
 
 
 def _tied_names(folder: Path) -> Sequence[str]:
-    """What the model's class makes of other weights; empty where that is not known for sure."""
+    """Weights that the model's class ties to others; empty where that is not known for sure."""
     transformers = import_module("transformers")  # seconds: only where weights are shared
     try:
         config = transformers.AutoConfig.from_pretrained(folder)
@@ -176,7 +176,7 @@ def _tied_names(folder: Path) -> Sequence[str]:
 
 
 def _compare(path: Path, expected: Mapping[str, Tensor]) -> None:
-    """Read the file again: as safetensors reads it, and its data without mapping it too."""
+    """Read the file again: its names as safetensors reads them, its data byte by byte."""
     with safe_open(path, framework="pt") as file:
         if set(file.keys()) != set(expected):
             raise RuntimeError(f"The output tensors do not match for {path.name}")

@@ -7,8 +7,8 @@ Makes DESTINATION a folder that the shard and the router can read:
     a folder with .bin, .pt or tokenizer.model
                                  -> the missing files in it, or in a new folder with the rest of it
 
-A new folder appears by one rename, files in an existing one by one each, so a kill leaves nothing
-that could be taken for finished. torch is imported only where pickles or adapters are read.
+A new folder appears by one rename. Each file in an existing folder appears by one rename, too. So a
+kill leaves nothing that looks finished. torch is imported only where pickles or adapters are read.
 """
 
 import argparse
@@ -39,7 +39,7 @@ _UNSAFE = (
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What is to be made of what, and what the operator called it."""
+    """What to make from what, and the name that the operator gave."""
 
     source: Path
     destination: Path
@@ -74,7 +74,7 @@ def convert(task: Task) -> None:
 def _complete(task: Task, folder: Path) -> None:
     """Make what is missing of weights and tokenizer in `folder`."""
     if not (folder / "tokenizer.json").is_file():
-        write_tokenizer(folder, folder)  # takes a second; what it refuses is better known early
+        write_tokenizer(folder, folder)  # takes a second; a refusal is better early
     if not model_folder.missing_weights(folder):
         return
     if not model_folder.missing_weights(task.source):

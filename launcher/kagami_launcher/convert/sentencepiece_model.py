@@ -1,11 +1,11 @@
 """A SentencePiece `tokenizer.model` -> tokenizer.json, with the slow tokenizer's ids.
 
 The file is a protobuf message (sentencepiece_model.proto); the few fields we need are read here, so
-neither sentencepiece nor transformers is needed. What the slow tokenizer does beyond the model
-stands in tokenizer_config.json: bos, added tokens, and `legacy`, which decides whether every
-stretch of text between special tokens gets a leading space, or only the first.
+neither sentencepiece nor transformers is needed. The slow tokenizer does more than the model says,
+and tokenizer_config.json has the rest: bos, added tokens, and `legacy`. `legacy` decides whether
+every stretch of text between special tokens gets a leading space, or only the first.
 
-What cannot be expressed is refused or warned of: see launcher/notes/0006.
+What cannot be expressed is refused, or there is a warning: see launcher/notes/0006.
 """
 
 import logging
@@ -47,7 +47,7 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class SentencePieceModel:
-    """What of a tokenizer.model decides about ids."""
+    """The parts of a tokenizer.model that decide about ids."""
 
     pieces: Sequence[Piece]
     algorithm: int
@@ -187,7 +187,7 @@ def _text(token: object) -> str:
 
 
 def _added_token(value: Mapping[str, Any]) -> AddedToken:
-    # A slow tokenizer looks for its added tokens in the text as it came.
+    # A slow tokenizer looks for its added tokens in the text before normalization.
     return AddedToken(
         value["content"],
         lstrip=value.get("lstrip", False),
@@ -263,8 +263,8 @@ def _bpe(model: SentencePieceModel) -> models.BPE:
 def merges_from_scores(vocab: Mapping[str, int], scores: Sequence[float]) -> list[tuple[str, str]]:
     """SentencePiece merges the pair whose result scores highest: every pair, best result first.
 
-    Of equal ones it takes the leftmost. The longer left part stands first, because what is left
-    over of a run of equal characters lies at its end.
+    Among equal ones it takes the leftmost. The longer left part comes first, because the rest of a
+    run of equal characters lies at the end of the run.
     """
     pairs = [
         (-scores[index], index, -cut, token[:cut], token[cut:])

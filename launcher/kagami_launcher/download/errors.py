@@ -1,7 +1,7 @@
-"""What can go wrong with the hub -> one line for the operator: the cause and what to do.
+"""Every failure of a download as one line for the operator: the cause and what to do.
 
-The only file that knows the library's exceptions. The class that is raised says whether another
-attempt may help.
+The only file that knows the exceptions of huggingface_hub. The class that is raised says whether
+another attempt may help.
 """
 
 import errno
@@ -27,7 +27,7 @@ class DownloadFailed(Exception):
 
 
 class Unreachable(DownloadFailed):
-    """The hub does not answer as it should: later it may, and until then the cache may do."""
+    """The hub does not answer as it should. Another attempt, or the cache, may help."""
 
 
 class WrongContent(DownloadFailed):
@@ -39,7 +39,7 @@ def explain(
 ) -> DownloadFailed:
     """Translate an exception of the library, of HTTP or of the file system."""
     if isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:
-        error = error.__cause__  # the library looked into the cache after that
+        error = error.__cause__  # after that error the library looked into the cache
     where = constants.ENDPOINT
     match error:
         case DownloadFailed():

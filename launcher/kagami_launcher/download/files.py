@@ -1,8 +1,8 @@
 """Which files of a repository are wanted. Pure: a listing in, a selection out.
 
-Weights of one kind only (safetensors before .bin before .pt before .gguf), at the top level only,
-beside what a server reads of a model: configuration, tokenizer, templates, and its Python code only
-where that is trusted.
+Weights are of one kind (the first there is of safetensors, .bin, .pt, .gguf), from the top level.
+With them come the other files that a server reads: configuration, tokenizer and templates. Python
+code comes only where it is trusted.
 """
 
 import re
@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from kagami_launcher.model.hub_cache import WEIGHT_EXTENSIONS
 
 PREFERRED = ".safetensors"
-# TGI's: these are what a trainer left behind.
+# As in TGI: a trainer left these behind.
 _NO_WEIGHTS = ("arguments", "args", "training")
-# What `save_pretrained` calls weights. Where there are such, any others are a second copy
+# The names that `save_pretrained` gives to weights. If there are any, other files are a copy
 # (Mistral's consolidated.safetensors, model.fp16.safetensors), except the extras.
 _STANDARD = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.\w+")
 _EXTRAS = ("adapter", "medusa")
@@ -26,7 +26,7 @@ _NO_TEXTS = ("trainer", "training", "results", "optimizer", "scheduler")
 
 
 class NoWeights(Exception):
-    """The repository holds nothing to serve, or not clearly one thing."""
+    """The repository holds no weights to serve, or more than one kind to choose from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class RemoteFile:
 
     name: str
     size: int
-    sha256: str | None = None  # of files in Git LFS: all that are large
+    sha256: str | None = None  # only of files in Git LFS, which all large ones are
 
     @property
     def extension(self) -> str:
@@ -44,7 +44,7 @@ class RemoteFile:
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """What is to be fetched: the small files first, so that weights are never without an index."""
+    """The files to fetch: the small ones first, so that weights always have their index."""
 
     texts: tuple[RemoteFile, ...]
     weights: tuple[RemoteFile, ...]

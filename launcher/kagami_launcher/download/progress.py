@@ -19,7 +19,7 @@ _WORD_EVERY_S = 30.0  # a file of 5 GB takes minutes, and a silent log looks lik
 
 
 class Progress(Protocol):
-    """Told by every transfer, from its own thread."""
+    """Every transfer reports to it from its own thread."""
 
     def start(self, file: RemoteFile) -> None: ...
     def advance(self, num_bytes: int) -> None: ...
@@ -59,7 +59,7 @@ class Lines:
         log.info("Download: [%s/%s] -- ETA: %s", self._files_done, self._num_files, self._eta())
 
     def close(self) -> None:
-        """Nothing is held back."""
+        """Nothing is buffered."""
 
     def _eta(self) -> str:
         left = max(0, self._num_bytes - self._bytes_done)
@@ -70,7 +70,7 @@ class Lines:
 
 
 class Bar:
-    """One bar over all files; it owns its line of the terminal, so nothing else is said."""
+    """One bar over all files; it owns its line of the terminal, so there are no log lines."""
 
     def __init__(self, num_files: int, num_bytes: int, terminal: TextIO) -> None:
         self._terminal = terminal
@@ -86,7 +86,7 @@ class Bar:
         )
 
     def start(self, file: RemoteFile) -> None:
-        """The bar stands for all."""
+        """Nothing: one bar stands for all files."""
 
     def advance(self, num_bytes: int) -> None:
         with self._lock:

