@@ -108,3 +108,22 @@ def test_a_source_file_that_is_gone_is_found(tmp_path: Path) -> None:
     document.write_text("`scheduler/blocks.py` `scheduler/gone.py` `a b.py`\n")
 
     assert missing_sources(document) == ["scheduler/gone.py"]
+
+
+# "notes/0004" in a comment is the part's own note, "router/notes/0009" another part's.
+NOTE = re.compile(r"(?:\b(router|shard|launcher|proto)/)?\bnotes/(\d{4})")
+CODE = [name for name in files() if name.endswith((".py", ".cpp", ".h", ".proto"))]
+
+
+def test_every_note_that_the_code_names_exists() -> None:
+    notes = {name[: name.index("notes/") + 10] for name in files() if "/notes/0" in name}
+
+    named = [
+        (name, f"{part or name.partition('/')[0]}/notes/{number}")
+        for name in CODE
+        if not name.startswith("tests/")
+        for part, number in NOTE.findall((ROOT / name).read_text(encoding="utf-8"))
+    ]
+
+    assert named
+    assert [(name, note) for name, note in named if note not in notes] == []

@@ -8,7 +8,7 @@ from torch import Tensor
 from kagami_shard.backends.native.library import Library, pointer
 from kagami_shard.forward.kv_cache import KVCache
 
-# Looks at a barrier before a thread sleeps; see notes/0008.
+# Looks at a barrier before a thread sleeps (notes/0004).
 SPINS = 2_000
 
 
