@@ -6,7 +6,7 @@ from aiohttp import ClientSession, web
 
 from kagami_proto.errors import KagamiError
 from kagami_router.api.web import sse
-from kagami_router.request.values import plain_event as text_event
+from kagami_router.request.values import text_event
 from kagami_router.serving.generation_stream import Events, Sink
 
 
