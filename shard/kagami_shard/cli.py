@@ -1,4 +1,4 @@
-"""argv and environment of a shard -> ServeArgs; nobody else here reads either.
+"""The command line and environment of a shard become `ServeArgs`; only this file reads them.
 
 Imports nothing heavy: `--help` must be instant.
 """
@@ -60,7 +60,7 @@ class ServeArgs:
     native: bool
     """Whether the CPU's own kernels may serve"""
     cache_folder: Path
-    """Where what was built for this machine is kept"""
+    """Where the library built for this machine lies"""
     version: str
     tracing: TracingPlan | None
     """None: no traces"""
@@ -131,7 +131,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> ServeArgs:
 
 
 def cache_folder(environ: Mapping[str, str]) -> Path:
-    """The XDG Base Directory Specification's, and ours in it; never one that others may fill."""
+    """Our folder in the user's cache (XDG Base Directory Specification), which no one else fills."""
     # Not Path.home(): a container's user may have none, which must not keep a shard from starting.
     home = environ.get("HOME") or os.path.expanduser("~")
     base = environ.get("XDG_CACHE_HOME") or Path(home, ".cache")

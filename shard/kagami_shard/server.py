@@ -42,7 +42,7 @@ from kagami_shard.service import TextGenerationService
 
 logger = logging.getLogger(__name__)
 
-# For a step that still runs at SIGTERM; the router has drained before.
+# Time for a step that still runs at SIGTERM; the router has drained before.
 _GRACE_S = 2.0
 # Objects that outlive their step are those of a sequence.
 _COLLECT_AFTER = 50_000
@@ -66,7 +66,7 @@ def serve(args: ServeArgs) -> int:
                 context=context_of(args.start_traceparent),
             ):
                 engine, facts, late_build = thread.submit(_load, args).result()
-        # The process's border: whatever stops the load is the last thing that this process says.
+        # The border of the process: its last log line says what stopped the load.
         except Exception as error:
             if is_out_of_memory(error):
                 logger.error("Error when initializing model: not enough memory: %s", error)
@@ -75,8 +75,8 @@ def serve(args: ServeArgs) -> int:
             else:
                 logger.exception("Error when initializing model: %s", error)
             return 1
-        # What the imports and the model have made stays: no collection needs to look through it
-        # again (m: 3 % of a native step's time). A step's own objects die with the step.
+        # Objects made by the imports and the model stay, so no collection needs to look at them
+        # again (measured: 3 % of a native step's time). A step's own objects die with the step.
         gc.collect()
         gc.freeze()
         gc.set_threshold(_COLLECT_AFTER, *gc.get_threshold()[1:])
@@ -106,8 +106,8 @@ def serve(args: ServeArgs) -> int:
 def default_threads(world_size: int) -> int:
     """A thread for each core that the process may use; ranks share those of one machine.
 
-    They meet many times in a step: with more of them than cores all wait for one that has none
-    (m: SmolLM2 on two cores, a decode of 21 ms with two threads, 86 with eight, 683 with 64).
+    They meet many times in a step: with more threads than cores, all wait for one without a core
+    (measured: SmolLM2 on two cores, a decode of 21 ms with two threads, 86 with 8, 683 with 64).
     """
     return max(1, min(torch.get_num_threads(), cgroup.num_cores() or sys.maxsize) // world_size)
 
@@ -115,8 +115,8 @@ def default_threads(world_size: int) -> int:
 def _end_now(socket: Path, code: int) -> NoReturn:
     """End this process, a rank of several, without waiting for ranks that may be gone.
 
-    A step may hang in a collective that another rank never called; so may the end of a group. The
-    router hears of its stream's end by the socket.
+    A step may hang in a collective that another rank never called, and so may the end of a group.
+    The router notices the end of its stream by the socket.
     """
     socket.unlink(missing_ok=True)
     logging.shutdown()

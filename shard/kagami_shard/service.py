@@ -1,4 +1,4 @@
-"""gRPC in, engine call, gRPC out: protobuf stops here."""
+"""The gRPC service: messages become calls of the engine. No protobuf behind this file."""
 
 import asyncio
 import contextlib
@@ -156,12 +156,12 @@ class TextGenerationService(generate_pb2_grpc.TextGenerationServiceServicer):
             if stream.is_superseded:
                 return
             self._worker.run(step_from_pb(message), stream.publish)
-        # Behind the last step's result: the worker is done with this stream.
+        # Queued after the last step: then the worker is done with this stream.
         self._worker.call(stream.end)
 
 
 class _Stream:
-    """One router's step stream: what the worker's thread has for it, in order."""
+    """One router's step stream: the results of the worker's thread, in order."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -169,7 +169,7 @@ class _Stream:
         self.is_superseded = False
 
     def supersede(self) -> None:
-        """Another stream took over: steps and results of this one count no more."""
+        """Another stream took over: steps and results of this one are ignored."""
         self.is_superseded = True
         self.results.put_nowait(None)
 
@@ -220,7 +220,7 @@ def _new_sequence(new: pb.NewSequence) -> NewSequence:
 
 
 def _refusal(new: pb.NewSequence) -> str:
-    """What the wire can ask for and this shard cannot do."""
+    """Why this shard cannot serve what the message asks for; empty if it can."""
     if new.adapter_id:
         return f"this shard has no adapter {new.adapter_id!r}"
     return ""

@@ -1,8 +1,8 @@
 """Warm up, admit, run a step, drop: the algorithm of a shard.
 
 A step is *launched* (its work is given to the device) and *collected* (its results are read). On
-a GPU the next step is launched before the last one is collected: a sampled id that has not been
-read yet is fed to the next step on the device. One thread drives the engine.
+a GPU the next step is launched before the last one is collected: it reads the sampled ids on the
+device, before the host has them. One thread drives the engine.
 """
 
 import logging
@@ -58,7 +58,7 @@ class Engine:
         watermark: Watermark | None = None,
         probe: Probe | None = None,
     ) -> None:
-        """`probe` measures the bandwidth of the memory at the warm-up; None: nobody asks."""
+        """`probe` measures the bandwidth of the memory at the warm-up; None: it is not measured."""
         self._backend = backend
         self._parallel = parallel or Alone()
         self._grammars = grammars
@@ -110,7 +110,7 @@ class Engine:
         return self._draw(self._logits(self._batch(items, items, []), cache), items)
 
     def take_memory_ahead(self) -> bool:
-        """Use some milliseconds without work; False: there is no more to take."""
+        """Use some idle milliseconds to take memory; False: there is no more to take."""
         return self.cache is not None and self.cache.take_ahead()
 
     # ------------------------------------------------------------------ steps
@@ -121,7 +121,7 @@ class Engine:
         self._greedy = None
 
     def compile_grammar(self, grammar: Grammar) -> None:
-        """Have `grammar` ready for a sequence; on any thread. Raises `InvalidRequest`."""
+        """Make `grammar` ready for a sequence, on any thread. Raises `InvalidRequest`."""
         self._known_grammars.compile(grammar)
 
     @property
@@ -142,8 +142,8 @@ class Engine:
     def launch(self, step: Step) -> Launched | StepResult:
         """Apply the changes of `step` and give its forward pass to the device.
 
-        Whatever the forward pass raises passes through; nothing was sampled then. `RankLost` if
-        another rank did not raise as well.
+        Raises what the forward pass raises; nothing was sampled then. Raises `RankLost` if another
+        rank did not raise as well.
         """
         started_ns = time.perf_counter_ns()
         batch, self._greedy = self._greedy, None
@@ -203,7 +203,7 @@ class Engine:
         started_ns: int,
         admission_ns: int,
     ) -> StepResult:
-        """A step of `batch`, which the next one may go on with."""
+        """Compute a step of `batch`; the next step may go on with it."""
         num_lost = batch.run()
         rows = (batch.sequence_ids, batch.token_ids, batch.logprobs)
         if num_lost:
@@ -231,16 +231,16 @@ class Engine:
         logprobs: Sequence[float],
         failures: dict[int, str],
     ) -> tuple[list[int], list[int], list[float]]:
-        """The rows that have a distribution; the others' sequences fail."""
-        kept = [row for row, logprob in enumerate(logprobs) if isfinite(logprob)]
+        """The rows that have a distribution; the sequences of the others fail."""
+        finite = [row for row, logprob in enumerate(logprobs) if isfinite(logprob)]
         with torch.inference_mode():
-            for row in set(range(len(ids))).difference(kept):
+            for row in set(range(len(ids))).difference(finite):
                 failures[ids[row]] = NOT_FINITE
                 self._quarantine(self._states[ids[row]])
         return (
-            [ids[row] for row in kept],
-            [token_ids[row] for row in kept],
-            [logprobs[row] for row in kept],
+            [ids[row] for row in finite],
+            [token_ids[row] for row in finite],
+            [logprobs[row] for row in finite],
         )
 
     def _filling(self, items: Sequence[Item]) -> AbstractContextManager[Future[Banned | None]]:
@@ -253,7 +253,8 @@ class Engine:
         """A token for each item, the same on every rank.
 
         The gathered logits have the same bits everywhere, so greedy choices agree by themselves.
-        A draw reads a running sum, which a GPU may round differently each time: rank 0's counts.
+        A random draw reads a running sum, which a GPU may round differently each time: the draw of
+        rank 0 counts.
         """
         rows = [item.state.row() for item in items]
         drawn = draw(
@@ -275,14 +276,14 @@ class Engine:
         logprobs = launched.drawn.logprobs.tolist()
         finite = launched.drawn.logprobs.isfinite().tolist()
         failures = launched.failures
-        kept: list[int] = []
+        sampled: list[int] = []
         for row, item in enumerate(launched.items):
             if finite[row]:
                 item.state.take(token_ids[row])
                 if item.state.grammar is not None and (error := item.state.grammar.error):
                     failures[item.state.id] = f"the grammar stopped the sequence: {error}"
                 else:
-                    kept.append(row)
+                    sampled.append(row)
             else:
                 failures[item.state.id] = NOT_FINITE
                 self._quarantine(item.state)
@@ -290,10 +291,10 @@ class Engine:
         device_ns, sampling_ns = launched.elapsed.times()
         return StepResult(
             number=launched.number,
-            ids=[launched.items[row].state.id for row in kept],
-            token_ids=[token_ids[row] for row in kept],
-            logprobs=[logprobs[row] for row in kept],
-            top_tokens=top_tokens(launched, kept),
+            ids=[launched.items[row].state.id for row in sampled],
+            token_ids=[token_ids[row] for row in sampled],
+            logprobs=[logprobs[row] for row in sampled],
+            top_tokens=top_tokens(launched, sampled),
             prompt_logprobs=split_prompt_logprobs(launched),
             failures=failures,
             host_ns=finished_ns - launched.started_ns,
@@ -340,7 +341,7 @@ class Engine:
         return ""
 
     def _items(self, work: Iterable[Work], failures: dict[int, str]) -> list[Item]:
-        """The work that can be done, single tokens first, by length; what cannot is a failure."""
+        """The work that can be done, single tokens first, by length; the rest are `failures`."""
         items: list[Item] = []
         for sequence_id, position, count, wanted in work:
             if sequence_id in failures:
@@ -368,13 +369,13 @@ class Engine:
         return build_batch(items, samples, prompts, block_size=self.block_size, device=device)
 
     def _logits(self, batch: ForwardBatch, cache: KVCache) -> torch.Tensor:
-        """After the rows that the batch selects; their memory is used again by the next step."""
+        """Logits after the selected rows; the next step may use their memory again."""
         logits = self._backend.run(batch, cache, OutputKind.LOGITS).logits
         assert logits is not None
         return logits
 
     def _prompt_scores(self, logits: torch.Tensor, prompts: list[Item]) -> Scores:
-        """Those of the next prompt token after each row, all items in one column."""
+        """The scores of the prompt token that follows each row, for all items in one column."""
         targets: list[int] = []
         for item in prompts:
             first = item.position + 1
@@ -384,11 +385,11 @@ class Engine:
         return score(logits, target_ids, width, self._backend.scorer)
 
     def _quarantine(self, state: GenerationState) -> None:
-        """Stop a sequence whose values are not finite, and whoever shares such a block with it.
+        """Stop a sequence whose values are not finite, and all that share such a block with it.
 
-        The blocks are cleaned for their next owner: a masked read of NaN is still NaN. Those of
-        a shared prefix that are finite stay as they are. A block is bad on all ranks or on none,
-        or they would not stop the same sequences.
+        The bad blocks are cleared for their next owner: a masked read of NaN is still NaN. Finite
+        blocks of a shared prefix stay as they are. A block counts as bad on all ranks or on none,
+        so that all ranks stop the same sequences.
         """
         assert self.cache is not None
         state.has_failed = True

@@ -1,4 +1,4 @@
-"""What the engine keeps of one sequence; all of it can be rebuilt from its ids at any time."""
+"""The engine's state of one sequence; all of it can be rebuilt from the ids at any time."""
 
 from typing import NamedTuple
 
@@ -60,7 +60,7 @@ class GenerationState:
 
     @property
     def num_known(self) -> int:
-        """Tokens whose id exists, be it on the device."""
+        """Tokens that have an id, also those whose id is still on the device."""
         return len(self.ids) + self.num_pending
 
     def row(self) -> SamplingRow:

@@ -1,8 +1,8 @@
 """Greedy decodes that go on from step to step: what does not change is not built again.
 
-Most steps ask for the sequences of the step before, one token further. The caches are cold when
-one begins, for the model has just been read through them, and all that lies between two forward
-passes is paid for with the model standing still (notes/0015).
+Most steps ask for the same sequences as the step before, one token further. Python's work between
+two forward passes is slow, for the CPU's caches have just been filled with weights, and the model
+stands still meanwhile (notes/0015).
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -31,7 +31,7 @@ def is_greedy_decode(item: Item) -> bool:
 
 
 class GreedyBatch:
-    """The sequences of a step, and what the next one will ask for if nothing comes between."""
+    """The sequences of a step, and what the next step asks for if nothing changes."""
 
     def __init__(
         self, decodes: Decodes, block_size: int, items: Sequence[Item], asked_ids: Sequence[int]
@@ -39,7 +39,7 @@ class GreedyBatch:
         """`decodes` has a row for each of `items`; `asked_ids` is their order in a step."""
         self._states = [item.state for item in items]
         self.sequence_ids = [state.id for state in self._states]
-        """Of each row"""
+        """The sequence of each row"""
         self.token_ids: list[int] = []
         self.logprobs: list[float] = []
         position_of = {item.state.id: item.position for item in items}
@@ -54,9 +54,9 @@ class GreedyBatch:
     def of(
         cls, backend: Backend, cache: KVCache, items: Sequence[Item], work: Iterable[Work]
     ) -> "GreedyBatch | None":
-        """The batch of `items`, which are what can be done of a step's `work`.
+        """The batch of `items`, the part of a step's `work` that can be done.
 
-        None if one of them is more than a greedy decode, or the backend cannot carry them on.
+        None if an item wants more than a greedy decode, or the backend cannot carry them on.
         """
         if not all(map(is_greedy_decode, items)):
             return None
@@ -77,7 +77,7 @@ class GreedyBatch:
         return self._decodes.sampling_ns
 
     def takes(self, step: Step) -> bool:
-        """Whether `step` goes on with these sequences. If it does, its grants are taken in."""
+        """Whether `step` goes on with these sequences. If so, its blocks are added to theirs."""
         work = step.work
         if (
             step.new_sequences
@@ -103,7 +103,10 @@ class GreedyBatch:
         return True
 
     def run(self) -> int:
-        """One step; how many rows gave no distribution: after any, the batch is of no more use."""
+        """Compute one step; returns how many rows gave no distribution.
+
+        If any did, the batch cannot be used again.
+        """
         num_lost = self._decodes.run()
         self.token_ids, self.logprobs = self._decodes.chosen()
         for state, token_id in zip(self._states, self.token_ids, strict=True):
@@ -113,9 +116,9 @@ class GreedyBatch:
         return num_lost
 
     def _steps_left(self, grants: Mapping[int, Sequence[int]]) -> int:
-        """Steps until a sequence needs a block that it has not, `grants` taken in.
+        """Steps until a sequence needs a block that it does not have, with those of `grants`.
 
-        0 where a grant is not for these sequences, or has no room.
+        0 if a grant is for another sequence, or its row has no room.
         """
         if not grants.keys() <= self._row_of.keys():
             return 0

@@ -1,4 +1,4 @@
-"""What the sequences of a step ask for, and the tensors that they become."""
+"""The work of a step, item by item, and the tensors made from it."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -27,7 +27,7 @@ class Item(NamedTuple):
 
 
 def prompt_rows(item: Item) -> int:
-    """After how many of the item's tokens a prompt logprob is wanted."""
+    """The number of the item's tokens after which a prompt logprob is wanted."""
     if not item.state.prompt_logprobs:
         return 0
     return max(0, min(item.end, item.state.num_prompt_tokens - 1) - item.position)
@@ -43,7 +43,7 @@ def build_batch(
 ) -> ForwardBatch:
     """The tensors of a step.
 
-    Rows of logits are first those of `samples`, one each, then `prompt_rows` of each of `prompts`.
+    The selected rows are first one of each of `samples`, then `prompt_rows` of each of `prompts`.
     """
 
     def tensor(values: Sequence[object]) -> Tensor:
@@ -75,7 +75,7 @@ def build_batch(
         rows += range(first, first + prompt_rows(item))
     ids = tensor(input_ids)
     if pending:
-        # All pending ids come from one step, the one before this.
+        # All pending ids come from one step: the last one.
         source = pending[0].token_ids
         ids[tensor(pending_rows)] = source[tensor([p.row for p in pending])]
     width = max(blocks_for(item.end, block_size) for item in items)

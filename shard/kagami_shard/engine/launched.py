@@ -1,4 +1,4 @@
-"""A step between its launch and its results."""
+"""A step that was launched and is not collected yet."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -15,7 +15,7 @@ class Launched(NamedTuple):
 
     number: int
     items: list[Item]
-    """Those that sample a token, in the order of `drawn`'s rows"""
+    """The items that sample a token, in the order of `drawn`'s rows"""
     drawn: Drawn
     prompt_items: list[Item]
     prompt_scores: Scores | None
@@ -26,18 +26,18 @@ class Launched(NamedTuple):
 
 
 def is_known_done(launched: Launched | StepResult) -> bool:
-    """Whether the device says that it has finished, well or not; without waiting for it."""
+    """Whether the device has finished, well or not. Does not wait for it."""
     return isinstance(launched, StepResult) or launched.elapsed.is_done
 
 
-def top_tokens(launched: Launched, kept: Sequence[int]) -> list[TopTokens]:
-    if not any(launched.items[row].state.top_n_tokens for row in kept):
+def top_tokens(launched: Launched, rows: Sequence[int]) -> list[TopTokens]:
+    if not any(launched.items[row].state.top_n_tokens for row in rows):
         return []
     ids = launched.drawn.top_ids.tolist()
     logprobs = launched.drawn.top_logprobs.tolist()
     return [
         TopTokens(index, ids[row][:width], logprobs[row][:width])
-        for index, row in enumerate(kept)
+        for index, row in enumerate(rows)
         if (width := launched.items[row].state.top_n_tokens)
     ]
 

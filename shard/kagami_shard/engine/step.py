@@ -1,4 +1,4 @@
-"""What one step asks of the engine and what it brings: the wire's meaning without protobuf."""
+"""What one step asks of the engine, and its result: the wire's messages without protobuf."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,11 +10,11 @@ from kagami_proto.values import Grammar, SamplingParams, Wanted
 
 @dataclass(frozen=True, slots=True)
 class NewSequence:
-    """A sequence that the shard has not, or no longer, in memory."""
+    """A sequence that the shard does not have in memory, or no longer has."""
 
     id: int
     token_ids: Sequence[int]
-    """Prompt, and on a replay what was generated since"""
+    """The prompt; on a replay also the tokens that were generated"""
     num_prompt_tokens: int
     sampling: SamplingParams
     top_n_tokens: int = 0
@@ -74,14 +74,14 @@ class WorkColumns:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One change set and the work of one forward pass."""
+    """The changes since the last step, and the work of one forward pass."""
 
     number: int
     new_sequences: Sequence[NewSequence] = ()
     drop_ids: Sequence[int] = ()
     work: Collection[Work] = ()
     grants: Mapping[int, Sequence[int]] = field(default_factory=dict)
-    """Blocks appended to block tables before the work, by sequence id"""
+    """Blocks to append to block tables before the work, by sequence id"""
 
 
 class TopTokens(NamedTuple):
@@ -105,7 +105,7 @@ class PromptLogprobs(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What a step brought; with `error` set nothing of it was computed."""
+    """The result of a step; if `error` is set, nothing of the step was computed."""
 
     number: int
     ids: Sequence[int] = ()
@@ -119,6 +119,6 @@ class StepResult:
     host_ns: int = 0
     device_ns: int = 0
     sampling_ns: int = 0
-    """Of `device_ns`"""
+    """The part of `device_ns` that sampling took"""
     admission_ns: int = 0
-    """Of `host_ns`: dropping, admitting, granting"""
+    """The part of `host_ns` that dropping, admitting and granting took"""

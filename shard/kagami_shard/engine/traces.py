@@ -1,12 +1,13 @@
-"""The shard's spans: what a sequence's steps took here, and each step by itself where asked for.
+"""The shard's spans: how long a sequence's steps took, and each single step if asked for.
 
-Two spans a sequence, each under the router's span of the same phase, whose ids came with it:
+A sequence has two spans. Each is a child of the router's span of the same phase, whose ids came
+with the sequence:
 
     shard.prefill   from the first step with one of its chunks to the last
-    shard.decode    all steps that brought one token each, rolled up; it ends when the sequence is
+    shard.decode    all steps that brought one token each, summed up; it ends when the sequence is
                     dropped
 
-Only sequences whose trace is sampled are known here. Lives on the engine's one thread.
+Only sequences whose trace is sampled are recorded. All of it runs on the engine's one thread.
 """
 
 import time
@@ -20,13 +21,13 @@ from kagami_proto.span_names import EventName, Key, SpanName
 from kagami_proto.tracing import NO_TRACING, Tracing, context_of
 from kagami_shard.engine.step import NewSequence, Step, StepResult
 
-# OTLP's collectors keep 128 links of a span; the last ones say what happened at its end.
+# OTLP's collectors hold 128 links of a span; the last ones say what happened at its end.
 _MAX_LINKS = 128
 
 
 @dataclass(slots=True)
 class _Phase:
-    """The steps of one sequence in one phase so far; nanoseconds since 1970, and durations."""
+    """The steps of one sequence in one phase, until now; times in nanoseconds since 1970."""
 
     started_ns: int
     ended_ns: int = 0
@@ -54,7 +55,7 @@ class _Phase:
 
 @dataclass(slots=True)
 class _Traced:
-    """One sequence: the contexts of its phases, and the phase it is in."""
+    """One sequence: the trace contexts of its phases, and its present phase."""
 
     prefill: Context
     decode: Context
@@ -65,7 +66,7 @@ class _Traced:
 
 
 class SequenceTraces:
-    """Told of every step by the worker: `launched` before it runs, `finished` with its result."""
+    """The worker calls `launched` before each step, and `finished` with the step's result."""
 
     def __init__(
         self, tracing: Tracing = NO_TRACING, *, rank: int = 0, has_step_spans: bool = False
@@ -81,7 +82,7 @@ class SequenceTraces:
         return self._tracing.spans_dropped
 
     def launched(self, step: Step) -> None:
-        """Drops end spans; new sequences that are sampled are known from now on."""
+        """End the spans of dropped sequences, and record new ones whose trace is sampled."""
         if self._traced:
             self._drop(step.drop_ids)
         if self._tracing.is_on:
@@ -90,7 +91,7 @@ class SequenceTraces:
                     self._admit(new)
 
     def finished(self, step: Step, result: StepResult, started_ns: int) -> None:
-        """`started_ns`: when the step was begun, in nanoseconds since 1970."""
+        """Add the step to its sequences; it began at `started_ns`, in nanoseconds since 1970."""
         if not self._traced:
             return
         present = [(work, traced) for work in step.work if (traced := self._traced.get(work.id))]
@@ -117,7 +118,7 @@ class SequenceTraces:
                 traced.is_decoding = True
 
     def reset(self) -> None:
-        """Every sequence is forgotten."""
+        """End all spans and forget every sequence."""
         self._drop(list(self._traced))
 
     def _admit(self, new: NewSequence) -> None:
@@ -167,7 +168,7 @@ class SequenceTraces:
         ended_ns: int,
         traced: Sequence[_Traced],
     ) -> list[trace.Link]:
-        """Export a step as a trace of its own; the link to it, if steps are asked for."""
+        """Export the step as a trace of its own, if steps are asked for; returns the link to it."""
         if not self._has_step_spans:
             return []
         parents = [one.decode if one.is_decoding else one.prefill for one in traced]

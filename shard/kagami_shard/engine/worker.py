@@ -1,7 +1,7 @@
 """The loop that drives the engine on its one thread, fed by a queue.
 
-It runs steps in the order they come, publishes results through a callback and keeps what `Health`
-asks for: plain attributes, written here alone and read from anywhere.
+It runs steps in the order they come and publishes results through a callback. What `Health` asks
+for are attributes that only this loop writes and any thread may read.
 """
 
 import logging
@@ -20,23 +20,23 @@ from kagami_shard.machine.memory import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
-# Without anything to do for so long a server is idle, and not between two steps.
+# A server without work for so long is idle, and not between two steps.
 _IDLE_S = 0.1
 
 Publish = Callable[[StepResult], None]
 
 
 class Worker:
-    """A context manager: its loop occupies the one thread of `thread` from entering to leaving.
+    """A context manager; while it is entered, its loop occupies the one thread of `thread`.
 
-    The thread should be the one that loaded the model, and no other may compute: OpenMP keeps a
-    team of threads for each thread that ever did, and with more threads than cores it stops
-    spinning between two operations (m: 27 ms a step against 16, SmolLM2-135M on two cores).
+    The thread should be the one that loaded the model, and no other thread may compute: OpenMP
+    keeps a team of threads for each thread that ever did. With more threads than cores it stops
+    spinning between two operations (measured: 27 ms a step against 16, SmolLM2-135M, two cores).
 
-    With `overlap` a step is launched before the one before it is collected, if it is there by
-    then and the device still works; on a CPU, where launching is computing, that would only delay
-    results. Ranks of one model may not overlap: what a collected step says about failures must
-    reach the next one on all of them, and each would find another moment to collect.
+    With `overlap` a step is launched before the last one is collected, if it has arrived by then
+    and the device still works. On a CPU launching is computing, so overlap would only delay
+    results. Ranks of one model may not overlap: the failures of a collected step must reach the
+    next step on all ranks, but each rank would collect at another moment.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Worker:
             queue.SimpleQueue()
         )
         self.ended: Future[None] = Future()
-        """Done when the loop has ended: at the exit, or by the exception that it then holds"""
+        """Done when the loop has ended; holds the exception if one ended it"""
         self._launched: tuple[Launched | StepResult, Step, Publish, int] | None = None
         self.last_step = 0
         self.last_step_ns = 0
@@ -72,7 +72,7 @@ class Worker:
         wait((self.ended,))
 
     def stop(self) -> None:
-        """End the loop behind what is queued."""
+        """End the loop after everything that is queued."""
         self._queue.put(None)
 
     def run(self, step: Step, publish: Publish) -> None:
@@ -115,8 +115,8 @@ class Worker:
         self.busy_since_ns = time.monotonic_ns()
         started_ns = time.time_ns()
         self.traces.launched(step)
-        # A device that is idle gains nothing from a launch that comes first, and whoever waits for
-        # the last step would wait for the launch too (m: two tokens each 28 ms, not one each 14).
+        # An idle device gains nothing if the launch comes first, and the client of the last step
+        # would wait for the launch too (measured: two tokens every 28 ms, not one every 14).
         is_idle = self._launched is not None and is_known_done(self._launched[0])
         if is_idle or self._engine.reads_history(step):
             self._collect()
@@ -162,10 +162,10 @@ class Worker:
 
 
 def _raise_if_parted(error: Exception) -> None:
-    """Ranks do not find together again.
+    """Ranks that are out of step stay so.
 
-    No result says so: the router would wait for that of a rank that hangs, while the end of this
-    one's stream is heard at once.
+    No result is published: the router would still wait for the result of a rank that hangs. It
+    hears the end of this rank's stream at once.
     """
     if isinstance(error, RankLost):
         raise error

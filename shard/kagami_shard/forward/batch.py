@@ -26,7 +26,7 @@ class Queries:
     """The first `num_decodes` runs have one token each"""
 
     def at(self, rows: Sequence[int]) -> "Queries":
-        """The tokens at `rows`, in that order; itself if these are all, as they lie."""
+        """The tokens at `rows`, in that order; `self` if these are all tokens in their order."""
         ends = list(accumulate(self.query_lens))
         if list(rows) == list(range(sum(self.query_lens))):
             return self
@@ -65,10 +65,10 @@ class ForwardBatch:
     queries: Queries
     """All tokens, a run for each sequence"""
     logits_rows: Tensor
-    """`[num_rows]` int64, the tokens after which logits are wanted"""
+    """`[num_rows]` int64, the tokens after which logits or vectors are wanted"""
     selected: Queries
-    """Those tokens: all that the last layer computes, beside keys and values; `queries` if they
-    are all, in order"""
+    """The tokens at those rows. Beside keys and values the last layer computes nothing else. It is
+    `queries` itself if all tokens are selected, in order"""
 
     @property
     def num_tokens(self) -> int:

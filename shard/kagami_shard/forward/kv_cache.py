@@ -2,12 +2,12 @@
 
 A block holds `block_size` tokens of one sequence in every layer; a slot is one token's place,
 `block * block_size + offset` (PagedAttention, arXiv:2309.06180, section 4.2). Who holds which
-block is the router's business. Block 0 is scratch: padding reads and writes there.
+block is decided by the router. Block 0 is scratch: padding reads and writes there.
 
     keys[layer]    [num_blocks, block_size, num_kv_heads, head_dim]
     values[layer]  [num_blocks, block_size, num_kv_heads, value_dim]
 
-Within a block a backend may have an order of its own, as the native one has (its `cache.h`).
+Within a block a backend may use its own order, as the native one does (its `cache.h`).
 """
 
 from collections.abc import Sequence
@@ -54,7 +54,7 @@ class KVCache:
         device: torch.device,
         pages: HostPages | None = None,
     ) -> None:
-        """With `pages` the tensors lie in those, else where torch puts them on `device`."""
+        """With `pages` the tensors lie in those, else torch allocates them on `device`."""
         self.num_blocks = num_blocks
         self.block_size = block_size
         self._pages = pages
@@ -79,7 +79,7 @@ class KVCache:
         self.values[layer].flatten(0, 1).index_copy_(0, slots, value)
 
     def num_non_finite(self, blocks: Sequence[int]) -> Tensor:
-        """`[len(blocks)]` int64: in how many of its tensors a block has a value that is not."""
+        """`[len(blocks)]` int64: the number of its tensors in which a block is not finite."""
         index = self._index(blocks)
         return torch.stack(
             [~tensor[index].isfinite().flatten(1).all(-1) for tensor in (*self.keys, *self.values)]

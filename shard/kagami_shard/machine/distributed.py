@@ -1,10 +1,10 @@
 """The ranks of one model: how they meet, and the collectives they compute with.
 
 Every rank is a process (one GPU each, or a share of the CPU) and gets the same steps from the
-router, so all call the same collectives in the same order; nothing but tensors and, after an
-exception, one count travels between them. What a collective returns has the same bits on every
-rank: a sum is made once and handed round, gathered parts are copies. The groups are objects of
-`connect`'s caller: torch's process-wide default group is not used.
+router, so all ranks call the same collectives in the same order. Only tensors travel between them
+and, after an exception, one count. What a collective returns has the same bits on every rank: a sum
+is computed once and sent to all, gathered parts are copies. The caller of `connect` owns the group:
+torch's process-wide default group is not used.
 """
 
 import errno
@@ -34,20 +34,20 @@ _POLL_S = 0.01
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
-class Work(Protocol):
-    """A collective under way; on a GPU waiting for it only orders the streams."""
+class Collective(Protocol):
+    """A collective that was started; on a GPU, waiting for it only orders the streams."""
 
     def wait(self) -> bool: ...
 
 
-class Backend(Protocol):
-    """What is used of torch's process groups, which their stubs do not tell."""
+class ProcessGroup(Protocol):
+    """The part of torch's process groups that is used here; torch's stubs do not declare it."""
 
-    def allreduce(self, tensors: list[Tensor]) -> Work: ...
+    def allreduce(self, tensors: list[Tensor]) -> Collective: ...
 
-    def broadcast(self, tensors: list[Tensor], options: dist.BroadcastOptions) -> Work: ...
+    def broadcast(self, tensors: list[Tensor], options: dist.BroadcastOptions) -> Collective: ...
 
-    def _allgather_base(self, parts: Tensor, tensor: Tensor) -> Work: ...
+    def _allgather_base(self, parts: Tensor, tensor: Tensor) -> Collective: ...
 
 
 class Store(Protocol):
@@ -81,11 +81,11 @@ class TensorParallel(Protocol):
         """Rank 0's tensor, on every rank."""
 
     def together(self) -> AbstractContextManager[None]:
-        """A scope whose exceptions pass if all ranks have one, else become `RankLost`."""
+        """A scope. Its exception passes if all ranks have one, else it becomes `RankLost`."""
 
 
 class Alone:
-    """One rank: every collective is what it was given."""
+    """One rank alone: every collective returns its argument."""
 
     rank = 0
     size = 1
@@ -104,15 +104,15 @@ class Alone:
 
 
 class Group:
-    """Several ranks over `backend`; `store` is where they meet when a step went wrong.
+    """Several ranks over `backend`; they meet at `store` when a step failed.
 
-    Of nothing, such as logits nobody wants, no rank tells another anything.
+    Empty tensors, such as logits that nobody wants, are not sent.
 
-    A collective that one rank never calls ends the others' after the backend's time-out: Gloo
+    If one rank never calls a collective, it ends on the others after the backend's time-out: Gloo
     raises (at once, if the other process is gone), NCCL's watchdog ends the process.
     """
 
-    def __init__(self, backend: Backend, store: Store, rank: int, size: int) -> None:
+    def __init__(self, backend: ProcessGroup, store: Store, rank: int, size: int) -> None:
         self.rank = rank
         self.size = size
         self._backend = backend
@@ -147,10 +147,10 @@ class Group:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Passes an exception on if every rank has one after the same number of collectives.
+        """Pass an exception on if every rank has one after the same number of collectives.
 
         Then no collective hangs half done, and all ranks fail the same step and go on. Otherwise
-        this rank cannot know what the others do: `RankLost`.
+        this rank cannot know what the others do, and raises `RankLost`.
         """
         try:
             yield
@@ -236,19 +236,19 @@ def _port_problem(address: str, port: int, error: OSError) -> str:
     return f"cannot listen on port {port} of {address}: {error.strerror}"
 
 
-def _gloo(store: Store, rank: int, size: int, *, is_local: bool) -> Backend:
+def _gloo(store: Store, rank: int, size: int, *, is_local: bool) -> ProcessGroup:
     groups: Any = dist.ProcessGroupGloo  # whose stubs lag behind what it takes
     options = groups._Options()
     options._timeout = timedelta(seconds=_COLLECTIVE_S)
     device = groups.create_device(hostname="localhost") if is_local else None
     options._devices = [device or groups.create_default_device()]
-    backend: Backend = groups(store, rank, size, options)
+    backend: ProcessGroup = groups(store, rank, size, options)
     return backend
 
 
-def _nccl(store: Store, rank: int, size: int) -> Backend:
+def _nccl(store: Store, rank: int, size: int) -> ProcessGroup:
     groups: Any = dist.ProcessGroupNCCL
     options = groups.Options(is_high_priority_stream=True)
     options._timeout = timedelta(seconds=_COLLECTIVE_S)
-    backend: Backend = groups(store, rank, size, options)
+    backend: ProcessGroup = groups(store, rank, size, options)
     return backend

@@ -1,4 +1,4 @@
-"""How much memory there is for the KV cache, fresh pages, and the errors of there being too few."""
+"""Memory: how much the KV cache may take, pages from the kernel, and which errors mean none."""
 
 import errno
 import mmap
@@ -10,7 +10,7 @@ import torch
 
 from kagami_shard.machine import cgroup
 
-# What the measured step may not have shown: fragmentation, libraries' workspaces.
+# For what the measured step may not have shown: fragmentation, libraries' workspaces.
 _CUDA_RESERVE = 0.03
 # The rest is for the activations of larger steps, the page cache and everything else on the host.
 _CPU_SHARE = 0.5
@@ -20,9 +20,9 @@ _NO_MEMORY = ("can't allocate memory", os.strerror(errno.ENOMEM))
 def pool_bytes(device: torch.device, fraction: float, num_ranks: int) -> int:
     """Bytes that the KV cache may take on `device`.
 
-    On CUDA `fraction` of the card belongs to this process: its peak until now stays reserved. On
-    the CPU `fraction` of half of what the host (or the container's limit) has available, for all
-    ranks together: each has a card of its own, but they share the host.
+    On CUDA `fraction` of the card belongs to this process; the peak that it had until now stays
+    reserved. On the CPU it is `fraction` of half of the memory that the host (or the container's
+    limit) has available, divided among the ranks, which share the host.
     """
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
@@ -35,7 +35,7 @@ def pool_bytes(device: torch.device, fraction: float, num_ranks: int) -> int:
 
 
 def fresh_pages(num_bytes: int) -> mmap.mmap:
-    """Zeros of the kernel that take no memory until they are written; huge pages if it has them.
+    """Pages of zeros that take no memory until they are written; huge ones if the kernel has any.
 
     Raises OSError.
     """

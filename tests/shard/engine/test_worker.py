@@ -53,7 +53,7 @@ def test_overlap_gives_the_same_results_in_order(sampling: SamplingParams) -> No
 
 
 class FakeElapsed:
-    """A device that has, or has not, finished; what it says of an error it says when waited for."""
+    """The times of a device that has, or has not, finished; `error` is raised when waited for."""
 
     def __init__(self, is_done: bool, error: Exception | None = None) -> None:
         self.is_done = is_done or error is not None

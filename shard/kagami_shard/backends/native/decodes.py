@@ -1,4 +1,4 @@
-"""Decodes that the library carries on by itself: its arrays, written once and moved on by it."""
+"""Decodes that the library carries on: their arrays are written once, then the library moves on."""
 
 import ctypes
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""A decoder as a tape: what runs on a CPU with the library."""
+"""A decoder as a tape of the library's ops."""
 
 from collections.abc import Sequence
 from ctypes import addressof
@@ -21,7 +21,7 @@ class RecordedDecoder:
     """A `Model`, and the `Recording` of it. One tape computes steps of any size."""
 
     def __init__(self, decoder: Decoder, runtime: Runtime) -> None:
-        """Takes the weights of `decoder`. Raises `NotRecordable`, and then does not."""
+        """Takes the weights of `decoder`. If it raises `NotRecordable`, it has not taken them."""
         self.model_type: str = decoder.model_type
         self.layers: tuple[LayerShape, ...] = decoder.layers
         self.vocab_size: int = decoder.vocab_size
@@ -36,7 +36,7 @@ class RecordedDecoder:
         return True
 
     def replay(self, batch: ForwardBatch, cache: KVCache) -> Tensor:
-        """As `Recording` says; the memory of the logits is used again by the next step."""
+        """As `Recording` says; the next step uses the memory of the logits again."""
         logits = self._rows_of_logits(len(batch.logits_rows))
         replay_into(self._tape, batch, PageTables(cache), logits)
         return logits
@@ -66,7 +66,7 @@ class RecordedDecoder:
 
 
 def replay_into(tape: Tape, batch: ForwardBatch, pages: PageTables, logits: Tensor) -> None:
-    """One step of `tape`, its logits into `logits`, `[num_rows, vocab_size]` float32."""
+    """Run one step of `tape`; writes `logits`, `[num_rows, vocab_size]` float32."""
     whole = _Step(batch.queries, pages, logits)
     struct = whole.struct
     struct.input_ids, struct.positions = pointer(batch.input_ids), pointer(batch.positions)

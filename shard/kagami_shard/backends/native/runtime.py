@@ -1,4 +1,4 @@
-"""The library's threads, and what is computed on them outside of a tape."""
+"""The library's threads, and what they compute outside of a tape."""
 
 import weakref
 
@@ -13,9 +13,9 @@ SPINS = 2_000
 
 
 class Runtime:
-    """A pool of `num_threads` threads, the caller's counted; one thread calls at a time.
+    """A pool of `num_threads` threads, including the caller's; one thread calls at a time.
 
-    It is the `Scorer` of what the library computes.
+    It is the `Scorer` of the logits that the library computes.
     """
 
     def __init__(
@@ -28,7 +28,7 @@ class Runtime:
         weakref.finalize(self, library.kg_pool_delete, self.pool)
 
     def arrange(self, cache: KVCache) -> None:
-        """What torch has written into `cache`, in the order that the library reads."""
+        """Bring what torch has written into `cache` into the order that the library reads."""
         for keys, values in zip(cache.keys, cache.values, strict=True):
             self.library.kg_arrange(pointer(keys), pointer(values), *keys.shape)
 

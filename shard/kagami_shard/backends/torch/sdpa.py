@@ -1,9 +1,9 @@
 """Paged attention in plain torch: gather the blocks, then scaled dot-product attention.
 
-The reference that every other backend is tested against; it runs on any device. Decodes are
-padded batches with the heads of a KV group folded into query rows, so that each key and value is
-read once (m: 6x faster than `enable_gqa` for 16 bf16 sequences on a CPU); one long sequence is
-kept apart, so that it does not pad the others. Each prompt chunk is a call of its own.
+Every other backend is tested against this reference; it runs on any device. Decodes are padded
+batches. The heads of a KV group are folded into query rows, so that each key and value is read once
+(measured: 6x faster than `enable_gqa` for 16 bf16 sequences on a CPU). A long sequence gets a call
+of its own, so that it does not pad the others. So does each prompt chunk.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,7 +23,7 @@ _SMALL_BLOCKS = 4
 
 
 class SdpaAttention:
-    """The torch backend; keeps the memory that pages are gathered into from step to step."""
+    """Makes the attention of each step; owns the memory that pages are gathered into."""
 
     name = "sdpa"
 
@@ -36,8 +36,8 @@ class SdpaAttention:
     def _gather(self, name: str, pages: Tensor, blocks: Tensor) -> Tensor:
         """`pages[blocks]`, valid until the next call with this name.
 
-        On a CPU half of the time of plain indexing goes into page faults of a fresh result, and
-        most of the rest into copying element by element (m: 5.4 ms against 0.16 for 7 MB).
+        On a CPU plain indexing spends half of its time in page faults of a fresh result, and most
+        of the rest in copying element by element (measured: 5.4 ms against 0.16 for 7 MB).
         """
         width = pages[0].numel()
         size = len(blocks) * width
@@ -50,11 +50,11 @@ class SdpaAttention:
 
 
 class _Span(NamedTuple):
-    """Consecutive tokens of the batch that are attended for in one call."""
+    """Consecutive tokens of the batch that attend in one call."""
 
     rows: slice
     blocks: Tensor
-    """`[num_blocks]`: of the one chunk, or of every decode, each with the same number"""
+    """`[num_blocks]`: the blocks of one chunk, or of all decodes, each with the same number"""
     kv_lens: tuple[int, ...]
 
 
@@ -68,7 +68,7 @@ class _SdpaStep:
         cache: KVCache,
         gather: Callable[[str, Tensor, Tensor], Tensor],
     ) -> None:
-        """Of `batch` all tokens are written, and `queries` attend."""
+        """All tokens of `batch` are written, and `queries` attend."""
         self._batch = batch
         self._cache = cache
         self._gather = gather

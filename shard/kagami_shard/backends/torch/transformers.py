@@ -126,7 +126,7 @@ class TransformersModel:
 
     @property
     def bytes_loaded(self) -> int:
-        """As if the files had the model's dtype: transformers does not tell."""
+        """Computed as if the files had the model's dtype: transformers does not tell."""
         return sum(weight.nbytes for weight in self._model.parameters())
 
     @property
@@ -188,7 +188,7 @@ class TransformersModel:
 
 @dataclass(slots=True, eq=False)
 class _Layers:
-    """One forward pass: which layer's turn it is."""
+    """One forward pass: the layer that attends next."""
 
     attend: Attend
     next: int = 0
