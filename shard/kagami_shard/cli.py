@@ -131,7 +131,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> ServeArgs:
 
 
 def cache_folder(environ: Mapping[str, str]) -> Path:
-    """Our folder in the user's cache (XDG Base Directory Specification), which no one else fills."""
+    """Our folder in the user's own cache, by the XDG Base Directory Specification."""
     # Not Path.home(): a container's user may have none, which must not keep a shard from starting.
     home = environ.get("HOME") or os.path.expanduser("~")
     base = environ.get("XDG_CACHE_HOME") or Path(home, ".cache")
