@@ -197,8 +197,9 @@ class Scheduler:
                     scored.first_position, scored.logprobs, scored.top_tokens
                 )
         self._confirm(step)
+        by_id = self._queues.by_id
         for sequence_id, token_id, logprob, top_tokens in results.samples:
-            sequence = self._queues.by_id.get(sequence_id)
+            sequence = by_id.get(sequence_id)
             if sequence is None:
                 continue
             ids = sequence.log.ids

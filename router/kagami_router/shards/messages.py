@@ -104,7 +104,8 @@ def step_to_pb(step: Step, contexts: Mapping[int, WireContext] = {}) -> pb.Step:
             for sequence_id, given in zip(ids, blocks, strict=True)
             if given
         )
-    if any(wanted):  # one token is 0
+    # Decodes want one token each, which is 0.
+    if (step.num_prefill_tokens or step.drafts) and any(wanted):
         message.wanted.extend(wanted_to_pb(wanted))
     for sequence_id, draft in step.drafts.items():
         message.drafts.append(pb.Draft(id=sequence_id, token_ids=draft))
