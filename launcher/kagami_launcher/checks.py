@@ -1,4 +1,4 @@
-"""What of the flags is refused, with TGI's texts, and what has no effect.
+"""Which flags are refused, with TGI's texts, and which have no effect.
 
 Pure: reads no file and no variable, starts nothing.
 """

@@ -17,6 +17,7 @@ from contextlib import AbstractContextManager, ExitStack, closing
 from opentelemetry.trace import Span, Tracer
 
 from kagami_launcher import checks, cli, environment, plan, sockets
+from kagami_launcher.child import Output
 from kagami_launcher.cli import Invocation
 from kagami_launcher.devices import DEVICE_VARIABLES, Devices, find_devices
 from kagami_launcher.errors import LaunchFailed, Stopped
@@ -28,7 +29,7 @@ from kagami_launcher.notify import Notifier, own_settings
 from kagami_launcher.plan import RouterPlan, ShardPlan
 from kagami_launcher.prepare import prepare
 from kagami_launcher.process_tree import LAUNCHER_TARGET, ProcessTree
-from kagami_launcher.supervisor import Output, Supervisor
+from kagami_launcher.supervisor import Supervisor
 from kagami_proto import logs
 from kagami_proto.open_tracing import open_tracing
 from kagami_proto.span_names import Key, SpanName

@@ -1,6 +1,7 @@
-"""What will be started, decided before anything is: argv and environment of every child.
+"""The command line and the environment of every child, decided before any is started.
 
-Pure: reads no file, no variable (only the working directory, for a relative path), starts nothing.
+Pure: starts nothing and reads no file and no variable (only the working directory, for a relative
+path).
 """
 
 import sys
@@ -51,7 +52,7 @@ def download_command(args: LauncherArgs, *, on_terminal: bool) -> list[str]:
     argv = [sys.executable, "-P", "-m", "kagami_launcher.download", args.model_id, "--json-output"]
     argv += _optional("--revision", args.revision)
     argv += ["--trust-remote-code"] if args.trust_remote_code else []
-    # Where people watch, a bar instead of lines; never into a log.
+    # A progress bar on a terminal, lines in a log.
     argv += ["--progress"] if on_terminal and not args.json_output else []
     return argv
 
@@ -178,7 +179,7 @@ def trace_plan(invocation: Invocation) -> tuple[TracingPlan | None, str]:
 
 
 def _drain_s(grace_s: int) -> str:
-    """What of the grace time is for running requests; the rest is for telling those cut off."""
+    """The part of the grace time for running requests; in the rest, cut-off clients are told."""
     return f"{grace_s - min(2, grace_s / 4):g}"
 
 

@@ -15,20 +15,19 @@ from opentelemetry.context import get_current
 from opentelemetry.trace import Tracer, get_current_span
 
 from kagami_launcher import environment, sockets
-from kagami_launcher.cli import Invocation
-from kagami_launcher.errors import LaunchFailed, Stopped
-from kagami_launcher.notify import Notifier
-from kagami_launcher.plan import RouterPlan, ShardPlan
-from kagami_launcher.supervisor import (
+from kagami_launcher.child import (
     Child,
     ChildEnded,
     HeldOutput,
     LogStyle,
-    StopAsked,
-    Supervisor,
     describe_end,
     exit_reason,
 )
+from kagami_launcher.cli import Invocation
+from kagami_launcher.errors import LaunchFailed, Stopped
+from kagami_launcher.notify import Notifier
+from kagami_launcher.plan import RouterPlan, ShardPlan
+from kagami_launcher.supervisor import StopAsked, Supervisor
 from kagami_proto import logs
 from kagami_proto.health import is_healthy
 from kagami_proto.span_names import Key, SpanName
@@ -58,7 +57,7 @@ class _Shard:
 
     @property
     def is_lost(self) -> bool:
-        """Whether it has served and does so no more; its process may not have ended yet."""
+        """Whether it no longer serves after it was ready; its process may not have ended yet."""
         return self.is_ready and not (self.process.is_running and self.answers())
 
 
@@ -107,8 +106,9 @@ class ProcessTree:
         """Start all shards and the router at once; wait until every one's `Health` answers, then
         until the router serves, which says `Connected` itself.
 
-        The router's imports take half a second that its shards take longer; it waits for them
-        itself. What it says is held back until then: its lines come after the shards' as ever.
+        The router's imports take half a second, less than a shard's start, so the two overlap; the
+        router waits for the shards itself. Its lines are held until all shards are ready, so that
+        the log has TGI's order.
         """
         self._notifier.starting(f"Loading {self._invocation.args.model_id}")
         around = get_current()

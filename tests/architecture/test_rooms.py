@@ -57,7 +57,7 @@ SHARD: Mapping[str, str] = {
 LAUNCHER: Mapping[str, str] = {
     "kagami_launcher": "*",
     "kagami_launcher.prepare": "cli environment errors model plan process_tree",
-    "kagami_launcher.process_tree": "cli environment errors notify plan sockets supervisor",
+    "kagami_launcher.process_tree": "child cli environment errors notify plan sockets supervisor",
     "kagami_launcher.plan": "checks cli devices model",
     "kagami_launcher.checks": "cli devices errors",
     "kagami_launcher.environment": "cli devices notify",
@@ -67,7 +67,8 @@ LAUNCHER: Mapping[str, str] = {
     "kagami_launcher.devices": "",
     "kagami_launcher.health": "",
     "kagami_launcher.notify": "",
-    "kagami_launcher.supervisor": "",
+    "kagami_launcher.supervisor": "child",
+    "kagami_launcher.child": "",
     "kagami_launcher.convert": "model",
     "kagami_launcher.download": "model",
     "kagami_launcher.model": "",
