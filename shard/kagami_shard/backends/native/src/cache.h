@@ -39,8 +39,8 @@ class Pages {  // one layer's
 
   // A token's keys and values of all heads.
   void write(int64_t sequence, int64_t position, const kg_bf16* keys, const kg_bf16* values) const;
-  // `begin` is a multiple of kPanel where the cache is arranged. Tokens behind the end are no numbers
-  // that count: their values are zeros, for a weight of 0 does not undo what is no number.
+  // `begin` is a multiple of kPanel if the cache is arranged. Values of tokens behind the end are
+  // zeros: a weight of 0 times NaN would be NaN.
   Tile tile(const Stretch&, int64_t head, const Room&) const;
   // Where that tile lies, to fetch it while another is computed.
   Tile lying(const Stretch&, int64_t head) const;

@@ -26,7 +26,8 @@ int64_t num_stretches(Part tokens) {
   return stretches.end - stretches.begin;
 }
 
-// Of so many queries a KV head's rows fill kernels' passes, if that is to be had.
+// How many sequences or tokens attend together: if possible their queries fill whole passes of a
+// kernel.
 int64_t whole_passes(int64_t group) {
   const int64_t most = std::max<int64_t>(1, kMaxRows / group);
   return most >= kAvx512Rows ? most / kAvx512Rows * kAvx512Rows : most;
@@ -102,8 +103,8 @@ struct Planner {
     branch({0, (int64_t)order.size()}, 0, 0);
   }
 
-  // Of decodes (by `order`) alike in their first `depth` blocks, those alike in the next one, too.
-  // Tokens from `from` on have not been attended to yet. Whole stretches are shared.
+  // `decodes` (by `order`) have their first `depth` blocks in common. Finds those that have the next
+  // one in common, too. Tokens from `from` on have no task yet. Whole stretches are shared.
   void branch(Part decodes, int64_t from, int64_t depth) {
     for (int64_t begin = decodes.begin, end; begin < decodes.end; begin = end) {
       end = begin + 1;
@@ -120,7 +121,7 @@ struct Planner {
     }
   }
 
-  // The first and the last of a sorted range have in common what all of it has.
+  // Blocks are sorted, so what the first and the last have in common, all between them have.
   int64_t common_blocks(int32_t first, int32_t last, int64_t known) const {
     const int64_t most = std::min(num_blocks(first), num_blocks(last));
     while (known < most && table(first)[known] == table(last)[known]) known++;
@@ -238,9 +239,9 @@ struct Planner {
 
 }  // namespace
 
-// Tasks are taken one after the other by whoever is free, the longest first: shared stretches,
-// chunks from their last tokens backwards, then decodes (the engine sorts them by length). Where a
-// step is cut by rows those of the thread's own rows come before others.
+// A thread that is free takes the next task, the longest first: shared stretches, chunks from their
+// last tokens backwards, then decodes (the engine sorts them by length). If a step is cut by rows, a
+// thread takes the tasks of its own rows before others.
 void plan_attention(const kg_batch& batch, const kg_attention& spec, const int64_t* first_tokens,
                     int num_threads, int64_t rows_apart, AttentionPlan& plan) {
   plan.tasks.clear();

@@ -1,8 +1,8 @@
 // The library's threads: one call runs a function on all of them, with barriers inside.
 //
 // A waiting thread spins for a bounded number of looks and then sleeps on a futex: the router and
-// clients share the cores, and a thread that spins without its core holds everybody up
-// (notes/0004). The caller is thread 0. Between calls the others sleep, at once or after a while.
+// clients share the cores, and a thread that spins keeps them from running (notes/0004). The caller is
+// thread 0. Between calls the other threads sleep, at once or after a while.
 #pragma once
 #include <atomic>
 #include <thread>

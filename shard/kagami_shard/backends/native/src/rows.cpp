@@ -1,4 +1,4 @@
-// What is done row by row: embedding, norms, the rope's tables, the choice of greedy rows, and logprobs.
+// Ops that work row by row: embedding, norms, the rope's tables, greedy tokens and logprobs.
 #include <math.h>
 #include <string.h>
 
@@ -116,7 +116,8 @@ bool add_norm(const Step& step, const kg_op& op, int thread) {
   return step.meets(rows);
 }
 
-// Behind this the step is a smaller one; where it is not, both buffers are the same memory.
+// After this op the step has the selected rows alone. If all are selected, both buffers are the same
+// memory.
 bool select_rows(const Step& step, const kg_op& op, int thread) {
   const Buffer &in = step.buffer(op.in), &out = step.buffer(op.out);
   if (in.base == out.base) return false;
@@ -137,7 +138,7 @@ struct Distribution {  // what a row of logits says
   float logprob(float logit) const { return (logit - largest) - log_total; }
 };
 
-// Each row by one thread, in one order: its bits do not depend on how many rows a step has.
+// One thread reads a row in one order: the result's bits do not depend on how many rows a step has.
 Distribution distribution_of(const float* logits, int64_t count) {
   const __m512 none = _mm512_set1_ps(-INFINITY);
   __m512 largest = none;

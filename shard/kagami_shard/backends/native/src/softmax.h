@@ -14,9 +14,9 @@ constexpr float kHidden = -1e35f, kNothing = -1e30f;
 constexpr float kHeadroom = 8;
 constexpr float kLog2e = 1.44269504089f;
 
-// A row's weights are 2^(score - shift); `score - shift` is called its exponent. The shift moves
-// for the first tokens that a row sees, and then only for an exponent above kHeadroom: few have
-// one. Shifts are whole, so that what was weighed before follows without rounding.
+// A row's weights are 2^(score - shift); `score - shift` is called the exponent. The shift moves for
+// the first tokens that a row sees, and later only for an exponent above kHeadroom, which is rare.
+// Shifts are whole numbers, so earlier sums follow a shift without rounding.
 struct Softmax {
   int64_t depth;
   float* shifts;
@@ -31,8 +31,8 @@ struct Softmax {
     memset(sums, 0, rows * depth * 4);
   }
 
-  // By how much the largest of two times 16 exponents is above the row's bound, lane by lane; one
-  // that is no number counts as `least`.
+  // How far the largest of two times 16 exponents is above the row's bound, lane by lane; NaN counts
+  // as `least`.
   __m512 excess(int64_t row, __m512 a, __m512 b, __m512 least) const {
     return _mm512_max_ps(_mm512_sub_ps(_mm512_max_ps(a, b), _mm512_set1_ps(bounds[row])), least);
   }
@@ -62,8 +62,8 @@ struct Softmax {
     __m512 x[2] = {a, b};
     powers_of_2(x);
     const __m512bh rounded = _mm512_cvtne2ps_pbh(x[1], x[0]);
-    // The total is that of the rounded weights, or a row with one large weight would be off by what
-    // rounding did to it. Lanes do not matter: they are added up at the end.
+    // The total is that of the rounded weights: otherwise a row with one large weight would be wrong
+    // by its rounding. Lanes do not matter, they are added up at the end.
     const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
     float* total = totals + row * kLanes;
     _mm512_storeu_ps(total, _mm512_dpbf16_ps(_mm512_loadu_ps(total), rounded, ones));

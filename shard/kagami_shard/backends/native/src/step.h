@@ -27,9 +27,9 @@ constexpr int64_t kRowsApart = 64, kCodeRowsApart = 128, kAmxRowsApart = 128;
 
 constexpr int64_t kTile = 2 * kPanel;  // tokens of the cache that attention reads at a time
 constexpr int64_t kMaxRows = 96;       // rows that attend together
-// So many tokens of the cache, counted from its beginning, are summed up by themselves, and the sums
-// of such stretches are added one after the other. A row's result then has the same bits whoever
-// computes which stretch: one thread or several, alone or together with rows that share it.
+// The cache is summed up in stretches of so many tokens, counted from its beginning, and the sums of
+// stretches are added in order. So a row's result has the same bits whoever computes which stretch:
+// one thread or several, alone or together with rows that share it.
 constexpr int64_t kStretch = 2 * kTile;
 
 struct Part {
@@ -41,7 +41,7 @@ inline Part part_of(int64_t total, int64_t index, int64_t count) {
   return {total * index / count, total * (index + 1) / count};
 }
 
-// Whether a step of so many rows is cut by rows, which are at least `rows_apart` for each thread then.
+// Whether a step of so many rows is cut by rows: if each thread gets at least `rows_apart` of them.
 inline bool cuts_rows(int64_t rows, int64_t num_threads, int64_t rows_apart) {
   return rows >= num_threads * rows_apart;
 }
@@ -61,8 +61,8 @@ struct AttentionTask {
   int32_t begin, end;                 // tokens of the cache
   int32_t slot;                       // the first one for its unfinished results, or -1
   int32_t first_member, num_members;  // in place of rows and slot: of AttentionPlan::members
-  // Whether nothing of these rows lies before it: its stretches become one result. Else each has a
-  // slot of its own.
+  // Whether the task begins with the first token that its rows see. Its stretches then become one
+  // result; otherwise each stretch has a slot of its own.
   bool is_first;
 };
 
@@ -86,7 +86,7 @@ struct AttentionPlan {
   std::vector<int32_t> order, slots_of, first_slot, first_alone;
 };
 
-// A thread's share of an op's work, of which others may take.
+// A thread's share of an op's work; other threads may take from it.
 class alignas(64) WorkShare {
  public:
   void begin(const kg_op* op) {
@@ -94,14 +94,14 @@ class alignas(64) WorkShare {
     done_.store(0, std::memory_order_relaxed);
     op_.store(op, std::memory_order_release);
   }
-  // Whether its thread has begun, so that all that the op reads is there, and some of `count` is left.
+  // Whether its thread has begun, so that the op's input is there, and some of `count` is left.
   bool is_open(const kg_op* op, int64_t count) const {
     return op_.load(std::memory_order_acquire) == op &&
            taken_.load(std::memory_order_relaxed) < count;
   }
   int64_t take() { return taken_.fetch_add(1, std::memory_order_relaxed); }
   void finish() { done_.fetch_add(1, std::memory_order_release); }
-  // Of its thread: returns when all `count` are finished. Then nobody may take until it begins again.
+  // Called by its thread: returns when all `count` are finished. Nobody may take until it begins again.
   void end(int64_t count) {
     for (int looks = 1; done_.load(std::memory_order_acquire) < count; looks++)
       looks % kLooks ? __builtin_ia32_pause() : std::this_thread::yield();
@@ -117,7 +117,7 @@ class alignas(64) WorkShare {
 struct LinearLinks {       // of a linear op with others of its tape
   const kg_op* next;       // the linear op behind it
   int64_t only_selected;   // so many columns, queries, are only wanted of selected rows
-  bool is_before_write;    // behind which threads meet always
+  bool is_before_write;    // the op after it is a KG_WRITE, after which threads always meet
 };
 
 struct Step {
@@ -128,14 +128,14 @@ struct Step {
   WorkShare *linear_shares, *attention_shares;  // of each thread
   char* const* scratch;  // of each thread
   float* partials;
-  int64_t rows_apart;  // of a thread, from which on a step is cut by rows
+  int64_t rows_apart;  // a step is cut by rows if each thread gets at least so many
 
   const Buffer& buffer(int index) const { return buffers[index]; }
   bool replicates(const Buffer& buffer, int64_t rows) const {
     return buffer.is_replicated && rows <= kReplicatedRows;
   }
   bool cuts_rows(int64_t rows) const { return kg::cuts_rows(rows, pool->num_threads, rows_apart); }
-  // Whether threads meet after an op that each has done for its own rows.
+  // Whether threads meet after an op that each thread has done for its own rows.
   bool meets(int64_t rows) const { return !cuts_rows(rows); }
   // Row `row` as `thread` sees it.
   template <class T>
