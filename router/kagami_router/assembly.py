@@ -16,7 +16,7 @@ from kagami_proto.values import DevicePolicy
 from kagami_router.api.schemas.native import Info
 from kagami_router.api.web.app_state import TGI_VERSION, AppState
 from kagami_router.cli import RouterArgs, own_version
-from kagami_router.request.validation import Limits, Validation
+from kagami_router.request.validation import RequestLimits, Validation
 from kagami_router.scheduler.config import (
     DEFAULT_MAX_WAITING_TOKENS,
     DEFAULT_WAITING_SERVED_RATIO,
@@ -133,7 +133,7 @@ def _num_tokens(pool: Pool) -> int:
     return (pool.num_blocks - 1) * pool.block_size  # block 0 is scratch
 
 
-def _capacity(args: RouterArgs, limits: Limits, pool: Pool) -> Capacity:
+def _capacity(args: RouterArgs, limits: RequestLimits, pool: Pool) -> Capacity:
     return Capacity(
         max_input_tokens=limits.max_input_tokens,
         max_total_tokens=limits.max_total_tokens,
@@ -182,7 +182,7 @@ def cache_grows_to(args: RouterArgs, num_blocks: int, share: float) -> int | Non
 
 def plan_limits(
     args: RouterArgs, *, max_positions: int, pool_tokens: int, vocab_size: int
-) -> Limits:
+) -> RequestLimits:
     """The lengths that are accepted: as given, else what model (0 = unknown) and pool can hold."""
     most = min(max_positions or pool_tokens, pool_tokens)
     max_total = most if args.max_total_tokens is None else args.max_total_tokens
@@ -200,7 +200,7 @@ def plan_limits(
         logger.info("Maximum input tokens defaulted to %d", max_input)
     if args.max_total_tokens is None:
         logger.info("Maximum total tokens defaulted to %d", max_total)
-    return Limits(
+    return RequestLimits(
         max_best_of=args.max_best_of,
         max_stop_sequences=args.max_stop_sequences,
         max_top_n_tokens=args.max_top_n_tokens,
@@ -211,7 +211,7 @@ def plan_limits(
     )
 
 
-def _info(args: RouterArgs, limits: Limits, facts: ShardInfo, pool_tokens: int) -> Info:
+def _info(args: RouterArgs, limits: RequestLimits, facts: ShardInfo, pool_tokens: int) -> Info:
     return Info(
         model_id=args.served_model_name or args.tokenizer_name,
         model_sha=None,

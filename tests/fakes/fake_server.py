@@ -15,7 +15,7 @@ from kagami_router.api.routes import make_app
 from kagami_router.api.schemas.native import Info
 from kagami_router.api.web.app_state import AppState, Readiness
 from kagami_router.api.web.connections import Runner
-from kagami_router.request.validation import CompileGrammar, Limits, Validation
+from kagami_router.request.validation import CompileGrammar, RequestLimits, Validation
 from kagami_router.serving.infer import Infer
 from kagami_router.telemetry.metrics import Metrics
 from kagami_router.text.chat_template import ChatTemplate, MissingTemplate
@@ -24,7 +24,7 @@ from kagami_router.text.tokenizer import SpecialTokens, Tokenizer
 from kagami_router.tools.chat_format import ChatFormat
 from kagami_router.tools.formats import find_format
 
-LIMITS = Limits(
+LIMITS = RequestLimits(
     max_best_of=2,
     max_stop_sequences=4,
     max_top_n_tokens=5,
@@ -40,7 +40,7 @@ TEMPLATE = (
 TOKENS = SpecialTokens("<s>", "</s>", {})
 
 
-def info(limits: Limits) -> Info:
+def info(limits: RequestLimits) -> Info:
     return Info(
         model_id="M",
         model_sha=None,
@@ -101,7 +101,7 @@ class FakeServer:
 async def serving(
     loop: FakeLoop | None = None,
     *,
-    limits: Limits = LIMITS,
+    limits: RequestLimits = LIMITS,
     template: ChatTemplate | MissingTemplate | None = None,
     max_concurrent_requests: int = 4,
     is_open: bool = True,

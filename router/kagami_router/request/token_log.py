@@ -1,4 +1,4 @@
-"""What each sequence has said so far: the source every replay starts from.
+"""What each sequence has said until now: every replay starts from here.
 
 Knows ids and what the model found of the prompt, nothing of blocks, steps or text. Whatever a
 shard holds of a sequence can be rebuilt from here.
@@ -44,7 +44,7 @@ class TokenLog:
         logprobs: Sequence[float],
         top_tokens: Sequence[tuple[TopToken, ...]] = (),
     ) -> None:
-        """Keep what was found of prompt tokens; a replay may bring some again."""
+        """Note what was found of prompt tokens; a replay may bring some again."""
         self._prompt_logprobs.update(enumerate(logprobs, first_position))
         self._prompt_top_tokens.update(enumerate(top_tokens, first_position))
 

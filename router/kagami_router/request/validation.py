@@ -1,4 +1,4 @@
-"""The door: what a route asks becomes a `ValidRequest`, or an `InvalidRequest` with TGI's text.
+"""Validation: what a route asks becomes a `ValidRequest`, or an `InvalidRequest` with TGI's text.
 
 The rules stand in TGI's order, the first that fails wins. Behind this file nothing is checked
 again. Knows limits and text; knows no HTTP and no route.
@@ -30,7 +30,7 @@ MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 1e-4, 1e4
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class RequestLimits:
     """What one request may ask of this server."""
 
     max_best_of: int
@@ -99,7 +99,7 @@ class Validation:
     def __init__(
         self,
         tokenizer: Tokenizer,
-        limits: Limits,
+        limits: RequestLimits,
         compile_grammar: CompileGrammar | None = None,
         *,
         tracer: trace.Tracer = NO_TRACING.tracer,
@@ -205,7 +205,7 @@ class Validation:
         return self._compile_grammar is not None
 
     async def ready_grammar(self, grammar: Grammar) -> None:
-        """Rules 17 to 20: compile it, on every shard; raises `InvalidRequest`."""
+        """Have a grammar compiled on every shard; raises `InvalidRequest`."""
         if self._compile_grammar is None:
             raise InvalidRequest("grammar is not supported")
         started = time.monotonic()
@@ -214,7 +214,7 @@ class Validation:
         trace.get_current_span().set_attribute(Key.GRAMMAR_MS, compile_ms)
 
     def _sampling(self, params: GenerationParams) -> SamplingParams:
-        """Rules 1 to 7, and whether the sequence samples at all."""
+        """How tokens are chosen, and whether the sequence samples at all."""
         if params.num_samples > 1 and not params.is_sampling_asked:
             raise InvalidRequest("you must use sampling when `best_of` is > 1", field="best_of")
         temperature = _float32("temperature", params.temperature, 1.0)
@@ -253,7 +253,7 @@ class Validation:
         )
 
     def _check_counts(self, params: GenerationParams) -> None:
-        """Rules 8 to 11."""
+        """Lengths and counts, against the server's limits."""
         limits = self.limits
         if params.max_new_tokens == 0:
             raise InvalidRequest(
@@ -290,7 +290,7 @@ class Validation:
                 )
 
     def _check_truncate(self, truncate: int | None) -> None:
-        """Rule 13."""
+        """To how many tokens the prompt may be cut."""
         limit = self.limits.max_input_tokens
         if truncate is not None and not 0 < truncate <= limit:
             raise InvalidRequest(
@@ -301,14 +301,14 @@ class Validation:
     async def _encode(
         self, prompt: str, truncate: int | None, add_special_tokens: bool
     ) -> list[int]:
-        """Rule 14: the last `truncate` tokens of the prompt, all of them without it."""
+        """The last `truncate` tokens of the prompt, all of them without it."""
         prompt_ids = await self._tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
         if not prompt_ids:
             raise InvalidRequest("`inputs` has no tokens", field="inputs")
         return prompt_ids if truncate is None else prompt_ids[-truncate:]
 
     def _max_new_tokens(self, num_input: int, params: GenerationParams) -> int:
-        """Rules 15 and 16; without a wish, the rest of the context."""
+        """How many tokens it may get; the rest of the context if nobody says."""
         limits = self.limits
         rest = max(0, limits.max_total_tokens - num_input)
         max_new = rest if params.max_new_tokens is None else params.max_new_tokens
@@ -339,7 +339,7 @@ def samples(request: ValidRequest, count: int) -> list[ValidRequest]:
     ]
 
 
-def _too_many_tokens(limits: Limits, count: int) -> InvalidRequest:
+def _too_many_tokens(limits: RequestLimits, count: int) -> InvalidRequest:
     return InvalidRequest(
         f"`inputs` must have less than {limits.max_input_tokens} tokens. Given: {count}",
         field="inputs",

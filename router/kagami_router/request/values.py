@@ -1,4 +1,4 @@
-"""The values a request is made of behind the door, and the events it gets back.
+"""The values a request consists of once it is valid, and the events it gets back.
 
 All frozen. `validation.py` makes `ValidRequest`, `text_writer.py` makes `StreamEvent`; nothing
 here knows HTTP, protobuf or the scheduler. Times are seconds of `time.monotonic()`.
@@ -20,12 +20,12 @@ class StoppingParams:
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     keep_stop: bool = True
-    """Native routes keep the stop string in the text, OpenAI's cut it off."""
+    """Native routes leave the stop string in the text, OpenAI's cut it off."""
 
 
 @dataclass(frozen=True, slots=True)
 class ValidRequest:
-    """One generation that passed the door: nothing behind it checks again."""
+    """One generation as validation made it: nobody checks it again."""
 
     prompt: Prompt
     sampling: SamplingParams

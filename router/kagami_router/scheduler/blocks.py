@@ -4,8 +4,8 @@
             allocate                       release (last holder)
    free ───────────────► held ─────────────────────────────────► free
                           │ ▲ share                                ▲
-                 keep     ▼ │         release (last holder)        │ evict
-                         held, kept ────────────────────────► cached
+             put_in_cache ▼ │         release (last holder)        │ evict
+                     held, in cache ────────────────────────► cached
                                     ◄────────────────────────
                                               share
 ```
@@ -16,7 +16,7 @@ from collections.abc import Iterable
 
 
 class BlockAllocator:
-    """Free list, holder counts, and which blocks the prefix cache keeps.
+    """Free list, holder counts, and which blocks are in the prefix cache.
 
     Block 0 is never given away: surplus rows of a captured graph write there.
     """
@@ -26,7 +26,7 @@ class BlockAllocator:
             raise ValueError(f"a pool needs at least 2 blocks, not {num_blocks}")
         self._free = list(range(num_blocks - 1, 0, -1))
         self._holders = [0] * num_blocks
-        self._is_kept = [False] * num_blocks
+        self._is_in_cache = [False] * num_blocks
         self.num_cached = 0
         self.num_fresh = num_blocks - 1
         """Free blocks that were never given away; what was is given again first"""
@@ -60,58 +60,58 @@ class BlockAllocator:
     def share(self, block: int) -> None:
         """One more table holds a block that is held or cached."""
         if self._holders[block] == 0:
-            assert self._is_kept[block], f"block {block} is free"
+            assert self._is_in_cache[block], f"block {block} is free"
             self.num_cached -= 1
         self._holders[block] += 1
 
     def release(self, blocks: Iterable[int]) -> None:
-        """A table lets go of its blocks; what nobody holds or keeps is free again."""
+        """A table lets go of its blocks; what is neither held nor in the cache is free again."""
         for block in blocks:
             assert self._holders[block] > 0, f"block {block} is not held"
             self._holders[block] -= 1
             if self._holders[block] == 0:
-                if self._is_kept[block]:
+                if self._is_in_cache[block]:
                     self.num_cached += 1
                 else:
                     self._free.append(block)
 
-    def keep(self, block: int) -> None:
-        """The prefix cache keeps a held block when its holders let go."""
+    def put_in_cache(self, block: int) -> None:
+        """A held block will stay in the prefix cache when its holders let go."""
         assert self._holders[block] > 0, f"block {block} is not held"
-        assert not self._is_kept[block], f"block {block} is kept already"
-        self._is_kept[block] = True
+        assert not self._is_in_cache[block], f"block {block} is in the cache already"
+        self._is_in_cache[block] = True
 
     def evict(self, block: int) -> None:
         """The prefix cache gives up a block that nobody holds."""
-        assert self._is_kept[block], f"block {block} is not kept"
+        assert self._is_in_cache[block], f"block {block} is not in the cache"
         assert self._holders[block] == 0, f"block {block} is held"
-        self._is_kept[block] = False
+        self._is_in_cache[block] = False
         self.num_cached -= 1
         self._free.append(block)
 
-    def check_integrity(self, tables: Iterable[list[int]], kept: Iterable[int]) -> None:
+    def check_integrity(self, tables: Iterable[list[int]], in_cache: Iterable[int]) -> None:
         """Every block is free, held or cached, as the tables and the cache's blocks say."""
         holders = [0] * len(self._holders)
         for table in tables:
             assert len(set(table)) == len(table), "a table names a block twice"
             for block in table:
                 holders[block] += 1
-        kept_blocks = list(kept)
-        is_kept = [False] * len(self._holders)
-        for block in kept_blocks:
-            assert not is_kept[block], f"block {block} is kept twice"
-            is_kept[block] = True
+        cache_blocks = list(in_cache)
+        is_in_cache = [False] * len(self._holders)
+        for block in cache_blocks:
+            assert not is_in_cache[block], f"block {block} is in the cache twice"
+            is_in_cache[block] = True
         free = set(self._free)
         assert len(free) == len(self._free), "a block is free twice"
         assert holders[0] == 0, "the reserved block is held"
-        assert not is_kept[0], "the reserved block is kept"
+        assert not is_in_cache[0], "the reserved block is in the cache"
         assert 0 not in free, "the reserved block is free"
         assert holders == self._holders, "holder counts differ from the tables"
-        assert is_kept == self._is_kept, "kept blocks differ from the cache"
+        assert is_in_cache == self._is_in_cache, "what is marked as cached differs from the cache"
         for block in range(1, len(self._holders)):
-            is_idle = holders[block] == 0 and not is_kept[block]
+            is_idle = holders[block] == 0 and not is_in_cache[block]
             assert (block in free) == is_idle, f"block {block} leaked or given twice"
-        cached = sum(kept and not held for kept, held in zip(is_kept, holders, strict=True))
+        cached = sum(marked and not held for marked, held in zip(is_in_cache, holders, strict=True))
         assert cached == self.num_cached
         held = sum(count > 0 for count in holders)
         assert self.num_free + held + cached == self.num_total

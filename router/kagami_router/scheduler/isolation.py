@@ -20,7 +20,7 @@ from collections.abc import Sequence as Seq
 from typing import Protocol
 
 from kagami_router.scheduler.sequence import Sequence, Status
-from kagami_router.scheduler.step import Work
+from kagami_router.scheduler.step import WorkItem
 
 # Long enough not to meet the same limit several times a second, short beside a request's life.
 RECOVERY_STEPS = 16
@@ -144,7 +144,7 @@ class FaultIsolation:
         ):
             self._recover()
 
-    def step_failed(self, work: Seq[Work], *, out_of_memory: bool) -> Sequence | None:
+    def step_failed(self, work: Seq[WorkItem], *, out_of_memory: bool) -> Sequence | None:
         """Halve the limits and set up trials; returns the culprit if it stood alone."""
         num_tokens = sum(item.num_tokens for item in work)
         self._successes = 0

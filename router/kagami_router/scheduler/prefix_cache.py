@@ -118,7 +118,7 @@ class PrefixCache:
             else:
                 self._allocator.evict(node.block)
                 node.block = blocks[index]
-            self._allocator.keep(node.block)
+            self._allocator.put_in_cache(node.block)
             path.append(node)
 
     def release(self, path: list[Node]) -> None:

@@ -41,7 +41,7 @@ from kagami_router.scheduler.step import (
     StepResults,
     TokenSampled,
     VectorComputed,
-    Work,
+    WorkItem,
 )
 from kagami_router.scheduler.step_builder import StepBuilder
 
@@ -143,8 +143,8 @@ class Scheduler:
                     continue
                 blocks = self._pool.allocate(1)
                 sequence.blocks += blocks
-            # As `Work(...)`, which is a Python function and takes three times as long.
-            work.append(_make(Work, (sequence, position, 1, blocks, one_token)))
+            # As `WorkItem(...)`, which is a Python function and takes three times as long.
+            work.append(_make(WorkItem, (sequence, position, 1, blocks, one_token)))
             sequence.num_scheduled = position + 1
             sequence.last_step = number
             num_kv_tokens += position + 1

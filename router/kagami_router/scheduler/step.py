@@ -37,7 +37,7 @@ class JoinReason(enum.Enum):
     """Neither is set: they join a step as soon as its budget has room for a chunk of theirs."""
 
 
-class Work(NamedTuple):
+class WorkItem(NamedTuple):
     """Compute the KV of `num_tokens` tokens from `position` on; `blocks` are newly given.
 
     One that verifies has the last known token of its sequence, then the draft (`Step.drafts`).
@@ -59,7 +59,7 @@ class Step(NamedTuple):
     number: int
     new_sequences: list[NewSequence]
     drop_ids: list[int]
-    work: list[Work]
+    work: list[WorkItem]
     num_decodes: int
     """Tokens behind prompts: one for a decode, 1 + k where k drafted ones are verified."""
     num_prefill_tokens: int
@@ -157,5 +157,5 @@ class PoolStats:
     blocks_used: int
     """Held by sequences, each shared block once."""
     blocks_cached: int
-    """Kept by the prefix cache and held by no sequence."""
+    """In the prefix cache and held by no sequence."""
     running_tokens: int

@@ -5,7 +5,7 @@ from collections.abc import Sequence as Seq
 from kagami_proto.values import Wanted
 from kagami_router.scheduler.isolation import Eligibility
 from kagami_router.scheduler.sequence import Sequence
-from kagami_router.scheduler.step import JoinReason, NewSequence, Step, Work
+from kagami_router.scheduler.step import JoinReason, NewSequence, Step, WorkItem
 
 
 class StepBuilder:
@@ -49,7 +49,7 @@ class StepBuilder:
         """The number of the youngest step whose results are known"""
         self.eligible = eligible
         self.join_reason: JoinReason | None = None
-        self.work: list[Work] = []
+        self.work: list[WorkItem] = []
         self.drafts: dict[int, Seq[int]] = {}
         self.new_sequences: list[NewSequence] = []
         self.num_decodes = 0
@@ -71,7 +71,7 @@ class StepBuilder:
         if end >= sequence.prefill_end:
             wanted = Wanted.VECTOR if sequence.request.wants_vector else Wanted.ONE_TOKEN
             self.num_answers += 1
-        self.work.append(Work(sequence, position, count, blocks, wanted))
+        self.work.append(WorkItem(sequence, position, count, blocks, wanted))
         self.num_kv_tokens += end
         self.num_prefill_tokens += count
         sequence.num_scheduled = end
@@ -83,7 +83,7 @@ class StepBuilder:
         """Verify what may follow the last known token of a sequence."""
         position = sequence.num_scheduled
         count = 1 + len(draft)
-        self.work.append(Work(sequence, position, count, blocks, Wanted.VERIFY))
+        self.work.append(WorkItem(sequence, position, count, blocks, Wanted.VERIFY))
         self.drafts[sequence.id] = draft
         sequence.num_drafted = len(draft)
         sequence.num_scheduled = position + count

@@ -3,7 +3,7 @@
 What is written has no index and no Huffman code. What is read may refer to the static table, and
 says by its name or its value only what `STATUS` and a gRPC peer's literal headers say: of a header
 whose name or value is Huffman coded or stands in a table nothing is reported. gRPC's C core writes
-none that matters here so; a table of its own it may not keep (`SETTINGS_HEADER_TABLE_SIZE` is 0).
+none that matters here so; it may not have a table of its own (`SETTINGS_HEADER_TABLE_SIZE` is 0).
 """
 
 from collections.abc import Iterable

@@ -167,7 +167,7 @@ class BatchSeries:
         self.prompt_tokens = new.counters(
             "tgi_prompt_tokens_total",
             "Prompt tokens by where their KV came from: computed, found in the prefix cache, or"
-            " computed again after a preemption or a failed step (with the output so far)",
+            " computed again after a preemption or a failed step (with the output until then)",
             "source",
             SOURCES,
         )
@@ -215,7 +215,7 @@ class StateSeries:
         self.blocks = new.gauge("tgi_kv_blocks_capacity", "KV blocks in the pool")
         self.blocks_used = new.gauge("tgi_kv_blocks_used", "KV blocks held by sequences")
         self.blocks_cached = new.gauge(
-            "tgi_kv_blocks_cached", "KV blocks kept only for the prefix cache"
+            "tgi_kv_blocks_cached", "KV blocks in the prefix cache alone"
         )
         self.shard_up = new.gauges(
             "tgi_shard_up",
@@ -225,7 +225,7 @@ class StateSeries:
         )
         self.shard_restarts = new.counters(
             "tgi_shard_restarts_total",
-            "Shards that came back under a running router (a lost shard ends the server so far)",
+            "Shards that came back under a running router (today a lost shard ends the server)",
             "rank",
             (FIRST_RANK,),
         )

@@ -138,7 +138,7 @@ class Metrics:
         self._requests.failure[cause].add()
 
     def request_validated(self, input_tokens: int, max_new_tokens: int) -> None:
-        """A prompt passed the door."""
+        """A prompt is valid."""
         self._requests.input_length.observe(input_tokens)
         self._requests.max_new_tokens.observe(max_new_tokens)
 

@@ -23,7 +23,7 @@ from kagami_proto.tracing import ChosenIds, Tracing, headers_of
 from kagami_proto.values import Wanted
 from kagami_router.request.values import End
 from kagami_router.scheduler.sequence import Sequence, WaitReason
-from kagami_router.scheduler.step import NewSequence, Step, StepResults, Work
+from kagami_router.scheduler.step import NewSequence, Step, StepResults, WorkItem
 
 
 class WireContext(NamedTuple):
@@ -95,7 +95,7 @@ class SequenceTrace:
             headers["traceparent"], headers.get("tracestate", ""), self._decode_span_id
         )
 
-    def stepped(self, work: Work, step: Step, results: StepResults, now: float) -> None:
+    def stepped(self, work: WorkItem, step: Step, results: StepResults, now: float) -> None:
         """A step with this sequence came back."""
         if self.is_queued:  # preempted, or failed, after this step had left
             return

@@ -24,11 +24,11 @@ def test_a_shared_block_counts_once_and_is_free_with_its_last_holder() -> None:
     assert counts(allocator) == (3, 0, 0)
 
 
-def test_a_kept_block_is_cached_until_it_is_evicted_or_shared() -> None:
+def test_a_block_put_in_the_cache_stays_until_it_is_evicted_or_shared() -> None:
     allocator = BlockAllocator(4)
     first, second = allocator.allocate(2)
-    allocator.keep(first)
-    allocator.keep(second)
+    allocator.put_in_cache(first)
+    allocator.put_in_cache(second)
     allocator.release([first, second])
     assert counts(allocator) == (1, 0, 2)
     allocator.share(first)

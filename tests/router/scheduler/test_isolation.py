@@ -7,7 +7,7 @@ from kagami_router.request.values import StoppingParams, ValidRequest
 from kagami_router.scheduler.isolation import AsUsual, FaultIsolation, OnTrial
 from kagami_router.scheduler.prefix_cache import PrefixKey
 from kagami_router.scheduler.sequence import Sequence, Status
-from kagami_router.scheduler.step import Work
+from kagami_router.scheduler.step import WorkItem
 
 
 def new_sequences(count: int, status: Status = Status.RUNNING) -> list[Sequence]:
@@ -47,7 +47,7 @@ def test_a_failed_step_puts_the_older_half_on_trial_first() -> None:
     isolation = FaultIsolation(max_batch_size=8, max_step_tokens=64, max_steps_in_flight=2)
     sequences = new_sequences(4)
     isolation.step_failed(
-        [Work(each, 0, 2, (), Wanted.ONE_TOKEN) for each in sequences], out_of_memory=False
+        [WorkItem(each, 0, 2, (), Wanted.ONE_TOKEN) for each in sequences], out_of_memory=False
     )
     assert isolation.eligible().may_run(sequences) == sequences[:2]
     for cleared in sequences:

@@ -55,7 +55,7 @@ def answer(scheduler: Scheduler, step: Step, **changes: object) -> list[Event]:
     return events
 
 
-def turn(scheduler: Scheduler) -> list[Event]:
+def run_step(scheduler: Scheduler) -> list[Event]:
     return answer(scheduler, schedule(scheduler))
 
 
@@ -93,7 +93,7 @@ def test_a_decode_is_scheduled_before_its_token_is_known() -> None:
 def test_decodes_come_first_and_prompts_share_the_rest() -> None:
     scheduler = new_scheduler()
     add(scheduler, range(3), 9)
-    turn(scheduler)
+    run_step(scheduler)
     add(scheduler, range(10, 20))
     add(scheduler, range(20, 40))
     step = schedule(scheduler)
@@ -198,7 +198,7 @@ def test_running_sequences_use_fresh_blocks_whatever_is_cached() -> None:
     scheduler = new_scheduler(cache_grows_to=0)
     for prompt in prompts_without_a_common_prefix(6):
         add(scheduler, prompt, 20)
-        turn(scheduler)
+        run_step(scheduler)
     assert scheduler.stats().blocks_used == 6 * 4 + 5
 
 
@@ -298,7 +298,7 @@ def run_dry_from(scheduler: Scheduler, step: Step) -> list[Event]:
 def test_a_failed_sequence_is_reported_and_not_found_in_the_cache() -> None:
     scheduler = new_scheduler()
     add(scheduler, range(9), 9)
-    turn(scheduler)
+    run_step(scheduler)
     step = schedule(scheduler)
     events = answer(scheduler, step, samples=[], failures=[Failure(1, "bad")])
     assert [(event.sequence.id, event.message) for event in events if is_failure(event)] == [
@@ -376,7 +376,7 @@ def test_newcomers_wait_until_they_are_worth_an_interruption(num_waiting: int, j
     scheduler = new_scheduler(waiting_served_ratio=0.5, max_waiting_tokens=100)
     for start in range(4):
         add(scheduler, range(20 * start, 20 * start + 2), 40)
-    turn(scheduler)
+    run_step(scheduler)
     for start in range(num_waiting):
         add(scheduler, range(200 + 20 * start, 202 + 20 * start))
     assert bool(schedule(scheduler).new_sequences) == joins
@@ -385,7 +385,7 @@ def test_newcomers_wait_until_they_are_worth_an_interruption(num_waiting: int, j
 def test_a_newcomer_joins_after_max_waiting_tokens() -> None:
     scheduler = new_scheduler(waiting_served_ratio=5.0, max_waiting_tokens=3)
     add(scheduler, range(2), 40)
-    turn(scheduler)
+    run_step(scheduler)
     add(scheduler, range(50, 52))
     joined = []
     for _ in range(5):
@@ -398,9 +398,9 @@ def test_a_newcomer_joins_after_max_waiting_tokens() -> None:
 def test_stats_count_a_shared_block_once() -> None:
     scheduler = new_scheduler()
     add(scheduler, range(9), 20)
-    turn(scheduler)
+    run_step(scheduler)
     add(scheduler, range(9), 20)
-    turn(scheduler)
+    run_step(scheduler)
     stats = scheduler.stats()
     assert (stats.running, stats.waiting) == (2, 0)
     assert (stats.blocks_total, stats.blocks_used, stats.blocks_cached) == (64, 4, 0)

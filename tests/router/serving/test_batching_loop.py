@@ -437,8 +437,8 @@ async def test_what_a_sink_refuses_is_iterated_and_nothing_passes_it(tmp_path: P
             return not is_slow and told.extend(events) is None
 
         async with Submitted(served.loop, new_request(), sink) as stream:
-            async for turn in stream:
-                told.extend(turn)
+            async for events in stream:
+                told.extend(events)
 
     assert [event.token.id for event in told] == generated(PROMPT, 8)
 

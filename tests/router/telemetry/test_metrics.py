@@ -17,7 +17,7 @@ from kagami_router.scheduler.step import (
     PoolStats,
     Step,
     StepResults,
-    Work,
+    WorkItem,
 )
 from kagami_router.telemetry.metrics import Capacity, GenerationStats, Metrics, StepReport
 
@@ -67,7 +67,7 @@ RESULTS = StepResults(1, device_ns=50_000_000, sampling_ns=10_000_000, admission
 REQUEST = ValidRequest(Prompt((1, 2, 3, 4, 5), ""), SamplingParams(), StoppingParams(8))
 NEW = NewSequence(1, [1, 2, 3, 4, 5], 5, REQUEST, False, 4, is_replay=False, looked_up=True)
 SEQUENCE = Sequence(1, REQUEST, TokenLog([1]), PrefixKey([1]), 9, added_at=0.0)
-WORK = Work(SEQUENCE, 4, 1, [], Wanted.ONE_TOKEN)
+WORK = WorkItem(SEQUENCE, 4, 1, [], Wanted.ONE_TOKEN)
 DECODES = Step(
     number=1,
     new_sequences=[],

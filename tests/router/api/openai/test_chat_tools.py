@@ -15,7 +15,7 @@ from tests.fakes.fake_server import (
 
 from kagami_proto.errors import InvalidRequest
 from kagami_proto.values import Grammar, GrammarKind
-from kagami_router.request.validation import Limits
+from kagami_router.request.validation import RequestLimits
 from kagami_router.request.values import FinishReason, Token
 from kagami_router.text.chat_template import ChatTemplate
 
@@ -32,7 +32,7 @@ TOOL = {
 CHAT: dict[str, Any] = {"messages": MESSAGES, "tools": [TOOL]}
 ARGUMENTS = '{"city": "Rome"}'
 CALL = f'<tool_call>\n{{"name": "weather", "arguments": {ARGUMENTS}}}\n</tool_call>'
-WIDE = Limits(
+WIDE = RequestLimits(
     max_best_of=2,
     max_stop_sequences=4,
     max_top_n_tokens=5,
