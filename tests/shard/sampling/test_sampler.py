@@ -2,7 +2,6 @@ import pytest
 import torch
 
 from kagami_proto.values import SamplingParams
-from kagami_shard.sampling.logprobs import TorchScorer, score
 from kagami_shard.sampling.processors import History
 from kagami_shard.sampling.sampler import SamplingRow, draw
 
@@ -137,28 +136,6 @@ def test_two_forced_tokens_keep_their_odds() -> None:
 
     assert float((drawn == 1).float().mean()) == pytest.approx(0.731, abs=0.03)
     assert int(drawn.max()) == 1
-
-
-def test_scores_have_the_given_tokens_and_the_most_likely() -> None:
-    logits = logits_of(3)
-
-    scores = score(logits, torch.tensor([4, 5, 6]), 2, TorchScorer())
-
-    expected = logits.log_softmax(-1)
-    torch.testing.assert_close(scores.logprobs, expected[range(3), [4, 5, 6]])
-    torch.testing.assert_close(scores.top_logprobs, expected.topk(2).values)
-    assert torch.equal(scores.top_ids, expected.topk(2).indices)
-
-
-@pytest.mark.parametrize("vocab", [7, 500, 32_003, 49_152])
-def test_logprobs_of_a_row_have_the_same_bits_alone_and_among_others(vocab: int) -> None:
-    logits = logits_of(9, vocab)
-    ids = torch.arange(27).view(9, 3) % vocab
-
-    together = TorchScorer().logprobs(logits, ids)
-    alone = [TorchScorer().logprobs(logits[i : i + 1].clone(), ids[i : i + 1]) for i in range(9)]
-
-    assert torch.equal(together, torch.cat(alone))
 
 
 def test_a_greedy_row_has_the_same_bits_beside_greedy_and_sampled_rows() -> None:

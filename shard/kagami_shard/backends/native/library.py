@@ -76,6 +76,8 @@ class QKNorm(IntEnum):
     ALL = 2
 
 
+SCRATCH_BYTES = 3 << 17
+"""Of each thread"""
 LOGITS = -1
 """The number of a buffer that is not the tape's: the logits of the step"""
 
@@ -273,7 +275,7 @@ def layout() -> str:
         for name, kind in _STRUCTS.items()
     ]
     enums = [(name, [int(member) for member in kind]) for name, kind in _ENUMS.items()]
-    lines = [*structs, *enums, ("logits", [LOGITS])]
+    lines = [*structs, *enums, ("logits", [LOGITS]), ("scratch bytes", [SCRATCH_BYTES])]
     return "".join(f"{name} {' '.join(map(str, numbers))}\n" for name, numbers in lines)
 
 

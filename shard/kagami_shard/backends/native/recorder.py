@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kagami_shard.backends.native.library import (
     LOGITS,
+    SCRATCH_BYTES,
     Activation,
     CAttention,
     CBuffer,
@@ -50,8 +51,8 @@ from kagami_shard.models.ops import Ops, SelfAttention, T
 # attention.cpp has room for these.
 _MAX_HEAD_DIM = 256
 _MAX_GROUP = 64
-# What a thread's scratch holds as float32 (kScratchBytes).
-_MAX_QUANTIZED = (3 << 17) // 4
+# A thread's scratch holds so many columns as float32.
+_MAX_QUANTIZED = SCRATCH_BYTES // 4
 
 _ACTIVATIONS: Mapping[str, Activation] = {
     "silu": Activation.SILU,

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "ops.h"
+#include "step.h"
 
 namespace {
 
@@ -75,7 +76,8 @@ std::string enums() {
          line("epilogue", {KG_STORE_FLOAT, KG_STORE_BF16, KG_ADD, KG_GATED}) +
          line("activation", {KG_NO_ACTIVATION, KG_SILU, KG_GELU, KG_GELU_TANH, KG_RELU, KG_SOFTCAP}) +
          line("norm kind", {KG_ROUND, KG_RMS, KG_LAYER_NORM}) +
-         line("qk norm", {KG_NO_QK_NORM, KG_NORM_HEADS, KG_NORM_ALL}) + line("logits", {KG_LOGITS});
+         line("qk norm", {KG_NO_QK_NORM, KG_NORM_HEADS, KG_NORM_ALL}) + line("logits", {KG_LOGITS}) +
+         line("scratch bytes", {kg::kScratchBytes});
 }
 
 }  // namespace

@@ -118,7 +118,8 @@ typedef struct {    // greedy decodes, one token of each sequence, that go on fr
   int64_t sampling_ns;  // what choosing took
 } kg_decodes;
 
-// A line for each struct above, its size and the offsets of its fields, and for each enum its values.
+// A line for each struct above, its size and the offsets of its fields; for each enum its values; and
+// the bytes of a thread's scratch.
 const char* kg_layout(void);
 
 typedef struct kg_pool kg_pool;
