@@ -67,7 +67,7 @@ def build_batch(
         positions=tensor(positions),
         slots=tensor(slots),
         queries=queries,
-        logits_rows=tensor(rows),
+        selected_rows=tensor(rows),
         selected=queries.at(rows),
     )
 

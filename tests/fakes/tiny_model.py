@@ -51,7 +51,7 @@ class TinyModel:
         hidden = hidden + output.flatten(1)
         if self.nan_at is not None:
             hidden[batch.input_ids == self.nan_at] = float("nan")
-        rows = hidden[batch.logits_rows]
+        rows = hidden[batch.selected_rows]
         return Output(
             logits=rows @ self.head.T if OutputKind.LOGITS in wanted else None,
             vectors=rows if OutputKind.VECTORS in wanted else None,

@@ -64,7 +64,7 @@ class ForwardBatch:
     """`[num_tokens]` int64, where each token's key and value go"""
     queries: Queries
     """All tokens, a run for each sequence"""
-    logits_rows: Tensor
+    selected_rows: Tensor
     """`[num_rows]` int64, the tokens after which logits or vectors are wanted"""
     selected: Queries
     """The tokens at those rows. Beside keys and values the last layer computes nothing else. It is

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class OutputKind(enum.Flag):
-    """What is computed of the batch's selected rows, `ForwardBatch.logits_rows`."""
+    """What is computed of the batch's selected rows, `ForwardBatch.selected_rows`."""
 
     LOGITS = enum.auto()
     VECTORS = enum.auto()

@@ -117,7 +117,7 @@ class NumpyBackend:
                     strict=True,
                 )
             ]
-        )[batch.logits_rows.numpy()]
+        )[batch.selected_rows.numpy()]
         return Output(
             logits=torch.from_numpy(logits_of(sums)) if OutputKind.LOGITS in wanted else None,
             vectors=torch.from_numpy(sums[:, None]) if OutputKind.VECTORS in wanted else None,

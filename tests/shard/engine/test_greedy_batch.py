@@ -59,7 +59,7 @@ class TorchDecodes:
             positions=self._positions,
             slots=blocks * size + self._positions % size,
             queries=queries,
-            logits_rows=rows,
+            selected_rows=rows,
             selected=queries,
         )
         logits = self._backend.run(batch, self._cache, OutputKind.LOGITS).logits

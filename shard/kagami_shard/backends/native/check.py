@@ -110,6 +110,6 @@ def _batch(work: Sequence[tuple[int, int]], rows: Sequence[int], block_size: int
         positions=torch.tensor(positions),
         slots=torch.tensor(slots),
         queries=queries,
-        logits_rows=torch.tensor(rows),
+        selected_rows=torch.tensor(rows),
         selected=queries.at(rows),
     )

@@ -37,7 +37,7 @@ class RecordedDecoder:
 
     def replay(self, batch: ForwardBatch, cache: KVCache) -> Tensor:
         """As `Recording` says; the next step uses the memory of the logits again."""
-        logits = self._rows_of_logits(len(batch.logits_rows))
+        logits = self._rows_of_logits(len(batch.selected_rows))
         replay_into(self._tape, batch, PageTables(cache), logits)
         return logits
 
@@ -72,7 +72,7 @@ def replay_into(tape: Tape, batch: ForwardBatch, pages: PageTables, logits: Tens
     struct.input_ids, struct.positions = pointer(batch.input_ids), pointer(batch.positions)
     if batch.selected is not batch.queries:
         selected = _Step(batch.selected, pages, logits)
-        selected.struct.rows = pointer(batch.logits_rows)
+        selected.struct.rows = pointer(batch.selected_rows)
         struct.selected = addressof(selected.struct)
     tape.replay(struct)
 

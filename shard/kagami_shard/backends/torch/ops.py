@@ -54,7 +54,7 @@ class TorchOps:
         if self._batch.selected is self._batch.queries:
             return values
         self._attend = self._attend.selected()
-        return tuple(value.index_select(0, self._batch.logits_rows) for value in values)
+        return tuple(value.index_select(0, self._batch.selected_rows) for value in values)
 
     def mlp(self, hidden: Tensor, mlp: GatedMLP | MLP) -> Tensor:
         return mlp(hidden)

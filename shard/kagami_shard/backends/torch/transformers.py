@@ -142,7 +142,7 @@ class TransformersModel:
     def forward(self, batch: ForwardBatch, attend: Attend, wanted: OutputKind) -> Output:
         """As `runner.Forward` says. The head is computed even where nobody wants logits."""
         wants_vectors = OutputKind.VECTORS in wanted
-        rows: dict[str, Any] = {"logits_to_keep": batch.logits_rows} if self._takes_rows else {}
+        rows: dict[str, Any] = {"logits_to_keep": batch.selected_rows} if self._takes_rows else {}
         output = self._model(
             input_ids=batch.input_ids[None],
             position_ids=batch.positions[None],
@@ -153,11 +153,11 @@ class TransformersModel:
         )
         logits: Tensor = output.logits[0]
         if not self._takes_rows:
-            logits = logits.index_select(0, batch.logits_rows)
+            logits = logits.index_select(0, batch.selected_rows)
         vectors = None
         if wants_vectors:
             # transformers' last hidden state is the one behind the last norm.
-            vectors = output.hidden_states[-1][0].index_select(0, batch.logits_rows).float()
+            vectors = output.hidden_states[-1][0].index_select(0, batch.selected_rows).float()
         return Output(logits.float() if OutputKind.LOGITS in wanted else None, vectors)
 
     def _logits(self, batch: ForwardBatch, attend: Attend) -> Tensor:
@@ -300,7 +300,7 @@ def _batch_of(stop: int, start: int, vocab_size: int, device: torch.device) -> F
         positions=positions,
         slots=positions + 8,
         queries=queries,
-        logits_rows=torch.arange(stop - start, device=device),
+        selected_rows=torch.arange(stop - start, device=device),
         selected=queries,
     )
 
