@@ -1,6 +1,6 @@
 """Whether the server in this container answers /health with 200; for Docker's HEALTHCHECK.
 
-Asks at $PORT of the loopback itself, whatever proxy the environment names.
+Asks the loopback at $PORT directly; proxies of the environment are ignored.
 """
 
 import http.client

@@ -18,7 +18,7 @@ _QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """One graph: its queries by their legend; the unit is Grafana's name of it."""
+    """One graph: legend -> query; `unit` is Grafana's name of the unit."""
 
     title: str
     unit: str
@@ -36,7 +36,7 @@ class Row:
 
 
 def _rate(metric: str, labels: str = "", by: str = "") -> str:
-    """How much a counter grows in a second, over all instances."""
+    """The rate of a counter a second, summed over all instances."""
     grouping = f" by ({by})" if by else ""
     return f"sum{grouping} (rate({_series(metric, labels)}[$__rate_interval]))"
 
@@ -310,7 +310,7 @@ def _panel(panel: Panel, number: int, place: int, top: int) -> dict[str, Any]:
 
 
 def _rows() -> list[dict[str, Any]]:
-    """Headings and panels, flat; what a collapsed row holds lies in it."""
+    """Headings and panels as a flat list; a collapsed heading contains its own panels."""
     made: list[dict[str, Any]] = []
     number, top = 1, 0
     for row in ROWS:
@@ -337,7 +337,7 @@ def _rows() -> list[dict[str, Any]]:
 
 
 def _variable(name: str, label: str, *, multi: bool) -> dict[str, Any]:
-    """Chosen from what a label says of the servers that are scraped."""
+    """A variable whose choices are the values of a label of the scraped servers."""
     return {
         "type": "query",
         "name": name,
@@ -384,7 +384,7 @@ def dashboard() -> dict[str, Any]:
 
 
 def text() -> str:
-    """The file: one panel to a line, so that a diff shows which changed."""
+    """The file's text: one panel a line, so that a diff shows which panel changed."""
     whole = dashboard()
     panels = ",\n  ".join(json.dumps(panel) for panel in whole.pop("panels"))
     head = json.dumps(whole, indent=1)

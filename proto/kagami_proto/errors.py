@@ -140,7 +140,7 @@ class RankLost(KagamiError):
     """The ranks of a model cannot connect or have diverged; the shard that raises it ends."""
 
 
-class Row(NamedTuple):
+class ErrorRow(NamedTuple):
     """What an error becomes at a border."""
 
     kind: str
@@ -159,11 +159,11 @@ def _invalid(
     status: HTTPStatus = HTTPStatus.UNPROCESSABLE_ENTITY,
     prefix: str = "",
     cause: str = "validation",
-) -> Row:
-    return Row(kind, status, prefix, cause, is_refusal=True)
+) -> ErrorRow:
+    return ErrorRow(kind, status, prefix, cause, is_refusal=True)
 
 
-TABLE: Mapping[type[KagamiError], Row] = MappingProxyType(
+TABLE: Mapping[type[KagamiError], ErrorRow] = MappingProxyType(
     {
         InvalidRequest: _invalid("validation", prefix="Input validation error: "),
         MalformedBody: _invalid("validation"),
@@ -176,33 +176,35 @@ TABLE: Mapping[type[KagamiError], Row] = MappingProxyType(
         BatchSizeExceeded: _invalid("batch size exceeded"),
         InvalidUtf8: _invalid("utf8"),
         LengthMismatch: _invalid("length mismatch"),
-        NotFound: Row("not_found", HTTPStatus.NOT_FOUND, is_refusal=True),
-        MethodNotAllowed: Row("method_not_allowed", HTTPStatus.METHOD_NOT_ALLOWED, is_refusal=True),
-        Unauthorized: Row("unauthorized", HTTPStatus.UNAUTHORIZED, is_refusal=True),
-        Overloaded: Row(
+        NotFound: ErrorRow("not_found", HTTPStatus.NOT_FOUND, is_refusal=True),
+        MethodNotAllowed: ErrorRow(
+            "method_not_allowed", HTTPStatus.METHOD_NOT_ALLOWED, is_refusal=True
+        ),
+        Unauthorized: ErrorRow("unauthorized", HTTPStatus.UNAUTHORIZED, is_refusal=True),
+        Overloaded: ErrorRow(
             "overloaded", HTTPStatus.TOO_MANY_REQUESTS, cause="overloaded", is_refusal=True
         ),
-        Unavailable: Row(
+        Unavailable: ErrorRow(
             "unavailable", HTTPStatus.SERVICE_UNAVAILABLE, cause="unavailable", is_refusal=True
         ),
-        Unhealthy: Row("healthcheck", HTTPStatus.SERVICE_UNAVAILABLE),
-        GenerationFailed: Row(
+        Unhealthy: ErrorRow("healthcheck", HTTPStatus.SERVICE_UNAVAILABLE),
+        GenerationFailed: ErrorRow(
             "generation", HTTPStatus.FAILED_DEPENDENCY, "Request failed during generation: "
         ),
-        IncompleteGeneration: Row(
+        IncompleteGeneration: ErrorRow(
             "incomplete_generation",
             HTTPStatus.INTERNAL_SERVER_ERROR,
             "Incomplete generation: ",
             cause="incomplete",
         ),
-        UnsupportedModel: Row("unsupported_model", HTTPStatus.INTERNAL_SERVER_ERROR),
-        InvalidCheckpoint: Row("invalid_checkpoint", HTTPStatus.INTERNAL_SERVER_ERROR),
-        RankLost: Row("rank_lost", HTTPStatus.INTERNAL_SERVER_ERROR),
+        UnsupportedModel: ErrorRow("unsupported_model", HTTPStatus.INTERNAL_SERVER_ERROR),
+        InvalidCheckpoint: ErrorRow("invalid_checkpoint", HTTPStatus.INTERNAL_SERVER_ERROR),
+        RankLost: ErrorRow("rank_lost", HTTPStatus.INTERNAL_SERVER_ERROR),
     }
 )
 
 
-def row_of(error: BaseException) -> Row | None:
+def row_of(error: BaseException) -> ErrorRow | None:
     """The row of the nearest ancestor in `TABLE`, or None for an error outside the tree."""
     for ancestor in type(error).__mro__:
         if row := TABLE.get(ancestor):

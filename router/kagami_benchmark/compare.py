@@ -7,15 +7,15 @@ from pathlib import Path
 import msgspec
 
 from kagami_benchmark.cli import Compare
-from kagami_benchmark.figures import Row
+from kagami_benchmark.figures import ResultRow
 from kagami_benchmark.report import Report, table
 
 # Ratios are second / first for rates and first / second for times: above 1 the second is better.
-_RATES: Mapping[str, Callable[[Row], float]] = {
+_RATES: Mapping[str, Callable[[ResultRow], float]] = {
     "out tok/s": lambda row: row.output_rate,
     "total tok/s": lambda row: row.total_rate,
 }
-_TIMES: Mapping[str, Callable[[Row], float]] = {
+_TIMES: Mapping[str, Callable[[ResultRow], float]] = {
     "first token p50": lambda row: row.first_token.p50,
     "first token p99": lambda row: row.first_token.p99,
     "inter-token p50": lambda row: row.inter_token.p50,
@@ -50,19 +50,19 @@ def _load(path: Path) -> Report:
         raise ValueError(f"--compare: {path} holds no results: {error}") from error
 
 
-def pair(before: list[Row], after: list[Row]) -> list[tuple[Row, Row]]:
+def pair(before: list[ResultRow], after: list[ResultRow]) -> list[tuple[ResultRow, ResultRow]]:
     """Rows of one workload; the server's name counts where a file has several."""
     by_name = len({row.target for row in before}) > 1 or len({row.target for row in after}) > 1
     old = {_key(row, by_name): row for row in before}
     return [(old[key], row) for row in after if (key := _key(row, by_name)) in old]
 
 
-def _key(row: Row, by_name: bool) -> _Key:
+def _key(row: ResultRow, by_name: bool) -> _Key:
     key = (row.workload.name, row.workload.describe())
     return (*key, row.target) if by_name else key
 
 
-def ratios(pairs: list[tuple[Row, Row]]) -> list[str]:
+def ratios(pairs: list[tuple[ResultRow, ResultRow]]) -> list[str]:
     """The lines of a Markdown table."""
     cells = [["server", "workload", *_RATES, *_TIMES]]
     for old, new in pairs:

@@ -23,7 +23,7 @@ class Spread:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class ResultRow:
     """One workload on one server: all its measured runs together.
 
     Rates are the median of the runs, with the lowest and the highest; percentiles are over the
@@ -93,7 +93,7 @@ def summarize(
     workload: Workload,
     runs: Sequence[Run],
     bandwidth_share: float | None = None,
-) -> Row:
+) -> ResultRow:
     """One row for all runs; `runs` is not empty."""
     every = [outcome for run in runs for outcome in run.outcomes]
     good = [outcome for outcome in every if outcome.succeeded]
@@ -102,7 +102,7 @@ def summarize(
     prompt = [_prompt_of(run) for run in runs]
     rates = [count / s for count, s in zip(output, seconds, strict=True)]
     cpu = sum(run.client_cpu_s for run in runs)
-    return Row(
+    return ResultRow(
         target=target,
         url=url,
         model=model,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 
-from kagami_benchmark.figures import Row, Spread
+from kagami_benchmark.figures import ResultRow, Spread
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +21,7 @@ class Report:
     """UTC, ISO 8601."""
     machine: str
     """Version of this client."""
-    rows: list[Row]
+    rows: list[ResultRow]
 
 
 def machine() -> str:
@@ -39,18 +39,18 @@ def _three(spread: Spread) -> str:
     return " / ".join(f"{each:.{digits}f}" for each in (spread.p50, spread.p90, spread.p99))
 
 
-def _rate(row: Row) -> str:
+def _rate(row: ResultRow) -> str:
     text = f"{row.output_rate:.1f}"
     if row.num_runs == 1:
         return text
     return f"{text} ({row.output_rate_low:.0f}-{row.output_rate_high:.0f})"
 
 
-def _share(row: Row) -> str:
+def _share(row: ResultRow) -> str:
     return "-" if row.bandwidth_share is None else f"{100 * row.bandwidth_share:.0f} %"
 
 
-COLUMNS: Mapping[str, Callable[[Row], str]] = {
+COLUMNS: Mapping[str, Callable[[ResultRow], str]] = {
     "server": lambda row: row.target,
     "workload": lambda row: f"{row.workload.name}: {row.workload.describe()}",
     "ok": lambda row: f"{row.num_succeeded}/{row.num_requests}",
@@ -64,7 +64,7 @@ COLUMNS: Mapping[str, Callable[[Row], str]] = {
 LEGEND = "Latencies: p50 / p90 / p99. Rates: median of the runs (lowest-highest)."
 
 
-def markdown(rows: Sequence[Row]) -> str:
+def markdown(rows: Sequence[ResultRow]) -> str:
     """The table in Markdown, and the remarks under it."""
     lines = table([[*COLUMNS], *([cell(row) for cell in COLUMNS.values()] for row in rows)])
     return "\n".join([*lines, "", *notes(rows)]) + "\n"
@@ -76,7 +76,7 @@ def table(cells: Sequence[Sequence[str]]) -> list[str]:
     return [head, "|" + "---|" * len(cells[0]), *body]
 
 
-def notes(rows: Sequence[Row]) -> list[str]:
+def notes(rows: Sequence[ResultRow]) -> list[str]:
     """The remarks under the table: the client's own cost, and every error."""
     if not rows:
         return ["Nothing was measured."]
@@ -92,7 +92,7 @@ def notes(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def _length_note(row: Row) -> str:
+def _length_note(row: ResultRow) -> str:
     """The mean prompt length, if it is off by more than a template's few tokens; else empty."""
     wanted = row.workload
     low, high = (wanted.prefix_tokens + each for each in (wanted.prompt.low, wanted.prompt.high))

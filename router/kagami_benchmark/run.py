@@ -18,7 +18,7 @@ import uvloop
 from kagami_benchmark import facts, report
 from kagami_benchmark.cli import BenchmarkArgs
 from kagami_benchmark.client import Client, connecting
-from kagami_benchmark.figures import Row, summarize
+from kagami_benchmark.figures import ResultRow, summarize
 from kagami_benchmark.load import Run, drive
 from kagami_benchmark.prompts import Words
 from kagami_benchmark.routes import ROUTES, Asking
@@ -46,7 +46,7 @@ def run(args: BenchmarkArgs) -> int:
     except (BadFlags, ValueError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
-    rows: list[Row] = []
+    rows: list[ResultRow] = []
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         try:
             runner.run(measure(args, words, rows))
@@ -72,7 +72,7 @@ def _check(args: BenchmarkArgs) -> None:
                 raise BadFlags(f"{flag}: {target.path} does not know {name}")
 
 
-def _tell(args: BenchmarkArgs, rows: list[Row]) -> None:
+def _tell(args: BenchmarkArgs, rows: list[ResultRow]) -> None:
     sys.stdout.write(report.markdown(rows))
     created = datetime.now(UTC).isoformat(timespec="seconds")
     whole = report.Report(report.tool(), created, report.machine(), rows)
@@ -89,7 +89,7 @@ class _Server:
 
 
 async def measure(
-    args: BenchmarkArgs, words: Words, rows: list[Row], around_run: AroundRun = nullcontext
+    args: BenchmarkArgs, words: Words, rows: list[ResultRow], around_run: AroundRun = nullcontext
 ) -> None:
     """Measure every workload on every server; adds each row when it is done."""
     async with AsyncExitStack() as stack:
@@ -142,7 +142,7 @@ async def _run_once(
 
 async def _row(
     session: aiohttp.ClientSession, server: _Server, workload: Workload, runs: Sequence[Run]
-) -> Row:
+) -> ResultRow:
     target = server.target
     share = await facts.bandwidth_share(session, target.origin)
     return summarize(target.name, target.url, server.model, workload, runs, share)

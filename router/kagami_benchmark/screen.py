@@ -21,7 +21,7 @@ from rich.text import Text
 
 from kagami_benchmark import report
 from kagami_benchmark.client import Outcome
-from kagami_benchmark.figures import Row
+from kagami_benchmark.figures import ResultRow
 from kagami_benchmark.load import Run
 
 REDRAW_S = 0.5
@@ -36,7 +36,7 @@ class View(Protocol):
     def watching(self, run: Run, title: str) -> AbstractAsyncContextManager[None]:
         """Show this run while it lasts."""
 
-    def add(self, row: Row) -> None:
+    def add(self, row: ResultRow) -> None:
         """Show the row of a workload that is done on one server."""
 
 
@@ -65,7 +65,7 @@ class PlainView:
             f"{f', {failed} failed' if failed else ''}\n"
         )
 
-    def add(self, row: Row) -> None:
+    def add(self, row: ResultRow) -> None:
         pass  # the table comes at the end
 
 
@@ -101,7 +101,7 @@ class LiveView:
 
     def __init__(self, live: Live) -> None:
         self._live = live
-        self._rows: list[Row] = []
+        self._rows: list[ResultRow] = []
 
     @asynccontextmanager
     async def watching(self, run: Run, title: str) -> AsyncIterator[None]:
@@ -119,7 +119,7 @@ class LiveView:
             drawing.cancel()
             self._draw(run, title, histogram)
 
-    def add(self, row: Row) -> None:
+    def add(self, row: ResultRow) -> None:
         self._rows.append(row)
 
     def _draw(self, run: Run, title: str, histogram: Histogram) -> None:
@@ -139,7 +139,7 @@ class LiveView:
         self._live.update(Group(_table(self._rows), panel), refresh=True)
 
 
-def _table(rows: list[Row]) -> Table:
+def _table(rows: list[ResultRow]) -> Table:
     table = Table()
     for title in report.COLUMNS:
         table.add_column(title)

@@ -32,7 +32,7 @@ CALLED_BY_OTHERS = {
 # What is held only to stay in memory, for somebody has a pointer to it.
 HELD = {"_alive"}
 # Their fields are read one and all, as flags or as JSON.
-READ_AS_A_WHOLE = {"LauncherArgs", "Row"}
+READ_AS_A_WHOLE = {"LauncherArgs", "ResultRow"}
 # Bases that call nothing of a class by themselves.
 QUIET_BASES = {"Protocol", "NamedTuple", "Generic", "ABC", "Exception", "RuntimeError"}
 

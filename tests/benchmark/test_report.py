@@ -7,11 +7,11 @@ import pytest
 from kagami_benchmark import report
 from kagami_benchmark.cli import Compare
 from kagami_benchmark.compare import compare
-from kagami_benchmark.figures import Row, Spread
+from kagami_benchmark.figures import ResultRow, Spread
 from kagami_benchmark.workload import NAMED
 
 TEN = Spread(4, 10.0, 10.0, 20.0, 30.0)
-ROW = Row(
+ROW = ResultRow(
     target="ours",
     url="http://h/generate_stream",
     model="m",
@@ -36,7 +36,7 @@ ROW = Row(
 )
 
 
-def saved(path: Path, *rows: Row) -> Path:
+def saved(path: Path, *rows: ResultRow) -> Path:
     report.write(report.Report("t", "2026", "m", [*rows]), json_path=path, markdown_path=None)
     return path
 

@@ -13,7 +13,7 @@ from tests.fakes.null_shard import NullShard
 from tests.fakes.sse_server import sse_server
 
 from kagami_benchmark.cli import BenchmarkArgs, parse
-from kagami_benchmark.figures import Row
+from kagami_benchmark.figures import ResultRow
 from kagami_benchmark.prompts import Words
 from kagami_benchmark.run import measure, run
 from kagami_router import app
@@ -26,8 +26,8 @@ def parsed(*argv: str) -> BenchmarkArgs:
     return args
 
 
-async def measured(*argv: str) -> list[Row]:
-    rows: list[Row] = []
+async def measured(*argv: str) -> list[ResultRow]:
+    rows: list[ResultRow] = []
     await measure(parsed(*argv), Words.common(), rows)
     return rows
 

@@ -5,13 +5,13 @@ import pytest
 from tests.benchmark.test_report import ROW
 from tests.benchmarks.side_by_side.bars import LARGE, MEMORY, SMALL, START, Line, Measured, lines
 
-from kagami_benchmark.figures import Row
+from kagami_benchmark.figures import ResultRow
 from kagami_benchmark.workload import NAMED
 
 OURS = "kagami"
 
 
-def rows(workload: str = "W1", **rates: float) -> list[Row]:
+def rows(workload: str = "W1", **rates: float) -> list[ResultRow]:
     """Total rates are ten times the output's."""
     return [
         replace(
@@ -26,7 +26,7 @@ def rows(workload: str = "W1", **rates: float) -> list[Row]:
     ]
 
 
-def line_of(measured: Sequence[Row], weights: str = "bf16", model: str = SMALL) -> Line:
+def line_of(measured: Sequence[ResultRow], weights: str = "bf16", model: str = SMALL) -> Line:
     (line,) = lines([Measured(weights, OURS, measured)], model)
     return line
 

@@ -51,9 +51,11 @@ def note(event: str) -> None:
 
 
 class Stop:
-    """Set by SIGTERM, as `Supervisor.signals` hears of it: no handler in Python has to run. A
-    `threading.Event` may not be set by one: it would wait for the lock that the main thread holds
-    where it begins to wait."""
+    """Set by SIGTERM, through a pipe as in `Supervisor.signals`: no handler in Python has to run.
+
+    A handler must not set a `threading.Event`: it would wait for a lock that the main thread holds
+    while it begins to wait.
+    """
 
     def __init__(self) -> None:
         self._reader, writer = os.pipe()

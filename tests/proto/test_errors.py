@@ -37,7 +37,7 @@ def test_the_table_has_only_errors_of_the_tree() -> None:
     ],
 )
 def test_the_nearest_ancestor_says_what_an_error_becomes(
-    error: BaseException, row: errors.Row | None
+    error: BaseException, row: errors.ErrorRow | None
 ) -> None:
     assert row_of(error) is row
 

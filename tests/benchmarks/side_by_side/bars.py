@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from kagami_benchmark.figures import Row
+from kagami_benchmark.figures import ResultRow
 from kagami_benchmark.workload import NAMED
 
 OURS = "Kagami"
@@ -19,7 +19,7 @@ class Measured:
     weights: str
     ours: str
     """Our server's name in `rows`, `starts` and `peaks`."""
-    rows: Sequence[Row] = ()
+    rows: Sequence[ResultRow] = ()
     starts: Mapping[str, float] = field(default_factory=dict)
     """Seconds by server."""
     peaks: Mapping[str, int] = field(default_factory=dict)
@@ -76,7 +76,7 @@ BARS: Mapping[tuple[str, str], Bar] = {
 }
 
 # What a workload is judged by: where nearly all tokens are the prompts', they count too.
-_RATES: Mapping[str, tuple[str, Callable[[Row], float]]] = {
+_RATES: Mapping[str, tuple[str, Callable[[ResultRow], float]]] = {
     name: ("total tok/s", lambda row: row.total_rate)
     if name == "W4"
     else ("out tok/s", lambda row: row.output_rate)

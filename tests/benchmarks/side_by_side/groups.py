@@ -19,7 +19,7 @@ from tests.integration.conftest import embedded_folder, free_port
 
 from kagami_benchmark import run as benchmark
 from kagami_benchmark.cli import BenchmarkArgs, parse
-from kagami_benchmark.figures import Row
+from kagami_benchmark.figures import ResultRow
 from kagami_benchmark.prompts import Words
 from kagami_benchmark.workload import NAMED
 from kagami_shard.machine.bandwidth import read_bandwidth
@@ -81,7 +81,7 @@ def measure(group: Group, settings: Settings, memory: PeakMemory, notes: list[st
     notes += lacking
     starts: dict[str, float] = {}
     peaks: dict[str, int] = {}
-    rows: list[Row] = []
+    rows: list[ResultRow] = []
     with ExitStack() as stack:
         ours = _start_ours(group, settings, memory, stack, starts)
         others = [
@@ -153,7 +153,7 @@ def _drive(
     up: Sequence[Running],
     settings: Settings,
     notes: list[str],
-) -> list[Row]:
+) -> list[ResultRow]:
     """One workload on every target in turn; whoever else is `up` stands still meanwhile."""
     ours, *others = targets
     limits: list[float] = []
@@ -178,7 +178,7 @@ def _drive(
         ]
     )
     assert isinstance(args, BenchmarkArgs)
-    rows: list[Row] = []
+    rows: list[ResultRow] = []
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(benchmark.measure(args, Words.load(folder), rows, turn))
     notes += unequal(rows)
@@ -186,7 +186,7 @@ def _drive(
     return [of_present_limit(row, told, limits[-2:]) for row in rows]
 
 
-def of_present_limit(row: Row, told: float, limits: Sequence[float]) -> Row:
+def of_present_limit(row: ResultRow, told: float, limits: Sequence[float]) -> ResultRow:
     """The share of what the memory gave before and behind the last run, not at the server's start.
 
     `told` is what the server measured then, in bytes a second; neighbours change it by the minute.
@@ -196,7 +196,7 @@ def of_present_limit(row: Row, told: float, limits: Sequence[float]) -> Row:
     return replace(row, bandwidth_share=row.bandwidth_share * told / fmean(limits))
 
 
-def unequal(rows: Sequence[Row]) -> list[str]:
+def unequal(rows: Sequence[ResultRow]) -> list[str]:
     """Where servers did not do the same work: requests that failed, other counts of tokens."""
     notes = []
     for row in rows:
