@@ -1,12 +1,12 @@
 """Which backend serves a model on a device.
 
-| device | model          | backend                                                          |
-|--------|----------------|------------------------------------------------------------------|
-| CPU    | a decoder      | native, if it is allowed and can run here; torch until it is built |
-| CPU    | transformers'  | torch                                                            |
-| CUDA   | any            | torch                                                            |
+| device | model          | backend                                                           |
+|--------|----------------|-------------------------------------------------------------------|
+| CPU    | a decoder      | native, if it may and can run here; torch until it is built       |
+| CPU    | transformers'  | torch                                                             |
+| CUDA   | any            | torch                                                             |
 
-Several ranks of one model are served by torch: the library knows no collectives.
+Torch serves several ranks of one model: the native library has no collectives.
 """
 
 from pathlib import Path

@@ -15,7 +15,7 @@ class HostPages:
     """Makes tensors of zeros that take no memory until they are written."""
 
     def __init__(self, ahead_share: float) -> None:
-        """`ahead_share`: of each tensor, what `take_ahead` may take before it is written."""
+        """`take_ahead` may take `ahead_share` of each tensor before it is written."""
         self._ahead_share = ahead_share
         self._tensors: list[_Pages] = []
 
@@ -28,8 +28,8 @@ class HostPages:
     def take_ahead(self) -> bool:
         """Take the next page of the share that is taken ahead; False: all of it is taken.
 
-        The first touch of a huge page takes some 5 ms, and a step that comes to a new one comes to
-        one of each tensor.
+        The first touch of a huge page takes some 5 ms. A step that reaches a new page reaches one
+        in every tensor, and would wait for all of them.
         """
         try:
             return any(pages.take_page(self._ahead_share) for pages in self._tensors)
@@ -41,8 +41,8 @@ class HostPages:
 class _Pages:
     """The memory of one tensor.
 
-    On huge pages, because a step reads blocks all over them, and from the border of one on: else
-    the first block takes two, and every tensor's end a part of the next one's.
+    It lies on huge pages, because a step reads blocks all over it. It begins at the border of a
+    page: otherwise the first block would take two pages, and two tensors would share one.
     """
 
     def __init__(self, size: int) -> None:

@@ -30,9 +30,9 @@ def load_torch(
 ) -> TorchBackend:
     """The model of `folder`, its weights read and cast to `dtype` on `device`.
 
-    `max_length` is the longest sequence to be served, 0 for all the model can; LongRoPE and
-    dynamic NTK choose their frequencies by it. Of several ranks (`parallel`) each reads its part.
-    `quantize` is a value of --quantize; what config.json says of its weights needs none.
+    `max_length` is the longest sequence to be served; 0: the longest that the model can. LongRoPE
+    and dynamic NTK choose their frequencies by it. Each rank of `parallel` reads its own part.
+    `quantize` is a value of --quantize; weights that config.json describes need none.
     With `defers` the decoder's matrices are read when first used, or packed from the files.
     Raises `UnsupportedModel` or `InvalidCheckpoint`.
     """
@@ -59,7 +59,7 @@ def load_torch(
         model, forward = decoder, partial(run_decoder, decoder)
     else:
         _check_transformers(config, parallel, quantize)
-        # Its import takes seconds, and most models do without.
+        # Its import takes seconds, and most models do not need it.
         transformers = import_module("kagami_shard.backends.torch.transformers")
         own = transformers.load_transformers(
             folder, config, dtype=dtype, device=device, trust_remote_code=trust_remote_code

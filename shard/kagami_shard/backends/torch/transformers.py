@@ -1,12 +1,12 @@
 """Runs an architecture of transformers' with its own code, over our paged attention.
 
-transformers lets attention be exchanged by name (`ALL_ATTENTION_FUNCTIONS`). Under ours, a model
-is called with one row of all the step's tokens and their positions, without cache and mask; the
-step's `attend` travels as a keyword to every layer's attention call, which knows the layer by
-counting. That holds for models whose only memory is attention's keys and values, and who ask for
+transformers lets attention be exchanged by name (`ALL_ATTENTION_FUNCTIONS`). Under our name a model
+is called with one row of all the step's tokens and their positions, without cache and mask. The
+step's `attend` travels as a keyword to the attention call of every layer, which counts to know its
+layer. This is right for models that remember nothing but attention's keys and values, and that need
 no other mask than a causal one or a window. What can be known is checked before the weights are
-read; `_verify` then compares a few tokens with the model's own attention, so that a model which
-keeps a state of its own, builds a mask or ignores positions is refused and not served wrong.
+read. Then `_verify` compares a few tokens with the model's own attention: a model with a state of
+its own, a mask, or without positions is refused, and not served wrong.
 """
 
 import inspect
