@@ -1,4 +1,4 @@
-"""The whole URL table, and the web application that serves it."""
+"""The URL table of all routes, and the web application that serves it."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -74,8 +74,8 @@ _ANTHROPIC = Section("Anthropic", Family.ANTHROPIC)
 _PLATFORMS = Section("Platforms", Family.NATIVE)
 _SERVER = Section("Server", Family.NATIVE)
 
-# Open routes need no API key: probes and scrapers carry none. TGI leaves /info, /v1/models,
-# /chat_tokenize and the docs open too; here they are closed, see notes/0003.
+# Open routes need no API key: probes and scrapers send none. TGI leaves /info, /v1/models,
+# /chat_tokenize and the docs open too; here they need the key, see notes/0003.
 _HEALTH = Operation(_SERVER, is_open=True, may_fail=(503,))
 _GENERATE = Operation(_TGI, GenerateRequest, GenerateResponse, generates=True, example=_HELLO)
 _COMPAT = Operation(
@@ -253,9 +253,10 @@ def make_app(
     tracing: Tracing = NO_TRACING,
     traces_content: bool = False,
 ) -> web.Application:
-    """The application; it serves 503 until `readiness` is open.
+    """The application; it answers 503 until `readiness` is open.
 
-    `aip_routes` are the paths at which Vertex AI asks for predictions and for health.
+    `payload_limit` is in bytes. `aip_routes` are the paths where Vertex AI asks for predictions and
+    for health.
     """
     routes = [*ROUTES, *_aip_routes(*aip_routes)]
     generating = frozenset(route.path for route in routes if route.operation.generates)
@@ -280,7 +281,7 @@ def make_app(
 
 
 def _aip_routes(predict: str | None, health: str | None) -> list[Route]:
-    """Where the environment of a Vertex AI container asks; unless the table has that path."""
+    """The paths from a Vertex AI container's environment, without those in the table."""
     known = {(route.method, route.path) for route in ROUTES}
     asked = [
         *([Route("POST", predict, clouds.vertex, _VERTEX)] if predict else []),

@@ -1,1 +1,1 @@
-"""What all generating routes share: from a request to its answer or its stream."""
+"""What all generating routes share: request in, answer or stream out."""

@@ -1,7 +1,8 @@
-"""A conversation as any chat route means it, made ready: prompt, grammar, and a reader of answers.
+"""Prepares the conversation of any chat route: prompt, grammar, and a parser for answers.
 
-The routes bring messages in OpenAI's form and domain values; how the model is shown its tools, how
-it is held to them and how its answer is read is the same for all of them, and here.
+Each route converts its messages to OpenAI's form and its fields to domain values. The rest is the
+same for all routes and lives here: how the model sees its tools, how a grammar holds it to them,
+and how its answer is read.
 """
 
 import json
@@ -33,29 +34,29 @@ Message = Mapping[str, Any]
 AnswerParser = TextOnly | CallParser
 
 _NO_OPTIONS = PromptOptions()
-# One of these stands in a template that does something of its own with results of tools.
+# A template that formats tool results itself contains one of these.
 _TOOL_ROLE = ("'tool'", '"tool"', "tool_call_id")
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """What a client asks; messages are OpenAI's, and have been checked."""
+    """What a client asks; `messages` are in OpenAI's form and already checked."""
 
     messages: Sequence[Message]
     tools: tuple[Tool, ...] = ()
     choice: ToolChoice = AUTO
     is_parallel: bool = True
     tool_prompt: str | None = None
-    """What the model is told about its tools in place of our own words."""
+    """Replaces our own note that tells the model about its tools."""
     grammar: Grammar | None = None
-    """Of an answer without calls."""
+    """Constrains the answer; not allowed together with tools."""
     options: PromptOptions = _NO_OPTIONS
-    """For the template; its `tools` are these."""
+    """For the template; its `tools` are set from the field above."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """What to generate from, under which grammar, and how to read each answer."""
+    """The prompt, the grammar, and how to read each answer."""
 
     prompt: str
     grammar: Grammar | None
@@ -74,14 +75,14 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A whole answer, read; `text` None = it has none, only calls."""
+    """A whole answer after parsing; `text` is None when it has only calls."""
 
     text: str | None
     calls: tuple[ToolCall, ...]
 
 
 async def prompt(chat_format: ChatFormat, conversation: Conversation) -> str:
-    """What the model gets to read; raises `ToolError`, or `TemplateError` for the messages."""
+    """The prompt text; raises `ToolError`, or `TemplateError` for the messages."""
     is_shown = _calls_of(conversation) is not None
     with span(chat_format.tracer, SpanName.TEMPLATE):
         return await _render(chat_format, conversation, conversation.tools if is_shown else ())
@@ -90,7 +91,11 @@ async def prompt(chat_format: ChatFormat, conversation: Conversation) -> str:
 async def prepare(
     chat_format: ChatFormat, validation: Validation, conversation: Conversation
 ) -> Prepared:
-    """The prompt, and all that its answers need; raises as `prompt`."""
+    """The prompt and all that its answers need.
+
+    Raises what `prompt` raises, `ToolError` if the grammar of the tools does not compile, and
+    `InvalidRequest` if calls are required and the server has no grammars.
+    """
     calls = _calls_of(conversation)
     if calls is None:
         text = await prompt(chat_format, conversation)
@@ -121,7 +126,7 @@ def _calls_of(conversation: Conversation) -> AllowedCalls | None:
 
 
 def read_deltas(generation: Generation, parser: AnswerParser) -> list[Delta]:
-    """One whole answer as it was said, piece by piece."""
+    """One whole answer as deltas, in the order of its tokens."""
     deltas: list[Delta] = []
     for token, tail in zip(generation.tokens, generation.tails, strict=True):
         deltas += parser.push(token, tail)
@@ -145,7 +150,7 @@ def read_answer(generation: Generation, parser: AnswerParser) -> Answer:
 
 
 async def _check_grammar(validation: Validation, grammar: Grammar, calls: AllowedCalls) -> None:
-    """Compile it now; where that fails, find the tool whose schema it is."""
+    """Compile the grammar now; if that fails, find the tool whose schema is at fault."""
     try:
         await validation.ready_grammar(grammar)
     except InvalidRequest as whole:
@@ -163,7 +168,7 @@ async def _check_grammar(validation: Validation, grammar: Grammar, calls: Allowe
 async def _render(
     chat_format: ChatFormat, conversation: Conversation, tools: Sequence[Tool]
 ) -> str:
-    """The prompt, `tools` shown in the way this template knows."""
+    """The prompt; it shows `tools` in the way that this template knows."""
     template, tool_format = chat_format.template, chat_format.tool_format
     messages = [_with_objects(message) for message in conversation.messages]
     if "tool_calls" not in template.source:
@@ -181,10 +186,10 @@ async def _render(
 
 
 class _Arguments(dict[str, Any]):
-    """A call's arguments for all that templates do with them.
+    """A call's arguments, as an object and as text.
 
-    Most ask for an object, some (DeepSeek's) put a text together with them: then it is the JSON
-    text that the client sent.
+    Most templates read an object. Some (DeepSeek's) concatenate the arguments with text; they get
+    the JSON text that the client sent.
     """
 
     def __init__(self, text: str, value: Mapping[str, Any]) -> None:
@@ -202,7 +207,7 @@ class _Arguments(dict[str, Any]):
 
 
 def _with_objects(message: Message) -> Message:
-    """Arguments of calls as objects: OpenAI's wire has JSON text, templates read objects."""
+    """Arguments of calls as objects: OpenAI sends JSON text, templates read objects."""
     calls = message.get("tool_calls")
     if not isinstance(calls, list):
         return message
@@ -225,7 +230,10 @@ def _call_with_object(call: Any) -> Any:
 
 
 def _calls_as_text(messages: Sequence[Message], form: ToolForm) -> list[Message]:
-    """For a template without `tool_calls`: a model that never sees its calls repeats them."""
+    """Calls become text, for a template without `tool_calls`.
+
+    A model that never sees its own calls repeats them.
+    """
     changed: list[Message] = []
     for message in messages:
         calls = message.get("tool_calls")
@@ -251,7 +259,10 @@ def _written(calls: Sequence[Any], form: ToolForm) -> str:
 
 
 def _results_as_user(messages: Sequence[Message]) -> list[Message]:
-    """For a template without a role `tool`: the user brings results, neighbours in one message."""
+    """Results become user messages, for a template without the role `tool`.
+
+    Neighbouring results share one message.
+    """
     changed: list[Message] = []
     is_result = False
     for message in messages:
@@ -271,7 +282,7 @@ def _text_of(message: Message) -> str:
 
 
 def _with_note(messages: Sequence[Message], note: str) -> list[Message]:
-    """`note` behind the last message that is not the assistant's, where TGI puts it."""
+    """Append `note` to the last message that is not the assistant's, as TGI does."""
     changed = list(messages)
     for index in reversed(range(len(changed))):
         message = changed[index]

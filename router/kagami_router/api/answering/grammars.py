@@ -1,6 +1,6 @@
-"""What may be asked of an output's form, in TGI's and in OpenAI's words, as a `Grammar`.
+"""Turns TGI's and OpenAI's fields for constrained output into a `Grammar`.
 
-Only the shape is looked at here; whether a grammar can be compiled the shards say at the door.
+Only the shape of the fields is checked here. Validation asks a shard whether the grammar compiles.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -16,33 +16,33 @@ from kagami_router.api.schemas.openai import ResponseFormat
 from kagami_router.tools.json_schema import requires_unnamed
 
 _ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
-# Where subschemas stand: under these keys one, a list of them, or a table of them.
+# Keys whose value is one subschema, a list of subschemas, or a table of subschemas.
 _ONE = ("items", "additionalProperties", "not", "contains", "propertyNames")
 _LIST = ("anyOf", "oneOf", "prefixItems")
 _TABLE = ("properties", "$defs", "definitions", "patternProperties")
 
 
-def native(wire: GrammarType | None) -> Grammar | None:
+def native(given: GrammarType | None) -> Grammar | None:
     """`parameters.grammar`; raises `InvalidRequest`."""
-    if wire is None:
+    if given is None:
         return None
-    return _FORMS[wire.type](wire.value, "parameters.grammar")
+    return _FORMS[given.type](given.value, "parameters.grammar")
 
 
-def response_format(wire: ResponseFormat | None) -> Grammar | None:
+def response_format(given: ResponseFormat | None) -> Grammar | None:
     """`response_format` of a chat; raises `InvalidRequest`.
 
-    OpenAI's `json_schema` member, TGI's `value`, and a `json_object` with neither are all taken.
+    Accepts OpenAI's `json_schema` member, TGI's `value`, and a `json_object` with neither.
     """
-    if wire is None or wire.type == "text":
+    if given is None or given.type == "text":
         return None
-    if wire.json_schema is not None:
-        return json_schema(wire.json_schema.schema or _ANY_OBJECT)
-    if wire.value is None:
-        if wire.type in ("json", "json_object"):
+    if given.json_schema is not None:
+        return json_schema(given.json_schema.schema or _ANY_OBJECT)
+    if given.value is None:
+        if given.type in ("json", "json_object"):
             return json_schema(_ANY_OBJECT)
         raise MalformedBody("response_format: missing field `value`", field="response_format")
-    return _FORMS[wire.type](wire.value, "response_format")
+    return _FORMS[given.type](given.value, "response_format")
 
 
 def json_schema(schema: Mapping[str, Any] | str) -> Grammar:
@@ -82,17 +82,17 @@ _FORMS: Mapping[str, Callable[[Mapping[str, Any] | str, str], Grammar]] = {
 
 
 def _closed(schema: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The schema with objects that have just the properties it names, as TGI reads them.
+    """The schema with closed objects: they have only the properties that it names, as in TGI.
 
-    To JSON Schema an object may have any others unless it is closed, and a model would go on to
-    invent them. Where several parts say what one object has, none of them knows the properties of
-    the others: nothing is closed.
+    JSON Schema lets an object have further properties unless it is closed, and a model would
+    invent some. Nothing is closed when several parts describe one object: no part knows the
+    properties of the others.
     """
     return schema if any(map(_has_parts, _subschemas(schema))) else _close(schema)
 
 
 def _subschemas(schema: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """The schema and all within it."""
+    """The schema itself and every schema inside it."""
     left: list[Any] = [schema]
     while left:
         schema = left.pop()

@@ -1,7 +1,7 @@
 """Log-probabilities as OpenAI's routes write them: a chat's list of objects, completions' columns.
 
-A token stands there as it is in the vocabulary, whatever part of it is text already: what waits
-for a stop string or for the rest of a character has its entry too.
+Every token has an entry at once, with its text from the vocabulary. This includes tokens whose text
+is still held back for a stop string or for the rest of a character.
 """
 
 import codecs
@@ -34,10 +34,10 @@ def chat_logprobs(
 
 
 class Columns:
-    """The `logprobs` of one completion, as it grows.
+    """Collects the `logprobs` of one completion.
 
-    Offsets count characters from the start of the prompt, as OpenAI's do even where the answer
-    does not repeat it.
+    Offsets count characters from the start of the prompt, as OpenAI's do, even if the answer does
+    not repeat the prompt.
     """
 
     def __init__(self, decoder: TextDecoder, prompt: str) -> None:
@@ -48,7 +48,7 @@ class Columns:
         self._entries: list[_Entry] = []
 
     def add_prompt(self, tokens: Sequence[PrefillToken]) -> None:
-        """The tokens of the prompt; before any other."""
+        """Add the tokens of the prompt; call it before `add`."""
         prompt = self._prompt
         offset, is_start = 0, True
         utf8 = codecs.getincrementaldecoder("utf-8")("replace")
@@ -56,10 +56,10 @@ class Columns:
             piece = self._decoder.piece(token.id)
             logprob = None if token.logprob is None else _finite(token.logprob)
             if (literal := self._decoder.special.get(token.id)) is not None:
-                # One that the tokenizer put there is no part of the text.
+                # A special token that the tokenizer added is not in the text.
                 length = len(literal) if prompt.startswith(literal, offset) else 0
             else:
-                # SentencePiece writes a space in front of the first word that the text has not.
+                # SentencePiece adds a space before the first word; the text does not have it.
                 if is_start and isinstance(piece, str) and not prompt.startswith(" ", offset):
                     piece = piece.removeprefix(" ")
                 is_start = False
@@ -68,14 +68,14 @@ class Columns:
             offset += length
 
     def add(self, token: Token, alternatives: Sequence[Token]) -> None:
-        """The next generated token."""
+        """Add the next generated token."""
         piece = self._decoder.piece(token.id)
         self._add(piece, _finite(token.logprob), alternatives, self._offset)
         if not token.special:
             self._offset += len(self._utf8.decode(_bytes_of(piece)))
 
     def take(self) -> CompletionLogprobs:
-        """All that came since the last time."""
+        """Return the entries that were added since the last call, and forget them."""
         entries, self._entries = self._entries, []
         return CompletionLogprobs(
             tokens=[text for text, *_ in entries],
@@ -92,7 +92,7 @@ class Columns:
             self._entries.append((text, None, None, offset))
             return
         named: dict[str, float] = {}
-        for top in tops:  # of two with one name the likelier
+        for top in tops:  # two tokens of one name: the likelier one
             named.setdefault(_legacy_text(self._decoder.piece(top.id)), _finite(top.logprob))
         named.setdefault(text, logprob)
         self._entries.append((text, logprob, named, offset))
@@ -102,7 +102,7 @@ _Entry = tuple[str, float | None, dict[str, float] | None, int]
 
 
 def _named(decoder: TextDecoder, token: Token) -> tuple[str, float, list[int]]:
-    """A chat token: its text, in which bytes of half a character are escaped, and its bytes."""
+    """Text, logprob and bytes of a chat token; bytes of a partial character are escaped."""
     piece = decoder.piece(token.id)
     text = piece if isinstance(piece, str) else _escaped(piece)
     return text, _finite(token.logprob), list(_bytes_of(piece))

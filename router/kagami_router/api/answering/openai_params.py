@@ -1,4 +1,4 @@
-"""OpenAI's parameters in the native terms, for all routes that take them."""
+"""Converts OpenAI's parameters to `GenerationParams`, for all routes that take them."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -8,19 +8,19 @@ from kagami_router.api.schemas.openai import OpenAIRequest
 from kagami_router.request.validation import GenerationParams, Validation
 
 _MAX_ID_DIGITS = 10  # of 2**32
-# As many as OpenAI takes. They travel with the sequence each time it is replayed.
+# OpenAI's limit. The biases are sent again each time a sequence is replayed to a shard.
 MAX_BIASED_IDS = 1024
 
 
 def max_tokens_of(body: OpenAIRequest) -> int | None:
-    """The newer name wins."""
+    """`max_completion_tokens`, or `max_tokens`, its older name, without it."""
     return body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
 
 
 def read_params(
     validation: Validation, body: OpenAIRequest, max_tokens: int | None, top_n_tokens: int = 0
 ) -> GenerationParams:
-    """The parameters of each generation; refuses all that needs no prompt to be seen.
+    """The parameters of each generation; raises `InvalidRequest` for what is wrong in any prompt.
 
     Sampling is on unless temperature or top_p is 0; top_p 1 and top_k below 1 are off.
     """
@@ -48,25 +48,25 @@ def read_params(
 
 
 def read_num_choices(body: OpenAIRequest, limit: int) -> int:
-    """`n`, which --max-best-of (`limit`) limits as it limits `best_of`."""
+    """`n`; --max-best-of (`limit`) limits it, as it limits `best_of`."""
     count = 1 if body.n is None else body.n
     if not 0 < count <= limit:
         raise InvalidRequest(f"`n` must be > 0 and <= {limit}. Given: {count}", field="n")
     return count
 
 
-def _logit_bias(wire: Mapping[str, float] | list[float] | None) -> tuple[tuple[int, float], ...]:
-    """JSON's keys are texts; here they are token ids. A list is TGI's form, which does nothing."""
-    if not isinstance(wire, Mapping):
+def _logit_bias(given: Mapping[str, float] | list[float] | None) -> tuple[tuple[int, float], ...]:
+    """Pairs of token id and bias. JSON's keys are texts. TGI's form, a list, is ignored."""
+    if not isinstance(given, Mapping):
         return ()
-    if len(wire) > MAX_BIASED_IDS:
+    if len(given) > MAX_BIASED_IDS:
         raise InvalidRequest(
-            f"`logit_bias` supports up to {MAX_BIASED_IDS} token ids. Given: {len(wire)}",
+            f"`logit_bias` supports up to {MAX_BIASED_IDS} token ids. Given: {len(given)}",
             field="logit_bias",
         )
-    for key in wire:
+    for key in given:
         if not (key.isascii() and key.isdecimal() and len(key) <= _MAX_ID_DIGITS):
             raise InvalidRequest(
                 f"`logit_bias` has token ids as its keys. Given: {key[:40]!r}", field="logit_bias"
             )
-    return tuple((int(key), bias) for key, bias in wire.items())
+    return tuple((int(key), bias) for key, bias in given.items())

@@ -1,7 +1,7 @@
-"""The one way to answer a generating call: validate, generate, write it whole or as a stream.
+"""Answers every generating call: validate, generate, write the answer whole or as a stream.
 
-A route says what to generate (`Asked`) and brings a writer that knows its JSON; permits, headers,
-the line in the log, threads for long answers and failures are the same for all routes, and here.
+A route says what to generate (`Asked`) and gives a writer that knows its JSON. The rest is the same
+for all routes and lives here: permits, headers, the log line, threads for long answers, failures.
 """
 
 import asyncio
@@ -30,7 +30,7 @@ from kagami_router.request.values import End, StreamEvent, ValidRequest
 from kagami_router.serving.generation_stream import Events
 from kagami_router.serving.infer import Generation
 
-# Writing a token with five alternatives takes some 10 us: longer answers are written in a thread.
+# A token with five alternatives takes some 10 us to write: longer answers are written in a thread.
 INLINE_TOKENS = 1000
 
 JsonAnswer = msgspec.Struct | Sequence[msgspec.Struct]
@@ -43,37 +43,37 @@ class Asked:
     prompt: str | Prompt
     params: GenerationParams
     adds_special_tokens: bool
-    """False: a template has written them"""
+    """False: the chat template has written them already"""
     num_samples: int = 1
 
 
 class AnswerWriter(Protocol):
     """How a route writes its answer: `whole`, or `start`, each `event`, and `end` or `failed`.
 
-    Generations are in the order of their prompts, the samples of a prompt side by side; an index
-    is the place of a generation in that order.
+    Generations are ordered by prompt; the samples of one prompt are neighbours. An `index` is the
+    place of a generation in that order.
     """
 
     def whole(self, generations: Sequence[Generation]) -> JsonAnswer:
-        """The answer in one piece; a long one is written in a thread."""
+        """The answer in one piece; for a long answer this runs in a thread."""
 
     def chosen(self, generations: Sequence[Generation]) -> Sequence[Generation]:
-        """The generations that the headers and the log line of a whole answer tell of."""
+        """The generations that headers and log line of a whole answer count."""
 
     def counted(self, end: End) -> End:
-        """The end of a generation as headers, usage and the log line tell it."""
+        """The end of a generation as headers, usage and log line report it."""
 
     def start(self, requests: Sequence[ValidRequest]) -> bytes:
-        """What a stream begins with; it leaves together with the first event."""
+        """The first bytes of a stream; they are sent together with the first event."""
 
     def event(self, index: int, event: StreamEvent) -> bytes:
-        """What one event adds."""
+        """The bytes of one event."""
 
     def end(self, finished: Sequence[Finished], comment: bytes) -> bytes:
-        """What a stream ends with; `comment` has its times, and stands before any end marker."""
+        """The last bytes of a stream; `comment` has the times and precedes any end marker."""
 
     def failed(self, error: KagamiError) -> bytes:
-        """What a stream ends with if a generation fails, behind `start` and any events."""
+        """The last bytes of a stream whose generation failed; `start` was sent before."""
 
 
 async def respond(
@@ -84,7 +84,10 @@ async def respond(
     *,
     is_stream: bool,
 ) -> web.StreamResponse:
-    """Generate what is asked and answer with it, whole or as a stream."""
+    """Generate what is asked; answer with one body or a stream.
+
+    Errors are raised until the first byte of a stream is sent; later ones become its last event.
+    """
     if not is_stream:
         return await respond_whole(
             request, call, asked, writer.whole, chosen=writer.chosen, counted=writer.counted
@@ -110,7 +113,7 @@ async def respond_whole(
     chosen: Callable[[Sequence[Generation]], Sequence[Generation]] = lambda all_: all_,
     counted: Callable[[End], End] = lambda end: end,
 ) -> web.Response:
-    """Generate what is asked and answer with it in one piece; parameters as in `AnswerWriter`."""
+    """Generate what is asked; answer with one body. `write` is `AnswerWriter.whole`, and so on."""
     state = state_of(request)
     with state.infer.permits(_num_generations(asked)):
         prompts = await _validated(state.validation, asked)
@@ -163,7 +166,7 @@ class _Stream:
         self._finished: dict[int, Finished] = {}
 
     def push(self, index: int, events: Events) -> bytes | None:
-        """As `sse.StreamWriter` says: a prompt with many logprobs takes long."""
+        """As `sse.StreamWriter` says; None for a prompt with many logprobs."""
         if len(events[0].prefill) > INLINE_TOKENS:
             return None
         return self._written(index, events)
@@ -175,7 +178,7 @@ class _Stream:
         return self._all(backlog)
 
     def end(self) -> bytes:
-        """Write the call's line in the log, too."""
+        """As `sse.StreamWriter` says; also writes the call's log line."""
         finished = [self._finished[index] for index in range(len(self._requests))]
         log_success(self._call, finished)
         return self._writer.end(finished, stream_comment(self._call, finished))

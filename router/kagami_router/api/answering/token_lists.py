@@ -1,4 +1,4 @@
-"""Tokens as the routes list them that only tokenize."""
+"""Token lists of the routes that only tokenize."""
 
 from collections.abc import Sequence
 

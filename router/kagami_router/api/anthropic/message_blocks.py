@@ -1,4 +1,4 @@
-"""How /v1/messages writes an answer: blocks of text and of calls, whole or event by event."""
+"""Writes answers of /v1/messages: blocks of text and of calls, as one body or as events."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, get_args
@@ -40,7 +40,7 @@ class MessageWriter:
         self._model = model
         self._max_tokens = max_tokens
         self._parser = parser
-        self._index = -1  # of the block that is open
+        self._index = -1  # of the open block
         self._open: type[OutBlock] | None = None
 
     def whole(self, generations: Sequence[Generation]) -> schema.MessageAnswer:
@@ -61,17 +61,17 @@ class MessageWriter:
         return generations
 
     def counted(self, end: End) -> End:
-        """All of it."""
+        """The end, unchanged."""
         return end
 
     def start(self, requests: Sequence[ValidRequest]) -> bytes:
-        """What is known before the first token."""
+        """The events before the first token."""
         (request,) = requests
         message = self._empty(_usage(request, None))
         return _written((schema.MessageStart(message), schema.Ping()))
 
     def event(self, index: int, event: StreamEvent) -> bytes:
-        """What a token says."""
+        """The events that one token adds."""
         deltas = self._parser.push(event.token, event.tail)
         if event.end is not None:
             is_cut = event.end.finish_reason is FinishReason.LENGTH
@@ -79,7 +79,7 @@ class MessageWriter:
         return _written(said for delta in deltas for said in self._said(delta))
 
     def end(self, finished: Sequence[Finished], comment: bytes) -> bytes:
-        """The last block's end, the reason, the usage."""
+        """The events that close the last block and give stop reason and usage."""
         ((request, end),) = finished
         events: list[schema.MessageEvent] = []
         if self._index < 0:
@@ -117,7 +117,10 @@ class MessageWriter:
         return schema.MessageAnswer(self._id, "assistant", self._model, [], None, None, usage)
 
     def _stop(self, request: ValidRequest, end: End) -> schema.Stop:
-        """A cut answer says so, calls or not; and whether it was the context that cut it."""
+        """The stop reason. An answer cut by a limit says so, with or without calls.
+
+        It also says whether the context was the limit.
+        """
         reason = end.finish_reason
         if reason is FinishReason.LENGTH and request.stopping.max_new_tokens < self._max_tokens:
             return schema.Stop("model_context_window_exceeded", None)
@@ -127,7 +130,7 @@ class MessageWriter:
 
 
 def _blocks(deltas: Iterable[Delta]) -> list[OutBlock]:
-    """What was said, in its order; always at least one block, for clients read the first."""
+    """The answer's blocks in order; at least one, because clients read the first."""
     groups: list[tuple[CallStart | None, list[str]]] = []
     for delta in deltas:
         match delta:
@@ -149,7 +152,7 @@ def _block(call: CallStart | None, text: str) -> OutBlock:
 
 
 def _input(text: str) -> Raw:
-    """The arguments as the model wrote them, if that is an object."""
+    """The arguments as the model wrote them if they are a JSON object, else `{}`."""
     try:
         msgspec.json.decode(text, type=dict[str, Any])
     except (msgspec.MsgspecError, RecursionError):
@@ -162,7 +165,7 @@ def _call_id(call_id: str) -> str:
 
 
 def _usage(request: ValidRequest, end: End | None) -> schema.MessageUsage:
-    """Anthropic's `input_tokens` are those that no cache had; before the end none is known."""
+    """Anthropic's `input_tokens` excludes cached tokens; hits are unknown before the end."""
     num_cached = end.cached_tokens if end else 0
     return schema.MessageUsage(
         input_tokens=len(request.prompt_ids) - num_cached,

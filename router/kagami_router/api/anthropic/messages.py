@@ -1,6 +1,7 @@
-"""Anthropic's /v1/messages and /v1/messages/count_tokens, over the one way to converse.
+"""Anthropic's /v1/messages and /v1/messages/count_tokens.
 
-Reads Anthropic's messages, tools and choice as OpenAI's; message_blocks.py writes the answers.
+Converts Anthropic's messages, tools and tool choice to OpenAI's form, which
+answering/conversation.py takes. message_blocks.py writes the answers.
 """
 
 import json
@@ -131,7 +132,7 @@ def _choice(choice: schema.Choice) -> ToolChoice:
 
 
 def _tool(place: str, given: object) -> Tool:
-    """A tool as OpenAI defines it."""
+    """Convert a tool to OpenAI's form."""
     assert isinstance(given, schema.ToolDefinition)
     if given.type not in (None, "custom"):
         raise ToolError(
@@ -157,10 +158,10 @@ def _tool(place: str, given: object) -> Tool:
 
 
 def _openai_messages(body: schema.CountTokensRequest) -> list[_Json]:
-    """The conversation as OpenAI writes it; neighbours of one role are one message.
+    """The conversation in OpenAI's form; neighbouring messages of one role become one message.
 
-    Each role has its own way with blocks: texts of an answer belong together as they are, texts
-    of a user or a system stand on lines of their own.
+    The texts of an assistant are joined without a separator. The texts of a user or a system are
+    joined with newlines.
     """
     read: list[_Json] = []
     if body.system:
@@ -168,8 +169,8 @@ def _openai_messages(body: schema.CountTokensRequest) -> list[_Json]:
         read.append({"role": "system", "content": "\n".join(texts)})
     names: dict[str, str] = {}
     placed = enumerate(body.messages)
-    for role, turn in groupby(placed, key=lambda one: one[1].role):
-        blocks = [block for index, message in turn for block in _placed_blocks(index, message)]
+    for role, group in groupby(placed, key=lambda one: one[1].role):
+        blocks = [block for index, message in group for block in _placed_blocks(index, message)]
         if role == "assistant":
             names |= {b.id: b.name for _, b in blocks if isinstance(b, schema.ToolUseBlock)}
             read.append(_assistant(blocks))
@@ -189,7 +190,7 @@ def _placed_blocks(index: int, message: schema.Message) -> Iterator[tuple[str, s
 
 
 def _assistant(blocks: Iterable[tuple[str, schema.Block]]) -> _Json:
-    """What a model has thought is left out."""
+    """One assistant message of texts and calls; thinking blocks are left out."""
     texts: list[str] = []
     calls: list[_Json] = []
     for place, block in blocks:
@@ -212,7 +213,7 @@ def _assistant(blocks: Iterable[tuple[str, schema.Block]]) -> _Json:
 def _from_outside(
     role: str, blocks: Iterable[tuple[str, schema.Block]], names: Mapping[str, str]
 ) -> list[_Json]:
-    """A turn of the user or the system: texts, and results as messages of their own."""
+    """Messages of the user or the system: texts, and each tool result as its own message."""
     read: list[_Json] = []
     for place, block in blocks:
         match block:
@@ -228,7 +229,7 @@ def _from_outside(
 
 
 def _result(place: str, block: schema.ToolResultBlock, name: str | None) -> _Json:
-    """OpenAI's results cannot say that they are errors: the text does."""
+    """A tool result as a message; errors get a prefix, since OpenAI has no field for them."""
     given = block.content
     parts = [schema.TextBlock(given)] if isinstance(given, str) else given or ()
     text = "\n".join(_text(f"{place}.content[{number}]", p) for number, p in enumerate(parts))

@@ -1,7 +1,7 @@
-"""The OpenAPI 3.1 document, made of the URL table and of the very structs that read and write JSON.
+"""Makes the OpenAPI 3.1 document from the URL table and the structs that read and write JSON.
 
-A route says by an `Operation` what it takes and gives; summaries are the handlers' docstrings,
-descriptions of schemas the structs'.
+The `Operation` of a route says what the route takes and gives. Summaries are the docstrings of the
+handlers. Descriptions of schemas are the docstrings of the structs.
 """
 
 import inspect
@@ -47,7 +47,7 @@ _JSON = "application/json"
 
 
 class Section(NamedTuple):
-    """A group of routes in the document, which serve the same clients."""
+    """A group of routes in the document; they serve the same clients."""
 
     name: str
     family: Family
@@ -59,7 +59,7 @@ class Operation:
 
     section: Section
     request: Any = None
-    """The type of its body, or a tuple: one of these; None = it has none."""
+    """The type of its body, or a tuple of alternatives; None = no body."""
     answer: Any = None
     """The type of its answer; None = an empty body."""
     event: Any = None
@@ -70,14 +70,14 @@ class Operation:
     is_open: bool = False
     """Served without the API key."""
     families: tuple[Family, ...] = ()
-    """In whose words it may fail, where the body decides that; empty = in its section's."""
+    """The families of its errors, if the body decides; empty = the family of its section."""
     may_fail: tuple[int, ...] = ()
-    """Statuses beside those that follow from the rest."""
+    """Further statuses; the usual ones follow from the other fields."""
     example: Any = None
 
     @property
     def family(self) -> Family:
-        """In whose words it answers."""
+        """The family of its clients."""
         return self.section.family
 
 

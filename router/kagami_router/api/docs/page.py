@@ -1,6 +1,6 @@
-"""The page that shows the OpenAPI document; all of it is served from here, no CDN.
+"""The page that shows the OpenAPI document; this server serves all of it, without a CDN.
 
-Swagger UI's files come with a package for another framework; it is looked up, never imported.
+The files of Swagger UI come from a package for another framework. It is located, never imported.
 """
 
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from aiohttp import hdrs, web
 
-# What the page loads, and no other file of the package.
+# The files that the page loads; no other file of the package is served.
 _FILES: Mapping[str, str] = {
     "swagger-ui.css": "text/css",
     "index.css": "text/css",
@@ -19,7 +19,7 @@ _FILES: Mapping[str, str] = {
     "swagger-ui-bundle.js": "text/javascript",
     "swagger-ui-standalone-preset.js": "text/javascript",
 }
-# The browser sees to it that nothing is loaded from elsewhere; Swagger UI draws with inline styles.
+# Tells the browser to load nothing from elsewhere. Swagger UI needs inline styles.
 _ONLY_FROM_HERE = (
     "default-src 'self'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline';"
     " img-src 'self' data:"

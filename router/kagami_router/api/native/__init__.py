@@ -1,1 +1,1 @@
-"""TGI's own routes, and what is asked about the server."""
+"""TGI's own routes, and the routes about the server itself."""

@@ -1,4 +1,4 @@
-"""The native routes: /generate, /generate_stream and `/`, which is either of them."""
+"""The native routes: /generate, /generate_stream, and `/`, which acts as either of them."""
 
 from collections.abc import Sequence
 
@@ -66,17 +66,17 @@ async def _respond(
     is_stream: bool,
     is_compat: bool = False,
 ) -> web.StreamResponse:
-    wire = given(body.parameters)
+    parameters = given(body.parameters)
     validation = state_of(request).validation
-    call, params = HttpCall.of(request), params_of(wire)
+    call, params = HttpCall.of(request), params_of(parameters)
     if is_stream:
         validation.check_stream(params)
     else:
         validation.check_best_of(params)
-    is_full = is_compat if wire.return_full_text is None else wire.return_full_text
+    is_full = is_compat if parameters.return_full_text is None else parameters.return_full_text
     writer = _Writer(
         body.inputs if is_full else "",
-        has_details=wire.details or (wire.decoder_input_details and not is_stream),
+        has_details=parameters.details or (parameters.decoder_input_details and not is_stream),
         is_list=is_compat,
     )
     asked = Asked(
@@ -89,35 +89,35 @@ async def _respond(
 
 
 def given(parameters: GenerateParameters | UnsetType) -> GenerateParameters:
-    """The parameters of a body; TGI samples where there are none."""
+    """The parameters of a body; without any, TGI samples."""
     return _NO_PARAMETERS if parameters is UNSET else parameters
 
 
-def params_of(wire: GenerateParameters) -> GenerationParams:
-    """The parameters in the terms of validation."""
+def params_of(given: GenerateParameters) -> GenerationParams:
+    """The parameters as validation takes them."""
     return GenerationParams(
-        best_of=wire.best_of,
-        do_sample=wire.do_sample,
-        temperature=wire.temperature,
-        repetition_penalty=wire.repetition_penalty,
-        frequency_penalty=wire.frequency_penalty,
-        top_k=wire.top_k,
-        top_p=wire.top_p,
-        typical_p=wire.typical_p,
-        max_new_tokens=wire.max_new_tokens,
-        stop=tuple(wire.stop),
-        ignore_eos=bool(wire.ignore_eos),
-        truncate=wire.truncate,
-        prompt_logprobs=wire.decoder_input_details,
-        seed=wire.seed,
-        top_n_tokens=wire.top_n_tokens,
-        grammar=grammars.native(wire.grammar),
-        watermark=wire.watermark,
-        unsupported={"adapter_id": wire.adapter_id},
+        best_of=given.best_of,
+        do_sample=given.do_sample,
+        temperature=given.temperature,
+        repetition_penalty=given.repetition_penalty,
+        frequency_penalty=given.frequency_penalty,
+        top_k=given.top_k,
+        top_p=given.top_p,
+        typical_p=given.typical_p,
+        max_new_tokens=given.max_new_tokens,
+        stop=tuple(given.stop),
+        ignore_eos=bool(given.ignore_eos),
+        truncate=given.truncate,
+        prompt_logprobs=given.decoder_input_details,
+        seed=given.seed,
+        top_n_tokens=given.top_n_tokens,
+        grammar=grammars.native(given.grammar),
+        watermark=given.watermark,
+        unsupported={"adapter_id": given.adapter_id},
     )
 
 
-# Nearly every event of a stream: a `StreamResponse` of a token and nothing else.
+# The bytes of a `StreamResponse` with a token and nothing else: nearly every event of a stream.
 _TOKEN_EVENT = b'data: {"index":%d,"token":%b,"generated_text":null,"details":null}\n\n'
 
 
@@ -132,27 +132,27 @@ class _Writer:
         self._index = 0
 
     def whole(self, generations: Sequence[Generation]) -> GenerateResponse | list[GenerateResponse]:
-        """The likeliest of the samples; the others are in its details."""
+        """The likeliest sample; its details have the others."""
         best, *others = _likeliest_first(generations)
         details = _details(best, others, self._prefix) if self._has_details else UNSET
         answer = GenerateResponse(self._prefix + best.end.generated_text, details)
         return [answer] if self._is_list else answer
 
     def chosen(self, generations: Sequence[Generation]) -> Sequence[Generation]:
-        """The likeliest of the samples."""
+        """The likeliest sample."""
         return _likeliest_first(generations)[:1]
 
     def counted(self, end: End) -> End:
-        """All of it."""
+        """The end, unchanged."""
         return end
 
     def start(self, requests: Sequence[ValidRequest]) -> bytes:
-        """A stream begins with its first token."""
+        """Nothing precedes the first token."""
         (self._request,) = requests
         return b""
 
     def event(self, index: int, event: StreamEvent) -> bytes:
-        """One token; the last one with the whole text."""
+        """One token; the last event also has the whole text."""
         self._index += 1
         token, top_tokens, tail, end, _ = event
         if end is None and not tail and not top_tokens:
@@ -173,11 +173,11 @@ class _Writer:
         )
 
     def end(self, finished: Sequence[Finished], comment: bytes) -> bytes:
-        """A native stream just ends."""
+        """Only the comment: native streams have no end marker."""
         return comment
 
     def failed(self, error: KagamiError) -> bytes:
-        """The error as TGI's clients read it."""
+        """The error in TGI's format."""
         return error_event(error, Family.NATIVE)
 
     def _stream_details(self, end: End) -> StreamDetails:

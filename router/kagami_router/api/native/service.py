@@ -1,4 +1,4 @@
-"""What is asked about the server rather than for a generation: health, info, metrics, tokens."""
+"""The routes that do not generate: health, info, models, metrics, tokenize."""
 
 import msgspec
 from aiohttp import hdrs, web

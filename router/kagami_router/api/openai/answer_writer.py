@@ -1,6 +1,6 @@
-"""How OpenAI's routes write answers: the frame of whole answers and chunks, usage, end marker.
+"""Writes answers of OpenAI's routes: the frame of whole answers and chunks, usage, end marker.
 
-What stands in the frame is the route's own: a `ChoiceWriter` writes the choices.
+The choices inside the frame differ between the routes: a `ChoiceWriter` writes them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,7 +35,7 @@ _NULL = b"null"
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What every answer and chunk of a call says of itself."""
+    """The fields that every answer and every chunk of a call have in common."""
 
     id: str
     created: int
@@ -45,7 +45,7 @@ class Identity:
 
     @classmethod
     def of(cls, prefix: str, call: HttpCall, state: AppState, model: str | None) -> "Identity":
-        """That of a call that asked for `model`."""
+        """The identity of a call that asked for `model`; `prefix` begins its id."""
         return cls(
             f"{prefix}-{call.id}", call.created, state.served_model(model), state.system_fingerprint
         )
@@ -58,13 +58,13 @@ class Form:
     kind: str
     chunk_kind: str
     num_samples: int
-    """Generations of each prompt"""
+    """Generations for each prompt"""
     wants_usage: bool
     """A stream ends with a chunk of usage."""
     has_own_usage: bool
-    """A stream without `stream_options` tells each choice's usage in its last chunk, as TGI."""
+    """Without `stream_options`, the last chunk of each choice has its usage, as in TGI."""
     shows_output: bool = True
-    """False: what was generated to come to the prompt's logprobs is neither shown nor counted."""
+    """False: only the prompt's logprobs are wanted; the output is neither shown nor counted."""
 
 
 class ChoiceWriter(Protocol):
@@ -72,25 +72,25 @@ class ChoiceWriter(Protocol):
 
     @property
     def text_choice(self) -> tuple[bytes, bytes] | None:
-        """The JSON of a choice before (`%d`: its index) and behind the text it adds.
+        """The JSON of a choice before its text (`%d` is its index) and after it.
 
-        For chunks that are neither the first nor the last of their choice. None: `chunk_choices`
-        writes those as well.
+        It is used for chunks that are neither the first nor the last of their choice. None:
+        `chunk_choices` writes these too.
         """
 
     def choices(
         self, generations: Sequence[Generation]
     ) -> list[ChatChoice] | list[CompletionChoice]:
-        """Those of a whole answer."""
+        """The choices of a whole answer."""
 
     def chunk_choices(
         self, index: int, event: StreamEvent, finish_reason: bytes
     ) -> Sequence[bytes]:
-        """The JSON of a choice, one for each chunk of an event; `finish_reason` is JSON."""
+        """The JSON of one choice for each chunk of an event; `finish_reason` is JSON."""
 
 
 class OpenAIWriter:
-    """Writes one answer, as `respond.AnswerWriter` says; what chunks share is encoded once."""
+    """Writes one answer, as `respond.AnswerWriter` says; common parts are encoded once."""
 
     def __init__(self, identity: Identity, form: Form, choices: ChoiceWriter) -> None:
         self._identity = identity
@@ -98,7 +98,7 @@ class OpenAIWriter:
         self._choices = choices
         self._head = b"data: " + _chunk_head(form.chunk_kind, identity)
         self._requests: Sequence[ValidRequest] = ()
-        # By the index of a choice that has begun: what stands around its text.
+        # Index of a choice that has begun -> the bytes before and after its text.
         self._frames: dict[int, tuple[bytes, bytes]] = {}
 
     def whole(self, generations: Sequence[Generation]) -> OpenAIAnswer[Any]:
@@ -127,13 +127,13 @@ class OpenAIWriter:
         return generations
 
     def counted(self, end: End) -> End:
-        """Without the output, where it is not shown."""
+        """The end; without the output if the output is not shown."""
         if self._form.shows_output:
             return end
         return replace(end, finish_reason=FinishReason.LENGTH, generated_text="", num_generated=0)
 
     def start(self, requests: Sequence[ValidRequest]) -> bytes:
-        """A stream begins with its first chunk."""
+        """Nothing precedes the first chunk."""
         self._requests = requests
         return b""
 
@@ -151,14 +151,14 @@ class OpenAIWriter:
         return chunks
 
     def end(self, finished: Sequence[Finished], comment: bytes) -> bytes:
-        """Usage where asked for, and the end marker, at which clients stop reading."""
+        """Usage if wanted, then the end marker, where clients stop reading."""
         if not self._form.wants_usage:
             return comment + DONE
         usage = encode(_usage_of(finished, self._form.num_samples))
         return self._head + b'"choices":[],"usage":%b}\n\n' % usage + comment + DONE
 
     def failed(self, error: KagamiError) -> bytes:
-        """The error as OpenAI's clients read it, and the end marker."""
+        """The error in OpenAI's format, and the end marker."""
         return error_event(error, Family.OPENAI)
 
     def _full_chunks(self, index: int, event: StreamEvent) -> bytes:
@@ -175,7 +175,7 @@ class OpenAIWriter:
 
 
 def text_of(event: StreamEvent) -> str:
-    """The text that a chunk adds: special tokens have none."""
+    """The text that a chunk adds; special tokens add none."""
     return event.tail if event.token.special else event.token.text + event.tail
 
 
@@ -185,9 +185,10 @@ def wants_usage(body: OpenAIRequest) -> bool:
 
 
 def _usage_of(finished: Sequence[Finished], num_samples: int) -> Usage:
-    """Tokens of a call: each prompt once, whatever number of samples it has.
+    """Tokens of a call; each prompt counts once, however many samples it has.
 
-    A prompt's samples may find each other's blocks: cached is what the least lucky one found.
+    The samples of a prompt may find each other's blocks in the cache, so the smallest count of
+    cached tokens is reported.
     """
     by_prompt = [finished[at : at + num_samples] for at in range(0, len(finished), num_samples)]
     prompt_tokens = sum(len(group[0].request.prompt_ids) for group in by_prompt)
@@ -202,7 +203,7 @@ def _usage_of(finished: Sequence[Finished], num_samples: int) -> Usage:
 
 
 def _chunk_head(kind: str, identity: Identity) -> bytes:
-    """What the chunks of a stream have in common: an object left open, up to `choices`."""
+    """The common beginning of all chunks of a stream: a JSON object, open before `choices`."""
     return b'{"object":%b,"id":%b,"created":%d,"model":%b,"system_fingerprint":%b,' % (
         encode(kind),
         encode(identity.id),

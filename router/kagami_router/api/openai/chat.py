@@ -1,4 +1,4 @@
-"""/v1/chat/completions, and /chat_tokenize, which shows the prompt a chat becomes."""
+"""/v1/chat/completions, and /chat_tokenize, which shows the prompt of a chat."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -74,7 +74,7 @@ async def ask(
 
 
 def _params(validation: Validation, body: ChatRequest) -> tuple[GenerationParams, int]:
-    """How to generate, and how many times."""
+    """The parameters, and the number of choices."""
     grammar = grammars.response_format(body.response_format)
     max_top = validation.limits.max_top_n_tokens
     top_n_tokens = body.top_logprobs or 0
@@ -118,7 +118,7 @@ def _prompt_options(body: ChatRequest) -> PromptOptions:
 
 
 def _message(index: int, message: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A message as sent, once it is known to be one."""
+    """The message, unchanged; raises `MalformedBody` if its shape is wrong."""
     place = f"messages[{index}]"
     if not isinstance(message.get("role"), str):
         raise MalformedBody(f"{place}: missing field `role`", field=place)

@@ -1,4 +1,4 @@
-"""How /v1/chat/completions writes its choices: text, calls, log-probabilities, finish reasons."""
+"""Writes the choices of /v1/chat/completions: text, calls, logprobs, finish reasons."""
 
 from collections.abc import Sequence
 
@@ -32,8 +32,8 @@ _TOOL_CALLS_JSON = encode(_TOOL_CALLS)
 class ChatChoices:
     """Writes the choices of one chat; in a stream the first chunk of each has the role.
 
-    A chunk stands for a token; where tools are offered, for each thing said, and a last one for
-    the finish reason of calls.
+    Without tools, each token is one chunk. With tools, each delta of the parser is one chunk, and
+    an answer with calls ends with one more chunk for the finish reason.
     """
 
     def __init__(self, prepared: Prepared, decoder: TextDecoder | None) -> None:
@@ -44,11 +44,11 @@ class ChatChoices:
 
     @property
     def text_choice(self) -> tuple[bytes, bytes] | None:
-        """A choice around its text, in every chunk but the first and the last."""
+        """As `ChoiceWriter` says."""
         return None if self._decoder is not None or self._prepared.has_tools else _TEXT_CHOICE
 
     def choices(self, generations: Sequence[Generation]) -> list[ChatChoice]:
-        """Those of a whole answer."""
+        """The choices of a whole answer."""
         return [self._choice(index, generation) for index, generation in enumerate(generations)]
 
     def _choice(self, index: int, generation: Generation) -> ChatChoice:
@@ -69,7 +69,7 @@ class ChatChoices:
         )
 
     def chunk_choices(self, index: int, event: StreamEvent, finish_reason: bytes) -> list[bytes]:
-        """Those of one event's chunks."""
+        """The choices of one event's chunks."""
         logprobs = _NULL
         if self._decoder is not None:
             logprobs = encode(chat_logprobs(self._decoder, [(event.token, event.top_tokens)]))
@@ -105,12 +105,12 @@ class ChatChoices:
 
 
 def _ends_in_calls(num_calls: int, reason: FinishReason) -> bool:
-    """A cut answer says so, calls or not."""
+    """Whether the finish reason is `tool_calls`; an answer cut by a limit keeps `length`."""
     return num_calls > 0 and reason is not FinishReason.LENGTH
 
 
 def _deltas(parser: AnswerParser, event: StreamEvent) -> list[ChatDelta]:
-    """What one event adds; at the end there is at least one, for the finish reason."""
+    """The deltas of one event; the last event has at least one, for the finish reason."""
     said = parser.push(event.token, event.tail)
     if event.end is None:
         return [_delta(one) for one in said]

@@ -1,4 +1,4 @@
-"""/v1/completions: one or several prompts, each continued as it stands."""
+"""/v1/completions: continues one or several prompts, without a chat template."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -78,14 +78,14 @@ async def completions(request: web.Request) -> web.StreamResponse:
 
 @dataclass(slots=True, eq=False)
 class _Progress:
-    """What one choice of a stream has said."""
+    """How far one choice of a stream has come."""
 
     columns: Columns | None
     is_started: bool = False
 
 
 class _Choices:
-    """Writes the choices of one call: each prompt has `num_choices` of them, in its place."""
+    """Writes the choices of one call: `num_choices` for each prompt, in order of the prompts."""
 
     def __init__(
         self,
@@ -106,7 +106,7 @@ class _Choices:
         ]
 
     def choices(self, generations: Sequence[Generation]) -> list[CompletionChoice]:
-        """Those of a whole answer; of more generations than choices the likeliest."""
+        """The choices of a whole answer; the likeliest if there are more generations."""
         num_samples = len(generations) // len(self._prompts)
         chosen = [
             one
@@ -116,7 +116,7 @@ class _Choices:
         return [self._choice(index, one) for index, one in enumerate(chosen)]
 
     def chunk_choices(self, index: int, event: StreamEvent, finish_reason: bytes) -> list[bytes]:
-        """That of one chunk; the prompt is part of the first."""
+        """The choice of one chunk; with `echo` the first one begins with the prompt."""
         progress = self._progress[index]
         columns = progress.columns
         if columns is not None and event.prefill:
@@ -137,7 +137,7 @@ class _Choices:
 
     @property
     def text_choice(self) -> tuple[bytes, bytes] | None:
-        """A choice around its text, in every chunk but the first and the last."""
+        """As `ChoiceWriter` says."""
         return _TEXT_CHOICE if self._decoder is None and self._shows_output else None
 
     def _choice(self, index: int, generation: Generation) -> CompletionChoice:
@@ -165,12 +165,12 @@ def _best(samples: Sequence[Generation], count: int) -> Sequence[Generation]:
 
 
 def _is_scoring(body: CompletionRequest) -> bool:
-    """The prompt's logprobs are all that is wanted: evaluation harnesses ask so."""
+    """Whether only the prompt's logprobs are wanted; evaluation harnesses ask in this way."""
     return bool(body.echo) and max_tokens_of(body) == 0
 
 
 def _params(validation: Validation, body: CompletionRequest) -> tuple[GenerationParams, int]:
-    """How to generate from each prompt, and how many times."""
+    """The parameters for each prompt, and the number of generations."""
     num_logprobs = _num_logprobs(body, validation.limits.max_top_n_tokens)
     num_choices = read_num_choices(body, validation.limits.max_best_of)
     is_scoring = _is_scoring(body)
@@ -185,7 +185,7 @@ def _params(validation: Validation, body: CompletionRequest) -> tuple[Generation
 
 
 def _num_samples(body: CompletionRequest, num_choices: int, limit: int) -> int:
-    """How many generations the choices are taken from."""
+    """How many generations to choose from."""
     best_of = body.best_of or num_choices
     if best_of > limit:
         raise InvalidRequest(
@@ -204,7 +204,7 @@ def _num_samples(body: CompletionRequest, num_choices: int, limit: int) -> int:
 
 
 def _num_logprobs(body: CompletionRequest, limit: int) -> int | None:
-    """Alternatives for each token; None = no logprobs at all."""
+    """The number of alternatives for each token; None = no logprobs at all."""
     if body.logprobs is None or body.logprobs is False:
         return None
     count = int(body.logprobs)
@@ -216,7 +216,7 @@ def _num_logprobs(body: CompletionRequest, limit: int) -> int | None:
 
 
 def _split(prompt: str | list[Any], max_prompts: int) -> list[tuple[str, str | list[Any]]]:
-    """The prompts, each with its place in the body; looks at no token id."""
+    """Each prompt with its place in the body; does not check token ids."""
     if isinstance(prompt, str):
         return [("prompt", prompt)]
     if not prompt:

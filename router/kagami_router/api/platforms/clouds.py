@@ -27,7 +27,7 @@ from kagami_router.tools.parser import TextOnly
 _MEMBERS = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _VERTEX = msgspec.json.Decoder(VertexRequest)
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-# The member by which a body is known, in TGI's order.
+# The member that decides which body it is, in TGI's order.
 _INVOKED: Mapping[str, tuple[Family, _Handler]] = {
     "inputs": (Family.NATIVE, generate.compat_generate),
     "messages": (Family.OPENAI, chat.chat_completions),
@@ -74,7 +74,7 @@ async def vertex(request: web.Request) -> web.StreamResponse:
 async def _ask(
     validation: Validation, chat_format: ChatFormat, index: int, instance: Mapping[str, Any]
 ) -> tuple[Asked, AnswerParser]:
-    """What to generate for one instance, and how to read the answer."""
+    """What to generate for one instance, and the parser of its answer."""
     place = f"instances[{index}]"
     if "messages" in instance:
         body = _converted(place, instance, ChatRequest)
@@ -106,7 +106,7 @@ def _refuse_samples(place: str, count: int) -> None:
 
 
 def _text(generation: Generation, parser: AnswerParser) -> str:
-    """The text of an answer; calls of tools as JSON."""
+    """The text of an answer; if it calls tools, the calls as JSON."""
     if isinstance(parser, TextOnly):
         return generation.end.generated_text
     answer = read_answer(generation, parser)

@@ -1,7 +1,7 @@
 """KServe's v2 protocol (the Open Inference Protocol over HTTP), as TGI reads it.
 
-Prompts come as BYTES: an array of byte numbers, which is TGI's way, or one text, which is the
-protocol's. There is one model, whatever name and version the path has.
+Prompts come as BYTES: an array of byte numbers (TGI's form) or one text (the protocol's form).
+There is one model; name and version in the path do not select another.
 """
 
 from collections.abc import Sequence
@@ -63,7 +63,7 @@ async def model_metadata(request: web.Request) -> web.Response:
 async def infer(request: web.Request) -> web.StreamResponse:
     """One text for each input, in their order."""
     body = await read_body(request, _INFER)
-    state_of(request)  # takes work, before the body is looked at
+    state_of(request)  # raises unless ready, before the body is checked
     call = HttpCall.of(request)
     names = [one.name for one in (body.outputs if body.outputs is not None else body.inputs)]
     if len(names) != len(body.inputs):

@@ -1,4 +1,4 @@
-"""What a client of /v1/responses gives: items and flat tools, as messages and tools of a chat.
+"""Converts the items and the flat tools of /v1/responses to messages and tools of a chat.
 
 JSON values in, chat messages in OpenAI's form out, or an `InvalidRequest` that names the place.
 """
@@ -13,14 +13,14 @@ from kagami_router.tools.offers import Tool, ToolChoice
 
 Message = dict[str, Any]
 
-# Templates know no developer; who has instructions for the model is its system to them.
+# Chat templates have no role `developer`: it becomes `system`.
 _ROLES: Mapping[str, str] = {
     "user": "user",
     "assistant": "assistant",
     "system": "system",
     "developer": "system",
 }
-_TEXT_PARTS: Mapping[str, str] = {  # the type of a part: where its text stands
+_TEXT_PARTS: Mapping[str, str] = {  # type of a part -> the member that has its text
     "input_text": "text",
     "output_text": "text",
     "text": "text",
@@ -66,7 +66,7 @@ def _add_item(messages: list[Message], place: str, item: Mapping[str, Any]) -> N
                 }
             )
         case "reasoning":
-            pass  # of another model: ours think in plain text, which is in their messages
+            pass  # left out: our models' reasoning is part of their messages' text
         case "item_reference":
             raise InvalidRequest(
                 f"`{place}` is an item_reference, and this server keeps no items: send the item",
@@ -89,13 +89,13 @@ def _add_message(messages: list[Message], place: str, item: Mapping[str, Any]) -
         )
     content = _content(f"{place}.content", item.get("content"))
     if role == "system" and messages and messages[-1]["role"] == "system":
-        # Many templates take one system message, the first.
+        # Many templates take only one system message, the first.
         content = f"{messages.pop()['content']}\n\n{content}"
     messages.append({"role": role, "content": content})
 
 
 def _add_call(messages: list[Message], place: str, item: Mapping[str, Any]) -> None:
-    """Calls belong to the assistant's message before them, if there is one."""
+    """Add a call to the assistant's message before it, or to a new message."""
     call = {
         "id": _text(place, item, "call_id"),
         "type": "function",
@@ -139,14 +139,14 @@ def _text(place: str, item: Mapping[str, Any], name: str) -> str:
     return value
 
 
-def read_tools(wire: Sequence[object]) -> tuple[Tool, ...]:
-    """Flat tools; what OpenAI runs on its own servers is refused by name."""
-    return offers.read_tools(wire, _read_tool)
+def read_tools(given: Sequence[object]) -> tuple[Tool, ...]:
+    """The tools; raises `ToolError` for those that OpenAI runs on its own servers."""
+    return offers.read_tools(given, _read_tool)
 
 
-def _read_tool(place: str, wire: object) -> Tool:
-    kind = wire.get("type") if isinstance(wire, Mapping) else None
-    if not isinstance(wire, Mapping) or not isinstance(kind, str):
+def _read_tool(place: str, given: object) -> Tool:
+    kind = given.get("type") if isinstance(given, Mapping) else None
+    if not isinstance(given, Mapping) or not isinstance(kind, str):
         raise ToolError(
             f'`{place}` must be {{"type":"function","name":…,"parameters":…}}', field=place
         )
@@ -155,25 +155,25 @@ def _read_tool(place: str, wire: object) -> Tool:
             f"`{place}.type` must be `function`: no other tools are here. Given: {kind}",
             field=f"{place}.type",
         )
-    function = {key: value for key, value in wire.items() if key != "type" and value is not None}
+    function = {key: value for key, value in given.items() if key != "type" and value is not None}
     return offers.tool(
-        place, {"type": "function", "function": function}, schema=wire.get("parameters")
+        place, {"type": "function", "function": function}, schema=given.get("parameters")
     )
 
 
-def read_choice(wire: object) -> ToolChoice:
-    """`tool_choice`, None = auto."""
-    match wire:
+def read_choice(given: object) -> ToolChoice:
+    """`tool_choice`; None = auto. Raises `ToolError`."""
+    match given:
         case None | "auto" | "none" | "required":
-            return offers.read_choice(wire)
+            return offers.read_choice(given)
         case {"type": "function", "name": str(name)}:
             return offers.read_choice({"type": "function", "function": {"name": name}})
         case {"type": "allowed_tools"}:
-            return offers.read_choice({"type": "allowed_tools", "allowed_tools": wire})
+            return offers.read_choice({"type": "allowed_tools", "allowed_tools": given})
         case _:
             raise ToolError(
                 "`tool_choice` must be `auto`, `none`, `required`, or"
-                f' {{"type":"function","name":…}}. Given: {_quote(wire)}',
+                f' {{"type":"function","name":…}}. Given: {_quote(given)}',
                 field="tool_choice",
             )
 

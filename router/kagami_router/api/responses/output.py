@@ -1,6 +1,6 @@
-"""An answer as items of a Response: messages and calls, and the events in which they grow.
+"""Turns an answer into the items of a Response, messages and calls, and the events of a stream.
 
-The whole answer and the stream come from here; who wants no events passes them over.
+Whole answers and streams both come from here; a whole answer drops the events.
 """
 
 from collections.abc import Iterator
@@ -33,12 +33,12 @@ from kagami_router.text.detokenize import TextDecoder
 from kagami_router.tools.parser import CallArguments, CallStart, Delta, TextDelta
 
 IN_PROGRESS, COMPLETED, INCOMPLETE = "in_progress", "completed", "incomplete"
-_PART = 0  # a message has one
+_PART = 0  # every message has one part
 
 
 @dataclass(slots=True, eq=False)
 class _Growing:
-    """The item that is being said; without a call it is a message."""
+    """The item that is not complete yet: a message if `call` is None, else a call."""
 
     id: str
     index: int
@@ -56,7 +56,7 @@ class _Growing:
 
 
 class Output:
-    """Reads one answer: `push` every event; `items` are whole when the last one was."""
+    """Reads one answer: `push` every event. After the last one `items` is complete."""
 
     def __init__(self, answer_id: str, parser: AnswerParser, decoder: TextDecoder | None) -> None:
         self._answer_id = answer_id
@@ -68,13 +68,13 @@ class Output:
         self.items: list[OutputItem] = []
 
     def next_number(self) -> int:
-        """The number of the next event, whoever writes it."""
+        """Count one more event; returns its number, from 0."""
         number = self._num_events
         self._num_events += 1
         return number
 
     def push(self, event: StreamEvent) -> list[ResponseEvent]:
-        """What this token adds, and after the last one what was held back."""
+        """The events that this token adds; the last token also releases the text held back."""
         token, end = event.token, event.end
         if self._decoder is not None and not token.special:
             self._logprobs += chat_logprobs(self._decoder, [(token, event.top_tokens)]).content
@@ -84,7 +84,7 @@ class Output:
         is_cut = end.finish_reason is FinishReason.LENGTH
         deltas += self._parser.finish(is_cut=is_cut)
         events = [one for delta in deltas for one in self._add(delta)]
-        if self._growing is None:  # the model had nothing to say: an empty message
+        if self._growing is None:  # the answer is empty: one empty message
             events += self._open(None)
         return [*events, *self._close(is_cut=is_cut)]
 
@@ -146,7 +146,7 @@ class Output:
 
 
 def _is_json(text: str) -> bool:
-    """Whether a call that the limit cut has all its arguments."""
+    """Whether `text`, the arguments of a call, is complete JSON."""
     try:
         msgspec.json.decode(text)
     except (msgspec.DecodeError, RecursionError):

@@ -1,4 +1,4 @@
-"""/v1/responses, OpenAI's newer form of a chat, and how long its prompts are; nothing is kept."""
+"""/v1/responses, OpenAI's newer form of a chat, and its token count; nothing is stored."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -141,9 +141,9 @@ def _conversation(body: ResponsesRequest) -> Conversation:
 
 
 def _options(body: ResponsesRequest) -> PromptOptions:
-    """An assistant's message at the end is answered, not continued: OpenAI's own does so.
+    """Options that answer an assistant's message at the end, not continue it, as OpenAI does.
 
-    gpt-oss's template reads `reasoning_effort`, Qwen 3's `enable_thinking`.
+    The template of gpt-oss reads `reasoning_effort`, that of Qwen 3 reads `enable_thinking`.
     """
     effort = body.reasoning.effort if body.reasoning else None
     variables = {"reasoning_effort": effort} if effort else {}
@@ -155,18 +155,18 @@ def _format(body: ResponsesRequest) -> TextFormat:
     return (body.text or TextSettings()).format or _TEXT
 
 
-def _grammar(wire: TextFormat) -> Grammar | None:
-    if wire.type == "text":
+def _grammar(given: TextFormat) -> Grammar | None:
+    if given.type == "text":
         return None
-    if wire.type == "json_object":
+    if given.type == "json_object":
         return grammars.json_schema({"type": "object"})
-    if wire.schema is None:
+    if given.schema is None:
         raise MalformedBody("text.format: missing field `schema`", field="text.format")
-    return grammars.json_schema(wire.schema)
+    return grammars.json_schema(given.schema)
 
 
 def _begun(model: str, call: HttpCall, body: ResponsesRequest) -> ResponseObject:
-    """The Response before its first token: who made it, and the settings."""
+    """The Response before its first token: identity and settings."""
     text = body.text or TextSettings()
     return ResponseObject(
         id=f"resp_{call.id}",
@@ -195,7 +195,7 @@ def _or_one(given: float | None) -> float:
 
 
 class ResponseWriter:
-    """Writes one Response, from how it began to its end."""
+    """Writes one Response, as `respond.AnswerWriter` says."""
 
     def __init__(
         self, begun: ResponseObject, prepared: Prepared, decoder: TextDecoder | None
@@ -221,7 +221,7 @@ class ResponseWriter:
         return generations
 
     def counted(self, end: End) -> End:
-        """All of it."""
+        """The end, unchanged."""
         return end
 
     def start(self, requests: Sequence[ValidRequest]) -> bytes:
@@ -234,18 +234,18 @@ class ResponseWriter:
         )
 
     def event(self, index: int, event: StreamEvent) -> bytes:
-        """Items and what they grow by."""
+        """The events that one token adds."""
         return _written(self._output.push(event))
 
     def end(self, finished: Sequence[Finished], comment: bytes) -> bytes:
-        """The Response as it became."""
+        """The last event; it has the complete Response."""
         ((_, end),) = finished
         response = self._finished(end)
         kind = ResponseCompleted if response.status == COMPLETED else ResponseIncomplete
         return comment + _written([kind(self._output.next_number(), response)])
 
     def failed(self, error: KagamiError) -> bytes:
-        """The error for who reads events, and a Response that has it."""
+        """Two events: the error, and the failed Response, which has it too."""
         text, number = error_text(error), self._output.next_number
         response = changed(
             self._begun,

@@ -1,6 +1,7 @@
-"""The chunks of OpenAI streams, for the OpenAPI document; a test holds what is written to them.
+"""The chunks of OpenAI streams, for the OpenAPI document.
 
-The routes put chunks together from bytes that are encoded once for a stream.
+The routes do not encode these structs: they join bytes that are encoded once for a stream. A test
+checks that the bytes decode as these structs.
 """
 
 from typing import Literal

@@ -1,7 +1,8 @@
 """How JSON is written, and the integer types of the requests.
 
-Python has one kind of integer and of float, TGI's clients speak to Rust's: the limits of its
-integers are checked when a body is read, and a 32-bit float is printed with its own few digits.
+TGI is written in Rust, and its clients know Rust's number types. Therefore the limits of its
+integers are checked when a body is read, and a 32-bit float is printed with the fewest digits that
+identify it.
 """
 
 import math
@@ -21,17 +22,18 @@ encode = msgspec.json.Encoder().encode
 def shortest(logprob: float) -> float | None:
     """The 64-bit float that prints with the fewest digits that name this 32-bit value.
 
-    `-0.34` for 0x1.5c28f6p-2, not `-0.3400000035762787`. 0.5 us for most logprobs. None for what is
-    no number in JSON: infinities and NaN.
+    `-0.34` for 0x1.5c28f6p-2, not `-0.3400000035762787`. It takes 0.5 us for most logprobs. None
+    for infinities and NaN, which JSON does not have.
     """
     if not math.isfinite(logprob):
         return None
     mantissa, exponent = math.frexp(logprob)
-    # Half the distance to the next 32-bit value: what is nearer is read as this one. Below a power
-    # of two the values lie twice as dense.
+    # Half the distance to the next 32-bit value: a decimal that is nearer is read as this value.
+    # Below a power of two the values are twice as dense.
     nearer = math.ldexp(1.0, exponent - (26 if mantissa in (0.5, -0.5) else 25))
     if -10 < logprob <= -0.1:
-        # Whole numbers of up to 8 digits by a power of ten: both exact, so what is read is that.
+        # A whole number of up to 8 digits divided by a power of ten: both are exact, so the parser
+        # of the client gets the same float.
         scale = 1e7 if logprob > -1 else 1e6
         for power in (scale, 10 * scale):
             rounded = round(logprob * power) / power

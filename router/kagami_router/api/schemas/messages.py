@@ -1,6 +1,6 @@
 """The JSON of Anthropic's /v1/messages: requests, answers, and the events of a stream.
 
-Types, defaults and key order, as in native.py; `type` is the tag that tells the variants apart.
+Types, defaults and key order, as in native.py; the tag `type` distinguishes the variants.
 Null means absent, and unknown fields (`cache_control`, `metadata`, `citations`, ...) are ignored.
 """
 

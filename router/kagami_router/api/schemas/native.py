@@ -172,4 +172,4 @@ class Info(Struct, frozen=True):
     max_batch_size: int | None
     kagami_version: str
     model_quantization: str | None
-    """How the weights are kept: "int8", "int4", "gptq", …; null: not quantized."""
+    """How the weights are stored: "int8", "int4", "gptq", …; null: not quantized."""

@@ -1,4 +1,4 @@
-"""The wire of SageMaker, Vertex AI and KServe v2 (the Open Inference Protocol)."""
+"""The JSON of SageMaker, Vertex AI and KServe v2 (the Open Inference Protocol)."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -59,9 +59,9 @@ class ResponsesRequest(Struct, frozen=True, kw_only=True):
     stream: bool | None = None
     reasoning: Reasoning | None = None
     truncation: Literal["auto", "disabled"] | None = None
-    """Taken and does nothing: a prompt that is too long is refused either way."""
+    """Accepted without effect: a prompt that is too long is refused either way."""
     store: bool | None = None
-    """Taken and does nothing: no answer is kept."""
+    """Accepted without effect: no answer is stored."""
     metadata: Metadata | None = None
     user: str | None = None
     safety_identifier: str | None = None
@@ -70,7 +70,7 @@ class ResponsesRequest(Struct, frozen=True, kw_only=True):
     conversation: Any = None
     previous_response_id: Any = None
     prompt: Any = None
-    # What OpenAI's own route has not, in the words of its others.
+    # Fields that OpenAI's own route does not have; its other routes have them.
     seed: UInt64 | None = None
     stop: str | list[str | None] | None = None
     top_k: Int32 | None = None

@@ -1,1 +1,1 @@
-"""Around every handler: connections, middleware, errors, headers, streams, the log line."""
+"""Code around every handler: connections, middleware, errors, headers, streams, log lines."""

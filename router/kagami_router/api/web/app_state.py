@@ -1,4 +1,4 @@
-"""What the handlers of a warm server serve from, and whether the server is warm."""
+"""The state that handlers use, and whether the server is ready."""
 
 import time
 from collections.abc import Callable
@@ -15,13 +15,13 @@ from kagami_router.text.detokenize import TextDecoder
 from kagami_router.text.tokenizer import Tokenizer
 from kagami_router.tools.chat_format import ChatFormat
 
-# The release whose behaviour clients find here; some refuse to work below 2.1.
+# The TGI release whose behaviour this server has; some clients refuse versions below 2.1.
 TGI_VERSION = "3.3.7"
 
 
 @dataclass(frozen=True, slots=True)
 class AppState:
-    """What a warm server serves from; handlers pass on the parts that are needed."""
+    """The state of a ready server; handlers pass on only the parts that are needed."""
 
     infer: Infer
     validation: Validation
@@ -36,16 +36,16 @@ class AppState:
 
     @property
     def system_fingerprint(self) -> str:
-        """The configuration that made an answer, as OpenAI's answers name it."""
+        """OpenAI's name for the configuration that made an answer."""
         return f"{self.info.version}-kagami-{self.info.kagami_version}"
 
     def served_model(self, asked: str | None) -> str:
-        """The name that an answer carries: the client's own, or ours for none and `tgi`."""
+        """The model name in an answer: the one asked for, or ours for None and `tgi`."""
         return asked if asked and asked != "tgi" else self.info.model_id
 
 
 class Readiness:
-    """Whether the server takes work: not while the model loads, and not once it stops."""
+    """Whether the server takes work: not while the model loads, not after `close`."""
 
     def __init__(self, metrics: Metrics) -> None:
         self.metrics = metrics
@@ -53,11 +53,11 @@ class Readiness:
         self._is_stopping = False
 
     def open(self, state: AppState) -> None:
-        """The model is warm."""
+        """The model is loaded: take work from now on."""
         self._state = state
 
     def close(self) -> Infer | None:
-        """Take no new work from now on; returns what has to be drained."""
+        """Take no new work from now on; returns the `Infer` to drain, None before `open`."""
         self._is_stopping = True
         return self._state.infer if self._state else None
 
@@ -77,7 +77,7 @@ class Readiness:
 
     @property
     def model_id(self) -> str | None:
-        """The name of the model, once it is known."""
+        """The name of the model; None before `open`."""
         return self._state.info.model_id if self._state else None
 
 
@@ -85,5 +85,5 @@ READINESS = web.AppKey("readiness", Readiness)
 
 
 def state_of(request: web.Request) -> AppState:
-    """What to serve this request from; raises `Unavailable`."""
+    """The state for this request; raises `Unavailable` unless the server takes work."""
     return request.app[READINESS].state

@@ -1,6 +1,6 @@
-"""What every generating route does around an answer: ids, `x-*` headers, the line in the log.
+"""What every generating route adds to an answer: ids, `x-*` headers, the log line.
 
-One HTTP call is one `HttpCall`, whatever number of generations it runs.
+One HTTP call is one `HttpCall`, however many generations it runs.
 """
 
 import secrets
@@ -22,9 +22,10 @@ TRACES_CONTENT = web.AppKey("traces_content", bool)
 
 @dataclass(frozen=True, slots=True)
 class HttpCall:
-    """One HTTP call: when it came in, what it brought, what its log line names.
+    """One HTTP call: when it arrived, its counts, and the fields of its log line.
 
-    `id` is ours and goes into the ids of answers; the client's own may be in `origin`.
+    `id` is ours and becomes part of the ids of answers. The client's own id, if any, is in
+    `origin`.
     """
 
     id: str
@@ -32,13 +33,13 @@ class HttpCall:
     created: int
     """Seconds since the epoch."""
     traces_content: bool
-    """Whether its texts go into its span."""
+    """Whether the span of the call gets its prompt and its answer."""
     origin: Mapping[str, object]
-    """What its log line says of where it came from."""
+    """The fields of the log line that identify the call."""
 
     @property
     def received(self) -> float:
-        """When its body was read, in monotonic seconds."""
+        """When its body was read, in seconds of the monotonic clock."""
         return self.stats.received
 
     @classmethod
@@ -54,7 +55,7 @@ class HttpCall:
 
 
 class Finished(NamedTuple):
-    """One generation at its end."""
+    """One finished generation."""
 
     request: ValidRequest
     end: End
@@ -87,7 +88,7 @@ class Times(NamedTuple):
 def stream_headers(
     compute_type: str, call: HttpCall, prompts: Sequence[ValidRequest]
 ) -> dict[str, str]:
-    """The `x-*` headers that are known before the first token; `prompts`: a request for each."""
+    """The `x-*` headers that are known before the first token; one request for each prompt."""
     return {
         "x-compute-type": compute_type,
         "x-compute-characters": _num_characters(prompts),
@@ -97,7 +98,7 @@ def stream_headers(
 
 
 def stream_comment(call: HttpCall, finished: Sequence[Finished]) -> bytes:
-    """What a stream's headers could not tell, as its last line: a comment to every client."""
+    """The values that came too late for the headers, as an SSE comment; clients ignore it."""
     phases = {f"{name}-ms": ms for name, ms in _phases(call, finished).items()}
     told = _times_headers(call, finished) | phases
     return f": {' '.join(f'{name}={value}' for name, value in told.items())}\n\n".encode()
@@ -109,7 +110,7 @@ def whole_headers(
     call: HttpCall,
     finished: Sequence[Finished],
 ) -> dict[str, str]:
-    """The `x-*` headers of an answer in one piece; `prompts`: a request for each."""
+    """The `x-*` headers of an answer in one piece; `prompts` has one request for each prompt."""
     return {
         "x-compute-type": compute_type,
         "x-compute-characters": _num_characters(prompts),
@@ -126,8 +127,8 @@ def _num_characters(prompts: Sequence[ValidRequest]) -> str:
 def _phases(call: HttpCall, finished: Sequence[Finished]) -> dict[str, str]:
     """Where the time went, in milliseconds.
 
-    Of several generations, which run side by side, the longest counts. `device` is what the steps
-    took that it was part of, shared with others.
+    The longest of several generations counts; they run at the same time. `device` is the time of
+    the steps that the generation took part in; other requests share these steps.
     """
     timings = [one.end.timings for one in finished]
     seconds = {
@@ -142,12 +143,12 @@ def _phases(call: HttpCall, finished: Sequence[Finished]) -> dict[str, str]:
 
 
 def _server_timing(call: HttpCall, finished: Sequence[Finished]) -> str:
-    """The phases as browsers' tools draw them: https://www.w3.org/TR/server-timing/."""
+    """The phases in the format that browsers show: https://www.w3.org/TR/server-timing/."""
     return ", ".join(f"{name};dur={ms}" for name, ms in _phases(call, finished).items())
 
 
 def _times_headers(call: HttpCall, finished: Sequence[Finished]) -> dict[str, str]:
-    """What is known at the end: milliseconds, but x-compute-time in seconds."""
+    """The headers that are known at the end; milliseconds, but x-compute-time in seconds."""
     times = Times.of(call, finished)
     return {
         "x-compute-time": f"{times.total:.9f}",
@@ -161,7 +162,7 @@ def _times_headers(call: HttpCall, finished: Sequence[Finished]) -> dict[str, st
 
 
 def log_success(call: HttpCall, finished: Sequence[Finished]) -> None:
-    """The one line of a call that was answered in full; times in TGI's words and form."""
+    """Write the log line of a call that was answered in full; times named and printed as in TGI."""
     describe_answer(
         finished,
         answer_id=call.id,

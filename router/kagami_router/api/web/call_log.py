@@ -1,7 +1,8 @@
-"""What every log line about a call says of it, and the line of a call that was answered.
+"""The fields of every log line about a call, and the line of a call that was answered.
 
-Exactly one line for each generating call: `Success`, the text of its error, or that its client was
-gone. Times are in TGI's words and form, in JSON too: log stores read `286.497811ms` as a duration.
+Each generating call has exactly one line: `Success`, the text of its error, or that its client went
+away. Times are named and printed as in TGI, in JSON too: log stores read `286.497811ms` as a
+duration.
 """
 
 import logging
@@ -16,15 +17,15 @@ from kagami_router.serving.generation_stream import CallStats
 
 logger = logging.getLogger(__name__)
 
-# The id of a request: the client's own, or one of ours; in the answer, the log, and the ids in it.
+# The id of a request: the client's own or one of ours. It is in the answer's headers and the log.
 REQUEST_ID = web.RequestKey("request_id", str)
-# What a call has brought until now, whatever becomes of it.
+# The counts of a call until now; they are logged even if the call fails.
 CALL_STATS = web.RequestKey("call_stats", CallStats)
 _CLIENTS_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
 def request_id(request: web.Request) -> str:
-    """The id of this request: the client's `x-request-id` where it is a sane one."""
+    """The id of this request: the client's `x-request-id` if it is well formed, else a new one."""
     if REQUEST_ID not in request:
         given = request.headers.get("x-request-id", "")
         request[REQUEST_ID] = given if _CLIENTS_ID.fullmatch(given) else secrets.token_hex(12)
@@ -32,12 +33,12 @@ def request_id(request: web.Request) -> str:
 
 
 def origin_of(request: web.Request) -> dict[str, object]:
-    """Which call a line is about: at the end of every line, success or not."""
+    """The fields that identify a call; they end its log line, success or not."""
     return {"path": request.path, "request_id": request_id(request)}
 
 
 def brought_until_now(request: web.Request) -> dict[str, object]:
-    """What a call that does not reach its end has brought, behind the error's text."""
+    """The times and counts of a call that did not reach its end, for its log line."""
     stats = request.get(CALL_STATS)
     if stats is None:
         return {}
@@ -53,7 +54,7 @@ def brought_until_now(request: web.Request) -> dict[str, object]:
 
 
 def log_answered(fields: Mapping[str, object], origin: Mapping[str, object]) -> None:
-    """The one line of a call that was answered in full."""
+    """Write the log line of a call that was answered in full."""
     logger.info("Success", extra={**fields, **origin})
 
 

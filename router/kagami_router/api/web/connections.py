@@ -1,7 +1,7 @@
-"""Connections: what aiohttp answers by itself, told and logged as any other answer.
+"""Connections: errors that aiohttp answers itself get our JSON, our headers and a log line.
 
-A message that is no HTTP reaches no middleware and no route. Here it gets the error's JSON and the
-headers that every answer has, in place of a plain text that names the server's software.
+A message that is not HTTP reaches no middleware and no route. aiohttp would answer it with a text
+that names the server's software.
 """
 
 import logging
@@ -19,11 +19,11 @@ logger = logging.getLogger(__name__)
 
 
 class MalformedHttp(NotJson):
-    """The message is no HTTP; its path may not be known."""
+    """The message is not HTTP; its path may be unknown."""
 
 
 class Runner(web.AppRunner):
-    """Runs an application, its handlers cancelled when their clients leave."""
+    """Runs an application; a handler is cancelled when its client goes away."""
 
     def __init__(self, app: web.Application, *, shutdown_timeout: float) -> None:
         super().__init__(app, shutdown_timeout=shutdown_timeout)
@@ -63,31 +63,31 @@ class _Connection(RequestHandler):
         exc: BaseException | None = None,
         message: str | None = None,
     ) -> web.StreamResponse:
-        """The answer to what no handler has seen, or to a fault behind all of them."""
+        """The answer to a message that no handler saw, or to an error outside all handlers."""
         if request.writer.output_size > 0:
             raise ConnectionError("The answer has begun: there is no room for another")
         assert isinstance(request, web.Request), "the application makes every request"
         return _Answer(self._app, _known(request, exc))
 
     def log_exception(self, *args: Any, **kwargs: Any) -> None:
-        """A body that breaks off is the client's fault, and `read_body` has said so."""
+        """Log the error, but not a body that broke off: `read_body` has reported it."""
         if not isinstance(kwargs.get("exc_info"), web.RequestPayloadError):
             super().log_exception(*args, **kwargs)
 
 
 def _known(request: web.Request, exc: BaseException | None) -> KagamiError:
-    """The error as the client may know it; its log line is written."""
+    """Write the log line; returns the error that the client may see."""
     if isinstance(exc, HttpProcessingError):
-        # aiohttp quotes the line that is wrong, which may be the one with the key.
+        # aiohttp quotes the wrong line, and that line may contain the API key.
         reason = on_one_line(exc).partition(": b")[0]
         error = MalformedHttp(f"Malformed HTTP: {reason}")
-        is_scan = isinstance(exc, BadHttpMethod)  # TLS, say: not worth a line
+        is_scan = isinstance(exc, BadHttpMethod)  # TLS, for example: no log line
         return error if is_scan else report(request, error)
     return report(request, exc if isinstance(exc, Exception) else RuntimeError("no cause is known"))
 
 
 class _Answer(web.Response):
-    """An error's answer, with the application's headers: the request belongs to no route."""
+    """The answer to an error of a request without a route, with the application's headers."""
 
     def __init__(self, app: web.Application, error: KagamiError) -> None:
         super().__init__(

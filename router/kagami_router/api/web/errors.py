@@ -1,7 +1,7 @@
-"""How each family of routes writes an error: whole, and as an event of a stream.
+"""The error formats of each family of routes: a whole answer, and an event of a stream.
 
-The class of an error decides its status and TGI's `error_type` (`kagami_proto.errors`); the path
-of the request decides the shape around them.
+The class of an error decides its status and TGI's `error_type` (`kagami_proto.errors`). The path of
+the request decides the format.
 """
 
 import enum
@@ -38,7 +38,7 @@ _ANTHROPIC_TYPES: Mapping[HTTPStatus, str] = {
 
 
 class Family(enum.Enum):
-    """Whose clients call a route."""
+    """The API whose clients call a route; it decides the format of errors."""
 
     NATIVE = enum.auto()
     OPENAI = enum.auto()
@@ -46,14 +46,14 @@ class Family(enum.Enum):
 
 
 class Families:
-    """The family of every path, whether or not there is such a route.
+    """The family of every path, with or without a route.
 
-    A path that no route has belongs to the family of the first route with the longest common
-    beginning: "/v1/nowhere" to that of "/v1/chat/completions".
+    A path without a route belongs to the family of the first route with the longest common
+    beginning. "/v1/nowhere" has the family of "/v1/chat/completions".
     """
 
     def __init__(self, routes: Iterable[tuple[str, Family]]) -> None:
-        """The path of every route, in the order of the table, and its family."""
+        """`routes` are pairs of path and family, in the order of the URL table."""
         paths = list(routes)
         self._by_path = dict(paths)
         for path, family in paths:
@@ -70,7 +70,7 @@ class Families:
 
 
 def error_text(error: KagamiError) -> str:
-    """What the client reads."""
+    """The message that the client reads."""
     row = row_of(error)
     return f"{row.prefix if row else ''}{error}"
 
@@ -87,7 +87,7 @@ def error_body(error: KagamiError, family: Family = Family.NATIVE) -> bytes:
 
 
 def error_event(error: KagamiError, family: Family) -> bytes:
-    """What a stream ends with when it fails after its status line."""
+    """The last bytes of a stream that fails after its status line."""
     return _SHAPES[family].event(error)
 
 

@@ -1,4 +1,4 @@
-"""The headers that every answer has: its request's id, and what browsers want to know (CORS)."""
+"""The headers of every answer: the request's id, trace ids, and CORS for browsers."""
 
 from collections.abc import Awaitable, Callable, Sequence
 
@@ -14,8 +14,8 @@ EXPOSED_HEADERS = (
     " x-accel-buffering, x-request-id, request-id, retry-after, x-trace-id, traceresponse,"
     " server-timing"
 )
-# The x-stainless-* are what OpenAI's and Anthropic's clients say of themselves; a browser asks for
-# leave to send each of them.
+# OpenAI's and Anthropic's clients describe themselves in x-stainless-*. A browser asks for
+# permission to send each of them.
 _ALLOWED_HEADERS = (
     "content-type,authorization,x-api-key,x-request-id,traceparent,tracestate,baggage,"
     "anthropic-version,anthropic-beta,anthropic-dangerous-direct-browser-access,"

@@ -1,7 +1,7 @@
-"""Around every handler: the API key, errors to answers, and the counting of calls.
+"""Middleware around every handler: checks the API key, answers errors, counts calls.
 
-The only broad `except` of the HTTP side is here: what is outside the error tree is a bug, logged
-with its traceback, and the client still gets an answer.
+The only broad `except` of the HTTP code is here. An error outside the error tree is a bug: it is
+logged with its traceback, and the client still gets an answer.
 """
 
 import asyncio
@@ -46,11 +46,11 @@ from kagami_router.telemetry.metrics import Metrics
 logger = logging.getLogger(__name__)
 
 
-# Where a stream leaves the `err` label of what its status line could not tell any more.
+# A stream stores the `err` label here if it fails after its status line.
 FAILURE_CAUSE = web.RequestKey("failure_cause", str)
-# Who answers in whose words, by path.
+# The family of each path: it decides the format of errors.
 FAMILIES = web.AppKey("families", Families)
-# Where a path serves several families, what the body turned out to be.
+# The family of a request whose path serves several; the body decides.
 FAMILY = web.RequestKey("family", Family)
 
 
@@ -59,27 +59,27 @@ class InternalError(KagamiError):
 
 
 class UnreadableBody(NotJson):
-    """The body broke off, or is not coded as its headers say."""
+    """The body broke off, or its coding is not the one in its headers."""
 
 
 def family_of(request: web.Request) -> Family:
-    """In whose words this request is answered."""
+    """The family that decides the error format of this request."""
     return request.get(FAMILY) or request.app[FAMILIES].of(request.path)
 
 
 def on_one_line(error: BaseException) -> str:
-    """What aiohttp says of a broken message."""
+    """The text of an aiohttp error, with newlines replaced by spaces."""
     text = error.message if isinstance(error, HttpProcessingError) else str(error)
     return " ".join(text.split())
 
 
 def report(request: web.Request, error: Exception) -> KagamiError:
-    """Write the one log line of a failed call; the error as the client may know it.
+    """Write the log line of a failed call; returns the error that the client may see.
 
-    What is outside the tree is logged with its traceback and stands as `InternalError`. Probes of
-    a server that is not ready are not worth a line.
+    An error outside the tree is logged with its traceback and returned as `InternalError`. Probes
+    of a server that is not ready get no line.
     """
-    if isinstance(error, RecursionError):  # decoded with the last frame, too deep for all after it
+    if isinstance(error, RecursionError):  # the body was decoded, but is too deep to process
         error = MalformedBody("The request body is nested too deeply")
     mark_failed(trace.get_current_span(), error)
     if not isinstance(error, KagamiError):
@@ -108,7 +108,7 @@ def failure_cause(error: BaseException) -> str:
 
 
 def error_response(request: web.Request, error: KagamiError) -> web.Response:
-    """A whole error answer, in the words of the route's family."""
+    """A whole error answer, in the format of the route's family."""
     response = web.Response(
         body=error_body(error, family_of(request)),
         status=error_status(error),
@@ -123,7 +123,7 @@ def error_response(request: web.Request, error: KagamiError) -> web.Response:
 
 @web.middleware
 async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Every request gets an answer, whatever its handler raises."""
+    """Answer every request, whatever its handler raises."""
     if request.method == hdrs.METH_OPTIONS:
         return web.Response()  # the CORS headers come with the signal below
     try:
@@ -144,7 +144,7 @@ async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
 
 
 def report_dropped(request: web.Request) -> None:
-    """Write the one log line of a call whose client did not wait for its end."""
+    """Write the log line of a call whose client went away before the end."""
     logger.info(
         "The connection was closed before the end",
         extra={"error_type": "dropped", **brought_until_now(request), **origin_of(request)},
@@ -166,7 +166,7 @@ def _refusal(request: web.Request, refusal: web.HTTPException) -> web.Response:
 
 
 def count_calls(metrics: Metrics, paths: frozenset[str]) -> Middleware:
-    """A middleware that counts POSTs to `paths`, as routes write them, and how each ended."""
+    """A middleware that counts POSTs to `paths` (paths of routes) and how each ended."""
 
     @web.middleware
     async def count(request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -194,7 +194,7 @@ def count_calls(metrics: Metrics, paths: frozenset[str]) -> Middleware:
 
 
 def _route_path(request: web.Request) -> str | None:
-    """The path of the request's route, its variables by name."""
+    """The path of the request's route, with variables as `{name}`; None without a route."""
     resource = request.match_info.route.resource
     return resource.canonical if resource is not None else None
 
@@ -205,7 +205,7 @@ _Body = TypeVar("_Body")
 
 
 async def read_body(request: web.Request, decoder: msgspec.json.Decoder[_Body]) -> _Body:
-    """The request's body as the route's type; raises the `InvalidRequest` that fits."""
+    """Read and decode the body; raises the subclass of `InvalidRequest` that fits."""
     if not _JSON_TYPE.fullmatch(request.content_type):
         raise UnsupportedMediaType("Expected request with `Content-Type: application/json`")
     try:
@@ -225,7 +225,7 @@ async def read_body(request: web.Request, decoder: msgspec.json.Decoder[_Body]) 
 
 
 def reason_of(error: msgspec.ValidationError, place: str = "") -> tuple[str | None, str]:
-    """The field that is wrong, and what is wrong; `place` is the path of the body's root."""
+    """The wrong field and what is wrong with it; `place` is the path of the body's root."""
     text = str(error)
     if found := _PLACE.fullmatch(text):
         place, text = ".".join(filter(None, (place, found["path"]))), found["reason"]
@@ -233,9 +233,9 @@ def reason_of(error: msgspec.ValidationError, place: str = "") -> tuple[str | No
 
 
 def api_key(key: str, open_paths: frozenset[str]) -> Middleware:
-    """A middleware that asks for the key except on `open_paths`, as routes write them.
+    """A middleware that requires the API key, except on GETs of `open_paths` (paths of routes).
 
-    As `Authorization: Bearer {key}`, or as Anthropic's clients send it, `x-api-key: {key}`.
+    Clients send `Authorization: Bearer {key}`; Anthropic's clients send `x-api-key: {key}`.
     """
     expected = key.encode()
 

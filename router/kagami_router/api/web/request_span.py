@@ -1,4 +1,4 @@
-"""The SERVER span of a call: its parent, what HTTP says of it, and what the client learns.
+"""The SERVER span of a call: its parent, its HTTP attributes, and the headers with its ids.
 
 Attributes follow OpenTelemetry's semantic conventions for HTTP and for generative AI
 (`span_names.SEMCONV_VERSION`).
@@ -16,19 +16,19 @@ from kagami_proto.span_names import Key
 from kagami_proto.tracing import Tracing
 from kagami_router.api.web.call_log import request_id
 
-# What the client learns of its trace; set for as long as a call runs.
+# The headers that tell the client its trace ids; set while a call runs.
 TRACE_HEADERS = web.RequestKey("trace_headers", dict[str, str])
 _CHATS = frozenset(("/v1/chat/completions", "/v1/responses", "/v1/messages"))
-# nginx's word for a client that went away; it is never sent.
+# nginx's status for a client that went away; it is never sent.
 _CLIENT_CLOSED_REQUEST = 499
 
 
 def trace_calls(
     tracing: Tracing, model_of: Callable[[], str | None], generating: frozenset[str]
 ) -> Middleware:
-    """A middleware that gives every POST a span; `generating` are paths as routes write them.
+    """A middleware that gives every POST a span; `generating` are the paths of generating routes.
 
-    Where traces are off it still takes the client's trace id, for the log and the answer.
+    With tracing off it still takes the client's trace id, for the log and the answer.
     """
 
     @web.middleware
@@ -92,7 +92,7 @@ def _generation(route: str, model: str | None) -> dict[str, str]:
 
 
 def _headers(context: trace.SpanContext, is_on: bool) -> dict[str, str]:
-    """`x-trace-id`, and W3C's `traceresponse` where the span is ours.
+    """`x-trace-id`; with tracing on also W3C's `traceresponse`.
 
     https://w3c.github.io/trace-context/#traceresponse-header
     """

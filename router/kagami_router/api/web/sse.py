@@ -1,7 +1,7 @@
 """Server-sent events: framing, headers, keep-alive, and errors after the status line.
 
-Knows bytes and connections; what an event says is the route's business. Compression is never used:
-an event must leave when it is written.
+Knows bytes and connections; the routes write the content of events. Compression is never used: an
+event must be sent as soon as it is written.
 """
 
 import asyncio
@@ -35,25 +35,25 @@ class StreamWriter(Protocol):
     """Writes the events of one stream."""
 
     def push(self, index: int, events: Events) -> bytes | None:
-        """The bytes of what one step brought; None: it takes too long for the event loop."""
+        """The bytes of one step's events; None = writing them takes too long for the event loop."""
 
     async def pull(self, backlog: Backlog) -> bytes:
-        """The bytes of what was not pushed."""
+        """The bytes of events that were not pushed."""
 
     def end(self) -> bytes:
-        """What the stream ends with."""
+        """The last bytes of the stream."""
 
     def failed(self, error: KagamiError) -> bytes:
-        """What it ends with if a generation fails."""
+        """The last bytes of the stream if a generation fails."""
 
 
 def event(body: bytes) -> bytes:
-    """One event: its JSON on one line."""
+    """One event; `body` is JSON on one line."""
     return b"data: %b\n\n" % body
 
 
 def named_event(name: str, body: bytes) -> bytes:
-    """One event that says what it is."""
+    """One event with a name; `body` is JSON on one line."""
     return b"event: %b\ndata: %b\n\n" % (name.encode(), body)
 
 
@@ -65,14 +65,14 @@ async def respond(
     headers: Mapping[str, str],
     keep_alive_s: float = KEEP_ALIVE_S,
 ) -> web.StreamResponse:
-    """Answer with the stream that `start` starts: one write for what a step brought, then the end.
+    """Answer with the stream that `start` starts: one write for each step's events, then the end.
 
-    Events are pushed: they are written within the batching loop's pass, and this task sleeps until
-    the end. It writes only what could not be pushed, because the client reads slower than its
-    tokens come or because it takes long to write.
+    Events are pushed: the batching loop writes them itself while this task sleeps until the end.
+    This task writes only the events that could not be pushed: the client reads more slowly than its
+    tokens come, or the events take long to write.
 
-    An error of `start` is raised and gets a status of its own; an error behind it becomes an event.
-    A client that goes away cancels this task, and so the generations.
+    An error of `start` is raised and gets its own status; a later error becomes an event. A client
+    that goes away cancels this task, and with it the generations.
     """
     trace.get_current_span().set_attribute(Key.REQUEST_STREAM, True)
     response = web.StreamResponse(headers={**HEADERS, **headers})
@@ -86,10 +86,10 @@ async def respond(
                     pushed.last_write = pushed.now()
                     await response.write(await writer.pull(backlog))
         ending = writer.end()
-        with suppress(ConnectionError):  # everything was said, and is in the log as answered
+        with suppress(ConnectionError):  # the answer is complete and logged as answered
             await response.write(ending)
             await response.write_eof()
-    except ConnectionError:  # the client is gone, and the write was the first to see it
+    except ConnectionError:  # the client is gone; this write noticed it first
         request[FAILURE_CAUSE] = "dropped"
         report_dropped(request)
     except Exception as error:
@@ -106,8 +106,8 @@ async def respond(
 class _Pushed:
     """The sink of a stream: writes to the connection at once, unless bytes still wait there.
 
-    Goes past aiohttp's writer, which is three coroutines deep and costs as much as all else that is
-    done for a token; what it would add is the frame of a chunk (RFC 9112, section 7.1).
+    It bypasses aiohttp's writer, which is three coroutines deep and costs as much as all other work
+    for a token. That writer would only add the chunk's frame (RFC 9112, section 7.1).
     """
 
     __slots__ = ("_is_chunked", "_is_open", "_outbox", "_push", "_transport", "last_write", "now")
@@ -120,10 +120,10 @@ class _Pushed:
         self._is_chunked = False
         self.now = asyncio.get_running_loop().time
         self.last_write = self.now()
-        """When the stream was last written to, in the event loop's time"""
+        """When the stream was last written to, in seconds of the event loop's clock"""
 
     def open(self, response: web.StreamResponse) -> None:
-        """The head of the response was written: events may follow."""
+        """Allow events: the head of the response is written."""
         self._is_chunked = response.headers.get(hdrs.TRANSFER_ENCODING) == "chunked"
         self._is_open = True
 
@@ -148,17 +148,17 @@ class _Pushed:
 
 
 class Outbox:
-    """What one pass of the loop writes to all clients, in a row when the pass is over.
+    """Collects what the batching loop writes to all clients in one pass; writes it afterwards.
 
-    A client that waits is woken by the first bytes; as long as more come it need not be woken
-    again, and that is half of what a write costs.
+    The first bytes wake a waiting client. While more bytes follow closely it need not be woken
+    again, and waking is half the cost of a write.
     """
 
     def __init__(self) -> None:
         self._waiting: list[tuple[asyncio.WriteTransport, bytes]] = []
 
     def put(self, transport: asyncio.WriteTransport, data: bytes) -> None:
-        """Write `data` soon, and before any task goes on that is woken from now on."""
+        """Write `data` soon, before any task that is woken after this call continues."""
         if not self._waiting:
             asyncio.get_running_loop().call_soon(self._flush)
         self._waiting.append((transport, data))
@@ -177,9 +177,9 @@ OUTBOX = web.AppKey("outbox", Outbox)
 async def _keep_alive(
     response: web.StreamResponse, pushed: _Pushed, interval_s: float
 ) -> AsyncIterator[None]:
-    """Write a comment whenever nothing was written for `interval_s`.
+    """Write a comment whenever nothing was written for `interval_s` seconds.
 
-    The timer looks back when it fires, instead of being restarted by each event.
+    The timer checks the last write when it fires; no event restarts it.
     """
 
     async def comment() -> None:
