@@ -121,14 +121,6 @@ class Groups:
             of_column = of_column - first
         return Groups(stop - start, self.size, of_column), (first, last)
 
-    def packable_size(self) -> int | None:
-        """Columns of a group, if the CPU's library can read them; None if it cannot.
-
-        Its groups are neighbours, in whole steps of 32.
-        """
-        size = self.size if self.size < self.num_columns else -(-self.num_columns // 32) * 32
-        return None if self.of_column is not None or size % 32 else size
-
     def agrees_with(self, other: "Groups") -> bool:
         """Whether both group the same columns together, in the same order."""
         if (self.num_columns, self.size) != (other.num_columns, other.size):

@@ -17,7 +17,6 @@ from kagami_shard.weights.sharding import Span
 
 FP8 = torch.float8_e4m3fn
 _MAX = 448.0  # the largest finite e4m3
-_NAN = 0x7F  # with either sign
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +42,6 @@ class Fp8Weight:
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         return self.values.float().mul_(self.groups.expand(self.scales)).to(dtype)
-
-    def packable_group(self) -> int | None:
-        """The columns of a group, if the CPU's library can read them, which knows no NaN."""
-        has_nan = bool(((self.values.view(torch.uint8) & _NAN) == _NAN).any())
-        return None if has_nan else self.groups.packable_size()
 
     def rows(self, spans: Sequence[Span]) -> "Fp8Weight":
         values = take_rows(self.values.view(torch.uint8), spans).view(FP8)

@@ -55,19 +55,6 @@ class GroupedWeight:
             return self.packed
         return unpack_nibbles(self.packed)[:, : self.groups.num_columns]
 
-    def packable_group(self) -> int | None:
-        """The columns of a group, if the CPU's library can read them; None if it cannot.
-
-        Beside 4 bits it keeps scales as float16 and zeros in a byte.
-        """
-        if self.bits == 4:
-            as_halves = self.scales.half().to(self.scales.dtype)
-            as_bytes = (self.zeros.float() * ZERO_PARTS).round().clamp(0, 255)
-            as_zeros = (as_bytes / ZERO_PARTS).half()
-            if not torch.equal(as_halves, self.scales) or not torch.equal(as_zeros, self.zeros):
-                return None
-        return self.groups.packable_size()
-
     def rows(self, spans: Sequence[Span]) -> "GroupedWeight":
         return GroupedWeight(
             self.bits,

@@ -16,11 +16,13 @@ from torch import Tensor
 from kagami_shard.backends.native.library import CLinear, Library, WeightKind, pointer
 from kagami_shard.backends.native.memory import Arena
 from kagami_shard.layers.linear import Linear, Projection, QuantizedLinear
-from kagami_shard.quantization.base import DenseWeight
+from kagami_shard.quantization.base import DenseWeight, Groups
 from kagami_shard.quantization.fp8 import Fp8Weight
-from kagami_shard.quantization.grouped import GroupedWeight
+from kagami_shard.quantization.grouped import ZERO_PARTS, GroupedWeight
 from kagami_shard.quantization.int8 import Int8Weight
 from kagami_shard.weights.stored import StoredRows
+
+_E4M3_NAN = 0x7F  # with either sign
 
 Packable = Linear | QuantizedLinear
 """A projection whose weight may have a packed form"""
@@ -198,11 +200,26 @@ def _int8(packer: Packer, weight: Int8Weight, bias: Tensor | None, gated: bool) 
     return packer.pack_int8(weight.values, weight.scales, bias, gated=gated)
 
 
+def _packable_size(groups: Groups) -> int | None:
+    """Columns of a group, if the library can read such groups: neighbours, in steps of 32."""
+    size = groups.size if groups.size < groups.num_columns else -(-groups.num_columns // 32) * 32
+    return None if groups.of_column is not None or size % 32 else size
+
+
+def _fits_int4(weight: GroupedWeight) -> bool:
+    """Whether scales are float16 and zeros a byte of `ZERO_PARTS`, as the library has them."""
+    as_halves = weight.scales.half().to(weight.scales.dtype)
+    as_bytes = (weight.zeros.float() * ZERO_PARTS).round().clamp(0, 255)
+    as_zeros = (as_bytes / ZERO_PARTS).half()
+    return torch.equal(as_halves, weight.scales) and torch.equal(as_zeros, weight.zeros)
+
+
 def _grouped(
     packer: Packer, weight: GroupedWeight, bias: Tensor | None, gated: bool
 ) -> PackedWeight | None:
     """Codes of regular groups."""
-    if (group := weight.packable_group()) is None:
+    group = _packable_size(weight.groups)
+    if group is None or (weight.bits == 4 and not _fits_int4(weight)):
         return None
     if weight.bits == 4:
         return packer.pack_int4(
@@ -221,10 +238,11 @@ def _grouped(
 def _fp8(
     packer: Packer, weight: Fp8Weight, bias: Tensor | None, gated: bool
 ) -> PackedWeight | None:
-    """e4m3 in regular groups."""
-    if (group := weight.packable_group()) is None:
-        return None
+    """e4m3 in regular groups; the library knows no NaN."""
     codes = weight.values.view(torch.uint8)
+    group = _packable_size(weight.groups)
+    if group is None or bool(((codes & _E4M3_NAN) == _E4M3_NAN).any()):
+        return None
     return packer.pack_bytes(codes, weight.scales, None, bias, group=group, gated=gated)
 
 

@@ -10,7 +10,9 @@ from kagami_shard.backends.native.library import Library, WeightKind
 from kagami_shard.backends.native.packing import FORMS, PackedWeight, Packer, is_packable, pack
 from kagami_shard.layers.linear import Linear, QuantizedLinear, RowLinear
 from kagami_shard.machine.distributed import Alone
+from kagami_shard.quantization.base import Groups
 from kagami_shard.quantization.fp8 import quantize_fp8
+from kagami_shard.quantization.grouped import make_grouped
 from kagami_shard.quantization.int4 import quantize_int4
 from kagami_shard.quantization.int8 import quantize_int8
 
@@ -89,3 +91,21 @@ def test_a_kind_of_weight_without_a_row_is_not_packable() -> None:
 
     assert Unknown not in FORMS
     assert not is_packable(QuantizedLinear(Unknown()))  # type: ignore[arg-type]  # no weight
+
+
+def packed_with_zeros_of(zero: float, library: Library) -> WeightKind:
+    codes = torch.zeros(1, 32, dtype=torch.uint8)
+    weight = make_grouped(4, codes, torch.ones(1, 1), torch.tensor([[zero]]), Groups(32, 32))
+    return pack(QuantizedLinear(weight), Packer(library)).kind
+
+
+@pytest.mark.parametrize("zero", [0.0, 3.2, 8.0, 16.0, 17.0])
+def test_zeros_of_4_bits_that_fit_a_byte_in_fifteenths_stay_4_bits(
+    zero: float, library: Library
+) -> None:
+    assert packed_with_zeros_of(zero, library) is WeightKind.INT4
+
+
+@pytest.mark.parametrize("zero", [-0.2, 3.1, 17.2])
+def test_weights_with_other_zeros_of_4_bits_become_bf16(zero: float, library: Library) -> None:
+    assert packed_with_zeros_of(zero, library) is WeightKind.BF16

@@ -196,20 +196,6 @@ def test_codes_wider_than_what_is_made_bf16_at_a_time_are_torchs(
     assert is_near(runtime, make, 1, prompt(140))
 
 
-@pytest.mark.parametrize("zero", [0.0, 3.2, 8.0, 16.0, 17.0])
-def test_zeros_of_4_bits_that_fit_a_byte_in_fifteenths_are_packed(zero: float) -> None:
-    codes = torch.zeros(1, 32, dtype=torch.uint8)
-    weight = make_grouped(4, codes, torch.ones(1, 1), torch.tensor([[zero]]), Groups(32, 32))
-    assert weight.packable_group() == 32
-
-
-@pytest.mark.parametrize("zero", [-0.2, 3.1, 17.2])
-def test_other_zeros_of_4_bits_are_not_packed(zero: float) -> None:
-    codes = torch.zeros(1, 32, dtype=torch.uint8)
-    weight = make_grouped(4, codes, torch.ones(1, 1), torch.tensor([[zero]]), Groups(32, 32))
-    assert weight.packable_group() is None
-
-
 @pytest.mark.parametrize("kind", ["float8", "grouped8"])
 @pytest.mark.parametrize("count", [1, 140])
 def test_every_code_of_8_bits_is_widened_exactly(runtime: Runtime, kind: str, count: int) -> None:
