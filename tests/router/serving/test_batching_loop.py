@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from tests.fakes.byte_tokenizer import byte_tokenizer
-from tests.fakes.fake_shard import EOS, FakeShard, Request, generated
+from tests.fakes.fake_shard import FakeShard, Request, generated
 from tests.fakes.submitted import Submitted
 
 from kagami_proto.errors import GenerationFailed, ShardLost
@@ -204,90 +204,6 @@ async def test_leaving_a_stream_early_frees_its_blocks(tmp_path: Path) -> None:
         assert 1 not in served.shard.engine.ids
 
 
-async def test_end_of_sequence_ends_and_is_no_text(tmp_path: Path) -> None:
-    async with serving(tmp_path, eos_every=5) as served:
-        events = await collect(Submitted(served.loop, new_request(max_new_tokens=40)))
-        end = end_of(events)
-    assert end.finish_reason is FinishReason.EOS_TOKEN
-    assert events[-1].token[:2] == (EOS, "<eos>")
-    assert events[-1].token.special
-    assert "<eos>" not in end.generated_text
-
-
-async def test_end_of_sequence_can_be_ignored(tmp_path: Path) -> None:
-    async with serving(tmp_path, eos_every=5) as served:
-        request = new_request(max_new_tokens=40, ignore_eos=True)
-        end = end_of(await collect(Submitted(served.loop, request)))
-    assert (end.finish_reason, end.num_generated) == (FinishReason.LENGTH, 40)
-
-
-@pytest.mark.parametrize("keep_stop", [True, False])
-async def test_a_stop_string_ends_even_on_the_last_token(tmp_path: Path, keep_stop: bool) -> None:
-    text = bytes(generated(PROMPT, 8)).decode()
-    async with serving(tmp_path) as served:
-        request = new_request(max_new_tokens=8, stop=(text[5:8],), keep_stop=keep_stop)
-        end = end_of(await collect(Submitted(served.loop, request)))
-    assert end.finish_reason is FinishReason.STOP_SEQUENCE
-    assert end.generated_text == (text if keep_stop else text[:5])
-    assert end.stop == text[5:8]
-
-
-async def test_text_held_back_for_a_stop_string_is_not_lost(tmp_path: Path) -> None:
-    text = bytes(generated(PROMPT, 8)).decode()
-    async with serving(tmp_path) as served:
-        request = new_request(max_new_tokens=8, stop=(text[5:] + "!",), keep_stop=False)
-        events = await collect(Submitted(served.loop, request))
-    assert end_of(events).generated_text == text
-    assert events[-1].tail == text[5:]
-
-
-@pytest.mark.parametrize("keep_stop", [True, False])
-@pytest.mark.parametrize("num_before", [0, 2])
-async def test_a_special_token_can_complete_a_stop_string(
-    tmp_path: Path, keep_stop: bool, num_before: int
-) -> None:
-    *ids, eos = generated(PROMPT, 40, eos_every=5)
-    assert eos == EOS
-    text = bytes(ids).decode()
-    stop = text[len(text) - num_before :] + "<eos>"
-    async with serving(tmp_path, eos_every=5) as served:
-        request = new_request(max_new_tokens=40, ignore_eos=True, stop=(stop,), keep_stop=keep_stop)
-        end = end_of(await collect(Submitted(served.loop, request)))
-    assert end.finish_reason is FinishReason.STOP_SEQUENCE
-    assert end.generated_text == (text if keep_stop else text[: len(text) - num_before])
-
-
-async def test_text_that_a_special_token_frees_goes_out_with_it(tmp_path: Path) -> None:
-    *ids, _ = generated(PROMPT, 40, eos_every=5)
-    text = bytes(ids).decode()
-    async with serving(tmp_path, eos_every=5) as served:
-        request = new_request(
-            max_new_tokens=40, ignore_eos=True, stop=(text[-1] + "!",), keep_stop=False
-        )
-        events = await collect(Submitted(served.loop, request))
-    assert events[len(ids)].token.special
-    assert events[len(ids)].tail == text[-1]
-    end_of(events)
-
-
-async def test_prompt_logprobs_and_top_tokens_come_with_their_text(tmp_path: Path) -> None:
-    async with serving(tmp_path) as served:
-        request = new_request(b"abc", 1, prompt_logprobs=True, top_n_tokens=2)
-        (event,) = await collect(Submitted(served.loop, request))
-    assert event.end is not None
-    assert [tuple(token)[:3] for token in event.prefill] == [
-        (97, "a", None),
-        (98, "b", -1.0),
-        (99, "c", -1.0),
-    ]
-    assert [[top.text for top in token.top_tokens] for token in event.prefill] == [
-        [],
-        ["b", "A"],
-        ["c", "A"],
-    ]
-    assert [token.id for token in event.top_tokens] == [event.token.id, 0]
-
-
 async def test_a_prompt_seen_before_is_found_in_the_cache(tmp_path: Path) -> None:
     async with serving(tmp_path) as served:
         await collect(Submitted(served.loop, new_request()))
@@ -358,26 +274,6 @@ async def test_stopping_the_loop_tells_open_requests(tmp_path: Path) -> None:
         served.running.cancel()
         with pytest.raises(GenerationFailed):
             await collecting
-
-
-class Panic(BaseException):
-    """What the tokenizers library raises where it did not expect its input."""
-
-
-@pytest.mark.parametrize("bug", [ZeroDivisionError, Panic])
-async def test_a_bug_in_one_text_ends_that_request_only(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bug: type[BaseException]
-) -> None:
-    def step(self: object, token_id: int) -> str:
-        raise bug
-
-    async with serving(tmp_path) as served:
-        broken = Submitted(served.loop, new_request(b"broken"))
-        monkeypatch.setattr(served.loop._writer._open[1].detokenizer.__class__, "step", step)
-        with pytest.raises(GenerationFailed, match="internal error"):
-            await collect(broken)
-        monkeypatch.undo()
-        assert len(await collect(Submitted(served.loop, new_request()))) == 8
 
 
 async def test_a_step_that_never_ends_is_unhealthy(tmp_path: Path) -> None:
