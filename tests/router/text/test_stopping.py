@@ -34,7 +34,7 @@ def test_a_stop_string_across_tokens_is_cut_off() -> None:
     assert outcome(["ab", "cd", "ef"], ["cde"], keep_stop=False) == (["ab", "", "", ""], True)
 
 
-def test_a_kept_stop_string_ends_the_text() -> None:
+def test_a_stop_string_that_is_not_cut_off_ends_the_text() -> None:
     assert outcome(["ab", "cd", "ef"], ["cde"], keep_stop=True) == (["ab", "cd", "e", ""], True)
 
 

@@ -167,7 +167,7 @@ def test_two_ranks_quantize_their_parts(quantize: str, save_checkpoint: Save) ->
 
 
 @pytest.mark.parametrize(("quantize", "name"), [(None, ""), ("eetq", "int8"), ("int4", "int4")])
-def test_a_model_says_how_its_weights_are_kept(
+def test_a_model_says_how_its_weights_are_stored(
     quantize: str | None, name: str, save_checkpoint: Save
 ) -> None:
     folder, _ = save_checkpoint(CONFIG)

@@ -204,7 +204,7 @@ def test_a_bad_grammar_asked_for_again_and_again_keeps_nothing_of_those_who_aske
     assert depth() == depth()
 
 
-def test_a_grammar_that_is_too_large_is_not_kept(grammars: Grammars) -> None:
+def test_a_grammar_that_is_too_large_is_not_cached(grammars: Grammars) -> None:
     kept = grammars.compile(regex("first"))
     for number in range(MAX_CACHED):
         with pytest.raises(InvalidRequest):

@@ -143,7 +143,7 @@ async def test_a_stream_has_anthropics_events_in_order() -> None:
     assert "x-generated-tokens=3" in comment
 
 
-async def test_each_turn_is_one_piece_of_text() -> None:
+async def test_each_step_is_one_piece_of_text() -> None:
     async with client_of() as (client, _), client.messages.stream(**BODY) as stream:
         assert [text async for text in stream.text_stream] == ["Hi", "!"]
 

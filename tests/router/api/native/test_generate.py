@@ -78,7 +78,7 @@ async def test_compat_streams_too() -> None:
         )
 
 
-async def test_events_of_one_turn_leave_in_one_write() -> None:
+async def test_events_of_one_step_leave_in_one_write() -> None:
     both = (StreamEvent(FAILED), StreamEvent(COLON, end=end(" failed:", 2)))
     loop = FakeLoop(lambda _: [both])
     async with serving(loop) as server, server.post("/generate_stream", REQUEST) as response:
