@@ -76,6 +76,7 @@ class World:
     memory_limit: int | None
     cache_grows_to: int | None
     max_steps_in_flight: int
+    losses: float
     vectors: float
     drafted: float
     """How many of the tokens of a draft are right"""
@@ -99,6 +100,7 @@ worlds = st.builds(
     memory_limit=st.one_of(st.none(), st.none(), st.integers(1, 30)),
     cache_grows_to=st.one_of(st.none(), st.integers(0, 20)),
     max_steps_in_flight=st.integers(1, 2),
+    losses=st.sampled_from([0.0, 0.0, 0.05]),
     vectors=st.sampled_from([0.0, 0.0, 0.3]),
     drafted=st.sampled_from([0.0, 0.0, 0.5, 0.9, 1.0]),
 )
@@ -111,20 +113,18 @@ class Simulation:
         self.world = world
         self.random = random.Random(world.seed)
         self.engine = FakeEngine(world.num_blocks, world.block_size, eos_every=world.eos_every)
-        self.scheduler = Scheduler(
-            SchedulerConfig(
-                num_blocks=world.num_blocks,
-                block_size=world.block_size,
-                max_step_tokens=world.max_step_tokens,
-                max_batch_size=world.max_batch_size,
-                waiting_served_ratio=world.ratio,
-                max_waiting_tokens=world.max_waiting,
-                prefix_caching=world.prefix_caching,
-                cache_grows_to=world.cache_grows_to,
-                max_steps_in_flight=world.max_steps_in_flight,
-            ),
-            self if world.drafted else None,
+        self.config = SchedulerConfig(
+            num_blocks=world.num_blocks,
+            block_size=world.block_size,
+            max_step_tokens=world.max_step_tokens,
+            max_batch_size=world.max_batch_size,
+            waiting_served_ratio=world.ratio,
+            max_waiting_tokens=world.max_waiting,
+            prefix_caching=world.prefix_caching,
+            cache_grows_to=world.cache_grows_to,
+            max_steps_in_flight=world.max_steps_in_flight,
         )
+        self.scheduler = Scheduler(self.config, self if world.drafted else None)
         self.queue: deque[Step] = deque()
         self.open: dict[int, Sequence] = {}
         self.tokens: dict[int, list[int]] = {}
@@ -181,6 +181,16 @@ class Simulation:
             victim = self.random.choice(list(self.open))
             self.scheduler.cancel(victim)
             self._close(victim)
+
+    def lose(self) -> None:
+        """The shard is gone with all that it held and all that was under way; another comes."""
+        world, faults = self.world, self.engine.faults
+        self.engine = FakeEngine(world.num_blocks, world.block_size, eos_every=world.eos_every)
+        self.engine.faults = faults
+        self.queue.clear()
+        self.scheduler, events = self.scheduler.successor(self.config)
+        assert events == []
+        self.scheduler.check_integrity()
 
     def send(self) -> bool:
         step = self.scheduler.schedule(self.now)
@@ -256,6 +266,8 @@ class Simulation:
                 num_arrived += 1
             elif draw < 0.30:
                 self.cancel()
+            elif draw < 0.30 + self.world.losses:
+                self.lose()
             elif draw < 0.65:
                 self.send()
             else:
@@ -291,6 +303,7 @@ def test_drafts_save_steps() -> None:
         "prefix_caching": True, "ratio": None, "max_waiting": None, "eos_every": 0,
         "num_requests": 10, "transient": 0.0, "sequence_failure": 0.0, "poison": 0.0,
         "memory_limit": None, "cache_grows_to": None, "max_steps_in_flight": 1, "vectors": 0.0,
+        "losses": 0.0,
     }  # fmt: skip
     num_steps = []
     for drafted in (0.0, 1.0):

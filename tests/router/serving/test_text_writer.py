@@ -10,10 +10,7 @@ from tests.router.serving.test_batching_loop import PROMPT, collect, end_of, new
 
 from kagami_proto.errors import GenerationFailed, KagamiError
 from kagami_router.request.token_log import TokenLog
-from kagami_router.request.values import (
-    End,
-    FinishReason,
-)
+from kagami_router.request.values import End, FinishReason
 from kagami_router.scheduler.prefix_cache import PrefixKey
 from kagami_router.scheduler.sequence import Sequence
 from kagami_router.scheduler.step import Event, TokenSampled, VectorComputed
