@@ -1,8 +1,8 @@
-"""The events of a call on their way from the batching loop to whoever made the call.
+"""Carries the events of a call from the batching loop to the code that started the call.
 
-Push first: the loop gives what a step brought to the call's sink within its own pass, without
-waking a task. What the sink refuses goes into a backlog; iterating over the call brings the
-backlog, in order. Until the backlog is dealt with, nothing is pushed past it.
+The loop first pushes: it gives the events of a step directly to the call's sink, without waking a
+task. Events that the sink refuses go into a backlog. Iterating over the call returns the backlog,
+in order. No event is pushed while the backlog is not empty or the consumer still handles it.
 """
 
 import asyncio
@@ -15,15 +15,15 @@ from kagami_router.request.values import End, StreamEvent
 from kagami_router.telemetry.metrics import GenerationStats, Metrics
 
 Events = tuple[StreamEvent, ...]
-"""What one step brought for one generation"""
+"""The events of one step for one generation"""
 
 Sink = Callable[[int, Events], bool]
-"""Takes events of the generation with that index, or returns False: not now. Never waits."""
+"""Takes events of the generation with this index, or refuses them with False. Never waits."""
 
 
 @dataclass(slots=True, eq=False)
 class CallStats:
-    """What the generations of one call have brought until now; times are monotonic seconds."""
+    """Counts and times of one call until now, over all generations; times are monotonic seconds."""
 
     received: float
     prompt_tokens: int = 0
@@ -32,7 +32,7 @@ class CallStats:
 
 
 class CallEvents:
-    """The events of all generations of one call: pushed to a sink, or iterated as a backlog."""
+    """The events of all generations of one call: pushed to a sink, or read as a backlog."""
 
     __slots__ = ("_backlog", "_error", "_num_open", "_sink", "_waiter")
 
@@ -42,16 +42,16 @@ class CallEvents:
         self._backlog: list[tuple[int, Events]] = []
         self._error: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
-        """Set while the consumer waits, and is not busy with a backlog"""
+        """Set while the consumer waits; None while it handles a backlog"""
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> list[tuple[int, Events]]:
-        """All that the sink refused since the last time, each with its generation's index.
+        """All events that the sink refused since the last call, with their generation's index.
 
-        Ends behind the last event of every generation. Raises `GenerationFailed` or `ShardLost` if
-        one of them fails, and what the sink raised.
+        Ends after the last event of every generation. Raises `GenerationFailed` or `ShardLost` if
+        one of them fails, and any error that the sink raised.
         """
         while not self._backlog:
             if self._error is not None:
@@ -67,7 +67,7 @@ class CallEvents:
         return backlog
 
     def put(self, index: int, events: Events) -> None:
-        """For `GenerationStream`: more events; nothing follows an error."""
+        """Add events; only `GenerationStream` calls it. After an error they are dropped."""
         if self._error is not None:
             return
         if events[-1].end is not None:
@@ -75,7 +75,7 @@ class CallEvents:
         if self._waiter is not None and not self._backlog:
             try:
                 is_taken = self._sink(index, events)
-            # A border: a bug in one answer's text must not stop the others' steps.
+            # A border: a bug in writing one answer must not stop the steps of others.
             except Exception as error:
                 self.fail(error)
                 return
@@ -87,7 +87,7 @@ class CallEvents:
         self._wake()
 
     def fail(self, error: Exception) -> None:
-        """For `GenerationStream`: no more events; the backlog is still delivered."""
+        """End with `error`; only `GenerationStream` calls it. The backlog is still delivered."""
         self._error = self._error or error
         self._wake()
 
@@ -97,7 +97,7 @@ class CallEvents:
 
 
 class GenerationStream:
-    """Where the batching loop puts the events of one generation; counts them for the metrics."""
+    """The batching loop puts the events of one generation here; counts them for the metrics."""
 
     __slots__ = ("_call", "_index", "_last", "_metrics", "_stats")
 
@@ -109,7 +109,7 @@ class GenerationStream:
         self._last = 0.0
 
     def put(self, events: Events) -> None:
-        """What one step brought; the event with `end` is the last."""
+        """Add the events of one step; the event with `end` is the last of the generation."""
         now, stats = time.monotonic(), self._stats
         if self._last:
             self._metrics.tokens_arrived(now - self._last, len(events))
@@ -124,7 +124,7 @@ class GenerationStream:
             self._metrics.generation_finished(_stats_of(end, stats.received))
 
     def fail(self, error: Exception) -> None:
-        """The generation ends without its last event."""
+        """End the generation with an error, without a last event."""
         self._call.fail(error)
 
 

@@ -1,4 +1,4 @@
-"""Permits, streams of events, and whole answers collected from them.
+"""Runs generations: holds permits, streams events, collects whole answers.
 
 Owns the permits of --max-concurrent-requests. Knows neither HTTP nor the scheduler: requests go to
 the batching loop, events come back.
@@ -26,12 +26,12 @@ from kagami_router.telemetry.request_trace import describe_request
 
 
 class Generator(Protocol):
-    """What `Infer` needs of the batching loop."""
+    """The part of the batching loop that `Infer` uses."""
 
     def submit(self, request: ValidRequest, stream: GenerationStream) -> Callable[[], None]:
-        """Start one generation, whose events go to `stream`.
+        """Start one generation; its events go to `stream`.
 
-        The result cancels it; behind its end that does nothing.
+        Returns a function that cancels it; after its end the function does nothing.
         """
         ...
 
@@ -43,12 +43,12 @@ class Generation:
     request: ValidRequest
     tokens: tuple[Token, ...]
     top_tokens: tuple[tuple[Token, ...], ...]
-    """One entry for each token where top tokens were asked for, else empty."""
+    """One entry for each token if top tokens were asked for, else empty."""
     tails: tuple[str, ...]
-    """For each token the `tail` of its event."""
+    """The `tail` of each token's event."""
     end: End
     prefill: tuple[PrefillToken, ...]
-    """The prompt's tokens where their logprobs were asked for, else empty."""
+    """The prompt's tokens if their logprobs were asked for, else empty."""
 
     @property
     def seed(self) -> int | None:
@@ -56,12 +56,12 @@ class Generation:
         return self.request.sampling.seed if self.request.sampling.do_sample else None
 
     def tokens_with_alternatives(self) -> Iterator[tuple[Token, tuple[Token, ...]]]:
-        """Each token and the top tokens at its place, if there are any."""
+        """Each token with the top tokens at its position; they may be empty."""
         return zip(self.tokens, self.top_tokens or repeat(()), strict=False)
 
     @property
     def mean_logprob(self) -> float:
-        """What `best_of` compares."""
+        """The mean of the tokens' logprobs; `best_of` compares it."""
         return math.fsum(token.logprob for token in self.tokens) / len(self.tokens)
 
 
@@ -80,7 +80,10 @@ class Infer:
 
     @contextmanager
     def permits(self, count: int = 1) -> Iterator[None]:
-        """Hold `count` permits; raises `Overloaded` at once when there are fewer."""
+        """Hold `count` permits, one for each generation.
+
+        Never waits. Raises `Overloaded` if fewer are free, `Unavailable` while draining.
+        """
         if self._is_draining:
             raise Unavailable("The server is shutting down")
         if count > self._free_permits:
@@ -98,10 +101,11 @@ class Infer:
     async def stream(
         self, requests: Sequence[ValidRequest], stats: CallStats, sink: Sink
     ) -> AsyncIterator[CallEvents]:
-        """Run the generations of one call: their events go to `sink`, a backlog is iterated.
+        """Run the generations of one call.
 
-        Leaving the context cancels what still runs. Raises what `CallEvents` raises, and
-        `IncompleteGeneration` where the server stops before the end.
+        Events go to `sink`; iterate over the result for the events that the sink refused. Leaving
+        the context cancels generations that still run. Raises what `CallEvents` raises, and
+        `IncompleteGeneration` if the server stops before the end.
         """
         events = CallEvents(len(requests), sink)
         try:
@@ -128,7 +132,7 @@ class Infer:
         return self._loop.submit(request, stream)
 
     async def collect(self, requests: Sequence[ValidRequest], stats: CallStats) -> list[Generation]:
-        """The whole of several generations, in their order; the first failure fails them all."""
+        """Run generations to their end; returns them in order. Raises the first failure of any."""
         collected: list[list[StreamEvent]] = [[] for _ in requests]
 
         def take(index: int, events: Events) -> bool:
@@ -141,10 +145,10 @@ class Infer:
                     take(index, events)
         return [_generation(*each) for each in zip(requests, collected, strict=True)]
 
-    async def drain(self, timeout_s: float, last_words_s: float) -> None:
-        """Refuse new work, wait for what runs, and end the rest when the time is over.
+    async def drain(self, timeout_s: float, notify_timeout_s: float) -> None:
+        """Refuse new work, wait for running calls, and end the rest after `timeout_s`.
 
-        What is ended so has `last_words_s` to tell its client.
+        Calls that are ended get up to `notify_timeout_s` to send the error to their clients.
         """
         self._is_draining = True
         if await self._is_idle_within(timeout_s):
@@ -152,7 +156,7 @@ class Infer:
         now = asyncio.get_running_loop().time()
         for deadline in self._deadlines:
             deadline.reschedule(now)
-        await self._is_idle_within(last_words_s)
+        await self._is_idle_within(notify_timeout_s)
 
     async def _is_idle_within(self, timeout_s: float) -> bool:
         try:

@@ -1,7 +1,7 @@
-"""Messages to prompt: the model's chat template, rendered as `transformers` renders it.
+"""Renders messages to a prompt with the model's chat template, as `transformers` renders it.
 
-Knows which of a model's templates a request gets, the form its messages have to have and how a
-prompt ends; knows no tokens and no HTTP. Jinja and its limits: text/templates/engine.py.
+Knows which of a model's templates a request gets, the form that its messages need, and how a prompt
+ends. Knows no tokens and no HTTP. Jinja and its limits are in text/templates/engine.py.
 """
 
 import asyncio
@@ -18,29 +18,29 @@ from kagami_router.text.tokenizer import SpecialTokens
 
 Message = Mapping[str, Any]
 
-# What the event loop renders itself (some 500 messages; each costs 3 us) before a thread begins
-# again: a hop costs 0.1 ms.
+# The event loop renders a prompt itself for this long (some 500 messages of 3 us each). Then a
+# thread starts again from the beginning. Using a thread costs 0.1 ms.
 INLINE_SECONDS = 0.002
-# An honest template needs 0.03 s for ten thousand messages.
+# A normal template needs 0.03 s for ten thousand messages.
 MAX_SECONDS = 5.0
 
-# Stands behind the text that is to be continued while the template runs; all from here on is cut.
-# The space tells whether the template keeps white space there.
+# Appended to the text that is to be continued. After rendering, all from here on is cut. A space
+# follows it: the result shows whether the template strips white space there.
 _CUT = "\ufdd0kagami-goes-on-here\ufdd0"
 # The names under which a message's reasoning is sent; templates read the first or the second.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 _NO_CONTENT = NoContent()
-# What a template is given in any case: no variables of a request.
+# Names that every template gets; variables of a request must not have them.
 _OWN = ("messages", "tools", "documents", "add_generation_prompt")
 
 
 @dataclass(frozen=True, slots=True)
 class PromptOptions:
-    """What else a request says about its prompt.
+    """The fields of a request, beside its messages, that shape the prompt.
 
-    Neither `add_generation_prompt` nor `continue_final_message` given: an assistant message at the
-    end is continued, any other is answered (TGI 3 does so, without a switch). `template` names one
-    of the model's own templates. `continue_final_message` may name the member to go on with.
+    If neither `add_generation_prompt` nor `continue_final_message` is given, an assistant message
+    at the end is continued and any other message is answered, as in TGI 3. `template` names one of
+    the model's own templates. `continue_final_message` may name the member to continue.
     """
 
     tools: Sequence[Mapping[str, Any]] | None = None
@@ -51,7 +51,7 @@ class PromptOptions:
     variables: Mapping[str, Any] = field(default_factory=dict)
 
     def check(self) -> None:
-        """Raises `InvalidRequest` for what contradicts itself, whatever the template."""
+        """Raises `InvalidRequest` for options that contradict each other with any template."""
         if self.add_generation_prompt and self.continue_final_message:
             raise InvalidRequest(
                 "`add_generation_prompt` and `continue_final_message` exclude each other",
@@ -69,10 +69,10 @@ _DEFAULTS = PromptOptions()
 
 
 class ChatTemplate:
-    """A model's compiled templates; raises `TemplateError` for messages they refuse."""
+    """A model's compiled templates; rendering raises `TemplateError` for refused messages."""
 
     def __init__(self, source: str | Mapping[str, str], tokens: SpecialTokens) -> None:
-        """`source` is one template or several by name; raises `TemplateError`."""
+        """`source` is one template, or several by name; raises `TemplateError`."""
         named = {DEFAULT: source} if isinstance(source, str) else source
         self._programs = {name: _Named(Program(one)) for name, one in named.items()}
         self._tokens = tokens.named()
@@ -91,7 +91,7 @@ class ChatTemplate:
         return "" if program is None else program.source
 
     async def prompt(self, messages: Sequence[Message], options: PromptOptions = _DEFAULTS) -> str:
-        """As `render`; what takes long runs on a thread, one at a time."""
+        """As `render`; a render that takes long runs on a thread, one at a time."""
         try:
             return self.render(messages, options, Meter(INLINE_SECONDS))
         except TooLong:
@@ -111,7 +111,10 @@ class ChatTemplate:
         options: PromptOptions = _DEFAULTS,
         meter: Meter | None = None,
     ) -> str:
-        """The prompt that these messages become; raises `TooLong` as `meter` says."""
+        """The prompt of these messages.
+
+        Raises `InvalidRequest`, `TemplateError`, and `TooLong` when `meter` ends the run.
+        """
         if not messages:
             raise InvalidRequest("`messages` cannot be empty", field="messages")
         options.check()
@@ -146,7 +149,7 @@ class ChatTemplate:
 
 
 class _Named:
-    """One of the templates, and what it expects of a message."""
+    """One of the templates, and the form of messages that it reads."""
 
     def __init__(self, program: Program) -> None:
         self.run = program.run
@@ -156,10 +159,10 @@ class _Named:
         self._reads_tool_calls = "tool_calls" in program.source
 
     def formed(self, message: Message) -> dict[str, Any]:
-        """`message` without its nulls, its content in the form that the template reads.
+        """`message` without its nulls; its content has the form that the template reads.
 
-        A message of tool calls alone has no content. A template that does not read `tool_calls`
-        gets them as the text, as in TGI: a model that never sees its own calls repeats them.
+        A message with only tool calls has no content. A template that does not read `tool_calls`
+        gets them as text, as in TGI: a model that never sees its own calls repeats them.
         """
         formed = {name: value for name, value in message.items() if value is not None}
         reasoning = next((formed[name] for name in _REASONING if name in formed), None)
@@ -178,7 +181,7 @@ class _Named:
 
 
 class _Run:
-    """One request's way through a template."""
+    """Renders the prompt of one request."""
 
     def __init__(self, program: _Named, variables: Mapping[str, Any], meter: Meter) -> None:
         self._program = program
@@ -186,7 +189,7 @@ class _Run:
         self._meter = meter
 
     def prompt(self, messages: Sequence[dict[str, Any]], options: PromptOptions) -> str:
-        """The whole text, open at the end."""
+        """The whole prompt; the model continues at its end."""
         if asked := options.continue_final_message:
             return self._continue(messages, asked if isinstance(asked, str) else "content")
         is_free = asked is None and options.add_generation_prompt is None
@@ -194,7 +197,7 @@ class _Run:
             try:
                 return self._continue(messages, "content").rstrip()
             except _NothingToContinue:
-                pass  # the template prints no such text: ask for a message of its own
+                pass  # the template does not print this text: ask for a new message
         return self._text(messages, options.add_generation_prompt is not False)
 
     def _continue(self, messages: Sequence[dict[str, Any]], member: str) -> str:
@@ -219,14 +222,14 @@ class _Run:
 
 
 class _NothingToContinue(TemplateError):
-    """The last message has no text to go on with, or the template does not show it."""
+    """The last message has no text to continue, or the template does not print it."""
 
     def __init__(self, member: str, reason: str) -> None:
         super().__init__(f"cannot continue `{member}` of the final message: {reason}")
 
 
 def _opened(member: str, value: object) -> tuple[str, object]:
-    """The text to be continued, and `value` with the mark behind it."""
+    """The text to continue, and `value` with `_CUT` appended to that text."""
     if isinstance(value, str) and value.strip():
         return value, f"{value}{_CUT} "
     if isinstance(value, list):
@@ -239,7 +242,7 @@ def _opened(member: str, value: object) -> tuple[str, object]:
 
 
 class MissingTemplate:
-    """Stands where a model has no template that can be used: every chat call is refused."""
+    """Used for a model without a usable template: every chat call is refused."""
 
     reads_tools = False
     source = ""
@@ -261,10 +264,10 @@ class MissingTemplate:
 def load(
     folder: Path, tokens: SpecialTokens, config_path: Path | None = None
 ) -> ChatTemplate | MissingTemplate:
-    """The templates of a model folder, `config_path` (--tokenizer-config-path) before its files.
+    """The templates of a model folder; `config_path` (--tokenizer-config-path) has precedence.
 
-    Raises `ValueError` for a file that is not what its name says, `FileNotFoundError` if there is
-    no `config_path`.
+    Raises `ValueError` for a file that is not what its name says, and `FileNotFoundError` if
+    `config_path` does not exist.
     """
     named, looked_for = sources(folder, config_path)
     if not named:

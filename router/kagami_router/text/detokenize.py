@@ -1,12 +1,14 @@
-"""Ids back to text, one token at a time, never cutting a character.
+"""Converts ids to text, one token at a time, and never splits a character.
 
-Two ways. Nearly every tokenizer's decoder is a table in disguise: each token stands for a string
-of bytes, and the text is their concatenation read as UTF-8 (byte-level BPE; SentencePiece with
-byte fallback). For those a token costs one look-up. Any other decoder (WordPiece, say) is asked
-for the text of a short window of tokens, again and again, and the difference is what is new.
+There are two ways. Nearly every tokenizer's decoder is equal to a table: each token stands for a
+string of bytes, and the text is their concatenation, decoded as UTF-8 (byte-level BPE;
+SentencePiece with byte fallback). With such a table a token costs one look-up. Any other decoder
+(WordPiece, for example) decodes a short window of tokens again for each token; the difference to
+the text before is new.
 
-In both, a token's leading space stays (there is always a prompt before it), bytes that can never
-become a character turn into U+FFFD, and bytes that merely wait for the rest are not shown.
+In both ways a token's leading space stays, because there is always a prompt before it. Bytes that
+can never become a character become U+FFFD. Bytes of a character that is still incomplete are held
+back.
 """
 
 import codecs
@@ -18,25 +20,25 @@ from typing import Any, Protocol
 from tokenizers import Tokenizer
 
 REPLACEMENT = "\ufffd"
-# A character has at most 4 bytes, so after that many unfinished tokens something is wrong.
+# A character has at most 4 bytes: after so many unfinished tokens, the bytes are shown as they are.
 MAX_UNFINISHED_TOKENS = 4
-# Tokens of context: enough for a decoder that looks at neighbours, TGI takes as many.
+# Tokens of context: enough for a decoder that looks at neighbours; the number is TGI's.
 CONTEXT_TOKENS = 5
-# When the window is cut back to its context.
+# A window of more tokens than this is cut to its context.
 WINDOW_TOKENS = 12
 
 _Json = Mapping[str, Any]
 
 
 class Detokenizer(Protocol):
-    """The text of one sequence, as it grows."""
+    """Decodes one sequence, token by token."""
 
     def step(self, token_id: int) -> str:
-        """The characters this token completes, "" if none."""
+        """The characters that this token completes, "" if none."""
 
 
 class TextDecoder:
-    """Makes a detokenizer for each sequence, and knows which tokens are not text."""
+    """Makes a detokenizer for each sequence; knows which tokens are special."""
 
     def __init__(self, tokenizer: Tokenizer, eos_token_ids: frozenset[int]) -> None:
         self._tokenizer = tokenizer
@@ -46,7 +48,7 @@ class TextDecoder:
             for token_id, token in added.items()
             if token.special or token_id in eos_token_ids
         }
-        """Literal text of the tokens that are no part of a generated text."""
+        """Special tokens, id -> literal text: they are not part of a generated text."""
         decoder = json.loads(tokenizer.to_str()).get("decoder")
         read_piece = _piece_reader(decoder)
         self._pieces = None if read_piece is None else _Pieces(tokenizer, read_piece)
@@ -58,18 +60,18 @@ class TextDecoder:
         return WindowDetokenizer(self._tokenizer, prompt_ids[-CONTEXT_TOKENS:])
 
     def piece(self, token_id: int) -> str | bytes:
-        """What one token stands for: a text, or the bytes of an unfinished character."""
+        """The text of one token, or its bytes if they are not whole characters."""
         if (literal := self.special.get(token_id)) is not None:
             return literal
         return self.text_of(token_id) if self._pieces is None else self._pieces[token_id]
 
     def text_of(self, token_id: int) -> str:
-        """One token on its own, special or not."""
+        """The text of one token decoded alone, special or not."""
         return self._tokenizer.decode([token_id], skip_special_tokens=False)
 
 
 class _Pieces(dict[int, str | bytes]):
-    """What each token stands for: a string where it is whole characters, else bytes."""
+    """Token id -> its text, or its bytes if they are not whole characters. Filled on demand."""
 
     def __init__(self, tokenizer: Tokenizer, read_piece: "_PieceReader") -> None:
         super().__init__()
@@ -87,7 +89,7 @@ class _Pieces(dict[int, str | bytes]):
 
 
 class TableDetokenizer:
-    """Bytes of tokens put together, read as UTF-8."""
+    """Joins the bytes of tokens and decodes them as UTF-8."""
 
     __slots__ = ("_is_unfinished", "_pieces", "_utf8")
 
@@ -108,7 +110,7 @@ class TableDetokenizer:
 
 
 class WindowDetokenizer:
-    """What a decoder makes of the last few tokens, less what it made of them before."""
+    """Decodes a window of the last tokens; new text is what the text before did not have."""
 
     __slots__ = ("_num_shown", "_num_unfinished", "_shown", "_tokenizer", "_window")
 
@@ -133,7 +135,7 @@ class WindowDetokenizer:
         if text.startswith(self._shown):
             new = text[len(self._shown) :]
         elif is_whole:
-            # The decoder changed its mind about text that is out: go on with what is not.
+            # The decoder now decodes the text that was sent differently: send only the new tokens.
             new = self._decode(self._window[self._num_shown :])
         else:
             return ""
@@ -155,13 +157,13 @@ class WindowDetokenizer:
 
 
 class _PieceReader(Protocol):
-    """What a token of the vocabulary stands for."""
+    """Reads a token of the vocabulary as text or bytes."""
 
     def __call__(self, token: str, /) -> str | bytes: ...
 
 
 def _piece_reader(decoder: _Json | None) -> _PieceReader | None:
-    """How to read single tokens, if the decoder works on each for itself."""
+    """A reader of single tokens; None if the decoder needs a token's neighbours."""
     if decoder is None:
         return None
     if decoder["type"] == "ByteLevel":
@@ -187,7 +189,7 @@ def _sequence_reader(steps: list[_Json]) -> _PieceReader | None:
             case {"type": "Fuse"}:
                 is_fused = True
             case {"type": "Strip", "content": " ", "stop": 0} if is_fused:
-                pass  # it is about the first token of all, and that is the prompt's
+                pass  # it changes only the first token, which is the prompt's
             case {"type": "ByteLevel"} if len(steps) == 1:
                 return _read_byte_level
             case _:

@@ -1,8 +1,8 @@
-"""Stop strings, matched on text across token boundaries.
+"""Matches stop strings in text, across token boundaries.
 
-The text is seen as one stream, whatever tokens it came in: the string that is complete first ends
-it, and of those complete at the same character the longest. Special tokens are part of the stream
-with their literal text, so they can complete a stop string, but they never go out.
+The text is one stream; token boundaries do not matter. The stop string that is complete first ends
+it. If several are complete at the same character, the longest counts. Special tokens are part of
+the stream with their literal text, so they can complete a stop string, but they are never sent.
 """
 
 from collections import deque
@@ -12,8 +12,8 @@ from collections.abc import Sequence
 class StopMatcher:
     """Looks for stop strings in the text of one sequence.
 
-    With `keep_stop` text goes through at once and ends behind the stop string. Without, it ends
-    before, so whatever could still become a stop string is held back.
+    With `keep_stop` the text is released at once and ends after the stop string. Without it the
+    text ends before the stop string, so text that could still become one is held back.
     """
 
     __slots__ = ("_held", "_keep_stop", "_num_held", "_progress", "found")
@@ -21,14 +21,14 @@ class StopMatcher:
     def __init__(self, stop: Sequence[str], *, keep_stop: bool) -> None:
         self._progress = [_Progress(text) for text in stop if text]
         self._keep_stop = keep_stop
-        # What a stop string may begin in, oldest first: a text, and whether it may go out.
+        # Text that is held back, oldest first: (text, whether it may be sent).
         self._held: deque[tuple[str, bool]] = deque()
         self._num_held = 0
         self.found: str | None = None
-        """The stop string that is complete."""
+        """The stop string that ended the text."""
 
     def push(self, text: str, *, is_shown: bool = True) -> tuple[str, bool]:
-        """Take new text; returns what may go out now, and whether a stop string is complete."""
+        """Add text; returns the text to send now, and whether a stop string is complete."""
         num_before = self._num_held
         self._held.append((text, is_shown))
         self._num_held += len(text)
@@ -42,17 +42,17 @@ class StopMatcher:
             out = self._release(num_before + end + (0 if self._keep_stop else minus_length))
             self._held.clear()
             return out, True
-        num_kept = (
+        num_held = (
             0 if self._keep_stop else max((each.length for each in self._progress), default=0)
         )
-        return self._release(self._num_held - num_kept), False
+        return self._release(self._num_held - num_held), False
 
     def rest(self) -> str:
-        """What was held back, once it is known that nothing follows."""
+        """The text that was held back; call it when no more text follows."""
         return "".join(text for text, is_shown in self._held if is_shown)
 
     def _release(self, count: int) -> str:
-        """The oldest `count` characters of what is held, less those that must not go out."""
+        """Release the oldest `count` characters; returns those of them that may be sent."""
         self._num_held -= count
         out = []
         while self._held and count >= len(self._held[0][0]):
@@ -71,8 +71,8 @@ class StopMatcher:
 class _Progress:
     """How much of one stop string the text ends with (Knuth, Morris, Pratt 1977).
 
-    The table of borders is filled only as far as the text has ever matched: a stop string may be
-    as long as a request's body, and building all of its table would stop the event loop.
+    The table of borders is filled only up to the longest match until now. A stop string may be as
+    long as a request's body, and building its whole table would block the event loop.
     """
 
     __slots__ = ("_borders", "length", "stop")
@@ -80,11 +80,11 @@ class _Progress:
     def __init__(self, stop: str) -> None:
         self.stop = stop
         self.length = 0
-        # At n: the length of the longest text, shorter than n, that stop[:n] begins and ends with.
+        # Entry n: the length of the longest text, shorter than n, that begins and ends stop[:n].
         self._borders = [0, 0]
 
     def feed(self, text: str) -> int:
-        """Take new text; where in it the stop string is complete, -1 if nowhere."""
+        """Add text; returns the index in it after the completed stop string, -1 if none."""
         stop, borders, length = self.stop, self._borders, self.length
         start = 0 if length else text.find(stop[0])
         if start < 0:

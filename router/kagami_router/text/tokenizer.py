@@ -1,7 +1,7 @@
-"""Text to ids: the model folder's tokenizer and the few facts that stand beside it.
+"""Converts text to ids: the model folder's tokenizer and its special tokens.
 
 Knows the files of a checkpoint (`tokenizer.json`, `tokenizer_config.json`) and the `tokenizers`
-library; knows no limits and no HTTP. Ids to text: see detokenize.py.
+library. Knows no limits and no HTTP. detokenize.py converts ids to text.
 """
 
 import asyncio
@@ -17,10 +17,10 @@ import tokenizers
 
 from kagami_proto.errors import InvalidRequest
 
-# Encoding costs 0.2 us a character, a hop to a thread about 0.1 ms: below this length (0.4 ms)
-# the event loop does it itself.
+# Encoding costs 0.2 us a character, using a thread about 0.1 ms: up to this length (0.4 ms) the
+# event loop encodes a text itself.
 INLINE_CHARACTERS = 2048
-# As many tokens decoded take as long.
+# Decoding this many tokens takes as long.
 INLINE_TOKENS = 1024
 
 
@@ -35,23 +35,23 @@ class TextToken(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class SpecialTokens:
-    """The texts that a chat template may name; None where the model has none."""
+    """The texts that a chat template may name; None if the model does not define one."""
 
     bos: str | None
     eos: str | None
     others: Mapping[str, str]
 
     def named(self) -> dict[str, str]:
-        """Those there are; a template finds the others undefined, as in `transformers`."""
+        """The existing ones by name; a template sees no others, as in `transformers`."""
         known = {"bos_token": self.bos, "eos_token": self.eos, **self.others}
         return {name: text for name, text in known.items() if text is not None}
 
 
 class Tokenizer:
-    """Encodes prompts. Long ones on `threads`, so the event loop never computes.
+    """Encodes prompts; long ones on `threads`, so that the event loop is not blocked.
 
-    The library's `encode` keeps Python's lock (1 s for a megabyte), `encode_batch_fast` gives it
-    back and is twice as fast: prompts are encoded as batches of one.
+    The library's `encode` holds Python's lock (1 s for a megabyte). `encode_batch_fast` releases it
+    and is twice as fast, so prompts are encoded as batches of one.
     """
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, threads: ThreadPoolExecutor) -> None:
@@ -62,21 +62,21 @@ class Tokenizer:
         self._threads = threads
 
     async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """The ids of `text`; raises `InvalidRequest` where the tokenizer fails."""
+        """The ids of `text`; raises `InvalidRequest` if the tokenizer fails."""
         if len(text) <= INLINE_CHARACTERS:
             return self._encode(text, add_special_tokens)
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, self._encode, text, add_special_tokens)
 
     async def spans(self, text: str, *, add_special_tokens: bool) -> list[TextToken]:
-        """The tokens of `text` with byte offsets; those the tokenizer adds are empty."""
+        """The tokens of `text` with byte offsets; tokens that the tokenizer adds have no text."""
         if len(text) <= INLINE_CHARACTERS:
             return self._spans(text, add_special_tokens)
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, self._spans, text, add_special_tokens)
 
     async def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids, special ones with theirs."""
+        """The text of `ids`, with the text of special tokens."""
         if len(ids) <= INLINE_TOKENS:
             return self._decode(ids)
         return await asyncio.get_running_loop().run_in_executor(self._threads, self._decode, ids)
@@ -108,7 +108,7 @@ class Tokenizer:
 
 
 def _byte_offsets(text: str) -> Any:
-    """A function from an offset in characters to the offset in UTF-8 bytes."""
+    """A function that maps an offset in characters to the offset in UTF-8 bytes."""
     if text.isascii():
         return int
     offsets = [0]
@@ -132,7 +132,7 @@ def load(folder: Path, threads: ThreadPoolExecutor) -> Tokenizer:
 
 
 def read_json(path: Path) -> Mapping[str, Any]:
-    """A JSON object from a file; empty if there is no such file. Raises `ValueError`."""
+    """A JSON object from a file; empty if the file does not exist. Raises `ValueError`."""
     if not path.is_file():
         return MappingProxyType({})
     try:
@@ -147,8 +147,8 @@ def read_json(path: Path) -> Mapping[str, Any]:
 def special_tokens(folder: Path, given: Path | None = None) -> SpecialTokens:
     """The special tokens that a model's files name, as `transformers` reads them.
 
-    `given` is --tokenizer-config-path. special_tokens_map.json is of older checkpoints: it is
-    before tokenizer_config.json where that does not describe its tokens itself.
+    `given` is --tokenizer-config-path. Older checkpoints have special_tokens_map.json: it has
+    precedence over a tokenizer_config.json without `added_tokens_decoder`.
     """
     config = read_json(folder / "tokenizer_config.json")
     if given is not None and given.suffix != ".jinja":

@@ -1,1 +1,1 @@
-"""Tools: what a request offers, how models write calls, and how calls are read."""
+"""Tools: what a request offers, how models write tool calls, and how their text is parsed."""

@@ -1,4 +1,4 @@
-"""What the beginnings and ends of a call look like, while its text is still coming."""
+"""Recognizes the beginning and the end of a tool call in text that is still incomplete."""
 
 import re
 from collections.abc import Iterable
@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from kagami_router.tools.formats import ToolForm
 from kagami_router.tools.offers import NAME
 
-# White space is unbounded where no grammar holds it: a longer head is no head.
+# Without a grammar, white space is unbounded. A text longer than this, in characters, is no head.
 _MAX_HEAD = 512
 
 
@@ -20,7 +20,7 @@ class ObjectScan:
 
     @property
     def is_over(self) -> bool:
-        """Asked after the first character."""
+        """Whether the object has ended; valid after the first character."""
         return self._depth == 0
 
     def feed(self, text: str) -> int:
@@ -42,7 +42,7 @@ class ObjectScan:
 
 
 class Pattern:
-    """A form's text with any white space JSON allows; knows what its beginnings look like."""
+    """A form's text with any white space that JSON allows; also matches its beginnings."""
 
     def __init__(self, units: Iterable[str], behind: str = "") -> None:
         units = list(units)
@@ -53,24 +53,24 @@ class Pattern:
         self._beginning = re.compile(beginning)
 
     def end_in(self, text: str) -> int | None:
-        """Where the pattern ends in a text that begins with it."""
+        """The index where the pattern ends, or None if `text` does not begin with it."""
         match = self._whole.match(text)
         return None if match is None else match.end()
 
     def name_in(self, text: str) -> str:
-        """The function's name in such a text."""
+        """The function's name in a text that begins with the pattern, else ""."""
         match = self._whole.match(text)
         return "" if match is None else match["name"]
 
     def could_match(self, text: str) -> bool:
-        """Whether some continuation of `text` begins with the pattern, and soon."""
+        """Whether `text` or a continuation of it begins with the pattern."""
         return len(text) <= _MAX_HEAD and (
             self._whole.match(text) is not None or self._beginning.fullmatch(text) is not None
         )
 
 
 def patterns_of(form: ToolForm) -> tuple[Pattern, Pattern, Pattern]:
-    """The head of a first call, of the next in a list, and the foot."""
+    """The head of the first call, the head of a further call in a list, and the foot."""
     space = r"\s*"
     head = [*_units(form.before), f"(?P<name>{NAME})", *_units(form.after)]
     object_follows = r"(?=\{)"
@@ -84,7 +84,7 @@ def patterns_of(form: ToolForm) -> tuple[Pattern, Pattern, Pattern]:
 
 
 def _units(text: str) -> list[str]:
-    """A form's text, white space optional where JSON has some."""
+    """Regex parts of a form's text; white space is optional where JSON allows it."""
     units: list[str] = []
     for character in text:
         if character.isspace() or character in "{,:[":

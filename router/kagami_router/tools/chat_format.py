@@ -1,4 +1,4 @@
-"""How the model that is served reads a chat: its template, and the form of its tool calls."""
+"""How the served model reads a chat: its template, and the form of its tool calls."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from kagami_router.tools.formats import ToolFormat
 
 @dataclass(frozen=True, slots=True)
 class ChatFormat:
-    """What turns messages and tools into a prompt."""
+    """Converts messages and tools to a prompt."""
 
     template: ChatTemplate | MissingTemplate
     tool_format: ToolFormat

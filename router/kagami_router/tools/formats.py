@@ -1,8 +1,8 @@
-"""How models write tool calls: the table of forms, how one is found, the grammar of its calls.
+"""How models write tool calls: the table of forms, the choice of one, the grammar of its calls.
 
-A call is `before` name `after` arguments `foot`. Around it stand markers: what opens the first
-call, what is between two, what closes the last. A marker may be a token of its own, which the
-grammar then names by its id, since no text of other tokens stands for it.
+A call is `before` name `after` arguments `foot`. Markers stand around the calls: `opener` before
+the first, `between` two calls, `closer` after the last. A marker may be one token. The grammar then
+names it by its id, because other tokens cannot spell it.
 """
 
 import json
@@ -15,7 +15,7 @@ import tokenizers
 from kagami_proto.values import Grammar, GrammarKind
 from kagami_router.tools.offers import AllowedCalls, Tool
 
-# One space where Python's json.dumps has one, as models see it in their training; none elsewhere.
+# The spaces of Python's json.dumps, which models see in training, and no others.
 _SPACING: Mapping[str, Any] = {
     "whitespace_flexible": False,
     "item_separator": ", ",
@@ -29,29 +29,29 @@ class ToolForm:
 
     name: str
     opener: str
-    """Begins the calls; "" = they are the whole answer, and begin with `before`."""
+    """Begins the calls; "" = the calls are the whole answer and begin with `before`."""
     lead: str
     before: str
     after: str
     foot: str
     closer: str
     between: str
-    """From one call to the next; "" = there is one call at most."""
+    """Separates two calls; "" = at most one call."""
     signs: tuple[str, ...]
-    """All of these stand in the chat template of a model that writes so …"""
+    """The chat template of a model that uses this form contains all of these …"""
     counter_signs: tuple[str, ...] = ()
     """… and none of these."""
     markers: tuple[str, ...] = ()
-    """What may be a token of its own in the texts above."""
+    """Parts of the texts above that may be one token."""
 
     @property
     def is_list(self) -> bool:
-        """Several calls have one opener."""
+        """Whether several calls share one opener."""
         return bool(self.between) and self.opener not in self.between
 
 
 _NAMED = '{"name": "'
-# The first one that fits a template counts, the first of all is for models that know none.
+# The first form that fits a template is used. The first of the table is for models without a form.
 FORMS: tuple[ToolForm, ...] = (
     ToolForm(  # Hermes 2 Pro, Qwen 2.5 and 3, SmolLM3
         name="hermes",
@@ -63,7 +63,7 @@ FORMS: tuple[ToolForm, ...] = (
         closer="\n</tool_call>",
         between="\n</tool_call>\n<tool_call>\n",
         signs=("<tool_call>",),
-        # Qwen 3 Coder and GLM put XML between the same markers.
+        # Qwen 3 Coder and GLM write XML between the same markers.
         counter_signs=("<function=", "<arg_key>"),
         markers=("<tool_call>", "</tool_call>"),
     ),
@@ -107,29 +107,29 @@ FORMS: tuple[ToolForm, ...] = (
     ),
 )
 DEFAULT = FORMS[0]
-# Llama's own sign for "no text follows"; a call may stand behind it.
+# Llama's marker for "no text follows"; a call may come after it.
 PYTHON_TAG = "<|python_tag|>"
 
 
 @dataclass(frozen=True, slots=True)
 class ToolFormat:
-    """The form that one model writes, and the ids of those of its markers that are tokens."""
+    """The form that one model writes, and the ids of its markers that are tokens."""
 
     form: ToolForm
     is_known: bool
-    """The model has learnt it, and its template shows tools; else both is told in the prompt."""
+    """The model was trained on it and its template shows tools; else the prompt explains both."""
     marker_ids: Mapping[str, int] = field(default_factory=dict)
     special_markers: frozenset[str] = frozenset()
-    """Of these the text is no part of the output: their tokens have to be looked at."""
+    """Markers that are special tokens: the output's text lacks them, so tokens are checked."""
 
     def grammar(self, calls: AllowedCalls) -> Grammar:
-        """What an answer may be: `calls` alone, or text that may end in them."""
+        """The grammar of an answer: only `calls`, or text that may end in them."""
         rules = _Rules(self, calls)
         return Grammar(GrammarKind.LARK, rules.source())
 
 
 class Template(Protocol):
-    """What a chat template says of itself."""
+    """The facts about a chat template that decide the form."""
 
     @property
     def source(self) -> str: ...
@@ -161,13 +161,13 @@ def _fits(form: ToolForm, template: str) -> bool:
 
 
 def arguments_schema(tool: Tool) -> str:
-    """The JSON schema of a tool's arguments with what llguidance is to know about it."""
+    """The JSON schema of a tool's arguments, with options for llguidance."""
     options = {**_SPACING, "coerce_one_of": True, "lenient": not tool.is_strict}
     return json.dumps({**tool.schema, "x-guidance": options})
 
 
 class _Rules:
-    """Writes one grammar; a rule for each tool, so that every schema keeps its own `$defs`."""
+    """Writes one grammar; each tool has its own rule, so that every schema has its own `$defs`."""
 
     def __init__(self, tool_format: ToolFormat, calls: AllowedCalls) -> None:
         self._form = tool_format.form
@@ -189,7 +189,7 @@ class _Rules:
         return "\n".join(lines) + "\n"
 
     def _start(self) -> list[str]:
-        """The first rules: what comes before the calls."""
+        """The first rules: the text before the calls."""
         opener = self._form.opener
         if not opener:
             return self._bare_start()
@@ -198,7 +198,8 @@ class _Rules:
             return [f"start: {opened}"]
         if (opener_id := self._ids.get(opener)) is not None:
             return [f"start: text | text {opened}", f"text: <[^{opener_id}]>*"]
-        # Both begin with any text; the lazy one ends, and takes over, at the first opener.
+        # Both alternatives begin with any text. The lazy one ends at the first opener. After it
+        # only calls may follow.
         return [
             "start: TEXT | begin calls",
             "TEXT: /(?s:.*)/",
@@ -214,7 +215,7 @@ class _Rules:
         return [f"start: TEXT | calls{tagged}", f"TEXT: /(?s:.*)/ & ~/{begin}/"]
 
     def _terms(self, text: str) -> str:
-        """`text` as terms of a rule, the markers in it by their ids."""
+        """`text` as terms of a rule; markers in it are written as ids."""
         for marker, marker_id in self._ids.items():
             before, found, after = text.partition(marker)
             if found:

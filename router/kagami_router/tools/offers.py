@@ -1,7 +1,7 @@
-"""Tools: what a request offers, and which calls its answer may make.
+"""The tools that a request offers, and the calls that its answer may make.
 
-Pure: JSON values in, frozen values or a `ToolError` out. How a model writes a call is in
-tool_formats.py, how its text is read in tool_parser.py.
+Pure: JSON values in, frozen values or a `ToolError` out. formats.py says how a model writes a call,
+parser.py reads its text.
 """
 
 import enum
@@ -15,10 +15,11 @@ from kagami_router.tools.json_schema import requires_unnamed
 
 MAX_TOOLS = 128  # OpenAI's
 MAX_CALLS = 16  # in one answer
-# OpenAI takes [a-zA-Z0-9_-]{1,64}; MCP servers have dots and slashes, others their own letters.
+# OpenAI allows [a-zA-Z0-9_-]{1,64}. Names from MCP servers have dots and slashes, others have
+# letters beyond ASCII.
 NAME = r"[\w.:/-]{1,128}"
 _NAME = re.compile(NAME)
-# A schema with one of these says what it allows in more than one place: it stays as it is.
+# A schema with one of these describes its properties in several places: it is not closed.
 _OPEN_KEYWORDS = frozenset(
     "additionalProperties unevaluatedProperties patternProperties propertyNames"
     " $ref $dynamicRef allOf anyOf oneOf not if then else dependentSchemas".split()
@@ -32,15 +33,15 @@ class Tool:
 
     name: str
     schema: Mapping[str, Any]
-    """What its arguments obey: always of an object, without further members unless it says so."""
+    """The schema of its arguments: an object, closed unless the schema says otherwise."""
     is_strict: bool
-    """A keyword that cannot be held is an error; otherwise such a keyword is passed over."""
-    wire: Mapping[str, Any]
-    """As OpenAI writes it and as chat templates read it."""
+    """True: an unsupported keyword of the schema is an error; False: it is ignored."""
+    definition: Mapping[str, Any]
+    """OpenAI's JSON object for it, which chat templates read."""
 
 
 class Mode(enum.Enum):
-    """Whether an answer calls tools."""
+    """Whether an answer may or must call tools."""
 
     NONE = enum.auto()
     AUTO = enum.auto()
@@ -71,16 +72,19 @@ class AllowedCalls:
 
 
 def read_tools(
-    wire: Sequence[object], read: Callable[[str, object], Tool] | None = None
+    given: Sequence[object], read: Callable[[str, object], Tool] | None = None
 ) -> tuple[Tool, ...]:
-    """`tools`, each by `read(its place, itself)`; without it as OpenAI's chats have them."""
+    """The tools of a request; raises `ToolError`.
+
+    `read(place, value)` reads one of them; the default reads the form of OpenAI's chats.
+    """
     read = read or _read_tool
-    if len(wire) > MAX_TOOLS:
+    if len(given) > MAX_TOOLS:
         raise ToolError(
-            f"`tools` must have at most {MAX_TOOLS} tools. Given: {len(wire)}", field="tools"
+            f"`tools` must have at most {MAX_TOOLS} tools. Given: {len(given)}", field="tools"
         )
     tools: dict[str, Tool] = {}
-    for index, one in enumerate(wire):
+    for index, one in enumerate(given):
         tool = read(f"tools[{index}]", one)
         if tool.name in tools:
             raise ToolError(
@@ -91,14 +95,14 @@ def read_tools(
     return tuple(tools.values())
 
 
-def _read_tool(place: str, wire: object) -> Tool:
-    """TGI's key `arguments` is read as `parameters`."""
-    function = wire.get("function") if isinstance(wire, Mapping) else None
-    if not isinstance(wire, Mapping) or not isinstance(function, Mapping):
+def _read_tool(place: str, given: object) -> Tool:
+    """A tool in the form of OpenAI's chats; TGI's key `arguments` means `parameters`."""
+    function = given.get("function") if isinstance(given, Mapping) else None
+    if not isinstance(given, Mapping) or not isinstance(function, Mapping):
         raise ToolError(
             f'`{place}` must be {{"type":"function","function":{{"name":…}}}}', field=place
         )
-    kind = wire.get("type", "function")
+    kind = given.get("type", "function")
     if kind != "function":
         raise ToolError(
             f"`{place}.type` must be `function`. Given: {_quote(kind)}", field=f"{place}.type"
@@ -111,14 +115,17 @@ def _read_tool(place: str, wire: object) -> Tool:
             function["parameters"] = arguments
     return tool(
         f"{place}.function",
-        {**wire, "type": "function", "function": function},
+        {**given, "type": "function", "function": function},
         schema=function.get("parameters"),
     )
 
 
-def tool(place: str, wire: Mapping[str, Any], *, schema: object) -> Tool:
-    """A tool that stands at `place` of the request; `schema` None = it takes `{}`."""
-    function = wire["function"]
+def tool(place: str, definition: Mapping[str, Any], *, schema: object) -> Tool:
+    """The tool at `place` of the request; `schema` None = no arguments. Raises `ToolError`.
+
+    `definition` has a `function` with at least `name`; `schema` is that of its arguments.
+    """
+    function = definition["function"]
     name = function.get("name")
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ToolError(
@@ -127,7 +134,7 @@ def tool(place: str, wire: Mapping[str, Any], *, schema: object) -> Tool:
             field=f"{place}.name",
         )
     is_strict = function.get("strict") is True
-    return Tool(name, _object_schema(f"{place}.parameters", schema), is_strict, wire)
+    return Tool(name, _object_schema(f"{place}.parameters", schema), is_strict, definition)
 
 
 def _object_schema(place: str, schema: object) -> Mapping[str, Any]:
@@ -146,14 +153,14 @@ def _object_schema(place: str, schema: object) -> Mapping[str, Any]:
     return {"type": "object", **schema, **closing}
 
 
-def read_choice(wire: object) -> ToolChoice:
-    """OpenAI's `tool_choice`, None = auto; TGI's plain name of a tool too."""
-    if wire is None:
+def read_choice(given: object) -> ToolChoice:
+    """OpenAI's `tool_choice` or TGI's, a tool's name; None = auto. Raises `ToolError`."""
+    if given is None:
         return AUTO
-    if isinstance(wire, str):
-        return _MODES.get(wire) or _this_one(wire)
-    kind = wire.get("type", "function") if isinstance(wire, Mapping) else None
-    match wire:
+    if isinstance(given, str):
+        return _MODES.get(given) or _this_one(given)
+    kind = given.get("type", "function") if isinstance(given, Mapping) else None
+    match given:
         case {"function": {"name": str(name)}} if kind == "function":
             return _this_one(name)
         case {"allowed_tools": {"mode": "auto" | "required" as mode, "tools": [*listed]}} if (
@@ -163,26 +170,26 @@ def read_choice(wire: object) -> ToolChoice:
         case _:
             raise ToolError(
                 "`tool_choice` must be `auto`, `none`, `required`, or"
-                f' {{"type":"function","function":{{"name":…}}}}. Given: {_quote(wire)}',
+                f' {{"type":"function","function":{{"name":…}}}}. Given: {_quote(given)}',
                 field="tool_choice",
             )
 
 
 def _this_one(name: str) -> ToolChoice:
-    """The one tool that a client named: it gets its one call, as from OpenAI and TGI."""
+    """A choice of one named tool: exactly one call, as with OpenAI and TGI."""
     return ToolChoice(Mode.REQUIRED, (name,), max_calls=1)
 
 
 _MODES: Mapping[str, ToolChoice] = {"auto": AUTO, "none": NONE, "required": REQUIRED}
 
 
-def _listed_name(wire: object) -> str:
-    match wire:
+def _listed_name(given: object) -> str:
+    match given:
         case {"function": {"name": str(name)}} | {"name": str(name)}:
             return name
         case _:
             raise ToolError(
-                f"`tool_choice.allowed_tools.tools` has no such form: {_quote(wire)}",
+                f"`tool_choice.allowed_tools.tools` has no such form: {_quote(given)}",
                 field="tool_choice.allowed_tools.tools",
             )
 
@@ -190,7 +197,7 @@ def _listed_name(wire: object) -> str:
 def allowed_calls(
     tools: Sequence[Tool], choice: ToolChoice, *, is_parallel: bool
 ) -> AllowedCalls | None:
-    """What `choice` leaves of `tools`; None = no calls, and no tools to be shown."""
+    """The calls that `choice` allows; None = no calls, and the prompt shows no tools."""
     if choice.mode is Mode.NONE:
         return None
     if not tools:

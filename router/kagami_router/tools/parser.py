@@ -1,8 +1,8 @@
-"""Tokens to text and calls, as they come.
+"""Splits the tokens of an answer into text and tool calls while they arrive.
 
-What could still become a marker is held back; nothing is lost. Where the grammar held the model to
-its tools, arguments go out as they grow. Without a grammar a call is held back until it is whole:
-a malformed one turns out to be text.
+Text that could still become a marker is held back; nothing is lost. With a grammar, arguments are
+sent as they arrive. Without a grammar a call is held back until it is complete, because a malformed
+call is sent as text.
 """
 
 import enum
@@ -46,7 +46,7 @@ Delta = TextDelta | CallStart | CallArguments
 
 
 def new_call_id() -> str:
-    """Unique among all calls of all answers."""
+    """A random id, unique among all calls of all answers."""
     return f"call_{secrets.token_hex(12)}"
 
 
@@ -61,31 +61,31 @@ class TextOnly:
         return [TextDelta(text)] if text else []
 
     def finish(self, *, is_cut: bool) -> list[Delta]:
-        """Nothing is ever held back."""
+        """Nothing: this parser holds no text back."""
         return []
 
 
 class State(enum.Enum):
-    """What the parser reads next. `_RULES` says what each state does and allows.
+    """What the parser reads next. `_RULES` lists what each state does and allows.
 
         START ──► TEXT ──► HEAD ──► ARGUMENTS ──► FOOT ──► CLOSE ──► AFTER ──► TEXT
           └──────────────► HEAD ◄─────────────────────────── CLOSE (the next call of a list)
 
-    From HEAD, ARGUMENTS and FOOT it falls back to TEXT if the text is no call.
+    From HEAD, ARGUMENTS and FOOT it returns to TEXT if the text is not a call.
     """
 
     START = enum.auto()
-    """Nothing was said; calls without an opener can only begin here"""
+    """No text was read; calls without an opener can only begin here"""
     TEXT = enum.auto()
     HEAD = enum.auto()
     """An opener was read: the name of a function follows"""
     ARGUMENTS = enum.auto()
     FOOT = enum.auto()
-    """What stands behind the arguments of this form"""
+    """The text after the arguments in this form"""
     CLOSE = enum.auto()
-    """Behind a call: its closer, or the next call of a list"""
+    """After a call: its closer, or the next call of a list"""
     AFTER = enum.auto()
-    """Behind a closer: white space"""
+    """After a closer: white space"""
 
 
 class CallParser:
@@ -109,16 +109,16 @@ class CallParser:
         self._state = State.TEXT if self._form.opener else State.START
         self._head_pattern = self._first_head
         self._buffer = ""
-        self._before = ""  # the call that is being read: what is text too if that is none
-        self._raw = ""  # of that call: what was taken from the buffer
-        self._held: list[Delta] = []  # of that call, until it is known to be one
+        self._before = ""  # the opener of the current call; it is text if this is not a call
+        self._raw = ""  # the part of the current call that was taken from the buffer
+        self._held: list[Delta] = []  # deltas of the current call, until it is complete
         self._scan = ObjectScan()
         self._is_blank = True  # nothing but white space came before
         self._out: list[Delta] = []
         self.num_calls = 0
 
     def push(self, token: Token, tail: str = "") -> list[Delta]:
-        """What this token and the text it freed add."""
+        """The deltas of one token; `tail` is the text that the token released."""
         if not token.special:
             return self.push_text(token.text + tail)
         deltas = self.push_text(tail)
@@ -127,17 +127,17 @@ class CallParser:
         return deltas
 
     def push_text(self, text: str) -> list[Delta]:
-        """What this text adds."""
+        """The deltas of more text."""
         self._buffer += text
         return self._run()
 
     def finish(self, *, is_cut: bool) -> list[Delta]:
-        """What was held back, at the end; a call cut by a limit counts as far as it goes."""
+        """The deltas that were held back. `is_cut`: a limit was reached, a partial call counts."""
         deltas: list[Delta] = []
         while _RULES[self._state].is_in_call:
             self._settle(is_cut)
             deltas += self._run()
-        # Behind calls nothing is left but white space, or what the next one was to begin with.
+        # After calls only white space is left, or the beginning of a next call; both are dropped.
         is_next = self._state is State.AFTER and (self._is_constrained or not self._buffer.strip())
         if self._state is State.CLOSE or is_next:
             self._buffer = ""
@@ -146,9 +146,9 @@ class CallParser:
         return _merged(deltas + self._take())
 
     def _settle(self, is_cut: bool) -> None:
-        """No more text comes, and a call is not over."""
+        """End a call that is incomplete when no more text comes."""
         if self._state is State.HEAD:
-            is_call = self._is_constrained and self.num_calls > 0  # its first characters
+            is_call = self._is_constrained and self.num_calls > 0  # the beginning of a further call
         else:
             is_call = self._is_constrained or is_cut
         if not is_call:
@@ -159,7 +159,7 @@ class CallParser:
         self._state = State.AFTER
 
     def _push_marker(self, marker: str) -> list[Delta]:
-        """A special token: the text it stands for is no part of the output."""
+        """The deltas of a marker that is a special token; the output's text does not have it."""
         opens = marker in (self._form.opener, PYTHON_TAG)
         if not opens:
             return self.push_text(marker)
@@ -181,7 +181,7 @@ class CallParser:
         out, self._out = self._out, []
         return _merged(out)
 
-    # One method for each state: it takes what it can from the buffer; False = it needs more.
+    # One method for each state: it takes what it can from the buffer. False = it needs more text.
 
     def _start(self) -> bool:
         """Calls without an opener can only begin here."""
@@ -245,7 +245,7 @@ class CallParser:
         return True
 
     def _close(self) -> bool:
-        """Behind a call: its closer, or in a list the next one. Models forget closers."""
+        """Reads a closer, or the next call of a list. Models forget closers: none is required."""
         rest = self._buffer.lstrip()
         closer, between = self._form.closer.strip(), self._form.between.strip()
         may_follow = self._form.is_list and self.num_calls < self._max_calls
@@ -303,7 +303,7 @@ class CallParser:
             self.num_calls += 1
 
     def _fail(self) -> bool:
-        """What began as a call is text."""
+        """Treat the beginning of a call as text: it is not a call."""
         self._held = []
         self._put_text(self._before)
         self._buffer = self._raw + self._buffer
@@ -312,11 +312,11 @@ class CallParser:
 
 
 class _Rule(NamedTuple):
-    """What a state does with the buffer, and what it allows."""
+    """What a state reads, and what it allows."""
 
     read: Callable[[CallParser], bool]
     is_in_call: bool = False
-    """A call has begun and is not over"""
+    """A call has begun and has not ended"""
     may_open: bool = False
     """A marker may open a call"""
 
@@ -342,7 +342,7 @@ def _is_json(call: Iterable[Delta]) -> bool:
 
 
 def _merged(deltas: Iterable[Delta]) -> list[Delta]:
-    """The same with neighbouring pieces put together."""
+    """The same deltas; neighbouring pieces of one text or of one call are joined."""
     merged: list[Delta] = []
     for delta in deltas:
         last = merged[-1] if merged else None

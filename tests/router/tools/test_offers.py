@@ -30,12 +30,12 @@ def test_a_tool_without_parameters_takes_an_empty_object() -> None:
 
 def test_tgis_arguments_are_parameters_for_the_template_too() -> None:
     (tool,) = read_tools([wire(arguments=SCHEMA)])
-    assert tool.wire == wire(parameters=SCHEMA)
+    assert tool.definition == wire(parameters=SCHEMA)
 
 
 def test_the_template_gets_the_tool_as_it_was_sent() -> None:
     sent = wire(description="d", parameters=SCHEMA, strict=None)
-    assert read_tools([sent])[0].wire == sent
+    assert read_tools([sent])[0].definition == sent
 
 
 def test_an_object_with_properties_has_no_others_unless_it_says_so() -> None:

@@ -177,7 +177,7 @@ async def _render(
         messages = _results_as_user(messages)
     options = conversation.options
     if tools and tool_format.is_known:
-        options = replace(options, tools=[tool.wire for tool in tools])
+        options = replace(options, tools=[tool.definition for tool in tools])
         if conversation.tool_prompt:
             messages = _with_note(messages, conversation.tool_prompt)
     elif tools:
@@ -294,7 +294,7 @@ def _with_note(messages: Sequence[Message], note: str) -> list[Message]:
 
 def _tools_note(tools: Sequence[Tool], tool_format: ToolFormat, tool_prompt: str | None) -> str:
     """The tools, and how to call them, for a model whose template cannot show them."""
-    listed = json.dumps([tool.wire for tool in tools], ensure_ascii=False)
+    listed = json.dumps([tool.definition for tool in tools], ensure_ascii=False)
     form = tool_format.form
     example = f"{form.before}NAME{form.after}{{…}}{form.foot}"
     told = tool_prompt or (

@@ -1,1 +1,1 @@
-"""What stands behind chat_template.py: Jinja, its limits, a template's files and what it reads."""
+"""For chat_template.py: Jinja and its limits, a template's files, the content it reads."""

@@ -1,7 +1,7 @@
-"""What a template makes of a message's `content`: a text, a list of chunks, or either.
+"""Finds the form of a message's `content` that a template reads: a text, a list, or either.
 
-OpenAI's clients send both forms to any model, and a template written for one of them prints
-nothing, or Python's own notation, for the other.
+OpenAI's clients send both forms to any model. A template for one of them prints nothing, or
+Python's notation, for the other.
 """
 
 import enum
@@ -11,21 +11,23 @@ from jinja2 import nodes
 
 
 class ContentForm(enum.Enum):
-    """What `content` has to be when the template runs."""
+    """The form that `content` must have when the template runs."""
 
     TEXT = enum.auto()  # `'<|user|>' + message.content`
-    EITHER = enum.auto()  # asks `content is string`, goes through the chunks otherwise
+    EITHER = enum.auto()  # asks `content is string`, else loops over the chunks
     CHUNKS = enum.auto()  # `for chunk in message.content`, without asking
 
 
 _CHUNK_MEMBERS = frozenset(("text", "type"))
 _QUESTIONS = frozenset(("string", "sequence", "mapping", "iterable"))
-# Filters behind which the chunks of a list are still those chunks.
-_KEEPING = frozenset(("list", "select", "selectattr", "reject", "rejectattr", "map", "default"))
+# Filters whose result still has the chunks of the list.
+_LIST_FILTERS = frozenset(
+    ("list", "select", "selectattr", "reject", "rejectattr", "map", "default")
+)
 
 
 def content_form(tree: nodes.Template) -> ContentForm:
-    """Read it from the template: does it go through `content`, and does it ask what that is?"""
+    """The form that this template reads: does it loop over `content`, and does it test its type?"""
     names = _aliases(tree)
     if not any(_takes_chunks(node, names) for node in tree.find_all(nodes.Node)):
         return ContentForm.TEXT
@@ -37,7 +39,7 @@ def content_form(tree: nodes.Template) -> ContentForm:
 
 
 def _takes_chunks(node: nodes.Node, names: frozenset[str]) -> bool:
-    """`for … in content`, or `content[0]['text']`."""
+    """Whether the node is `for … in content` or `content[0]['text']`."""
     if isinstance(node, nodes.For):
         return _is_content(node.iter, names)
     if _member(node) in _CHUNK_MEMBERS and isinstance(node, nodes.Getattr | nodes.Getitem):
@@ -52,7 +54,7 @@ def _takes_chunks(node: nodes.Node, names: frozenset[str]) -> bool:
 
 
 def _member(node: nodes.Node) -> object:
-    """`x` of `a.x` and of `a['x']`."""
+    """`x` for `a.x` and for `a['x']`, else None."""
     if isinstance(node, nodes.Getattr):
         return node.attr
     if isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Const):
@@ -61,7 +63,7 @@ def _member(node: nodes.Node) -> object:
 
 
 def _is_content(node: nodes.Node | None, names: frozenset[str]) -> bool:
-    if isinstance(node, nodes.Filter) and node.name in _KEEPING:
+    if isinstance(node, nodes.Filter) and node.name in _LIST_FILTERS:
         return _is_content(node.node, names)
     if isinstance(node, nodes.Name):
         return node.name in names
@@ -69,7 +71,7 @@ def _is_content(node: nodes.Node | None, names: frozenset[str]) -> bool:
 
 
 def _aliases(tree: nodes.Template) -> frozenset[str]:
-    """Names that stand for a content: set to one, or parameters of a macro called with one."""
+    """Names of a content: variables set to one, and parameters of macros called with one."""
     macros = {macro.name: macro for macro in tree.find_all(nodes.Macro)}
     names: frozenset[str] = frozenset()
     while True:

@@ -1,8 +1,8 @@
-"""Jinja as chat templates know it: `transformers`' environment, and a limit on what a run may do.
+"""Jinja for chat templates: the environment of `transformers`, and limits on a run.
 
-A template is a program that came with the model, and its messages came with a request. Neither may
-hold up the server: every turn of a loop and every call of a macro is counted by a `Meter`, which
-ends the run when it has gone on for too long, and text has a greatest length.
+A template is a program that comes with the model, and its messages come with a request. Neither may
+block the server. A `Meter` counts every iteration of a loop and every call of a macro, and ends the
+run when it takes too long. The length of text is limited too.
 """
 
 import json
@@ -22,18 +22,19 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from kagami_proto.errors import TemplateError
 
-# The clock is read once in so many turns: 50 us of an ordinary template, at worst some 50 ms
-# (each turn may make a list of 100,000, the sandbox's limit of `range`).
-_TURNS_A_LOOK = 16
-# Characters of a prompt or of a text multiplied; ten times the longest body that is usual.
+# The clock is read once in so many iterations: 50 us of a normal template, at worst some 50 ms
+# (each iteration may make a list of 100,000, the sandbox's limit of `range`).
+_ITERATIONS_PER_CHECK = 16
+# The longest prompt, and the longest result of `*`, in characters: ten times the usual limit of a
+# body.
 MAX_CHARACTERS = 20_000_000
-# Of the numbers that ** may make: 9**9**9 would have 1.2 billion.
+# The longest result of `**`: 9**9**9 would have 1.2 billion bits.
 _MAX_BITS = 4096
-# No name of a template's: it cannot read or replace its meter.
+# Not a valid name in a template: a template can neither read nor replace its meter.
 _METER = "the run's meter"
-_COUNT = "_count_a_turn"
+_COUNT = "_count_iteration"
 
-# What a template's faults look like in Python.
+# The Python errors that a faulty template raises.
 _FAULTS = (
     TypeError,
     ValueError,
@@ -50,29 +51,29 @@ class TooLong(Exception):
 
 
 class Meter:
-    """Ends a run with `TooLong`: some time after it was made, or when someone says so."""
+    """Ends a run with `TooLong`: `max_seconds` after the meter was made, or after `stop`."""
 
     __slots__ = ("_deadline", "_is_stopped", "_left")
 
     def __init__(self, max_seconds: float) -> None:
-        self._left = _TURNS_A_LOOK
+        self._left = _ITERATIONS_PER_CHECK
         self._deadline = time.monotonic() + max_seconds
         self._is_stopped = False
 
     def stop(self) -> None:
-        """Let the run end soon; from any thread."""
+        """End the run soon; may be called from any thread."""
         self._is_stopped = True
 
     def count(self) -> None:
-        """One more turn."""
+        """Count one iteration; raises `TooLong`."""
         self._left -= 1
         if self._left < 0:
-            self._look()
+            self._check()
 
-    def _look(self) -> None:
+    def _check(self) -> None:
         if self._is_stopped or time.monotonic() > self._deadline:
             raise TooLong
-        self._left = _TURNS_A_LOOK
+        self._left = _ITERATIONS_PER_CHECK
 
 
 class Program:
@@ -87,7 +88,7 @@ class Program:
         )
         try:
             self.tree = environment.parse(source)
-            # The names it reads that it does not set: `tools`, `documents`, `enable_thinking`, …
+            # Names that it reads and does not set: `tools`, `documents`, `enable_thinking`, …
             self.variables = frozenset(jinja2.meta.find_undeclared_variables(self.tree))
             self._template = environment.from_string(_metered(environment, source))
         except jinja2.TemplateError as error:
@@ -99,7 +100,7 @@ class Program:
         self.source = source
 
     def run(self, variables: Mapping[str, Any], meter: Meter) -> str:
-        """The text; raises `TemplateError` for what goes wrong, `TooLong` as the meter says."""
+        """The text; raises `TemplateError` if the template fails, `TooLong` when time is up."""
         pieces, size = [], 0
         try:
             for piece in self._template.generate({**variables, _METER: meter}):
@@ -110,7 +111,7 @@ class Program:
         except jinja2.TemplateError as error:
             raise TemplateError(_describe(error)) from error
         except _FAULTS as error:
-            # A template is a program of the model's author: what it does wrong is no bug of ours.
+            # The model's author wrote the template: its errors are not bugs of this server.
             raise TemplateError(
                 f"{type(error).__name__}: {error}", field=f"{type(error).__name__}"
             ) from error
@@ -126,9 +127,9 @@ def _describe(error: jinja2.TemplateError) -> str:
 
 
 def _metered(environment: jinja2.Environment, source: str) -> jinja2.nodes.Template:
-    """Begin the body of every loop and macro with a call of the meter.
+    """Insert a call of the meter at the start of the body of every loop and macro.
 
-    A filter is called without the detour through the sandbox that a function takes: 0.2 us.
+    The call is a filter: filters, unlike functions, do not pass through the sandbox (0.2 us).
     """
     tree = environment.parse(source)
     loops = [node.body for node in tree.find_all(jinja2.nodes.For)]
@@ -148,12 +149,12 @@ def _count(context: jinja2.runtime.Context, _: None) -> None:
 
 
 class _GenerationTag(jinja2.ext.Extension):
-    """`{% generation %}` marks what a training script learns from; here its body is just text."""
+    """`{% generation %}` marks text for training scripts; here its body is ordinary text."""
 
     tags = {"generation"}  # noqa: RUF012 - declared by jinja2
 
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
-        """A call block, as in `transformers`: what is set inside stays inside."""
+        """A call block, as in `transformers`: variables set inside are local to it."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         call = self.call_method("_text_of")
@@ -164,7 +165,7 @@ class _GenerationTag(jinja2.ext.Extension):
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    """`transformers`' environment, from its `_compile_jinja_template`: prompts match training."""
+    """The environment of `transformers` (`_compile_jinja_template`): prompts match training."""
 
     intercepted_binops = frozenset(("*", "**"))
 
@@ -181,7 +182,7 @@ class _Environment(ImmutableSandboxedEnvironment):
     def call_binop(
         self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any
     ) -> Any:
-        """Multiply, unless that makes more than a server can hold."""
+        """`*` and `**`; raises if the result would be too large."""
         if operator == "*":
             _check_product(left, right)
             _check_product(right, left)
@@ -199,18 +200,18 @@ def _check_product(value: object, times: object) -> None:
 
 
 class _Dict:
-    """`dict` without the type's own attributes."""
+    """`dict` for templates, without the other attributes of the type."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
         return dict(*args, **kwargs)
 
     def fromkeys(self, *args: Any) -> dict[Any, Any]:
-        """`dict.fromkeys`."""
+        """As `dict.fromkeys`."""
         return dict.fromkeys(*args)
 
 
 class _Namespace(jinja2.utils.Namespace):
-    """`namespace()`, which keeps no name that begins with an underscore."""
+    """`namespace()`; it refuses names that begin with an underscore."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:
         self, *rest = args
@@ -230,17 +231,17 @@ def _check_name(name: object) -> None:
 
 
 class NoContent(str):
-    """The content of a message without one, for all that templates do with it.
+    """The content of a message without content: an empty text that also `is none`.
 
-    Most put it between other texts, where None raises or prints "None"; some (DeepSeek's) ask
-    whether it `is none` to find the turns of tool calls. It is an empty text, and it `is none`.
+    Most templates concatenate the content with texts, where None raises or prints "None". Some
+    (DeepSeek's) ask whether it `is none` to find the messages with tool calls.
     """
 
     __slots__ = ()
 
 
 def is_none(value: object) -> bool:
-    """Jinja's test `none`."""
+    """Jinja's test `none`; true for `NoContent` too."""
     return value is None or isinstance(value, NoContent)
 
 
@@ -251,7 +252,7 @@ def to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """As Python writes it: nothing escaped for HTML."""
+    """JSON as Python writes it; nothing is escaped for HTML, as in `transformers`."""
     return json.dumps(
         value,
         ensure_ascii=ensure_ascii,

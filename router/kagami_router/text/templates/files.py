@@ -1,4 +1,4 @@
-"""The files that a model's chat templates stand in, and which of them wins."""
+"""Finds the files of a model's chat templates, and their precedence."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -6,23 +6,23 @@ from typing import NamedTuple
 
 from kagami_router.text.tokenizer import read_json
 
-# The template for requests that no other name fits; the one for requests with tools.
+# The names of the template for requests without tools, and of the one for requests with tools.
 DEFAULT, TOOL_USE = "default", "tool_use"
 
 
 class Source(NamedTuple):
-    """One template and the file it stands in."""
+    """One template and the file that contains it."""
 
     text: str
     path: Path
 
 
 def sources(folder: Path, given: Path | None) -> tuple[Mapping[str, Source], tuple[Path, ...]]:
-    """The named templates of a model folder, and the paths where one was looked for.
+    """The templates of a model folder by name, and all paths that were searched.
 
-    `given` is --tokenizer-config-path, a JSON file or a template itself; for each name the first
-    file that has it wins. Raises `ValueError` for a file that is not what its name says, and
-    `FileNotFoundError` if there is no `given`.
+    `given` is --tokenizer-config-path, a JSON file or a template. For each name the first file that
+    has it wins. Raises `ValueError` for a file that is not what its name says, and
+    `FileNotFoundError` if `given` does not exist.
     """
     if given is not None and not given.is_file():
         raise FileNotFoundError(f"--tokenizer-config-path {given} does not exist")
