@@ -1,17 +1,12 @@
 """When a CPU's tensors take memory."""
 
-from pathlib import Path
-
 import torch
+from tests.fakes.own_memory import resident_bytes
 from torch import Tensor
 
 from kagami_shard.machine.host_pages import HostPages
 
 HUGE_PAGE = 2 << 20
-
-
-def resident_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
 def two_tensors(pages: HostPages, num_pages: int) -> list[Tensor]:

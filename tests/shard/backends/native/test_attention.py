@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.fakes.batches import FakeSequence, build_batch
+from tests.fakes.own_memory import resident_bytes
 from tests.shard.backends.native.attention_steps import (
     MIXED,
     TREES,
@@ -25,7 +26,6 @@ from tests.shard.backends.native.programs import (
     quick,
     seeds,
 )
-from tests.shard.forward.test_kv_cache import resident_bytes
 
 from kagami_shard.backends.native.library import Library
 from kagami_shard.backends.native.model import replay_into
