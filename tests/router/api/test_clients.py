@@ -1,4 +1,4 @@
-"""The clients people use, against the real HTTP side."""
+"""Common client libraries against the real routes."""
 
 from contextlib import asynccontextmanager
 from typing import Any
@@ -20,7 +20,7 @@ BANG = Token(41, "!", -0.5, False)
 MESSAGES = [{"role": "user", "content": "Say hi"}]
 
 
-# What a browser sends without asking, or by itself.
+# The headers that a browser sends without a preflight request.
 UNASKED = {"accept", "accept-encoding", "accept-language", "connection", "content-length", "host",
            "user-agent"}  # fmt: skip
 

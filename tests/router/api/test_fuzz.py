@@ -1,4 +1,4 @@
-"""Bodies that nobody should send: each is answered, none is a bug of ours, nothing is kept."""
+"""Malformed bodies: each is answered, none is an internal error, nothing stays allocated."""
 
 import asyncio
 from collections.abc import Iterator
@@ -16,8 +16,9 @@ from kagami_router.api.routes import ROUTES
 
 POSTS = sorted(route.path for route in ROUTES if route.method == "POST")
 ANSWER_S = 10
-TURNS = 20  # of the event loop: a stream's handler ends after its last byte has been read
-# Each example is one request to a server that lives on.
+# Iterations of the event loop: a stream's handler ends after its last byte has been read.
+NUM_ITERATIONS = 20
+# Each example is one request; all requests go to the same server.
 fuzzed = settings(
     max_examples=150,
     derandomize=True,
@@ -33,14 +34,14 @@ async def compile_grammar(grammar: Grammar) -> None:
 
 
 class Fuzzed:
-    """A server in an event loop that tests without one can ask."""
+    """A server and its event loop, for tests that are not async."""
 
     def __init__(self, runner: asyncio.Runner, server: FakeServer) -> None:
         self._runner = runner
         self._server = server
 
     def post(self, path: str, body: bytes) -> tuple[int, bytes]:
-        """The status and the answer's bytes, when everything it took has been given back."""
+        """Status and bytes of the answer, after all permits and requests were released."""
         return self._runner.run(asyncio.wait_for(self._post(path, body), ANSWER_S))
 
     async def _post(self, path: str, body: bytes) -> tuple[int, bytes]:
@@ -48,7 +49,7 @@ class Fuzzed:
         headers = {"content-type": "application/json"}
         async with self._server.http.post(target, data=body, headers=headers) as response:
             status, answer = response.status, await response.read()
-        for _ in range(TURNS):
+        for _ in range(NUM_ITERATIONS):
             await asyncio.sleep(0)
         assert self._server.has_all_permits()
         assert self._server.loop.num_open == 0

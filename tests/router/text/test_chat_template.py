@@ -10,7 +10,7 @@ from kagami_router.text.tokenizer import SpecialTokens
 
 TOKENS = SpecialTokens("<s>", "</s>", {"pad_token": "<pad>"})
 USER = [{"role": "user", "content": "Hi"}]
-# As the embedded model's.
+# The form of the embedded model's template.
 CHATML = (
     "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\\n' + message['content']"
     " + '<|im_end|>' + '\\n'}}{% endfor %}"

@@ -55,7 +55,7 @@ def start(tokenizer: Tokenizer, prompt_ids: list[int]) -> Detokenizer:
 
 
 def both(tokenizer: Tokenizer, prompt_ids: list[int]) -> list[Detokenizer]:
-    """The quick way, and the one that asks the decoder."""
+    """The detokenizer with a table, and the one that asks the decoder."""
     quick = start(tokenizer, prompt_ids)
     assert isinstance(quick, TableDetokenizer)
     return [quick, WindowDetokenizer(tokenizer, prompt_ids)]

@@ -1,4 +1,4 @@
-"""Stop strings on text, however it was cut into tokens."""
+"""Stop strings in text that is split into tokens in any way."""
 
 import time
 import tracemalloc
@@ -10,7 +10,7 @@ from kagami_router.text.stopping import StopMatcher
 
 
 def outcome(pieces: list[str], stop: list[str], *, keep_stop: bool) -> tuple[list[str], bool]:
-    """What goes out piece by piece, the rest last; and whether a stop string ended it."""
+    """The released texts, the rest last; and whether a stop string ended the text."""
     matcher = StopMatcher(stop, keep_stop=keep_stop)
     out = []
     for piece in pieces:
@@ -22,7 +22,7 @@ def outcome(pieces: list[str], stop: list[str], *, keep_stop: bool) -> tuple[lis
 
 
 def expected(text: str, stop: list[str], *, keep_stop: bool) -> tuple[str, bool]:
-    """The same by definition: the first character at which any stop string is complete."""
+    """The same by definition: the end is the first character that completes a stop string."""
     for end in range(1, len(text) + 1):
         complete = [each for each in stop if each and text[:end].endswith(each)]
         if complete:

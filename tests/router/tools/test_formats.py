@@ -43,7 +43,7 @@ WEATHER = '{"city": "Rome", "days": 3}'
 
 
 def said(model: str, *calls: tuple[str, str]) -> str:
-    """Calls as this model writes them."""
+    """The text of calls in this model's form."""
     form = format_of(model).form
     each = [form.before + name + form.after + arguments + form.foot for name, arguments in calls]
     return form.opener + form.lead + form.between.join(each) + form.closer
@@ -61,7 +61,7 @@ def matcher(model: str, choice: Any = None, *, is_parallel: bool = True) -> LLMa
 
 
 def accepts(made: LLMatcher, tokenizer: tokenizers.Tokenizer, text: str) -> bool:
-    """Whether `text` may be said, and the answer may end behind it."""
+    """Whether the grammar allows `text`, and allows the answer to end after it."""
     ids = tokenizer.encode(text, add_special_tokens=False).ids
     return made.try_consume_tokens(ids) == len(ids) and made.is_accepting()
 
@@ -154,7 +154,7 @@ def test_the_form_follows_the_template(model: str, name: str) -> None:
     assert format_of(model).form.name == name
 
 
-def test_a_form_that_is_not_known_is_told_like_that_of_a_model_without_tools() -> None:
+def test_an_unknown_form_is_explained_in_the_prompt_as_for_a_model_without_tools() -> None:
     xml = Described("{{ tools }}<tool_call><function=…>")
     assert not find_format(xml, vocabulary()).is_known
     assert not format_of("unaware").is_known

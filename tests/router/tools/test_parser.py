@@ -20,7 +20,7 @@ from kagami_router.tools.parser import (
     new_call_id,
 )
 
-# In these no marker is a special token: all of an answer is text.
+# In these forms no marker is a special token: the whole answer is text.
 TEXT_MODELS = ("unaware", "llama-plain", "mistral-plain")
 CALLS = (("now", "{}"), ("weather", WEATHER))
 
@@ -42,7 +42,7 @@ def read(parser: CallParser, pieces: Iterable[str | Token], *, is_cut: bool = Fa
 
 
 def summed(deltas: list[Delta]) -> tuple[str, list[tuple[str, str, str]]]:
-    """All text, and the calls as (id, name, arguments)."""
+    """All text joined, and the calls as (id, name, arguments)."""
     text = "".join(delta.text for delta in deltas if isinstance(delta, TextDelta))
     starts = [delta for delta in deltas if isinstance(delta, CallStart)]
     assert [one.index for one in starts] == list(range(len(starts)))
@@ -153,7 +153,7 @@ def test_a_cut_call_is_returned_as_far_as_it_goes(is_constrained: bool) -> None:
     assert summed(read(parser, text, is_cut=True)) == ("", [("id0", "weather", '{"city": "Ro')])
 
 
-def test_the_opener_of_a_next_call_is_no_text_where_it_is_cut() -> None:
+def test_a_cut_opener_of_a_next_call_is_not_text() -> None:
     text = said("unaware", ("now", "{}")) + "\n<tool_call"
     assert summed(read(parser_of("unaware"), [text], is_cut=True)) == ("", [("id0", "now", "{}")])
 
@@ -225,7 +225,7 @@ def test_what_the_grammar_lets_through_the_parser_understands(model: str) -> Non
 
 
 @pytest.mark.parametrize("text", [" <tool_call>", "\n<tool_call>\n{}", "\n\n<tool_call>x"])
-def test_white_space_before_what_is_no_call_is_kept(text: str) -> None:
+def test_white_space_before_text_that_is_no_call_is_sent(text: str) -> None:
     assert summed(read(parser_of("unaware", is_constrained=False), text)) == (text, [])
 
 

@@ -1,4 +1,4 @@
-"""Events reach every stream by push: within the batching loop's pass, without waking a task."""
+"""Events are pushed to every stream by the batching loop itself, without waking a task."""
 
 from collections import Counter
 from typing import Any
@@ -33,7 +33,7 @@ def spoken(request: ValidRequest) -> list[Any]:
 
 @pytest.fixture
 def ways(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How many events came by which way."""
+    """Counts of pushed and of pulled events."""
     counted: Counter[str] = Counter()
     push, pull = respond._Stream.push, respond._Stream.pull
 

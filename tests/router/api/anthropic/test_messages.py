@@ -58,7 +58,7 @@ async def streamed(loop: FakeLoop | None = None, **fields: Any) -> Message:
 
 
 async def prompt_of(messages: list[Any], **fields: Any) -> str:
-    """What the model gets to read."""
+    """The prompt that the model gets."""
     template = fields.pop("template", None)
     async with client_of(template=template) as (client, server):
         await client.messages.create(**BODY | {"messages": messages} | fields)
@@ -156,7 +156,7 @@ async def test_cached_tokens_are_counted_apart(answer: Any) -> None:
 
 
 @pytest.mark.parametrize("answer", [create, streamed])
-async def test_the_stop_sequence_that_was_found_is_told(answer: Any) -> None:
+async def test_the_stop_sequence_that_was_found_is_in_the_answer(answer: Any) -> None:
     loop = hi_loop(FinishReason.STOP_SEQUENCE, stop="STOP")
     message = await answer(loop, stop_sequences=["x", "STOP"])
     assert message.stop_reason == "stop_sequence"

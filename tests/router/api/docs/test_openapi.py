@@ -15,7 +15,7 @@ from kagami_router.api.schemas.chunks import ChatChunk, CompletionChunk
 DOCUMENT = json.loads(document())
 SCHEMAS = DOCUMENT["components"]["schemas"]
 
-# Paths, and the members of schemas, that TGI 3.3's own document has.
+# Paths, and members of schemas, of the document of TGI 3.3.
 TGI_PATHS = {
     "/": "post",
     "/chat_tokenize": "post",
@@ -172,7 +172,7 @@ async def test_chunks_are_what_the_document_says(
     assert len(chunks) == 3
     for chunk in chunks:
         read = msgspec.convert(chunk, kind)
-        assert msgspec.to_builtins(read) == chunk  # no member is unknown to it
+        assert msgspec.to_builtins(read) == chunk  # the schema knows every member
 
 
 async def test_the_document_is_served_and_printed() -> None:

@@ -1,4 +1,4 @@
-"""The docs page in a real browser, which is told to load nothing from elsewhere."""
+"""The docs page in a real browser that can load nothing from other hosts."""
 
 import asyncio
 import shutil
@@ -15,7 +15,7 @@ QUIET = (
     " --disable-background-networking --disable-component-update --disable-default-apps"
     " --virtual-time-budget=15000 --dump-dom"
 ).split()
-# What chromium wants for itself finds no address.
+# Requests of chromium itself resolve to no address.
 NO_NAMES = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
 
 

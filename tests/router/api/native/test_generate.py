@@ -47,7 +47,7 @@ async def test_compat_answers_a_list_with_the_prompt_in_the_text() -> None:
         assert await response.json() == [{"generated_text": "Test request failed:"}]
 
 
-async def test_compat_leaves_the_prompt_out_when_told_to() -> None:
+async def test_compat_leaves_the_prompt_out_on_request() -> None:
     body = {"inputs": "Test request", "parameters": {"return_full_text": False}}
     async with serving() as server, server.post("/", body) as response:
         assert await response.json() == [{"generated_text": " failed:"}]
@@ -106,7 +106,7 @@ async def test_prefill_is_returned_with_a_null_first() -> None:
         assert [token["logprob"] for token in prefill] == [None, -1.5, -1.5]
 
 
-async def test_best_of_returns_the_best_mean_and_the_others_beside_it() -> None:
+async def test_best_of_returns_the_best_mean_and_the_others_in_its_details() -> None:
     logprobs = iter((-3.0, -1.0))
 
     def play(request: object) -> list:

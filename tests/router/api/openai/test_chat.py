@@ -223,7 +223,7 @@ async def test_nulls_and_empty_texts_in_a_list_of_stop_strings_mean_nothing() ->
         assert server.loop.requests[0].stopping.stop == ("a", "b")
 
 
-async def test_cached_prompt_tokens_are_told_once_for_all_samples() -> None:
+async def test_cached_prompt_tokens_count_once_for_all_samples() -> None:
     cached = iter((3, 20))
     loop = FakeLoop(lambda _: [*step_events_of([HI], cached_tokens=next(cached))])
     async with serving(loop) as server, server.post(PATH, CHAT | {"n": 2}) as response:
@@ -331,10 +331,10 @@ async def test_bad_messages_are_refused(message: dict[str, Any], text: str) -> N
 
 
 @pytest.mark.parametrize("content", [{}, {"content": None}])
-async def test_a_turn_of_tool_calls_alone_is_served(content: dict[str, Any]) -> None:
+async def test_a_message_of_tool_calls_alone_is_served(content: dict[str, Any]) -> None:
     call = {"id": "0", "type": "function", "function": {"name": "f", "arguments": "{}"}}
-    turn = {"role": "assistant", "tool_calls": [call]} | content
-    body = {"messages": [*MESSAGES, turn, {"role": "tool", "content": "7"}]}
+    message = {"role": "assistant", "tool_calls": [call]} | content
+    body = {"messages": [*MESSAGES, message, {"role": "tool", "content": "7"}]}
     async with serving() as server, server.post("/chat_tokenize", body) as response:
         assert response.status == 200
         text = (await response.json())["templated_text"]

@@ -45,11 +45,11 @@ QWEN = ChatTemplate("{{ tools | tojson }}<tool_call>" + TEMPLATE, TOKENS)
 
 
 async def compiles(grammar: Grammar) -> None:
-    """A shard that takes every grammar."""
+    """A shard that accepts every grammar."""
 
 
 def saying(text: str, reason: FinishReason = FinishReason.EOS_TOKEN) -> FakeLoop:
-    """A model that says `text` in pieces of five characters."""
+    """A model that answers `text` in tokens of five characters."""
     pieces = [text[at : at + 5] for at in range(0, len(text), 5)]
     tokens = [Token(number, piece, -0.5, False) for number, piece in enumerate(pieces)]
     end = [EOS] if reason is FinishReason.EOS_TOKEN else []
@@ -213,7 +213,7 @@ async def test_other_templates_get_them_behind_the_last_message() -> None:
     assert '<tool_call>\n{"name": "NAME", "arguments": {…}}\n</tool_call>' in told
 
 
-async def test_a_tool_prompt_replaces_our_words() -> None:
+async def test_a_tool_prompt_replaces_our_own_note() -> None:
     async with serving_tools(saying("Hi")) as server:
         await answer(server, CHAT | {"tool_prompt": "Use them."})
         prompt = server.loop.requests[0].prompt_text
@@ -235,7 +235,7 @@ async def test_arguments_reach_the_template_as_an_object() -> None:
 
 
 @pytest.mark.parametrize("content", [{}, {"content": None}, {"content": ""}])
-async def test_a_turn_of_calls_is_seen_whatever_its_content(content: dict[str, Any]) -> None:
+async def test_a_message_of_calls_is_seen_whatever_its_content(content: dict[str, Any]) -> None:
     call = {"id": "a", "type": "function", "function": {"name": "weather", "arguments": ARGUMENTS}}
     messages = [
         *MESSAGES,

@@ -16,7 +16,7 @@ PATH = "/v1/completions"
 
 
 def echo_loop() -> FakeLoop:
-    """Every prompt is answered with its own text and an end of sequence."""
+    """Answers every prompt with its own text and an end of sequence."""
 
     def play(request: ValidRequest) -> list[Any]:
         token = Token(5, f" {request.prompt_text}", -0.5, False)
@@ -399,7 +399,7 @@ async def test_best_of_answers_with_the_likeliest_of_each_prompt() -> None:
     answer = await answer_of(loop, prompt=["a", "b"], best_of=2)
     assert [choice["text"] for choice in answer["choices"]] == ["a-1.0", "b-2.0"]
     assert [choice["index"] for choice in answer["choices"]] == [0, 1]
-    assert answer["usage"]["completion_tokens"] == 4  # all that were generated
+    assert answer["usage"]["completion_tokens"] == 4  # of all generations, chosen or not
     assert answer["usage"]["prompt_tokens"] == 4
 
 

@@ -1,4 +1,4 @@
-"""Chunks between the first and the last of an OpenAI stream, which are written in a shorter way."""
+"""Chunks between the first and the last of an OpenAI stream: they are joined from bytes."""
 
 from typing import Any
 

@@ -14,7 +14,7 @@ INFER = "/v2/models/m/versions/1/infer"
 
 
 def echo(request: ValidRequest) -> list[Any]:
-    """The prompt's text as the one token of the answer."""
+    """Answers with one token whose text is the prompt's text and an exclamation mark."""
     return [*step_events_of([Token(5, f"{request.prompt_text}!", -0.5, False)])]
 
 
@@ -56,7 +56,7 @@ async def test_invocations_refuse_what_fits_no_route(body: object, text: str) ->
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
 @pytest.mark.parametrize("stream", [False, True])
-async def test_invocations_fail_in_the_words_of_the_route_that_the_body_fits(
+async def test_invocations_fail_in_the_format_of_the_route_that_the_body_fits(
     path: str, stream: bool
 ) -> None:
     body = (CHAT if "chat" in path else {"prompt": "a"}) | {"stream": stream}
@@ -85,7 +85,7 @@ async def test_an_invocation_counts_once() -> None:
 # ---------------------------------------------------------------------- Vertex
 
 
-async def test_vertex_keeps_the_order_of_its_instances() -> None:
+async def test_vertex_answers_in_the_order_of_its_instances() -> None:
     instances = [{"inputs": "a"}, CHAT, {"inputs": "b", "parameters": None}]
     async with serving(FakeLoop(echo)) as server:
         async with server.post("/vertex", {"instances": instances}) as response:
@@ -142,7 +142,9 @@ async def test_vertex_names_what_is_wrong(body: object, text: str) -> None:
         (FakeLoop(), 1, 429),
     ],
 )
-async def test_vertex_tells_the_real_status(loop: FakeLoop, permits: int, status: int) -> None:
+async def test_vertex_answers_with_the_real_status(
+    loop: FakeLoop, permits: int, status: int
+) -> None:
     body = {"instances": [{"inputs": "a"}, {"inputs": "b"}]}
     async with serving(loop, max_concurrent_requests=permits) as server:
         async with server.post("/vertex", body) as response:
@@ -238,7 +240,7 @@ async def test_kserve_refuses_by_name(body: object, kind: str) -> None:
         ),
     ],
 )
-async def test_kserve_tells_of_itself(path: str, body: object) -> None:
+async def test_kserve_gives_its_metadata(path: str, body: object) -> None:
     async with serving() as server, server.http.get(path) as response:
         assert await response.json() == body
 

@@ -28,7 +28,7 @@ SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "require
 
 
 def saying(text: str, reason: FinishReason = FinishReason.EOS_TOKEN) -> FakeLoop:
-    """A model that says `text` in pieces of five characters."""
+    """A model that answers `text` in tokens of five characters."""
     pieces = [text[at : at + 5] for at in range(0, len(text), 5)]
     tokens = [Token(number + 3, piece, -0.5, False) for number, piece in enumerate(pieces)]
     end = [EOS] if reason is FinishReason.EOS_TOKEN else []
@@ -45,7 +45,7 @@ def saying(text: str, reason: FinishReason = FinishReason.EOS_TOKEN) -> FakeLoop
 
 
 def failing() -> FakeLoop:
-    """A model that breaks after its first token."""
+    """A model whose generation fails after its first token."""
     turns = step_events_of([Token(3, "Hello", -0.5, False), EOS], FinishReason.EOS_TOKEN)
     return FakeLoop(lambda _: [turns[0], GenerationFailed("out of paper")])
 
@@ -64,7 +64,7 @@ async def error(server: FakeServer, **body: Any) -> str:
 
 
 async def events(server: FakeServer, **body: Any) -> list[dict[str, Any]]:
-    """A stream's events; each must be called what its JSON says, and must count."""
+    """A stream's events; checks that names match the JSON and numbers count from 0."""
     async with server.post(PATH, {"input": "Hi", "stream": True} | body) as response:
         assert response.status == 200, await response.text()
         blocks = [one for one in (await response.text()).split("\n\n") if one[:1] not in ("", ":")]
@@ -159,7 +159,7 @@ async def test_settings_that_are_not_given_have_openais_defaults() -> None:
         {"format": {"type": "text"}},
         1.0,
         1.0,
-        False,  # nothing is kept
+        False,  # nothing is stored
         "disabled",
     ]
 
@@ -344,7 +344,7 @@ async def test_a_call_needs_a_permit() -> None:
             assert response.status == 429
 
 
-async def test_a_failing_stream_tells_the_error_and_that_it_failed() -> None:
+async def test_a_failing_stream_has_an_error_event_and_a_failed_event() -> None:
     async with serving_tools(failing()) as server:
         *_, told, last = await events(server)
     assert told["type"] == "error"

@@ -1,4 +1,4 @@
-"""What the openai client makes of /v1/responses."""
+"""/v1/responses through the openai client."""
 
 import json
 from collections.abc import AsyncIterator

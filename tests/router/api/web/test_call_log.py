@@ -1,4 +1,4 @@
-"""One line for each call, whatever became of it."""
+"""Each call has one log line, however it ends."""
 
 import asyncio
 import json
@@ -28,7 +28,7 @@ async def the_line(
     loop: FakeLoop | None = None,
     **options: bool,
 ) -> tuple[str, dict[str, object]]:
-    """The one line that `act` causes."""
+    """The only log line that `act` causes."""
     caplog.set_level("INFO")
     async with serving(loop, **options) as server:
         await act(server)
@@ -45,7 +45,7 @@ async def generate(server: FakeServer, path: str = "/generate") -> None:
 
 
 @pytest.mark.parametrize("path", ["/generate", "/generate_stream"])
-async def test_an_answered_call_tells_its_times_and_counts(
+async def test_an_answered_call_logs_its_times_and_counts(
     caplog: pytest.LogCaptureFixture, path: str
 ) -> None:
     message, fields = await the_line(caplog, lambda server: generate(server, path))
@@ -67,7 +67,7 @@ async def test_an_answered_call_tells_its_times_and_counts(
 
 
 @pytest.mark.parametrize("path", ["/generate", "/generate_stream"])
-async def test_a_failed_call_tells_how_far_it_came(
+async def test_a_failed_call_logs_how_far_it_came(
     caplog: pytest.LogCaptureFixture, path: str
 ) -> None:
     loop = FakeLoop(lambda request: [failed_colon(request)[0], GenerationFailed("no")])
@@ -81,7 +81,7 @@ async def test_a_failed_call_tells_how_far_it_came(
 
 
 @pytest.mark.parametrize("path", ["/generate", "/generate_stream"])
-async def test_a_call_that_is_given_up_tells_how_far_it_came(
+async def test_a_cancelled_call_logs_how_far_it_came(
     caplog: pytest.LogCaptureFixture, path: str
 ) -> None:
     loop = FakeLoop()

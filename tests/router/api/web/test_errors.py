@@ -1,4 +1,4 @@
-"""Errors in the words of each family of routes, and as their clients raise them."""
+"""Errors in the format of each family of routes, and as their clients raise them."""
 
 import asyncio
 import gzip
@@ -172,7 +172,7 @@ async def test_openai_sees_a_path_that_is_not_there() -> None:
             await client.embeddings.create(model="x", input="y")
 
 
-# The client is older than pydantic's present names.
+# The client uses names that newer pydantic has deprecated.
 OLD_PYDANTIC = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 NATIVE_FAILURES = [
     (Overloaded("Model is overloaded"), "OverloadedError"),

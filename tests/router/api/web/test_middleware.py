@@ -60,7 +60,7 @@ async def test_json_that_is_nested_too_deeply_is_refused(path: str) -> None:
 
 
 async def sent_raw(url: str, message: bytes) -> str:
-    """The answer to a request that no client library would send."""
+    """The raw answer to bytes that no client library would send."""
     reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]))
     writer.write(message)
     async with asyncio.timeout(5):
@@ -116,7 +116,7 @@ async def test_what_is_no_http_is_answered_without_naming_our_software(message: 
     assert "aiohttp" not in answer
 
 
-async def test_a_key_in_a_broken_header_is_not_told(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_key_in_a_broken_header_is_not_shown(caplog: pytest.LogCaptureFixture) -> None:
     async with serving() as server:
         answer = await sent_raw(server.url, HEAD + b"authorization: Bearer hunter2\0\r\n\r\n")
     assert "Malformed HTTP: Invalid header value char" in answer

@@ -1,4 +1,4 @@
-"""The span of a call, over a fake loop: what its client sent, and what the client gets to know."""
+"""The span of a call, over a fake loop: its attributes, and the headers for the client."""
 
 import asyncio
 import logging
@@ -81,7 +81,7 @@ async def test_text_is_there_where_it_is_asked_for() -> None:
     assert root[Key.STOP_SEQUENCES] == ("zz" + SECRET,)
 
 
-async def test_what_the_span_of_a_chat_says() -> None:
+async def test_the_span_of_a_chat_has_its_attributes() -> None:
     traced = Traced()
     body = {
         "messages": [{"role": "user", "content": "a"}],
@@ -163,7 +163,7 @@ async def test_a_refusal_has_a_type_and_no_error_status() -> None:
         assert traced.one(name).status.is_unset
 
 
-async def test_an_overload_is_told() -> None:
+async def test_an_overload_is_recorded() -> None:
     traced = Traced()
     async with serving(tracing=traced.tracing, max_concurrent_requests=0) as server:
         async with server.post("/generate", {"inputs": "a"}) as response:
@@ -233,7 +233,7 @@ async def test_lines_of_a_request_end_with_its_trace_id(
         assert re.search(rf"trace_id={TRACE}$", line), line
 
 
-async def test_a_whole_answer_says_where_the_time_went() -> None:
+async def test_a_whole_answer_has_its_phases_in_a_header() -> None:
     async with serving() as server:
         timing = (await post(server, "/generate"))["server-timing"]
     phases = dict(part.split(";dur=") for part in timing.split(", "))
@@ -242,7 +242,7 @@ async def test_a_whole_answer_says_where_the_time_went() -> None:
 
 
 @pytest.mark.parametrize("path", ["/generate_stream", "/v1/chat/completions"])
-async def test_a_stream_says_it_in_its_last_comment(path: str) -> None:
+async def test_a_stream_has_its_phases_in_its_last_comment(path: str) -> None:
     body = BODIES.get(path, {"inputs": "a"}) | {"stream": True}
     async with serving() as server, server.post(path, body) as response:
         text = await response.text()

@@ -11,7 +11,7 @@ from kagami_router.serving.generation_stream import Events, Sink
 
 
 class Verbatim:
-    """Writes the texts of tokens as they are."""
+    """Writes the texts of tokens without a frame."""
 
     def push(self, index: int, events: Events) -> bytes | None:
         return b"".join(event.token.text.encode() for event in events)
@@ -67,7 +67,7 @@ async def test_a_silent_stream_sends_comments() -> None:
 
 
 class Pushed:
-    """Events that are pushed by the test, as the batching loop does it."""
+    """Lets a test push events, as the batching loop does."""
 
     def __init__(self) -> None:
         self.sink: Sink | None = None
@@ -100,7 +100,7 @@ class Pushed:
 async def responding(
     pushed: Pushed, version: str = "1.1"
 ) -> AsyncIterator[tuple[asyncio.StreamReader, web.Request]]:
-    """A raw connection to a handler that answers with `pushed`, its head read."""
+    """A raw connection to a handler that answers with `pushed`; the response's head is read."""
     requests: list[web.Request] = []
 
     async def handler(request: web.Request) -> web.StreamResponse:
@@ -169,7 +169,7 @@ async def _whole(reader: asyncio.StreamReader) -> bytes:
     return data
 
 
-async def test_a_connection_that_is_gone_is_pushed_nothing() -> None:
+async def test_nothing_is_pushed_to_a_closed_connection() -> None:
     pushed = Pushed()
     async with responding(pushed) as (_, request):
         assert request.transport is not None

@@ -1,4 +1,4 @@
-"""Chats as clients send them: each a list of messages and what else the request says."""
+"""Chats as clients send them: a list of messages and the other fields of the request."""
 
 from collections.abc import Mapping
 from types import MappingProxyType

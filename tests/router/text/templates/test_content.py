@@ -37,7 +37,7 @@ PARTS = "{% for part in content %}{{ part.text }}{% endfor %}"
         ),
     ],
 )
-def test_a_template_tells_what_it_makes_of_content(body: str, form: ContentForm) -> None:
+def test_a_template_shows_the_form_of_content_that_it_reads(body: str, form: ContentForm) -> None:
     assert content_form(Program(LOOP.replace("…", body)).tree) is form
 
 

@@ -33,7 +33,7 @@ transformers = pytest.importorskip("transformers")
 
 FOLDER = Path(__file__).parent / "families"
 FAMILIES = sorted(path.name for path in FOLDER.iterdir())
-# What goes through `content` itself; the others want one text.
+# Templates that loop over `content`; the others need one text.
 READS_CHUNKS = {"gemma_3", "llama_3_2_vision"}
 
 
@@ -47,7 +47,7 @@ def ours(family: str) -> ChatTemplate:
 
 @pytest.fixture(scope="session")
 def theirs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
-    """Their tokenizer of a family, loaded from the same files."""
+    """The tokenizer of `transformers` for a family, loaded from the same files."""
 
     @functools.cache
     def load(family: str) -> Any:
@@ -60,7 +60,7 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
 
 
 def rendered_by(tokenizer: Any, family: str, chat: Chat) -> str | None:
-    """Their text; None where they raise."""
+    """The prompt of `transformers`; None if it raises."""
     options = dict(chat.options)
     prompts = options.pop("add_generation_prompt", "continue_final_message" not in options)
     messages = copy.deepcopy(chat.messages)
@@ -128,7 +128,7 @@ def test_a_call_without_content_is_rendered_as_there(
 
 
 def test_most_of_the_comparisons_are_of_prompts() -> None:
-    """Both sides raising everywhere would be no proof."""
+    """The comparison means something only if most chats render on both sides."""
     rendered = dict.fromkeys(FAMILIES, 0)
     for family in FAMILIES:
         for chat in CHATS.values():

@@ -77,7 +77,7 @@ def test_additional_templates_stand_beside_the_default(tmp_path: Path) -> None:
     assert rendered(tmp_path, template="rag") == "rag"
 
 
-def test_a_template_of_a_request_is_refused_with_the_names_there_are(tmp_path: Path) -> None:
+def test_a_template_in_a_request_is_refused_with_the_known_names(tmp_path: Path) -> None:
     write(tmp_path / "chat_template.jinja", "plain")
     with pytest.raises(InvalidRequest, match=r"`chat_template` may name .*\(default\)"):
         rendered(tmp_path, template="{{ messages }}")
