@@ -29,8 +29,8 @@ int64_t pieces_of(const TileRows& rows, int64_t row) {
   return by_any >> kPanel ? rows.tile.count : by_any ? 1 : 0;
 }
 
-inline void add_to(float* sums, __m512 more) {
-  _mm512_storeu_ps(sums, _mm512_add_ps(_mm512_loadu_ps(sums), more));
+inline void put(float* sums, __m512 more, bool adds) {
+  _mm512_storeu_ps(sums, adds ? _mm512_add_ps(_mm512_loadu_ps(sums), more) : more);
 }
 
 // Rows whose exponents of a piece are known, but not their weights. Those are computed between the
@@ -141,7 +141,7 @@ struct Rows {
       }
       KG_UNROLL for (int r = 0; r < kRows; r++)
         KG_UNROLL for (int half = 0; half < 2; half++)
-          add_to(out + r * depth + half * kBlock, sums[r][half]);
+          put(out + r * depth + half * kBlock, sums[r][half], rows.adds);
     }
   }
 };
@@ -210,7 +210,7 @@ void attend_amx(const TileRows& rows, float* scores) {
       const kg_bf16* fetched = after.values ? after.values + block * after.value_stride : nullptr;
       multiply(rows.count, {piece.values + block * piece.value_stride, piece.value_stride,
                             weights + i * kPanel, kTile, 0, kPanel,
-                            softmax.sums + rows.first * depth + d, depth, true,
+                            softmax.sums + rows.first * depth + d, depth, rows.adds || i > 0,
                             (const char*)fetched, kPanel});
     }
 }

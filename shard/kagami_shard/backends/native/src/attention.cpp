@@ -262,17 +262,18 @@ struct Attention : LayerOp {
       if (shape.depth > spec.head_dim)
         memset(to + spec.head_dim, 0, (shape.depth - spec.head_dim) * 2);
     });
-    const Part all{task.begin / kStretch, (task.end + kStretch - 1) / kStretch};
+    const Part all{stretch_of(task.begin), stretch_of(task.end - 1) + 1};
     for (int64_t stretch = all.begin; stretch < all.end; stretch++) {
-      const int64_t first = std::max<int64_t>(task.begin, stretch * kStretch);
-      const int64_t end = std::min<int64_t>(task.end, (stretch + 1) * kStretch);
+      const int64_t first = std::max<int64_t>(task.begin, stretch_begin(stretch));
+      const int64_t end = std::min<int64_t>(task.end, stretch_begin(stretch + 1));
       softmax(scratch).start(rows);
       for (int64_t begin = first; begin < end; begin += kTile)
         for (int64_t head = 0; head < task.num_heads; head++) {
           const Part part{head * of_head, (head + 1) * of_head};
           const Tile tile = pages.tile({task.sequence, begin, task.end}, task.head + head,
                                        {scratch.keys, scratch.values});
-          attend_tile(task, begin, position, scratch, part, tile, coming(task, next, begin, head));
+          attend_tile(task, begin, position, scratch, part, tile, coming(task, next, begin, head),
+                      begin > first);
         }
       end_stretch(task, stretch - all.begin, stretch + 1 == all.end, scratch);
     }
@@ -317,7 +318,7 @@ struct Attention : LayerOp {
 
   // For the rows of the tile's head; the first of them is of the token at `position`.
   void attend_tile(const AttentionTask& task, int64_t begin, int64_t position, const Scratch& scratch,
-                   Part rows, const Tile& tile, const Tile& coming) const {
+                   Part rows, const Tile& tile, const Tile& coming, bool adds) const {
     const int64_t count = rows.end - rows.begin;
     uint64_t masks[kMaxRows];
     const int64_t last = position + (count - 1) / shape.group;
@@ -328,7 +329,7 @@ struct Attention : LayerOp {
     const TileRows of_tile{running,    rows.begin, count,
                            scratch.queries + rows.begin * shape.depth,
                            tile,       coming,     sees_all ? nullptr : masks,
-                           spec.scale, spec.softcap};
+                           spec.scale, spec.softcap, adds};
     if (step.pool->use_amx && count > kFewRows)
       attend_amx(of_tile, scratch.scores);
     else

@@ -18,7 +18,7 @@ constexpr int64_t kTasksPerThread = 4;
 constexpr int64_t kTasksToDeal = 32;
 
 Part stretches_of(Part tokens) {
-  return {tokens.begin / kStretch, (tokens.end + kStretch - 1) / kStretch};
+  return {stretch_of(tokens.begin), stretch_of(tokens.end - 1) + 1};
 }
 
 int64_t num_stretches(Part tokens) {
@@ -37,8 +37,8 @@ int64_t whole_passes(int64_t group) {
 Part part_of_tokens(Part tokens, int64_t index, int64_t count) {
   const Part stretches = stretches_of(tokens);
   const Part part = part_of(stretches.end - stretches.begin, index, count);
-  return {std::max(tokens.begin, (stretches.begin + part.begin) * kStretch),
-          std::min(tokens.end, (stretches.begin + part.end) * kStretch)};
+  return {std::max(tokens.begin, stretch_begin(stretches.begin + part.begin)),
+          std::min(tokens.end, stretch_begin(stretches.begin + part.end))};
 }
 
 struct Planner {
@@ -115,7 +115,7 @@ struct Planner {
         end++;
       if (end - begin < 2) continue;
       const int64_t blocks = common_blocks(order[begin], order[end - 1], depth);
-      const int64_t shared = blocks * batch.block_size / kStretch * kStretch;
+      const int64_t shared = stretch_begin(stretch_of(blocks * batch.block_size));
       if (shared > from) add_shared({begin, end}, {from, shared});
       branch({begin, end}, std::max(from, shared), blocks);
     }

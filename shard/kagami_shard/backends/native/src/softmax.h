@@ -25,10 +25,10 @@ struct Softmax {
   float* sums;       // [rows][depth], of weighted values
   kg_bf16* weights;  // [rows][kTile], of the present tile
 
+  // The first tile of each row stores its sums: what lay there is not added to.
   void start(int64_t rows) const {
     for (int64_t row = 0; row < rows; row++) shifts[row] = 0, bounds[row] = kNothing;
     memset(totals, 0, rows * kLanes * 4);
-    memset(sums, 0, rows * depth * 4);
   }
 
   // How far the largest of two times 16 exponents is above the row's bound, lane by lane; NaN counts
@@ -85,6 +85,7 @@ struct TileRows {
   const Tile &tile, &coming;  // fetched meanwhile
   const uint64_t* seen;       // of each row, which of the tile's tokens; null: all
   float scale, softcap;       // softcap 0: none; else queries are as they come
+  bool adds;                  // to the sums of tiles before; false: this is the first tile
 };
 
 void attend_avx512(const TileRows&);

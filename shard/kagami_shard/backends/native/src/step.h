@@ -27,10 +27,17 @@ constexpr int64_t kRowsApart = 64, kCodeRowsApart = 128, kAmxRowsApart = 128;
 
 constexpr int64_t kTile = 2 * kPanel;  // tokens of the cache that attention reads at a time
 constexpr int64_t kMaxRows = 96;       // rows that attend together
-// The cache is summed up in stretches of so many tokens, counted from its beginning, and the sums of
-// stretches are added in order. So a row's result has the same bits whoever computes which stretch:
-// one thread or several, alone or together with rows that share it.
-constexpr int64_t kStretch = 2 * kTile;
+// The cache is summed up in stretches, counted from its beginning, and the sums of stretches are
+// added in order. So a row's result has the same bits whoever computes which stretch: one thread or
+// several, alone or together with rows that share it. The first two have 128 tokens, for threads to
+// share a short decode; the others have 256, for each stretch costs its rows a new shift and a sum.
+constexpr int64_t kShortStretch = 2 * kTile, kLongStretch = 2 * kShortStretch;
+constexpr int64_t stretch_of(int64_t token) {
+  return token < kLongStretch ? token / kShortStretch : token / kLongStretch + 1;
+}
+constexpr int64_t stretch_begin(int64_t stretch) {
+  return stretch < 2 ? stretch * kShortStretch : (stretch - 1) * kLongStretch;
+}
 
 struct Part {
   int64_t begin, end;
