@@ -167,7 +167,10 @@ class _Stream:
 
     def push(self, index: int, events: Events) -> bytes | None:
         """As `sse.StreamWriter` says; None for a prompt with many logprobs."""
-        if len(events[0].prefill) > INLINE_TOKENS:
+        first = events[0]
+        if len(events) == 1 and first.end is None and self._has_started and not first.prefill:
+            return self._event(index, first)  # nearly every call
+        if len(first.prefill) > INLINE_TOKENS:
             return None
         return self._written(index, events)
 
@@ -193,8 +196,6 @@ class _Stream:
     def _written(self, index: int, events: Events) -> bytes:
         if (end := events[-1].end) is not None:
             self._finished[index] = Finished(self._requests[index], self._writer.counted(end))
-        if len(events) == 1 and self._has_started:
-            return self._event(index, events[0])
         return self._start() + b"".join([self._event(index, event) for event in events])
 
     def _start(self) -> bytes:

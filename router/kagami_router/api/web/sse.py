@@ -110,13 +110,13 @@ class _Pushed:
     for a token. That writer would only add the chunk's frame (RFC 9112, section 7.1).
     """
 
-    __slots__ = ("_is_chunked", "_is_open", "_outbox", "_push", "_transport", "last_write", "now")
+    __slots__ = ("_is_chunked", "_outbox", "_push", "_request", "_transport", "last_write", "now")
 
     def __init__(self, request: web.Request, writer: StreamWriter) -> None:
-        self._transport = request.transport
+        self._request = request
+        self._transport: asyncio.Transport | None = None
         self._outbox = request.app[OUTBOX]
         self._push = writer.push
-        self._is_open = False
         self._is_chunked = False
         self.now = asyncio.get_running_loop().time
         self.last_write = self.now()
@@ -125,16 +125,11 @@ class _Pushed:
     def open(self, response: web.StreamResponse) -> None:
         """Allow events: the head of the response is written."""
         self._is_chunked = response.headers.get(hdrs.TRANSFER_ENCODING) == "chunked"
-        self._is_open = True
+        self._transport = self._request.transport
 
     def __call__(self, index: int, events: Events) -> bool:
         transport = self._transport
-        if (
-            not self._is_open
-            or transport is None
-            or transport.is_closing()
-            or transport.get_write_buffer_size()
-        ):
+        if transport is None or transport.is_closing() or transport.get_write_buffer_size():
             return False
         data = self._push(index, events)
         if data is None:
