@@ -86,7 +86,7 @@ class ClientCall:
         self._peer_first_window = _FIRST_WINDOW
         self._peer_max_frame = _FIRST_MAX_FRAME
         self._num_consumed = 0
-        self._last_words = ""
+        self._goaway_reason = ""
         ours = {
             Setting.HEADER_TABLE_SIZE: 0,
             Setting.ENABLE_PUSH: 0,
@@ -177,7 +177,7 @@ class ClientCall:
 
     def connection_lost(self, reason: str) -> None:
         """Nothing comes any more; `reason` counts where the peer has not told one."""
-        self._fail(self._last_words or reason)
+        self._fail(self._goaway_reason or reason)
 
     def _fail(self, reason: str) -> None:
         if self.end is None:
@@ -278,9 +278,9 @@ class ClientCall:
     def _take_goaway(self, flags: int, stream: int, payload: bytes) -> None:
         """Our stream goes on, unless the peer has not even seen it (section 6.8)."""
         words = payload[8:].decode("utf-8", "replace")
-        self._last_words = words or f"HTTP/2 error {int.from_bytes(payload[4:8])}"
+        self._goaway_reason = words or f"HTTP/2 error {int.from_bytes(payload[4:8])}"
         if int.from_bytes(payload[:4]) & _MAX_WINDOW < _STREAM:
-            self._fail(self._last_words)
+            self._fail(self._goaway_reason)
 
     def _take_window(self, flags: int, stream: int, payload: bytes) -> None:
         size = int.from_bytes(payload) & _MAX_WINDOW

@@ -81,7 +81,7 @@ class Decoder:
         return layers + self._norm.weight_bytes + self._head.weight_bytes
 
     def run(self, ops: Ops[T]) -> T:
-        """The whole step in the verbs of `ops`: the logits of the selected rows."""
+        """The whole step in the operations of `ops`: the logits of the selected rows."""
         return self.logits(ops, self.hidden(ops))
 
     def hidden(self, ops: Ops[T]) -> T:

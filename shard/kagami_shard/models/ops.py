@@ -1,8 +1,8 @@
-"""The verbs a decoder is written in.
+"""The operations that a decoder is written in.
 
-A `Decoder` is one definition for every device: it says in these verbs what happens to the stream.
-A backend gives them a meaning: torch computes each at once (`backends/torch/ops.py`), the native
-recorder notes them down to be replayed in one call (`backends/native/recorder.py`).
+A `Decoder` is one definition for every device: it says in these operations what happens to the
+stream. A backend gives them a meaning: torch computes each at once (`backends/torch/ops.py`), the
+native recorder notes them down to be replayed in one call (`backends/native/recorder.py`).
 """
 
 from dataclasses import dataclass

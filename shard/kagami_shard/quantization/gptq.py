@@ -55,7 +55,7 @@ class GPTQFormat:
 
 
 def regular_groups(num_columns: int, size: int, of_column: Tensor | None) -> Groups:
-    """`of_column` is kept only if it says more than `size` does."""
+    """`of_column` is stored only if it says more than `size` does."""
     if of_column is not None:
         of_column = of_column.to(torch.int32)
         in_order = torch.arange(num_columns, dtype=torch.int32) // size

@@ -40,7 +40,7 @@ def _quantize(matrix: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _range(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale and zero that spread 0..15 from `low` to `high`, as they will be kept."""
+    """Scale and zero that spread 0..15 from `low` to `high`, as they will be stored."""
     scale = ((high - low) / _MAX).to(torch.float16).float()
     scale = torch.where(scale == 0, 1.0, scale)
     zero = (-low / scale * ZERO_PARTS).round_() / ZERO_PARTS

@@ -1,4 +1,4 @@
-"""Where the decoder gets its linear layers' weights from, whatever they are kept in."""
+"""Where the decoder gets its linear layers' weights from, in whatever format they are stored."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ class Format(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """How weights are kept in memory, and how they come there."""
+    """How weights are stored in memory, and how they come there."""
 
     name: str = ""
     """What /info and the log say; empty: as in the checkpoint, not quantized"""

@@ -26,7 +26,7 @@ INDEX = "model.safetensors.index.json"
 # Files beside a model's own weights: the original format, training state, adapters.
 NOT_WEIGHTS = ("consolidated", "training", "optimizer", "adapter", "arguments")
 
-# safetensors' names, of what quantized weights are kept in.
+# safetensors' names, of the formats of quantized weights.
 _DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {
         "I8": torch.int8,

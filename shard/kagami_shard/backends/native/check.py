@@ -1,4 +1,4 @@
-"""The library against torch at load: every verb of a decoder over a small step with chunks.
+"""The library against torch at load: every operation of a decoder over a small step with chunks.
 
 A compiler's bug, a processor's, or a library of another build must not make wrong tokens quietly.
 """

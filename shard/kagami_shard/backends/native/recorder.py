@@ -1,8 +1,8 @@
 """Record a step once, replay it in one call: the native tape of a CPU.
 
-`record` runs a decoder with verbs that compute nothing: each notes which op of the library reads
-which buffer. The size of a step is an argument of the replay, so one recording serves all steps.
-At the end the weights are packed; the decoder has given them away and can compute no more.
+`record` runs a decoder with operations that compute nothing: each notes which op of the library
+reads which buffer. The size of a step is an argument of the replay, so one recording serves all
+steps. At the end the weights are packed; the decoder has given them away and can compute no more.
 """
 
 import ctypes
@@ -109,7 +109,7 @@ class _Op:
 
 
 class Recorder:
-    """An `Ops` whose verbs are recorded."""
+    """An `Ops` whose operations are recorded."""
 
     def __init__(self, decoder: Recordable, packer: Packer) -> None:
         self._packer = packer
@@ -124,7 +124,7 @@ class Recorder:
         self._tied_head: Linear | None = None
         self._has_selected = False
 
-    # ------------------------------------------------------------------ the verbs
+    # ------------------------------------------------------------------ the operations
 
     def embed(self, embedding: Embedding) -> Value:
         if type(embedding) is not Embedding:

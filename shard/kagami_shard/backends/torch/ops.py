@@ -1,4 +1,4 @@
-"""A decoder's verbs in torch, each computed at once, on any device."""
+"""A decoder's operations in torch, each computed at once, on any device."""
 
 from collections.abc import Sequence
 
