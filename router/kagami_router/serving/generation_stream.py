@@ -72,7 +72,10 @@ class CallEvents:
             return
         if events[-1].end is not None:
             self._num_open -= 1
-        if self._waiter is not None and not self._backlog:
+        # A consumer that was woken or cancelled may write the last bytes of its response. Bytes that
+        # are pushed behind them would stand in the client's next response.
+        waiter = self._waiter
+        if waiter is not None and not waiter.done() and not self._backlog:
             try:
                 is_taken = self._sink(index, events)
             # A border: a bug in writing one answer must not stop the steps of others.

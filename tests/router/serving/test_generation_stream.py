@@ -1,0 +1,54 @@
+"""When events are pushed, and when they wait for the consumer."""
+
+import asyncio
+from collections.abc import Callable
+
+import pytest
+
+from kagami_router.request.values import StreamEvent, Token
+from kagami_router.serving.generation_stream import CallEvents, Events
+
+
+def said(text: str) -> Events:
+    return (StreamEvent(Token(1, text, None, False)),)
+
+
+class Consumer:
+    """Reads a call's events in a task; keeps what was pushed to the sink."""
+
+    def __init__(self) -> None:
+        self.pushed: list[str] = []
+        self.call = CallEvents(1, self._sink)
+        self.task = asyncio.ensure_future(anext(self.call))
+
+    def _sink(self, index: int, events: Events) -> bool:
+        self.pushed += [event.token.text for event in events]
+        return True
+
+
+async def test_a_waiting_consumer_is_pushed_to() -> None:
+    consumer = Consumer()
+    await asyncio.sleep(0)
+    consumer.call.put(0, said("one"))
+    assert consumer.pushed == ["one"]
+    assert not consumer.task.done()
+    consumer.task.cancel()
+
+
+@pytest.mark.parametrize(
+    "wake",
+    [
+        lambda consumer: consumer.task.cancel(),
+        lambda consumer: consumer.call.fail(ValueError("lost")),
+    ],
+    ids=["a timeout or a client that left", "a failure"],
+)
+async def test_nothing_is_pushed_between_the_wake_and_the_end(
+    wake: Callable[[Consumer], object],
+) -> None:
+    consumer = Consumer()
+    await asyncio.sleep(0)
+    wake(consumer)
+    consumer.call.put(0, said("late"))
+    await asyncio.wait([consumer.task])
+    assert consumer.pushed == []
