@@ -72,8 +72,8 @@ class CallEvents:
             return
         if events[-1].end is not None:
             self._num_open -= 1
-        # A consumer that was woken or cancelled may write the last bytes of its response. Bytes that
-        # are pushed behind them would stand in the client's next response.
+        # A consumer that was woken or cancelled may write the last bytes of its response. Bytes
+        # that are pushed behind them would stand in the client's next response.
         waiter = self._waiter
         if waiter is not None and not waiter.done() and not self._backlog:
             try:

@@ -10,7 +10,7 @@ from kagami_router.serving.generation_stream import CallEvents, Events
 
 
 def said(text: str) -> Events:
-    return (StreamEvent(Token(1, text, None, False)),)
+    return (StreamEvent(Token(1, text, -0.5, False)),)
 
 
 class Consumer:
