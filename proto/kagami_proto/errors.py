@@ -7,6 +7,8 @@ KagamiError
 │  │  └─ NotJson             not JSON at all
 │  ├─ BodyTooLarge           longer than --payload-limit
 │  ├─ UnsupportedMediaType   Content-Type is not JSON
+│  │  └─ CodedBody           Content-Encoding is not `identity`
+│  ├─ BodyTooSlow            the body made no progress for --body-timeout
 │  ├─ TemplateError          the chat template is missing or refuses the messages
 │  ├─ ToolError              the tools cannot be served
 │  ├─ SuffixNotSupported     `suffix` of the completions route
@@ -66,6 +68,14 @@ class BodyTooLarge(InvalidRequest):
 
 class UnsupportedMediaType(InvalidRequest):
     """The content type is not JSON."""
+
+
+class CodedBody(UnsupportedMediaType):
+    """The body is compressed, or coded in another way."""
+
+
+class BodyTooSlow(InvalidRequest):
+    """The body made no progress for too long."""
 
 
 class TemplateError(InvalidRequest):
@@ -170,6 +180,7 @@ TABLE: Mapping[type[KagamiError], ErrorRow] = MappingProxyType(
         NotJson: _invalid("validation", HTTPStatus.BAD_REQUEST),
         BodyTooLarge: _invalid("validation", HTTPStatus.REQUEST_ENTITY_TOO_LARGE),
         UnsupportedMediaType: _invalid("validation", HTTPStatus.UNSUPPORTED_MEDIA_TYPE),
+        BodyTooSlow: _invalid("validation", HTTPStatus.REQUEST_TIMEOUT),
         TemplateError: _invalid("template_error", prefix="Template error: ", cause="template"),
         ToolError: _invalid("tool_error", prefix="Tool error: "),
         SuffixNotSupported: _invalid("suffix not supported"),

@@ -63,7 +63,7 @@ from kagami_router.api.web.app_state import READINESS, TGI_VERSION, Readiness
 from kagami_router.api.web.call import TRACES_CONTENT
 from kagami_router.api.web.errors import Families, Family
 from kagami_router.api.web.headers import cors
-from kagami_router.api.web.middleware import FAMILIES, api_key, count_calls, errors
+from kagami_router.api.web.middleware import FAMILIES, api_key, count_calls, errors, last_resort
 from kagami_router.api.web.request_span import trace_calls
 
 _HELLO = {"inputs": "The three primary colours are", "parameters": {"max_new_tokens": 12}}
@@ -260,7 +260,10 @@ def make_app(
     """
     routes = [*ROUTES, *_aip_routes(*aip_routes)]
     generating = frozenset(route.path for route in routes if route.operation.generates)
+    # From the outside in. Only inside of `last_resort` a header is looked at. `errors` is
+    # inside of the span, which tells the status of the answer. The key comes before any body.
     middlewares: list[Middleware] = [
+        last_resort,
         trace_calls(tracing, lambda: readiness.model_id, generating),
         errors,
     ]

@@ -12,6 +12,7 @@ from aiohttp.http_exceptions import BadHttpMethod, HttpProcessingError
 from aiohttp.web_protocol import RequestHandler
 
 from kagami_proto.errors import KagamiError, NotJson
+from kagami_router.api.web.body_rules import ExpectingRequests
 from kagami_router.api.web.errors import Family, error_body, error_status
 from kagami_router.api.web.middleware import on_one_line, report
 
@@ -32,8 +33,9 @@ class Runner(web.AppRunner):
         made = await super()._make_server()
         return _Server(
             made.request_handler,
-            request_factory=made.request_factory,
+            request_factory=ExpectingRequests(made.request_factory),
             handler_cancellation=True,
+            auto_decompress=False,
             app=self.app,
             access_log=None,
             logger=logger,
@@ -55,6 +57,17 @@ class _Connection(RequestHandler):
     def __init__(self, *args: Any, app: web.Application, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._app = app
+
+    def data_received(self, data: bytes) -> None:
+        """A message where the rest of a body should be says that the body is broken.
+
+        aiohttp queues that message behind the handler, which waits for the body.
+        """
+        super().data_received(data)
+        if self._messages and (request := self._current_request) is not None:
+            if not request.content.is_eof():
+                broken = web.RequestPayloadError("The body is not framed as its headers say")
+                request.content.set_exception(broken)
 
     def handle_error(
         self,

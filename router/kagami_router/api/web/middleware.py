@@ -17,7 +17,8 @@ from aiohttp.typedefs import Handler, Middleware
 from opentelemetry import trace
 
 from kagami_proto.errors import (
-    BodyTooLarge,
+    BodyTooSlow,
+    CodedBody,
     KagamiError,
     MalformedBody,
     MethodNotAllowed,
@@ -32,6 +33,7 @@ from kagami_proto.errors import (
 )
 from kagami_proto.span_names import EventName, Key
 from kagami_proto.tracing import mark_failed
+from kagami_router.api.web.body_rules import ask_for_body, too_large, without_body
 from kagami_router.api.web.call_log import brought_until_now, origin_of
 from kagami_router.api.web.errors import (
     Families,
@@ -118,7 +120,20 @@ def error_response(request: web.Request, error: KagamiError) -> web.Response:
         response.headers[hdrs.RETRY_AFTER] = "1"
     if isinstance(error, Unauthorized):
         response.headers[hdrs.WWW_AUTHENTICATE] = "Bearer"
-    return response
+    if isinstance(error, CodedBody):
+        response.headers[hdrs.ACCEPT_ENCODING] = "identity"
+    if isinstance(error, BodyTooSlow):
+        response.force_close()
+    return without_body(request, response)
+
+
+@web.middleware
+async def last_resort(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Answer what fails outside of `errors`: it stands inside of the middleware that traces."""
+    try:
+        return await handler(request)
+    except Exception as error:
+        return error_response(request, report(request, error))
 
 
 @web.middleware
@@ -128,12 +143,6 @@ async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
         return web.Response()  # the CORS headers come with the signal below
     try:
         return await handler(request)
-    except web.HTTPRequestEntityTooLarge:
-        too_large = BodyTooLarge(
-            "Failed to buffer the request body: length limit exceeded"
-            f" ({request.client_max_size} bytes, set by --payload-limit)"
-        )
-        return error_response(request, report(request, too_large))
     except web.HTTPException as refusal:
         return _refusal(request, refusal)
     except Exception as error:
@@ -162,7 +171,7 @@ def _refusal(request: web.Request, refusal: web.HTTPException) -> web.Response:
         response = error_response(request, error(f"There is no {request.method} {request.path}"))
     if allowed := refusal.headers.get(hdrs.ALLOW):
         response.headers[hdrs.ALLOW] = allowed
-    return response
+    return without_body(request, response)
 
 
 def count_calls(metrics: Metrics, paths: frozenset[str]) -> Middleware:
@@ -177,9 +186,6 @@ def count_calls(metrics: Metrics, paths: frozenset[str]) -> Middleware:
             response = await handler(request)
         except asyncio.CancelledError:
             metrics.request_failed("dropped")
-            raise
-        except web.HTTPException:
-            metrics.request_failed("validation")  # 413; unknown paths do not come here
             raise
         except Exception as error:
             metrics.request_failed(failure_cause(error))
@@ -208,8 +214,11 @@ async def read_body(request: web.Request, decoder: msgspec.json.Decoder[_Body]) 
     """Read and decode the body; raises the subclass of `InvalidRequest` that fits."""
     if not _JSON_TYPE.fullmatch(request.content_type):
         raise UnsupportedMediaType("Expected request with `Content-Type: application/json`")
+    await ask_for_body(request)
     try:
         body = await request.read()
+    except web.HTTPRequestEntityTooLarge as error:
+        raise too_large(request) from error
     except web.RequestPayloadError as error:
         cause = on_one_line(error.__cause__ or error)
         raise UnreadableBody(f"Failed to buffer the request body: {cause}") from error

@@ -61,23 +61,36 @@ def trace_calls(
 
 
 def _asked(request: web.Request, route: str) -> dict[str, str | int]:
-    server = request.url
+    host, port = _server_of(request)
     attributes: dict[str, str | int] = {
         Key.HTTP_METHOD: request.method,
         Key.HTTP_ROUTE: route,
-        Key.URL_PATH: request.path,
+        Key.URL_PATH: _as_text(request.path),
         Key.URL_SCHEME: request.scheme,
         Key.REQUEST_ID: request_id(request),
     }
-    if server.host:
-        attributes[Key.SERVER_ADDRESS] = server.host
-    if server.port:
-        attributes[Key.SERVER_PORT] = server.port
+    if host:
+        attributes[Key.SERVER_ADDRESS] = _as_text(host)
+    if port:
+        attributes[Key.SERVER_PORT] = port
     if request.remote:
         attributes[Key.CLIENT_ADDRESS] = request.remote
     if agent := request.headers.get(hdrs.USER_AGENT):
-        attributes[Key.USER_AGENT] = agent
+        attributes[Key.USER_AGENT] = _as_text(agent)
     return attributes
+
+
+def _server_of(request: web.Request) -> tuple[str | None, int | None]:
+    """What the client calls this server; nothing where its Host header is no host."""
+    try:
+        return request.url.host, request.url.port
+    except ValueError:
+        return None, None
+
+
+def _as_text(header: str) -> str:
+    """`header` without the bytes that are no UTF-8: one of them, and no span could be exported."""
+    return header.encode(errors="surrogateescape").decode(errors="replace")
 
 
 def _generation(route: str, model: str | None) -> dict[str, str]:

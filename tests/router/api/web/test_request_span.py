@@ -249,3 +249,36 @@ async def test_a_stream_has_its_phases_in_its_last_comment(path: str) -> None:
     (comment,) = [line for line in text.splitlines() if line.startswith(": ")]
     for phase in ("queue", "prefill", "decode", "device"):
         assert re.search(rf" {phase}-ms=\d+\.\d{{3}}\b", comment)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"host: a:99999999",
+        b"host: a:b:c",
+        b"host: [::1",
+        b"host: [",
+        b"host: \xff",
+        b"host: a\r\nuser-agent: \xff\xfe",
+        b"host: a\r\ntraceparent: \xff",
+        b"host: a\r\ntraceparent: 00-%b-%b-01\r\ntracestate: \xff=," % (b"ab" * 16, b"cd" * 8),
+        b"host: a\r\nbaggage: \xff=%ff,=;",
+        b"host: a\r\nx-request-id: \xff",
+        b"host: a\r\norigin: \xff",
+    ],
+)
+async def test_no_header_of_a_client_can_fail_a_traced_call(header: bytes) -> None:
+    traced = Traced()
+    async with serving(tracing=traced.tracing) as server:
+        port = int(server.url.rpartition(":")[2])
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(
+            b"POST /generate HTTP/1.1\r\n%b\r\ncontent-type: application/json\r\n"
+            b'connection: close\r\ncontent-length: 14\r\n\r\n{"inputs":"a"}' % header
+        )
+        answer = await reader.read()
+        writer.close()
+    assert answer.startswith(b"HTTP/1.1 200 ")
+    root = traced.one("POST /generate")
+    for value in (root.attributes or {}).values():
+        str(value).encode()  # else no exporter could write it
