@@ -62,6 +62,18 @@ def _count(value: str) -> int:
     return int(value)
 
 
+def _size(value: str) -> int:
+    if (number := _count(value)) == 0:
+        raise ValueError("expected a whole number, 1 or more")
+    return number
+
+
+def _seconds(value: str) -> float:
+    if (number := _number(value)) <= 0:
+        raise ValueError("expected seconds, more than 0")
+    return number
+
+
 def _port(value: str) -> int:
     if (number := _count(value)) > 65535:
         raise ValueError("expected a port, 0 to 65535")
@@ -225,7 +237,7 @@ class LauncherArgs:
     usage_stats: str = _choice(
         "on", "on off no-stack", _LOGS, "usage statistics", unused="none are ever sent"
     )
-    payload_limit: int = _flag(2_000_000, _count, _SERVER, "longest body of a request, in bytes")
+    payload_limit: int = _flag(2_000_000, _size, _SERVER, "longest body of a request, in bytes")
     enable_prefill_logprobs: bool = _switch(
         _LIMITS, "return logprobs of prompts", unused="they are returned whenever asked for"
     )
@@ -234,6 +246,16 @@ class LauncherArgs:
     )
     otlp_include_content: bool = _switch(_LOGS, "write prompts and answers into traces")
     otlp_step_spans: bool = _switch(_LOGS, "trace each step of the model, too")
+    header_timeout: float = _flag(10.0, _seconds, _SERVER, "seconds for the head of a request")
+    body_timeout: float = _flag(
+        30.0, _seconds, _SERVER, "seconds without a byte of a request's body"
+    )
+    keep_alive_timeout: float = _flag(
+        75.0, _seconds, _SERVER, "seconds that an idle connection stays open"
+    )
+    write_timeout: float = _flag(
+        60.0, _seconds, _SERVER, "seconds in which a client takes none of its answer"
+    )
 
 
 @dataclass(frozen=True, slots=True)

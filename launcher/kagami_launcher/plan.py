@@ -131,6 +131,10 @@ def plan_router(
         ("--max-batch-prefill-tokens", prefill_tokens),
         ("--validation-workers", args.validation_workers),
         ("--payload-limit", args.payload_limit),
+        ("--header-timeout", args.header_timeout),
+        ("--body-timeout", args.body_timeout),
+        ("--keep-alive-timeout", args.keep_alive_timeout),
+        ("--write-timeout", args.write_timeout),
         ("--graceful-termination-timeout", _drain_s(args.graceful_termination_timeout)),
     )
     argv = [ROUTER_COMMAND, "--json-output"]

@@ -23,6 +23,7 @@ from kagami_proto.tracing import NO_TRACING, Tracing, context_of, span
 from kagami_router.api.routes import make_app, make_metrics_app
 from kagami_router.api.web.app_state import Readiness
 from kagami_router.api.web.connections import Runner
+from kagami_router.api.web.time_limits import TimeLimits
 from kagami_router.assembly import StartError, assemble, check_arguments
 from kagami_router.cli import RouterArgs
 from kagami_router.telemetry.metrics import Metrics
@@ -32,6 +33,8 @@ logger = logging.getLogger(__name__)
 # Objects that are alive before the collector looks for cycles. A step makes some thousand that all
 # die with it; Python's 700 has it look at them several times a step, a tenth of a token's cost.
 COLLECT_AFTER = 50_000
+# Connections that wait to be accepted; the kernel drops what comes beyond them.
+BACKLOG = 1024
 # Handlers that were ended by the deadline may still tell their clients.
 LAST_WORDS_S = 2.0
 
@@ -108,21 +111,29 @@ async def _listening(
         tracing=tracing,
         traces_content=args.otlp_include_content,
     )
+    limits = TimeLimits(
+        head_s=args.header_timeout,
+        body_s=args.body_timeout,
+        idle_s=args.keep_alive_timeout,
+        answer_s=args.write_timeout,
+    )
     host = _address(args.hostname)
     async with AsyncExitStack() as stack:
-        await _bind(stack, app, host, args.port)
+        await _bind(
+            stack, Runner(app, shutdown_timeout=LAST_WORDS_S, limits=limits), host, args.port
+        )
         if args.prometheus_port is not None and args.prometheus_port != args.port:
             metrics_app = make_metrics_app(readiness, args.cors_allow_origin)
-            await _bind(stack, metrics_app, host, args.prometheus_port)
+            runner = Runner(metrics_app, shutdown_timeout=LAST_WORDS_S, limits=limits)
+            await _bind(stack, runner, host, args.prometheus_port)
         yield
 
 
-async def _bind(stack: AsyncExitStack, app: web.Application, host: str, port: int) -> None:
-    runner = Runner(app, shutdown_timeout=LAST_WORDS_S)
+async def _bind(stack: AsyncExitStack, runner: Runner, host: str, port: int) -> None:
     await runner.setup()
     stack.push_async_callback(runner.cleanup)
     try:
-        await web.TCPSite(runner, host, port).start()
+        await web.TCPSite(runner, host, port, backlog=BACKLOG).start()
     except OSError as error:
         raise StartError(f"Failed to bind to addr: {host}:{port}: {error.strerror}") from error
 

@@ -52,6 +52,10 @@ class RouterArgs:
     cors_allow_origin: tuple[str, ...]
     disable_grammar_support: bool
     payload_limit: int
+    header_timeout: float
+    body_timeout: float
+    keep_alive_timeout: float
+    write_timeout: float
     graceful_termination_timeout: float
     prefix_caching: bool
     log_level: str
@@ -89,6 +93,20 @@ def _list(text: str) -> list[str]:
 def _count(text: str) -> int:
     number = int(text)
     if number < 0:
+        raise ValueError(text)
+    return number
+
+
+def _size(text: str) -> int:
+    number = _count(text)
+    if number == 0:
+        raise ValueError(text)
+    return number
+
+
+def _seconds(text: str) -> float:
+    number = float(text)
+    if not 0 < number < float("inf"):
         raise ValueError(text)
     return number
 
@@ -158,7 +176,11 @@ _FLAGS = (
     _Flag("--otlp-include-content", None, False, "write prompts and answers into traces"),
     _Flag("--cors-allow-origin", _list, None, "allowed origin; repeatable (default: any)"),
     _Flag("--disable-grammar-support", None, False, "refuse grammars"),
-    _Flag("--payload-limit", _count, 2_000_000, "longest request body in bytes"),
+    _Flag("--payload-limit", _size, 2_000_000, "longest request body in bytes; not 0"),
+    _Flag("--header-timeout", _seconds, 10.0, "seconds for the head of a request"),
+    _Flag("--body-timeout", _seconds, 30.0, "seconds without a byte of a request's body"),
+    _Flag("--keep-alive-timeout", _seconds, 75.0, "seconds that an idle connection stays open"),
+    _Flag("--write-timeout", _seconds, 60.0, "seconds in which a client takes none of its answer"),
     _Flag(
         "--graceful-termination-timeout",
         float,

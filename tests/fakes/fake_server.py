@@ -15,6 +15,7 @@ from kagami_router.api.routes import make_app
 from kagami_router.api.schemas.native import Info
 from kagami_router.api.web.app_state import AppState, Readiness
 from kagami_router.api.web.connections import Runner
+from kagami_router.api.web.time_limits import TimeLimits
 from kagami_router.request.validation import CompileGrammar, RequestLimits, Validation
 from kagami_router.serving.infer import Infer
 from kagami_router.telemetry.metrics import Metrics
@@ -112,6 +113,7 @@ async def serving(
     compile_grammar: CompileGrammar | None = None,
     tracing: Tracing = NO_TRACING,
     traces_content: bool = False,
+    time_limits: TimeLimits = TimeLimits(),  # noqa: B008 - it is frozen
 ) -> AsyncIterator[FakeServer]:
     loop = loop or FakeLoop()
     template = template or ChatTemplate(TEMPLATE, TOKENS)
@@ -142,7 +144,7 @@ async def serving(
             tracing=tracing,
             traces_content=traces_content,
         )
-        runner = Runner(app, shutdown_timeout=0.1)
+        runner = Runner(app, shutdown_timeout=0.1, limits=time_limits)
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0)
         await site.start()

@@ -65,6 +65,10 @@ TABLE = [
     ("graceful-termination-timeout", "7", 7, 90),
     ("otlp-include-content", None, True, False),
     ("otlp-step-spans", None, True, False),
+    ("header-timeout", "7", 7.0, 10.0),
+    ("body-timeout", "7.5", 7.5, 30.0),
+    ("keep-alive-timeout", "620", 620.0, 75.0),
+    ("write-timeout", "7", 7.0, 60.0),
 ]
 
 
@@ -140,6 +144,11 @@ def test_dtype_takes_float32() -> None:
         (["--port", "八十"], {}),
         (["--max-best-of", "2.5"], {}),
         (["--waiting-served-ratio", "inf"], {}),
+        (["--payload-limit", "0"], {}),
+        (["--header-timeout", "0"], {}),
+        (["--write-timeout", "-1"], {}),
+        ([], {"BODY_TIMEOUT": "nan"}),
+        ([], {"KEEP_ALIVE_TIMEOUT": "inf"}),
         (["--dtype", "int8"], {}),
         (["--sharded", "yes"], {}),
         (["--port"], {}),
@@ -315,4 +324,8 @@ GOLDEN = r"""Args {
     graceful_termination_timeout: 90,
     otlp_include_content: false,
     otlp_step_spans: false,
+    header_timeout: 10.0,
+    body_timeout: 30.0,
+    keep_alive_timeout: 75.0,
+    write_timeout: 60.0,
 }"""

@@ -129,6 +129,11 @@ def test_what_was_given_reaches_the_router() -> None:
     assert "--disable-grammar-support" in argv
 
 
+@pytest.mark.parametrize("name", ["header", "body", "keep-alive", "write"])
+def test_the_time_limits_of_connections_reach_the_router(name: str) -> None:
+    assert float(after(f"--{name}-timeout", router_argv(f"--{name}-timeout", "7.5"))) == 7.5
+
+
 def test_the_router_has_time_to_tell_those_it_cuts_off() -> None:
     assert after("--graceful-termination-timeout", router_argv()) == "88"
     assert after("--graceful-termination-timeout", router_argv("-g", "2")) == "1.5"

@@ -5,6 +5,8 @@ import pytest
 
 from kagami_router.cli import parse
 
+TIMEOUTS = ("header", "body", "keep-alive", "write")
+
 
 def test_defaults_are_tgis() -> None:
     args = parse([], {})
@@ -18,6 +20,13 @@ def test_defaults_are_tgis() -> None:
     assert args.master_shard_uds_path == "/tmp/text-generation-server-0"
     assert args.prometheus_port is None
     assert args.without_effect == ()
+
+
+def test_the_time_limits_have_defaults_and_variables() -> None:
+    fields = ("header_timeout", "body_timeout", "keep_alive_timeout", "write_timeout")
+    assert [getattr(parse([], {}), name) for name in fields] == [10, 30, 75, 60]
+    environ = {f"{name.upper().replace('-', '_')}_TIMEOUT": "0.5" for name in TIMEOUTS}
+    assert [getattr(parse([], environ), name) for name in fields] == [0.5] * 4
 
 
 def test_flag_before_environment_before_default() -> None:
@@ -56,7 +65,15 @@ def test_flags_without_effect_are_named() -> None:
 
 @pytest.mark.parametrize(
     "argv",
-    [["--nothing"], ["--port", "x"], ["--port", "70000"], ["--max-best-of", "-1"], ["--max-best"]],
+    [
+        ["--nothing"],
+        ["--port", "x"],
+        ["--port", "70000"],
+        ["--max-best-of", "-1"],
+        ["--max-best"],
+        ["--payload-limit", "0"],
+        *([f"--{name}-timeout", value] for name in TIMEOUTS for value in ("0", "-1", "inf", "nan")),
+    ],
 )
 def test_what_is_not_understood_is_one_line_and_exit_code_2(
     argv: list[str], capsys: pytest.CaptureFixture[str]

@@ -17,6 +17,10 @@ _WAITS = web.RequestKey("waits_for_continue", bool)
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
+class SlowBody(web.RequestPayloadError):
+    """The body did not come in time."""
+
+
 class ExpectingRequests:
     """Makes the requests of an application, and keeps `Expect` from aiohttp.
 

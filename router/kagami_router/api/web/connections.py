@@ -1,9 +1,10 @@
-"""Connections: errors that aiohttp answers itself get our JSON, our headers and a log line.
+"""Connections: their time limits, and our answers to what reaches no route.
 
 A message that is not HTTP reaches no middleware and no route. aiohttp would answer it with a text
 that names the server's software.
 """
 
+import asyncio
 import logging
 from typing import Any
 
@@ -12,11 +13,16 @@ from aiohttp.http_exceptions import BadHttpMethod, HttpProcessingError
 from aiohttp.web_protocol import RequestHandler
 
 from kagami_proto.errors import KagamiError, NotJson
-from kagami_router.api.web.body_rules import ExpectingRequests
+from kagami_router.api.web.body_rules import ExpectingRequests, SlowBody
 from kagami_router.api.web.errors import Family, error_body, error_status
 from kagami_router.api.web.middleware import on_one_line, report
+from kagami_router.api.web.time_limits import Patience, TimeLimits, Wait
 
 logger = logging.getLogger(__name__)
+
+
+# aiohttp's own timer of idle connections counts time in which the process did not run.
+_NEVER_S = 1e8
 
 
 class MalformedHttp(NotJson):
@@ -26,8 +32,15 @@ class MalformedHttp(NotJson):
 class Runner(web.AppRunner):
     """Runs an application; a handler is cancelled when its client goes away."""
 
-    def __init__(self, app: web.Application, *, shutdown_timeout: float) -> None:
+    def __init__(
+        self,
+        app: web.Application,
+        *,
+        shutdown_timeout: float,
+        limits: TimeLimits = TimeLimits(),  # noqa: B008 - it is frozen
+    ) -> None:
         super().__init__(app, shutdown_timeout=shutdown_timeout)
+        self._limits = limits
 
     async def _make_server(self) -> web.Server:
         made = await super()._make_server()
@@ -36,38 +49,105 @@ class Runner(web.AppRunner):
             request_factory=ExpectingRequests(made.request_factory),
             handler_cancellation=True,
             auto_decompress=False,
+            keepalive_timeout=_NEVER_S,
             app=self.app,
+            limits=self._limits,
             access_log=None,
             logger=logger,
         )
 
 
 class _Server(web.Server):
-    """Makes one protocol for each connection."""
+    """Makes one protocol for each connection, and has each look at its time while there are any."""
+
+    def __init__(self, *args: Any, limits: TimeLimits, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._limits = limits
+        self._ticking: set[_Connection] = set()
 
     def __call__(self) -> RequestHandler:
-        return _Connection(self, loop=self._loop, **self._kwargs)
+        return _Connection(self, loop=self._loop, limits=self._limits, **self._kwargs)
+
+    def watch(self, connection: "_Connection") -> None:
+        """Call `tick` of this connection from now on, until it says that it is closed."""
+        if not self._ticking:
+            self._loop.call_later(self._limits.tick_s, self._tick)
+        self._ticking.add(connection)
+
+    def _tick(self) -> None:
+        self._ticking = {one for one in self._ticking if one.tick()}
+        if self._ticking:
+            self._loop.call_later(self._limits.tick_s, self._tick)
 
 
 class _Connection(RequestHandler):
     """One connection."""
 
-    __slots__ = ("_app",)
+    __slots__ = ("_app", "_has_part_of_head", "_patience", "_watch", "_wire")
 
-    def __init__(self, *args: Any, app: web.Application, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self, server: _Server, *, app: web.Application, limits: TimeLimits, **kwargs: Any
+    ) -> None:
+        super().__init__(server, **kwargs)
         self._app = app
+        self._watch = server.watch
+        self._patience = Patience(limits)
+        self._has_part_of_head = True  # the first head is due from the start
+        self._wire: asyncio.Transport | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self._wire = self.transport
+        self._watch(self)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self._wire = None
+        super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         """A message where the rest of a body should be says that the body is broken.
 
         aiohttp queues that message behind the handler, which waits for the body.
         """
+        is_between = self._waiter is not None
+        num_messages = self._request_count
         super().data_received(data)
-        if self._messages and (request := self._current_request) is not None:
-            if not request.content.is_eof():
-                broken = web.RequestPayloadError("The body is not framed as its headers say")
-                request.content.set_exception(broken)
+        if self._request_count == num_messages:
+            self._has_part_of_head |= is_between and bool(data)
+            return
+        self._has_part_of_head = False
+        if (request := self._current_request) is not None and not request.content.is_eof():
+            broken = web.RequestPayloadError("The body is not framed as its headers say")
+            request.content.set_exception(broken)
+
+    def tick(self) -> bool:
+        """Look at the time, and end what takes too long; whether the connection is still there."""
+        if self._wire is None:
+            return False
+        wait, num_bytes = self._waits_for(self._wire.get_write_buffer_size())
+        if self._patience.is_over(wait, self._request_count, num_bytes):
+            self._give_up(wait, self._wire)
+        return True
+
+    def _waits_for(self, num_unsent: int) -> tuple[Wait, int]:
+        """What this connection waits for now, and a count that grows with each step towards it."""
+        request = self._current_request
+        if num_unsent:
+            # Events are pushed past the writer, but only while nothing is unsent.
+            return Wait.ANSWER, (request.writer.output_size if request else 0) - num_unsent
+        if request is not None and not request.content.is_eof() and not self._reading_paused:
+            return Wait.BODY, request.content.total_bytes
+        if self._waiter is None:
+            return Wait.HANDLER, 0
+        return Wait.HEAD if self._has_part_of_head else Wait.IDLE, 0
+
+    def _give_up(self, wait: Wait, wire: asyncio.Transport) -> None:
+        if wait is Wait.ANSWER:
+            wire.abort()  # which cancels the handler
+        elif wait is Wait.BODY and self._current_request is not None:
+            self._current_request.content.set_exception(SlowBody())
+        else:
+            self.force_close()
 
     def handle_error(
         self,

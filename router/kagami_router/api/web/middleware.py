@@ -33,7 +33,7 @@ from kagami_proto.errors import (
 )
 from kagami_proto.span_names import EventName, Key
 from kagami_proto.tracing import mark_failed
-from kagami_router.api.web.body_rules import ask_for_body, too_large, without_body
+from kagami_router.api.web.body_rules import SlowBody, ask_for_body, too_large, without_body
 from kagami_router.api.web.call_log import brought_until_now, origin_of
 from kagami_router.api.web.errors import (
     Families,
@@ -219,6 +219,10 @@ async def read_body(request: web.Request, decoder: msgspec.json.Decoder[_Body]) 
         body = await request.read()
     except web.HTTPRequestEntityTooLarge as error:
         raise too_large(request) from error
+    except SlowBody as error:
+        raise BodyTooSlow(
+            "Failed to buffer the request body: it came too slowly (see --body-timeout)"
+        ) from error
     except web.RequestPayloadError as error:
         cause = on_one_line(error.__cause__ or error)
         raise UnreadableBody(f"Failed to buffer the request body: {cause}") from error
