@@ -256,6 +256,9 @@ class LauncherArgs:
     write_timeout: float = _flag(
         60.0, _seconds, _SERVER, "seconds in which a client takes none of its answer"
     )
+    caller_header: str = _flag(
+        "", str, _SERVER, "header, set by a trusted proxy, that tells callers apart"
+    )
 
 
 @dataclass(frozen=True, slots=True)

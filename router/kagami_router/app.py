@@ -105,6 +105,7 @@ async def _listening(
     app = make_app(
         readiness,
         payload_limit=args.payload_limit,
+        caller_header=args.caller_header,
         allowed_origins=args.cors_allow_origin,
         key=args.api_key,
         aip_routes=(args.aip_predict_route, args.aip_health_route),

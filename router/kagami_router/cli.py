@@ -56,6 +56,7 @@ class RouterArgs:
     body_timeout: float
     keep_alive_timeout: float
     write_timeout: float
+    caller_header: str
     graceful_termination_timeout: float
     prefix_caching: bool
     log_level: str
@@ -181,6 +182,12 @@ _FLAGS = (
     _Flag("--body-timeout", _seconds, 30.0, "seconds without a byte of a request's body"),
     _Flag("--keep-alive-timeout", _seconds, 75.0, "seconds that an idle connection stays open"),
     _Flag("--write-timeout", _seconds, 60.0, "seconds in which a client takes none of its answer"),
+    _Flag(
+        "--caller-header",
+        str,
+        "",
+        "header, set by a trusted proxy, that tells callers apart (default: their addresses)",
+    ),
     _Flag(
         "--graceful-termination-timeout",
         float,

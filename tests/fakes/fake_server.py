@@ -114,6 +114,7 @@ async def serving(
     tracing: Tracing = NO_TRACING,
     traces_content: bool = False,
     time_limits: TimeLimits = TimeLimits(),  # noqa: B008 - it is frozen
+    caller_header: str = "",
 ) -> AsyncIterator[FakeServer]:
     loop = loop or FakeLoop()
     template = template or ChatTemplate(TEMPLATE, TOKENS)
@@ -143,6 +144,7 @@ async def serving(
             aip_routes=aip_routes,
             tracing=tracing,
             traces_content=traces_content,
+            caller_header=caller_header,
         )
         runner = Runner(app, shutdown_timeout=0.1, limits=time_limits)
         await runner.setup()

@@ -69,6 +69,7 @@ TABLE = [
     ("body-timeout", "7.5", 7.5, 30.0),
     ("keep-alive-timeout", "620", 620.0, 75.0),
     ("write-timeout", "7", 7.0, 60.0),
+    ("caller-header", "x-forwarded-for", "x-forwarded-for", ""),
 ]
 
 
@@ -328,4 +329,5 @@ GOLDEN = r"""Args {
     body_timeout: 30.0,
     keep_alive_timeout: 75.0,
     write_timeout: 60.0,
+    caller_header: "",
 }"""

@@ -61,6 +61,7 @@ from kagami_router.api.schemas.responses import (
 from kagami_router.api.web import sse
 from kagami_router.api.web.app_state import READINESS, TGI_VERSION, Readiness
 from kagami_router.api.web.call import TRACES_CONTENT
+from kagami_router.api.web.caller import CALLER_HEADER
 from kagami_router.api.web.errors import Families, Family
 from kagami_router.api.web.headers import cors
 from kagami_router.api.web.middleware import FAMILIES, api_key, count_calls, errors, last_resort
@@ -252,11 +253,12 @@ def make_app(
     aip_routes: tuple[str | None, str | None] = (None, None),
     tracing: Tracing = NO_TRACING,
     traces_content: bool = False,
+    caller_header: str = "",
 ) -> web.Application:
     """The application; it answers 503 until `readiness` is open.
 
     `payload_limit` is in bytes. `aip_routes` are the paths where Vertex AI asks for predictions and
-    for health.
+    for health. `caller_header` names the header that tells callers apart; "" = their addresses do.
     """
     routes = [*ROUTES, *_aip_routes(*aip_routes)]
     generating = frozenset(route.path for route in routes if route.operation.generates)
@@ -275,6 +277,7 @@ def make_app(
     app[READINESS] = readiness
     app[FAMILIES] = FAMILIES_OF_ROUTES
     app[TRACES_CONTENT] = traces_content
+    app[CALLER_HEADER] = caller_header
     app[sse.OUTBOX] = sse.Outbox()
     app.on_response_prepare.append(cors(allowed_origins, FAMILIES_OF_ROUTES))
     for route in routes:

@@ -162,15 +162,20 @@ class Validation:
         params: GenerationParams,
         *,
         add_special_tokens: bool,
+        caller: str = "",
     ) -> ValidRequest:
         """The one way to a `ValidRequest`; raises `InvalidRequest`."""
         with span(self._tracer, SpanName.VALIDATE) as opened:
-            valid = await self._validate(prompt, params, add_special_tokens)
+            valid = await self._validate(prompt, params, add_special_tokens, caller)
             opened.set_attribute(Key.PROMPT_TOKENS, len(valid.prompt_ids))
             return valid
 
     async def _validate(
-        self, prompt: str | Prompt, params: GenerationParams, add_special_tokens: bool
+        self,
+        prompt: str | Prompt,
+        params: GenerationParams,
+        add_special_tokens: bool,
+        caller: str,
     ) -> ValidRequest:
         sampling = self._sampling(params)
         self._check_counts(params)
@@ -197,6 +202,7 @@ class Validation:
             top_n_tokens=params.top_n_tokens or 0,
             prompt_logprobs=params.prompt_logprobs,
             grammar=params.grammar,
+            caller=caller,
         )
 
     @property

@@ -38,6 +38,8 @@ class ValidRequest:
     """LoRA adapter; None = the model as it is. No route names one yet."""
     wants_vector: bool = False
     """The hidden state of the prompt's last token is asked for, and no text."""
+    caller: str = ""
+    """Who asks: callers that ask at the same time share the server evenly."""
 
     @property
     def prompt_ids(self) -> tuple[int, ...]:

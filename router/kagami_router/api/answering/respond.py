@@ -23,6 +23,7 @@ from kagami_router.api.web.call import (
     stream_headers,
     whole_headers,
 )
+from kagami_router.api.web.caller import caller_of
 from kagami_router.api.web.json_response import json_response
 from kagami_router.request.prompt import Prompt
 from kagami_router.request.validation import GenerationParams, Validation, samples
@@ -94,7 +95,7 @@ async def respond(
         )
     state = state_of(request)
     with state.infer.permits(_num_generations(asked)):
-        prompts = await _validated(state.validation, asked)
+        prompts = await _validated(state.validation, asked, caller_of(request))
         requests = _samples(prompts, asked)
         return await sse.respond(
             request,
@@ -116,7 +117,7 @@ async def respond_whole(
     """Generate what is asked; answer with one body. `write` is `AnswerWriter.whole`, and so on."""
     state = state_of(request)
     with state.infer.permits(_num_generations(asked)):
-        prompts = await _validated(state.validation, asked)
+        prompts = await _validated(state.validation, asked, caller_of(request))
         generations = await state.infer.collect(_samples(prompts, asked), call.stats)
         num_tokens = sum(len(one.prefill) + len(one.tokens) for one in generations)
         if num_tokens <= INLINE_TOKENS:
@@ -133,11 +134,16 @@ def _num_generations(asked: Sequence[Asked]) -> int:
     return sum(one.num_samples for one in asked)
 
 
-async def _validated(validation: Validation, asked: Sequence[Asked]) -> list[ValidRequest]:
+async def _validated(
+    validation: Validation, asked: Sequence[Asked], caller: str
+) -> list[ValidRequest]:
     """A request for each prompt."""
     return [
         await validation.validate(
-            one.prompt, one.params, add_special_tokens=one.adds_special_tokens
+            one.prompt,
+            one.params,
+            add_special_tokens=one.adds_special_tokens,
+            caller=caller,
         )
         for one in asked
     ]
