@@ -7,13 +7,13 @@ Imports nothing heavy: `--help` and `--version` are instant.
 """
 
 import argparse
-import ipaddress
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from importlib.metadata import version
 from typing import Any, NoReturn, TypeVar, cast
 
 from kagami_launcher.model.source import EMBEDDED_MODEL_ID
+from kagami_proto.hostnames import address_of_variable
 
 PROGRAM = "text-generation-launcher"
 DISTRIBUTION = "kagami-tgi"
@@ -60,6 +60,12 @@ def _count(value: str) -> int:
     if not (value.isascii() and value.isdecimal()):
         raise ValueError("expected a whole number, 0 or more")
     return int(value)
+
+
+def _name(value: str) -> str:
+    if not value:
+        raise ValueError("expected a name or an address")
+    return value
 
 
 def _size(value: str) -> int:
@@ -173,7 +179,7 @@ class LauncherArgs:
     cuda_graphs: tuple[int, ...] | None = _flag(
         None, _counts, _BATCH, "batch sizes to capture, with commas; 0: none", unused=_NO_GRAPHS
     )
-    hostname: str = _flag("0.0.0.0", str, _SERVER, "address to listen on")
+    hostname: str = _flag("0.0.0.0", _name, _SERVER, "address or name to listen on")
     port: int = _flag(3000, _port, _SERVER, "port to listen on", short="-p")
     prometheus_port: int = _flag(
         9000, _port, _SERVER, "second port for /metrics, opened only if given"
@@ -343,6 +349,8 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> Invocation:
     patience = environ.get("KAGAMI_STARTUP_TIMEOUT") or _STARTUP_TIMEOUT_S
     if not patience.isdecimal():
         parser.error(f"invalid value {patience!r} for KAGAMI_STARTUP_TIMEOUT: expected seconds")
+    if "hostname" in values and "hostname" not in on_command_line:
+        values["hostname"] = address_of_variable(str(values["hostname"]))
     args = LauncherArgs(**cast(dict[str, Any], values))
     return Invocation(args, frozenset(values), dict(environ), int(patience))
 
@@ -353,14 +361,6 @@ def _value(flag: Flag, raw: object) -> object:
     if flag.repeats:
         return tuple(raw) if isinstance(raw, list) else (str(raw),)
     return flag.parse(str(raw))
-
-
-def listen_address(hostname: str) -> str:
-    """The IP address that a --hostname means; 0.0.0.0 for a name such as Docker's HOSTNAME."""
-    try:
-        return str(ipaddress.ip_address(hostname))
-    except ValueError:
-        return "0.0.0.0"
 
 
 def dump(args: LauncherArgs) -> str:

@@ -62,18 +62,28 @@ def find_command(name: str, base: Mapping[str, str]) -> str | None:
     return shutil.which(name, path=base.get("PATH"))
 
 
-def port_problem(address: str, port: int) -> str:
-    """Why nobody can listen on the port, in one line; empty if it is free."""
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+def port_problem(host: str, port: int) -> str:
+    """Why nobody can listen on the port, in one line; empty if it is free.
+
+    One address of a name is enough: "localhost" has ::1 also where IPv6 is off.
+    """
+    problem, is_free = "", False
     try:
-        with socket.socket(family, socket.SOCK_STREAM) as listener:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind((address, port))
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            return f"port {port} of {address} is already in use"
-        return f"cannot listen on port {port} of {address}: {error.strerror}"
-    return ""
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:  # Unicode: a name that DNS cannot even write
+        reason = error.strerror if isinstance(error, OSError) else error
+        return f"cannot listen on port {port} of {host}: {reason}"
+    for family, kind, _, _, address in found:
+        try:
+            with socket.socket(family, kind) as listener:
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                listener.bind(address)
+            is_free = True
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                return f"port {port} of {host} is already in use"
+            problem = f"cannot listen on port {port} of {host}: {error.strerror}"
+    return "" if is_free else problem
 
 
 def report(base: Mapping[str, str]) -> str:

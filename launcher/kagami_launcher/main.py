@@ -99,8 +99,7 @@ def _check(invocation: Invocation) -> tuple[Devices, int]:
     num_shard = checks.check(args, devices)
     for line in checks.warnings(invocation, devices, num_shard):
         log.warning("%s", line)
-    address = cli.listen_address(args.hostname)
-    if problem := environment.port_problem(address, args.port):
+    if problem := environment.port_problem(args.hostname, args.port):
         raise LaunchFailed("WebserverCannotStart", problem)
     if num_shard > 1:
         log.info("Sharding model on %s processes", num_shard)
@@ -147,7 +146,7 @@ def _watch(
 
     Meanwhile the service manager hears whether the model makes progress.
     """
-    address = cli.listen_address(invocation.args.hostname)
+    address = invocation.args.hostname
     # Where the router can be asked from here.
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address, address)
     was_alive = True

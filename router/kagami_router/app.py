@@ -5,10 +5,11 @@ bind HTTP (/health 503) -> load tokenizer -> wait for the shards -> warm up -> t
 """
 
 import asyncio
+import errno
 import gc
-import ipaddress
 import logging
 import signal
+import socket
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
@@ -118,7 +119,7 @@ async def _listening(
         idle_s=args.keep_alive_timeout,
         answer_s=args.write_timeout,
     )
-    host = _address(args.hostname)
+    host = args.hostname
     async with AsyncExitStack() as stack:
         await _bind(
             stack, Runner(app, shutdown_timeout=LAST_WORDS_S, limits=limits), host, args.port
@@ -131,22 +132,29 @@ async def _listening(
 
 
 async def _bind(stack: AsyncExitStack, runner: Runner, host: str, port: int) -> None:
+    """Listen on all addresses of `host` that this machine has."""
     await runner.setup()
     stack.push_async_callback(runner.cleanup)
+    problem: Exception | None = None
     try:
-        await web.TCPSite(runner, host, port, backlog=BACKLOG).start()
-    except OSError as error:
-        raise StartError(f"Failed to bind to addr: {host}:{port}: {error.strerror}") from error
+        for address in await _addresses(host, port):
+            try:
+                await web.TCPSite(runner, address, port, backlog=BACKLOG).start()
+            except OSError as error:
+                if error.errno != errno.EADDRNOTAVAIL:  # as ::1 of "localhost", where IPv6 is off
+                    raise
+                problem = error
+        if problem is not None and not runner.sites:
+            raise problem
+    except (OSError, UnicodeError) as error:  # Unicode: a name that DNS cannot even write
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise StartError(f"Failed to bind to addr: {host}:{port}: {reason}") from error
 
 
-def _address(hostname: str) -> str:
-    try:
-        ipaddress.ip_address(hostname)
-    except ValueError:
-        # Docker sets HOSTNAME to the container's id.
-        logger.warning("Invalid hostname, defaulting to 0.0.0.0")
-        return "0.0.0.0"
-    return hostname
+async def _addresses(host: str, port: int) -> list[str]:
+    loop = asyncio.get_running_loop()
+    found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    return list(dict.fromkeys(str(address[0]) for *_, address in found))
 
 
 async def _run_engine(args: RouterArgs, readiness: Readiness, tracing: Tracing) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
+from kagami_proto.hostnames import address_of_variable
 from kagami_proto.tracing_plan import TracingPlan, plan_or_problem
 
 DEFAULT_PREFILL_TOKENS = 4096
@@ -98,6 +99,12 @@ def _count(text: str) -> int:
     return number
 
 
+def _name(text: str) -> str:
+    if not text:
+        raise ValueError(text)
+    return text
+
+
 def _size(text: str) -> int:
     number = _count(text)
     if number == 0:
@@ -145,7 +152,7 @@ _FLAGS = (
     _Flag("--max-waiting-tokens", _count, None, "decode steps that waiting requests must wait"),
     _Flag("--max-batch-size", _count, None, "sequences in one step"),
     _Flag("--max-client-batch-size", _count, 4, "prompts in one completions request"),
-    _Flag("--hostname", str, "0.0.0.0", "IP address to listen on"),
+    _Flag("--hostname", _name, "0.0.0.0", "address or name to listen on"),
     _Flag("--port", _port, 3000, "port to listen on", other_names=("-p",)),
     _Flag("--prometheus-port", _port, None, "second port for /metrics (default: none)"),
     _Flag(
@@ -216,6 +223,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Route
     given = vars(parser.parse_args(argv))
     values: dict[str, Any] = {}
     without_effect = []
+    on_command_line = {name for name, value in given.items() if value is not None}
     for flag in _FLAGS:
         value = given.pop(flag.field)
         if value is None:
@@ -223,6 +231,8 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Route
         if value is not None and value is not False and not flag.has_effect:
             without_effect.append(flag.name)
         values[flag.field] = flag.default if value is None else value
+    if "hostname" not in on_command_line:
+        values["hostname"] = address_of_variable(values["hostname"])
     if environ.get("AIP_HTTP_PORT"):  # Vertex AI speaks to this port, whatever else was said
         values["port"] = _from_environment(
             parser, _Flag("--aip-http-port", _port, None, ""), environ

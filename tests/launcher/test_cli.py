@@ -1,3 +1,4 @@
+import socket
 import subprocess
 import sys
 import time
@@ -5,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kagami_launcher.cli import LauncherArgs, dump, flags, listen_address, option, parse
+from kagami_launcher.cli import LauncherArgs, dump, flags, option, parse
 
 # Flag, a value, what it becomes, the default.
 TABLE = [
@@ -196,12 +197,16 @@ def test_help_and_version_import_nothing_heavy(flag: str) -> None:
     assert time.monotonic() - started < 3  # 0.1 s on an idle machine
 
 
-@pytest.mark.parametrize(
-    ("hostname", "address"),
-    [("127.0.0.1", "127.0.0.1"), ("::1", "::1"), ("4ffe1b16383f", "0.0.0.0")],
-)
-def test_a_hostname_that_is_no_address_means_every_address(hostname: str, address: str) -> None:
-    assert listen_address(hostname) == address
+@pytest.mark.parametrize("name", ["127.0.0.1", "::1", "localhost", "inside.example.com"])
+def test_a_hostname_is_taken_as_given(name: str) -> None:
+    assert value_of("hostname", ["--hostname", name]) == name
+    assert value_of("hostname", [], {"HOSTNAME": name}) == name
+
+
+def test_the_variable_with_the_containers_own_name_means_every_address() -> None:
+    own = socket.gethostname()
+    assert value_of("hostname", [], {"HOSTNAME": own}) == "0.0.0.0"
+    assert value_of("hostname", ["--hostname", own], {"HOSTNAME": own}) == own
 
 
 def test_the_dump_has_the_form_of_rust() -> None:

@@ -2,6 +2,7 @@ import socket
 import sys
 from pathlib import Path
 
+import pytest
 from tests.fakes.nvidia_smi import fake_nvidia_smi
 
 from kagami_launcher import environment
@@ -48,6 +49,15 @@ def test_a_busy_port_is_named() -> None:
         port = listener.getsockname()[1]
         assert port_problem("127.0.0.1", port) == f"port {port} of 127.0.0.1 is already in use"
     assert port_problem("127.0.0.1", port) == ""
+
+
+@pytest.mark.parametrize("name", ["a" * 64 + ".example", ".."])
+def test_a_name_that_cannot_be_resolved_is_named(name: str) -> None:
+    assert port_problem(name, 0).startswith(f"cannot listen on port 0 of {name}: ")
+
+
+def test_a_name_is_resolved() -> None:
+    assert port_problem("localhost", 0) == ""
 
 
 def test_the_report_has_tgis_lines(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import json
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -183,15 +184,33 @@ async def test_a_second_port_serves_metrics_only(folder: Path) -> None:
             assert await status_of(second, "/health") == 404
 
 
-async def test_a_hostname_that_is_no_address_is_replaced(
+async def test_a_flag_without_effect_is_a_line(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     stop = asyncio.Event()
     stop.set()
-    args = args_for(folder, "--hostname", "3f2a1b", "--ngrok")
-    assert await serve(args, stop) == 0
-    assert "Invalid hostname, defaulting to 0.0.0.0" in caplog.messages
+    assert await serve(args_for(folder, "--ngrok"), stop) == 0
     assert "Flag has no effect" in caplog.messages
+
+
+async def test_a_name_is_resolved_and_nothing_else_listens(folder: Path) -> None:
+    args = args_for(folder, "--hostname", "localhost")
+    async with running(args) as (http, _, _):
+        await until(http, 503)
+        # The same port of another address is free.
+        async with running(replace(args, hostname="127.0.0.2")) as (_, _, other):
+            assert not other.done()
+
+
+@pytest.mark.parametrize("name", ["a" * 64 + ".example", ".."])
+async def test_a_name_that_cannot_be_resolved_ends_the_start_in_one_line(
+    name: str, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    args = args_for(folder, "--hostname", name)
+    assert await serve(args, asyncio.Event()) == 1
+    (record,) = caplog.records
+    assert record.getMessage().startswith(f"Failed to bind to addr: {name}:{args.port}: ")
+    assert record.exc_info is None
 
 
 async def test_contradicting_flags_end_at_once(

@@ -1,3 +1,4 @@
+import socket
 import subprocess
 import sys
 
@@ -33,6 +34,14 @@ def test_flag_before_environment_before_default() -> None:
     environ = {"PORT": "80", "MAX_BEST_OF": "3"}
     args = parse(["--port", "8080"], environ)
     assert (args.port, args.max_best_of, args.max_stop_sequences) == (8080, 3, 4)
+
+
+def test_the_variable_with_the_containers_own_name_means_every_address() -> None:
+    own = socket.gethostname()
+    assert parse([], {"HOSTNAME": own}).hostname == "0.0.0.0"
+    assert parse([], {"HOSTNAME": ""}).hostname == "0.0.0.0"
+    assert parse(["--hostname", own], {"HOSTNAME": own}).hostname == own
+    assert parse([], {"HOSTNAME": "localhost"}).hostname == "localhost"
 
 
 @pytest.mark.parametrize("name", ["--max-input-tokens", "--max-input-length"])
