@@ -48,7 +48,8 @@ from kagami_router.telemetry.metrics import Metrics
 logger = logging.getLogger(__name__)
 
 
-# A stream stores the `err` label here if it fails after its status line.
+# Set once the log line of a stream is written: the `err` label of its failure, "" if it was answered.
+# A client that leaves before the last bytes are sent changes nothing of that.
 FAILURE_CAUSE = web.RequestKey("failure_cause", str)
 # The family of each path: it decides the format of errors.
 FAMILIES = web.AppKey("families", Families)
@@ -148,7 +149,8 @@ async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     except Exception as error:
         return error_response(request, report(request, error))
     except asyncio.CancelledError:
-        report_dropped(request)
+        if FAILURE_CAUSE not in request:
+            report_dropped(request)
         raise
 
 
@@ -177,6 +179,12 @@ def _refusal(request: web.Request, refusal: web.HTTPException) -> web.Response:
 def count_calls(metrics: Metrics, paths: frozenset[str]) -> Middleware:
     """A middleware that counts POSTs to `paths` (paths of routes) and how each ended."""
 
+    def ended(cause: str) -> None:
+        if cause:
+            metrics.request_failed(cause)
+        else:
+            metrics.request_succeeded()
+
     @web.middleware
     async def count(request: web.Request, handler: Handler) -> web.StreamResponse:
         if request.method != "POST" or _route_path(request) not in paths:
@@ -185,15 +193,12 @@ def count_calls(metrics: Metrics, paths: frozenset[str]) -> Middleware:
         try:
             response = await handler(request)
         except asyncio.CancelledError:
-            metrics.request_failed("dropped")
+            ended(request.get(FAILURE_CAUSE, "dropped"))
             raise
         except Exception as error:
             metrics.request_failed(failure_cause(error))
             raise
-        if cause := request.get(FAILURE_CAUSE):
-            metrics.request_failed(cause)
-        else:
-            metrics.request_succeeded()
+        ended(request.get(FAILURE_CAUSE, ""))
         return response
 
     return count

@@ -86,6 +86,7 @@ async def respond(
                     pushed.last_write = pushed.now()
                     await response.write(await writer.pull(backlog))
         ending = writer.end()
+        request[FAILURE_CAUSE] = ""
         with suppress(ConnectionError):  # the answer is complete and logged as answered
             await response.write(ending)
             await response.write_eof()

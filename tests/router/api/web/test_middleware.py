@@ -2,13 +2,13 @@ import asyncio
 import logging
 
 import pytest
-from aiohttp import ClientSession
-from aiohttp.test_utils import TestServer
+from aiohttp import ClientSession, web
+from aiohttp.test_utils import TestServer, make_mocked_request
 from tests.fakes.fake_server import flat_error, serving
 
 from kagami_router.api.routes import make_metrics_app
 from kagami_router.api.web.app_state import Readiness
-from kagami_router.api.web.middleware import failure_cause
+from kagami_router.api.web.middleware import FAILURE_CAUSE, count_calls, errors, failure_cause
 from kagami_router.telemetry.metric_names import FAILURES
 from kagami_router.telemetry.metrics import Metrics
 
@@ -261,3 +261,34 @@ async def test_the_metrics_of_a_port_of_their_own_have_the_same_headers() -> Non
 
 def test_every_cause_is_a_label() -> None:
     assert failure_cause(ValueError()) in FAILURES
+
+
+@pytest.mark.parametrize(
+    ("cause", "counted", "num_lines"),
+    [
+        (None, 'tgi_request_failure{err="dropped"} 1', 1),
+        ("", "tgi_request_success 1", 0),
+        ("generation", 'tgi_request_failure{err="generation"} 1', 0),
+    ],
+)
+async def test_a_client_that_leaves_during_the_last_bytes_changes_nothing(
+    caplog: pytest.LogCaptureFixture, cause: str | None, counted: str, num_lines: int
+) -> None:
+    caplog.set_level(logging.INFO)
+    metrics = Metrics()
+    count = count_calls(metrics, frozenset({"/"}))
+
+    async def last_bytes(request: web.Request) -> web.StreamResponse:
+        if cause is not None:
+            request[FAILURE_CAUSE] = cause
+        raise asyncio.CancelledError
+
+    async def counted_call(request: web.Request) -> web.StreamResponse:
+        return await count(request, last_bytes)
+
+    request = make_mocked_request("POST", "/")
+    request.match_info.route.resource.canonical = "/"
+    with pytest.raises(asyncio.CancelledError):
+        await errors(request, counted_call)
+    assert counted in metrics.render()
+    assert len(caplog.records) == num_lines
