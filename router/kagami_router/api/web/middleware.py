@@ -48,8 +48,8 @@ from kagami_router.telemetry.metrics import Metrics
 logger = logging.getLogger(__name__)
 
 
-# Set once the log line of a stream is written: the `err` label of its failure, "" if it was answered.
-# A client that leaves before the last bytes are sent changes nothing of that.
+# Set once the log line of a stream is written: the `err` label of its failure, or "" if it was
+# answered. A client that leaves before the last bytes are sent changes nothing of that.
 FAILURE_CAUSE = web.RequestKey("failure_cause", str)
 # The family of each path: it decides the format of errors.
 FAMILIES = web.AppKey("families", Families)
