@@ -7,16 +7,15 @@ model is ever in memory.
 """
 
 import logging
+import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
-from gguf import quants
 
 from kagami_launcher.convert.files import (
     ConversionRefused,
@@ -26,15 +25,19 @@ from kagami_launcher.convert.files import (
 )
 from kagami_launcher.convert.gguf_families import (
     GgufFamily,
+    check_shapes,
     checkpoint_name,
+    dequantized,
     family_of,
     model_config,
 )
+from kagami_launcher.convert.gguf_file import GgufTensor, open_file
 from kagami_launcher.convert.gguf_tokenizer import (
     Metadata,
     build_tokenizer,
     generation_config,
     tokenizer_config,
+    vocabulary,
 )
 
 log = logging.getLogger(__name__)
@@ -52,32 +55,28 @@ class _Placed:
     """A source tensor with its name in the checkpoint."""
 
     name: str
-    source: Any
+    source: GgufTensor
     family: GgufFamily
 
     @property
-    def shape(self) -> list[int]:
-        return [int(size) for size in reversed(self.source.shape)]  # GGUF lists the fastest first
-
-    @property
     def num_bytes(self) -> int:
-        return 2 * int(np.prod(self.shape))
+        return 2 * math.prod(self.source.shape)
 
     def stored(self, config: Mapping[str, Any]) -> StoredTensor:
         return StoredTensor(
-            self.name, "BF16", self.shape, self.num_bytes, lambda: self.to_bfloat16(config).data
+            self.name,
+            "BF16",
+            self.source.shape,
+            self.num_bytes,
+            lambda: self.to_bfloat16(config).data,
         )
 
     def check_type(self) -> None:
         """Refuse a type that the gguf package cannot read, before anything is written."""
-        try:
-            quants.dequantize(self.source.data[:1], self.source.tensor_type)
-        except NotImplementedError as error:
-            kind = self.source.tensor_type.name
-            raise ConversionRefused(f"tensor `{self.source.name}` has type {kind}") from error
+        dequantized(replace(self.source, data=self.source.data[:1]))
 
     def to_bfloat16(self, config: Mapping[str, Any]) -> Any:
-        weight = quants.dequantize(self.source.data, self.source.tensor_type).reshape(self.shape)
+        weight = dequantized(self.source).reshape(self.source.shape)
         if self.family.swaps_rotary_rows and ".q_proj." in self.name:
             weight = unpermute(weight, config["num_attention_heads"])
         elif self.family.swaps_rotary_rows and ".k_proj." in self.name:
@@ -90,13 +89,11 @@ class _Placed:
 
 
 def write_weights(
-    path: Path, tensors: Mapping[str, Any], config: Mapping[str, Any], family: GgufFamily
+    path: Path, tensors: Mapping[str, GgufTensor], config: Mapping[str, Any], family: GgufFamily
 ) -> None:
     """Write all tensors as one safetensors file; only one is in memory at a time."""
     placed = [
-        _Placed(checkpoint_name(name, family), tensor, family)
-        for name, tensor in tensors.items()
-        if name != "rope_freqs.weight"
+        _Placed(checkpoint_name(name, family), tensor, family) for name, tensor in tensors.items()
     ]
     for item in placed:
         item.check_type()
@@ -106,18 +103,24 @@ def write_weights(
 def write_folder(source: Path, folder: Path) -> None:
     """Fill `folder` with the checkpoint that the GGUF file `source` holds."""
     started = time.monotonic()
-    reader = gguf.GGUFReader(source)
-    metadata = Metadata(reader)
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    found = open_file(source)
+    metadata = Metadata(found.values)
     family = family_of(metadata)
-    if "token_embd.weight" not in tensors or not metadata.get("tokenizer.ggml.tokens"):
-        raise ConversionRefused("the file holds no embeddings or no vocabulary")
-    config = model_config(metadata, tensors, family)
+    if "token_embd.weight" not in found.tensors:
+        raise ConversionRefused("tensor `token_embd.weight` is missing")
+    config = model_config(metadata, found.tensors, family)
+    tensors = {name: item for name, item in found.tensors.items() if name != "rope_freqs.weight"}
+    check_shapes(tensors, config, family)
+    if (num_tokens := len(vocabulary(metadata))) > config["vocab_size"]:
+        raise ConversionRefused(
+            f"`tokenizer.ggml.tokens` has {num_tokens} tokens, and tensor `token_embd.weight` "
+            f"{config['vocab_size']} rows"
+        )
     build_tokenizer(metadata).save(str(folder / "tokenizer.json"))
     write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json", generation_config(metadata))
     write_json(folder / "tokenizer_config.json", tokenizer_config(metadata))
-    if template := metadata.get("tokenizer.chat_template"):
+    if template := metadata.text("tokenizer.chat_template", ""):
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     write_weights(folder / "model.safetensors", tensors, config, family)
     log.info("Convert: [1/1] -- Took: %s", timedelta(seconds=time.monotonic() - started))

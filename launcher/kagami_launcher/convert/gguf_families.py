@@ -5,6 +5,7 @@ checkpoint's names they become and what llama.cpp did to the weights. The table 
 compares with transformers' own reader; another architecture is refused, not guessed.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -14,9 +15,11 @@ import numpy as np
 from gguf import quants
 
 from kagami_launcher.convert.files import ConversionRefused
+from kagami_launcher.convert.gguf_file import GgufTensor, shown
 from kagami_launcher.convert.gguf_tokenizer import Metadata
 
-_Tensors = Mapping[str, Any]
+_Tensors = Mapping[str, GgufTensor]
+_LAYER = re.compile(r"0|[1-9][0-9]{0,5}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,23 +65,30 @@ def _qwen3(metadata: Metadata, tensors: _Tensors) -> dict[str, Any]:
 
 
 def _phi3(metadata: Metadata, tensors: _Tensors) -> dict[str, Any]:
-    return {"sliding_window": metadata.of_model("attention.sliding_window") or None}
+    return {"sliding_window": metadata.count("attention.sliding_window", 0, least=0) or None}
 
 
 def _gemma2(metadata: Metadata, tensors: _Tensors) -> dict[str, Any]:
-    heads, hidden = metadata.need("attention.head_count"), metadata.need("embedding_length")
+    heads, hidden = metadata.count("attention.head_count"), metadata.count("embedding_length")
     # Not in the file. Only the 27B model (46 layers) scales by hidden size / heads.
-    is_27b = metadata.need("block_count") == 46
+    is_27b = metadata.count("block_count") == 46
     scalar = hidden // heads if is_27b else _head_dim(metadata)
     return {
         "hidden_activation": "gelu_pytorch_tanh",
         "query_pre_attn_scalar": scalar,
-        "attn_logit_softcapping": metadata.of_model("attn_logit_softcapping", 50.0),
-        "final_logit_softcapping": metadata.of_model("final_logit_softcapping", 30.0),
-        "sliding_window": metadata.need("attention.sliding_window"),
+        "attn_logit_softcapping": metadata.real("attn_logit_softcapping", 50.0),
+        "final_logit_softcapping": metadata.real("final_logit_softcapping", 30.0),
+        "sliding_window": metadata.count("attention.sliding_window"),
         "attention_bias": False,
     }
 
+
+_BLOCK_NORMS = (
+    "input_layernorm",
+    "post_attention_layernorm",
+    "pre_feedforward_layernorm",
+    "post_feedforward_layernorm",
+)
 
 # general.architecture -> its family.
 FAMILIES: Mapping[str, GgufFamily] = MappingProxyType(
@@ -118,10 +128,10 @@ FAMILIES: Mapping[str, GgufFamily] = MappingProxyType(
 def family_of(metadata: Metadata) -> GgufFamily:
     """The family of a file; refuses what is not in the table."""
     family = FAMILIES.get(metadata.architecture)
-    if family is None or metadata.of_model("expert_count", 0):
-        kind = "with experts " if metadata.of_model("expert_count", 0) else ""
+    if family is None or metadata.count("expert_count", 0, least=0):
+        kind = "with experts " if metadata.count("expert_count", 0, least=0) else ""
         raise ConversionRefused(
-            f"GGUF architecture `{metadata.architecture}` {kind}is not supported yet, only "
+            f"GGUF architecture {shown(metadata.architecture)} {kind}is not supported yet, only "
             f"{', '.join(FAMILIES)}"
         )
     return family
@@ -130,11 +140,11 @@ def family_of(metadata: Metadata) -> GgufFamily:
 def checkpoint_name(name: str, family: GgufFamily) -> str:
     """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`."""
     match name.split("."):
-        case ["blk", layer, part, suffix] if part in family.block_names:
+        case ["blk", layer, part, suffix] if part in family.block_names and _LAYER.fullmatch(layer):
             return f"model.layers.{layer}.{family.block_names[part]}.{suffix}"
         case [part, suffix] if part in _TOP_NAMES:
             return f"{_TOP_NAMES[part]}.{suffix}"
-    raise ConversionRefused(f"tensor `{name}` has no place in a {family.model_type} model")
+    raise ConversionRefused(f"tensor {shown(name)} has no place in a {family.model_type} model")
 
 
 def _shortest_float(value: float) -> float:
@@ -143,35 +153,42 @@ def _shortest_float(value: float) -> float:
 
 
 def _head_dim(metadata: Metadata) -> int:
-    heads, hidden = metadata.need("attention.head_count"), metadata.need("embedding_length")
-    return int(metadata.of_model("attention.key_length") or hidden // heads)
+    heads, hidden = metadata.count("attention.head_count"), metadata.count("embedding_length")
+    found = metadata.count("attention.key_length", 0, least=0) or hidden // heads
+    if not found:
+        raise ConversionRefused(
+            f"`embedding_length` is {hidden}, too small for `attention.head_count` {heads}"
+        )
+    return found
 
 
 def model_config(metadata: Metadata, tensors: _Tensors, family: GgufFamily) -> dict[str, Any]:
     """config.json, with the names a checkpoint uses."""
-    heads, hidden = metadata.need("attention.head_count"), metadata.need("embedding_length")
+    heads, hidden = metadata.count("attention.head_count"), metadata.count("embedding_length")
     head_dim = _head_dim(metadata)
-    rotated = metadata.of_model("rope.dimension_count", head_dim)
+    rotated = metadata.count("rope.dimension_count", head_dim)
     if rotated != head_dim:
-        raise ConversionRefused(f"only {rotated} of {head_dim} dimensions of a head are rotated")
-    theta = _shortest_float(metadata.of_model("rope.freq_base", 10000.0))
+        raise ConversionRefused(
+            f"only {rotated} of {head_dim} dimensions of a head are rotated: "
+            f"`rope.dimension_count` is {rotated}, `embedding_length` {hidden} and "
+            f"`attention.head_count` {heads}"
+        )
+    theta = _shortest_float(metadata.real("rope.freq_base", 10000.0))
     return {
         "architectures": [family.architecture],
         "model_type": family.model_type,
         "hidden_act": "silu",
         "hidden_size": hidden,
-        "intermediate_size": metadata.need("feed_forward_length"),
-        "num_hidden_layers": metadata.need("block_count"),
+        "intermediate_size": metadata.count("feed_forward_length"),
+        "num_hidden_layers": metadata.count("block_count"),
         "num_attention_heads": heads,
-        "num_key_value_heads": metadata.of_model("attention.head_count_kv", heads),
+        "num_key_value_heads": metadata.count("attention.head_count_kv", heads),
         "head_dim": head_dim,
-        "max_position_embeddings": metadata.need("context_length"),
-        "rms_norm_eps": _shortest_float(
-            metadata.of_model("attention.layer_norm_rms_epsilon", 1e-5)
-        ),
+        "max_position_embeddings": metadata.count("context_length"),
+        "rms_norm_eps": _shortest_float(metadata.real("attention.layer_norm_rms_epsilon", 1e-5)),
         "rope_theta": theta,
         "rope_scaling": rope_scaling(metadata, tensors.get("rope_freqs.weight"), theta, head_dim),
-        "vocab_size": int(tensors["token_embd.weight"].shape[1]),
+        "vocab_size": tensors["token_embd.weight"].shape[0],
         "tie_word_embeddings": "output.weight" not in tensors,
         "bos_token_id": metadata.token_id("bos"),
         "eos_token_id": metadata.token_id("eos"),
@@ -195,26 +212,44 @@ _LLAMA3_SCALING: Mapping[str, Any] = MappingProxyType(
 
 
 def rope_scaling(
-    metadata: Metadata, factors: Any, theta: float, head_dim: int
+    metadata: Metadata, factors: GgufTensor | None, theta: float, head_dim: int
 ) -> dict[str, Any] | None:
     """`rope_scaling` of config.json; `factors` is the tensor that Llama 3's scaling becomes."""
-    kind = metadata.of_model("rope.scaling.type", "none")
+    kind = metadata.kind("rope.scaling.type", "none")
     if factors is not None:
-        found = dict(_LLAMA3_SCALING)
-        stored = quants.dequantize(factors.data, factors.tensor_type).reshape(-1)
-        found["factor"] = _shortest_float(float(stored.max()))
-        expected = llama3_factors(found, theta, head_dim)
-        if stored.shape != expected.shape or not np.allclose(stored, expected, rtol=1e-3):
-            raise ConversionRefused("`rope_freqs.weight` is not the scaling of Llama 3")
-        return found
+        return _llama3_scaling(factors, theta, head_dim)
     if kind == "linear":
         return {
             "rope_type": "linear",
-            "factor": _shortest_float(metadata.of_model("rope.scaling.factor", 1.0)),
+            "factor": _shortest_float(metadata.real("rope.scaling.factor", 1.0)),
         }
     if kind != "none":
-        raise ConversionRefused(f"rope scaling `{kind}` is not supported yet")
+        raise ConversionRefused(f"rope scaling {shown(kind)} is not supported yet")
     return None
+
+
+def _llama3_scaling(factors: GgufTensor, theta: float, head_dim: int) -> dict[str, Any]:
+    if factors.shape != (head_dim // 2,):
+        raise ConversionRefused(
+            f"tensor `rope_freqs.weight` has shape {list(factors.shape)}, expected "
+            f"{[head_dim // 2]} for heads of {head_dim}"
+        )
+    found = dict(_LLAMA3_SCALING)
+    stored = dequantized(factors).reshape(-1)
+    found["factor"] = _shortest_float(float(stored.max()))
+    if not np.allclose(stored, llama3_factors(found, theta, head_dim), rtol=1e-3):
+        raise ConversionRefused("`rope_freqs.weight` is not the scaling of Llama 3")
+    return found
+
+
+def dequantized(tensor: GgufTensor) -> Any:
+    """Its numbers in float32 or float16; refuses a type that the gguf package cannot read."""
+    try:
+        return quants.dequantize(tensor.data, tensor.tensor_type)
+    except NotImplementedError as error:
+        raise ConversionRefused(
+            f"tensor {shown(tensor.name)} has type {tensor.tensor_type.name}"
+        ) from error
 
 
 def llama3_factors(scaling: Mapping[str, Any], theta: float, head_dim: int) -> Any:
@@ -225,3 +260,53 @@ def llama3_factors(scaling: Mapping[str, Any], theta: float, head_dim: int) -> A
     turns = scaling["original_max_position_embeddings"] / wavelengths
     smooth = np.clip((turns - low) / (high - low), 0, 1)
     return 1 / ((1 - smooth) / scaling["factor"] + smooth)
+
+
+def check_shapes(tensors: _Tensors, config: Mapping[str, Any], family: GgufFamily) -> None:
+    """Refuse a file whose tensors and whose numbers of the model contradict each other."""
+    layers = {name.split(".")[1] for name in tensors if name.startswith("blk.")}
+    num_layers = config["num_hidden_layers"]
+    if len(layers) != num_layers or any(int(layer) >= num_layers for layer in layers):
+        raise ConversionRefused(
+            f"`block_count` is {num_layers}, and the file has the tensors of {len(layers)} blocks"
+        )
+    expected = _shapes(config)
+    for name, tensor in tensors.items():
+        part, _, suffix = checkpoint_name(name, family).rpartition(".")
+        shape = expected.get((part.rpartition(".")[2], suffix))
+        if tensor.shape != shape:
+            wanted = "none" if shape is None else list(shape)
+            raise ConversionRefused(
+                f"tensor {shown(name)} has shape {list(tensor.shape)}, expected {wanted} by the "
+                "sizes that the file says"
+            )
+
+
+def _shapes(config: Mapping[str, Any]) -> Mapping[tuple[str, str], tuple[int, ...]]:
+    """The last two parts of a checkpoint's names -> the shape that a model of these sizes has."""
+    hidden, inner, vocab = (
+        config[name] for name in ("hidden_size", "intermediate_size", "vocab_size")
+    )
+    head_dim = config["head_dim"]
+    queries = config["num_attention_heads"] * head_dim
+    keys = config["num_key_value_heads"] * head_dim
+    outputs = {
+        "q_proj": queries,
+        "k_proj": keys,
+        "v_proj": keys,
+        "qkv_proj": queries + 2 * keys,
+        "o_proj": hidden,
+        "gate_proj": inner,
+        "up_proj": inner,
+        "gate_up_proj": 2 * inner,
+        "down_proj": hidden,
+    }
+    inputs = {"o_proj": queries, "down_proj": inner}
+    norms = ("norm", *_BLOCK_NORMS)
+    return {
+        **{(name, "weight"): (rows, inputs.get(name, hidden)) for name, rows in outputs.items()},
+        **{(name, "bias"): (rows,) for name, rows in outputs.items()},
+        **{(name, "weight"): (vocab, hidden) for name in ("embed_tokens", "lm_head")},
+        **{(name, "weight"): (hidden,) for name in norms},
+        **{(name, "weight"): (head_dim,) for name in ("q_norm", "k_norm")},
+    }

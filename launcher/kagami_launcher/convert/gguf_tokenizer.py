@@ -5,42 +5,111 @@ the names mean. Other names are refused, because a wrong rule gives wrong ids wi
 (transformers 5.23 has no entry for "smollm" and does not split its digits).
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeGuard
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, processors
 from tokenizers import pre_tokenizers as pre
 
 from kagami_launcher.convert.files import ConversionRefused
+from kagami_launcher.convert.gguf_file import Value, shown
 from kagami_launcher.convert.sentencepiece_model import merges_from_scores
+
+# A context of Llama 4's is 10,485,760 tokens, the largest of any count.
+_MAX_COUNT = 2**31 - 1
+_MAX_FLOAT = 3e38  # of 32 bits
 
 
 class Metadata:
-    """The key-values of a GGUF file; keys of the architecture are asked for without its name."""
+    """The key-values of a GGUF file, each of the type that it must have.
 
-    def __init__(self, reader: Any) -> None:
-        self._fields = reader.fields
-        self.architecture = str(self.get("general.architecture", ""))
+    `count`, `real` and `kind` are asked for without the architecture's name; a default that is not
+    given means that the file has to have the key.
+    """
 
-    def get(self, key: str, default: Any = None) -> Any:
-        found = self._fields.get(key)
-        return default if found is None else found.contents()
+    def __init__(self, values: Mapping[str, Value]) -> None:
+        self._values = values
+        self.architecture = self.text("general.architecture", "")
 
-    def of_model(self, key: str, default: Any = None) -> Any:
-        return self.get(f"{self.architecture}.{key}", default)
+    def text(self, key: str, default: str) -> str:
+        value = self._values.get(key)
+        if value is None:
+            return default
+        return _decoded(key, value)
 
-    def need(self, key: str) -> int:
-        value = self.of_model(key)
-        if not isinstance(value, int):
+    def texts(self, key: str) -> list[str]:
+        """All of an array of text; empty if there is none."""
+        return [_decoded(key, item) for item in self._array(key)]
+
+    def numbers(self, key: str) -> list[float]:
+        """All of an array of finite numbers; empty if there is none."""
+        values = self._array(key)
+        if not all(_is_finite(value) for value in values):
+            raise ConversionRefused(f"`{key}` is not an array of finite numbers")
+        return values
+
+    def _array(self, key: str) -> list[Any]:
+        value = self._values.get(key, [])
+        if not isinstance(value, list):
+            raise ConversionRefused(f"`{key}` is {shown(value)}, expected an array")
+        return value
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = self._values.get(key, default)
+        if not isinstance(value, bool):
+            raise ConversionRefused(f"`{key}` is {shown(value)}, expected true or false")
+        return value
+
+    def count(self, name: str, default: int | None = None, *, least: int = 1) -> int:
+        """A whole number from `least` to 2^31 - 1."""
+        key = f"{self.architecture}.{name}"
+        value = self._values.get(key, default)
+        if type(value) is not int or not least <= value <= _MAX_COUNT:
             raise ConversionRefused(
-                f"`{self.architecture}.{key}` is {value!r}, expected one number"
+                f"`{key}` is {shown(value)}, expected one number from {least} to {_MAX_COUNT}"
             )
         return value
 
+    def real(self, name: str, default: float) -> float:
+        """A finite number above 0."""
+        key = f"{self.architecture}.{name}"
+        value = self._values.get(key, default)
+        if not _is_finite(value) or not 0 < value < _MAX_FLOAT:
+            raise ConversionRefused(
+                f"`{key}` is {shown(value)}, expected one finite number above 0"
+            )
+        return float(value)
+
+    def kind(self, name: str, default: str) -> str:
+        return self.text(f"{self.architecture}.{name}", default)
+
     def token_id(self, role: str) -> int | None:
-        value = self.get(f"tokenizer.ggml.{role}_token_id")
-        return None if value is None else int(value)
+        """The id of the token of this role; it is one of the vocabulary."""
+        key = f"tokenizer.ggml.{role}_token_id"
+        value = self._values.get(key)
+        if value is None:
+            return None
+        num_tokens = len(self._array("tokenizer.ggml.tokens"))
+        if type(value) is not int or not 0 <= value < num_tokens:
+            raise ConversionRefused(
+                f"`{key}` is {shown(value)}, and the vocabulary has {num_tokens} tokens"
+            )
+        return value
+
+
+def _decoded(key: str, value: object) -> str:
+    if not isinstance(value, bytes):
+        raise ConversionRefused(f"`{key}` is {shown(value)}, expected text")
+    try:
+        return value.decode()
+    except UnicodeDecodeError as error:
+        raise ConversionRefused(f"`{key}` is {shown(value)}, which is not UTF-8") from error
+
+
+def _is_finite(value: object) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 _LLAMA3 = (
@@ -91,46 +160,83 @@ _END_TOKENS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "
 
 def build_tokenizer(metadata: Metadata) -> Tokenizer:
     """The fast tokenizer that the file's vocabulary and merges describe."""
-    tokens = metadata.get("tokenizer.ggml.tokens", [])
-    kind = metadata.get("tokenizer.ggml.model")
+    tokens = vocabulary(metadata)
+    kind = metadata.text("tokenizer.ggml.model", "")
     if kind == "gpt2":
         tokenizer = _byte_level(metadata, tokens)
     elif kind == "llama":
         tokenizer = _sentencepiece(metadata, tokens)
     else:
-        raise ConversionRefused(f"tokenizer model `{kind}` is not supported yet")
-    types = metadata.get("tokenizer.ggml.token_type", [])
-    for token, token_type in zip(tokens, types, strict=False):
+        raise ConversionRefused(f"tokenizer model {shown(kind)} is not supported yet")
+    for token, token_type in zip(tokens, _token_types(metadata, tokens), strict=False):
         if token_type in (_CONTROL, _USER_DEFINED):
             special = token_type == _CONTROL
             tokenizer.add_tokens([AddedToken(token, normalized=False, special=special)])
     bos = metadata.token_id("bos")
-    if bos is not None and metadata.get("tokenizer.ggml.add_bos_token", kind == "llama"):
+    if bos is not None and metadata.flag("tokenizer.ggml.add_bos_token", kind == "llama"):
         tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{tokens[bos]} $A",
-            pair=f"{tokens[bos]} $A {tokens[bos]} $B",
+            single=[tokens[bos], "$A"],
+            pair=[tokens[bos], "$A", tokens[bos], "$B"],
             special_tokens=[(tokens[bos], bos)],
         )
     return tokenizer
 
 
+def vocabulary(metadata: Metadata) -> list[str]:
+    """The tokens, each at its id; refuses a file without any."""
+    tokens = metadata.texts("tokenizer.ggml.tokens")
+    if not tokens:
+        raise ConversionRefused("`tokenizer.ggml.tokens` is missing or empty")
+    return tokens
+
+
+def _token_types(metadata: Metadata, tokens: Sequence[str]) -> list[float]:
+    return _for_each_token(metadata, "tokenizer.ggml.token_type", tokens)
+
+
+def _for_each_token(metadata: Metadata, key: str, tokens: Sequence[str]) -> list[float]:
+    """One number for each token, or none at all."""
+    values = metadata.numbers(key)
+    if values and len(values) != len(tokens):
+        raise ConversionRefused(
+            f"`{key}` has {len(values)} elements, and the vocabulary {len(tokens)} tokens"
+        )
+    return values
+
+
 def _byte_level(metadata: Metadata, tokens: Sequence[str]) -> Tokenizer:
-    name = metadata.get("tokenizer.ggml.pre", "default")
+    name = metadata.text("tokenizer.ggml.pre", "default")
     if name not in _SPLITS:
-        raise ConversionRefused(f"pre-tokenizer `{name}` is not supported yet")
+        raise ConversionRefused(f"pre-tokenizer {shown(name)} is not supported yet")
     split, pattern = _SPLITS[name]
-    merges = [tuple(merge.split(" ", 1)) for merge in metadata.get("tokenizer.ggml.merges", [])]
     vocab = {token: index for index, token in enumerate(tokens)}
     # Llama 3's vocabulary was not made by merges alone: a whole word that is in it is taken as is.
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pattern == _LLAMA3))
+    tokenizer = Tokenizer(
+        models.BPE(vocab=vocab, merges=_merges(metadata, vocab), ignore_merges=pattern == _LLAMA3)
+    )
     tokenizer.pre_tokenizer = split(pattern)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
 
+def _merges(metadata: Metadata, vocab: Mapping[str, int]) -> list[tuple[str, str]]:
+    found = []
+    for index, merge in enumerate(metadata.texts("tokenizer.ggml.merges")):
+        left, _, right = merge.partition(" ")
+        if left not in vocab or right not in vocab or left + right not in vocab:
+            raise ConversionRefused(
+                f"`tokenizer.ggml.merges`, element {index}, is {shown(merge)}: not two tokens that "
+                "make a third"
+            )
+        found.append((left, right))
+    return found
+
+
 def _sentencepiece(metadata: Metadata, tokens: Sequence[str]) -> Tokenizer:
     vocab = {token: index for index, token in enumerate(tokens)}
-    scores = metadata.get("tokenizer.ggml.scores", [])
+    scores = _for_each_token(metadata, "tokenizer.ggml.scores", tokens)
+    if not scores:
+        raise ConversionRefused("`tokenizer.ggml.scores` is missing or empty")
     unknown = metadata.token_id("unknown") or 0
     model = models.BPE(
         vocab=vocab,
@@ -142,7 +248,7 @@ def _sentencepiece(metadata: Metadata, tokens: Sequence[str]) -> Tokenizer:
     tokenizer = Tokenizer(model)
     steps: list[Any] = [normalizers.Replace(" ", "▁")]
     undo: list[Any] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    if metadata.get("tokenizer.ggml.add_space_prefix", True):
+    if metadata.flag("tokenizer.ggml.add_space_prefix", True):
         steps.insert(0, normalizers.Prepend("▁"))
         undo.append(decoders.Strip(" ", 1, 0))
     tokenizer.normalizer = normalizers.Sequence(steps)
@@ -152,10 +258,10 @@ def _sentencepiece(metadata: Metadata, tokens: Sequence[str]) -> Tokenizer:
 
 def tokenizer_config(metadata: Metadata) -> dict[str, Any]:
     """tokenizer_config.json: which tokens play a role; the chat template is a file of its own."""
-    tokens = metadata.get("tokenizer.ggml.tokens")
+    tokens = vocabulary(metadata)
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": metadata.need("context_length"),
+        "model_max_length": metadata.count("context_length"),
         "clean_up_tokenization_spaces": False,
     }
     for role, name in (("bos", "bos"), ("eos", "eos"), ("unknown", "unk"), ("padding", "pad")):
@@ -166,8 +272,8 @@ def tokenizer_config(metadata: Metadata) -> dict[str, Any]:
 
 def generation_config(metadata: Metadata) -> dict[str, Any]:
     """generation_config.json: every token that ends a generation."""
-    tokens = metadata.get("tokenizer.ggml.tokens")
-    types = metadata.get("tokenizer.ggml.token_type", [])
+    tokens = vocabulary(metadata)
+    types = _token_types(metadata, tokens)
     ends = [metadata.token_id("eos")]
     ends += [
         index

@@ -35,6 +35,8 @@ _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)  # Mode
 _UNIGRAM, _BPE = 1, 2  # TrainerSpec.ModelType
 _CLASSES = {"LlamaTokenizer", "LlamaTokenizerFast", "GemmaTokenizer", "GemmaTokenizerFast"}
 _SPACE = "▁"
+# The largest vocabulary, of 262,144 pieces, takes 2^24.
+_MAX_CUT_CHARACTERS = 1 << 26
 
 
 class Piece(NamedTuple):
@@ -266,6 +268,13 @@ def merges_from_scores(vocab: Mapping[str, int], scores: Sequence[float]) -> lis
     Among equal ones it takes the leftmost. The longer left part comes first, because the rest of a
     run of equal characters lies at the end of the run.
     """
+    cost = sum(len(token) ** 2 for token in vocab)
+    if cost > _MAX_CUT_CHARACTERS:
+        longest = max(map(len, vocab))
+        raise ConversionRefused(
+            f"the vocabulary has {len(vocab)} pieces of up to {longest} characters: to cut them "
+            f"everywhere would copy {cost} characters, the limit is {_MAX_CUT_CHARACTERS}"
+        )
     pairs = [
         (-scores[index], index, -cut, token[:cut], token[cut:])
         for token, index in vocab.items()

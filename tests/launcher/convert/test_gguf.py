@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 from kagami_launcher.convert import gguf_families as converter
 from kagami_launcher.convert.files import ConversionRefused
 from kagami_launcher.convert.gguf_families import FAMILIES, checkpoint_name
+from kagami_launcher.convert.gguf_file import open_file
 from kagami_launcher.convert.gguf_tokenizer import Metadata, build_tokenizer
 from kagami_launcher.convert.run import Task
 from kagami_launcher.convert.run import convert as run_task
@@ -169,7 +170,7 @@ def test_smollms_tokenizer_splits_digits(folder: Path) -> None:
 
 
 def test_gpt2s_tokenizer_does_not(tmp_path: Path) -> None:
-    metadata = Metadata(gguf.GGUFReader(write_gguf(tmp_path / "a.gguf", pre="gpt-2")))
+    metadata = Metadata(open_file(write_gguf(tmp_path / "a.gguf", pre="gpt-2")).values)
     assert build_tokenizer(metadata).encode("12").tokens == ["12"]
 
 
@@ -210,9 +211,8 @@ def test_what_cannot_be_converted_is_refused_by_name(
 def test_llama_3s_rope_scaling_is_read_from_its_tensor(tmp_path: Path) -> None:
     scaling = {**converter._LLAMA3_SCALING, "factor": 32.0}
     factors = converter.llama3_factors(scaling, 100000.0, HIDDEN // HEADS).astype(np.float32)
-    reader = gguf.GGUFReader(write_gguf(tmp_path / "a.gguf", rope_freqs__weight=factors))
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
-    config = converter.model_config(Metadata(reader), tensors, LLAMA)
+    file = open_file(write_gguf(tmp_path / "a.gguf", rope_freqs__weight=factors))
+    config = converter.model_config(Metadata(file.values), file.tensors, LLAMA)
     assert config["rope_scaling"] == scaling
 
 

@@ -143,6 +143,7 @@ def test_every_type_that_gguf_can_read_is_converted(tmp_path: Path, kind: Any) -
     writer.add_token_list([chr(ord("a") + index) for index in range(26)] + ["ab", *"01234"])
     writer.add_token_merges(["a b"])
     writer.add_tensor("token_embd.weight", rows, raw_dtype=kind)
+    writer.add_tensor("blk.0.attn_norm.weight", np.ones(256, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
