@@ -21,6 +21,7 @@ from kagami_proto import generate_pb2 as pb
 from kagami_proto.errors import KagamiError, RankLost
 from kagami_proto.generate_pb2_grpc import add_TextGenerationServiceServicer_to_server
 from kagami_proto.open_tracing import open_tracing
+from kagami_proto.panics import exception_of
 from kagami_proto.span_names import Key, SpanName
 from kagami_proto.tracing import context_of, span
 from kagami_proto.wire import policy_to_pb
@@ -67,13 +68,14 @@ def serve(args: ServeArgs) -> int:
             ):
                 engine, facts, late_build = thread.submit(_load, args).result()
         # The border of the process: its last log line says what stopped the load.
-        except Exception as error:
+        except BaseException as raised:
+            error = exception_of(raised)
             if is_out_of_memory(error):
                 logger.error("Error when initializing model: not enough memory: %s", error)
             elif isinstance(error, KagamiError | OSError):
                 logger.error("Error when initializing model: %s", error)
             else:
-                logger.exception("Error when initializing model: %s", error)
+                logger.error("Error when initializing model: %s", error, exc_info=error)
             return 1
         # Objects made by the imports and the model stay, so no collection needs to look at them
         # again (measured: 3 % of a native step's time). A step's own objects die with the step.

@@ -14,6 +14,7 @@ from opentelemetry import trace
 from kagami_proto import generate_pb2 as pb
 from kagami_proto import generate_pb2_grpc
 from kagami_proto.errors import InvalidRequest, RankLost
+from kagami_proto.panics import exception_of
 from kagami_proto.span_names import Key, SpanName
 from kagami_proto.tracing import NO_TRACING, context_of, span
 from kagami_proto.wire import grammar_from_pb, sampling_from_pb, wanted_from_pb
@@ -123,7 +124,8 @@ class TextGenerationService(generate_pb2_grpc.TextGenerationServiceServicer):
             try:
                 future.set_result(self._engine.warmup(limits))
             # Handed to the caller, who knows what it means.
-            except Exception as error:
+            except BaseException as raised:
+                error = exception_of(raised)
                 future.set_exception(error)
                 if isinstance(error, RankLost):
                     raise

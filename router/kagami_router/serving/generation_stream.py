@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
 
+from kagami_proto.panics import exception_of
 from kagami_router.request.values import End, StreamEvent
 from kagami_router.telemetry.metrics import GenerationStats, Metrics
 
@@ -79,8 +80,8 @@ class CallEvents:
             try:
                 is_taken = self._sink(index, events)
             # A border: a bug in writing one answer must not stop the steps of others.
-            except Exception as error:
-                self.fail(error)
+            except BaseException as error:
+                self.fail(exception_of(error))
                 return
             if is_taken:
                 if not self._num_open:

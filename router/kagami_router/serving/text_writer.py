@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable
 
 from kagami_proto.errors import GenerationFailed, KagamiError
+from kagami_proto.panics import exception_of
 from kagami_router.request.values import (
     End,
     FinishReason,
@@ -132,12 +133,10 @@ class TextWriter:
                     outcome = text_event(event.token_id, added, event.logprob)
                 else:
                     outcome = self._event(text, event, now)
-            except (KeyboardInterrupt, SystemExit):
-                raise
-            # A border: a bug in one sequence's text must not stop the others' steps. A panic of the
-            # tokenizers library is no `Exception`.
-            except BaseException:
-                logger.exception("Text failed", extra={"request_id": sequence.id})
+            # A border: a bug in one sequence's text must not stop the others' steps.
+            except BaseException as error:
+                extra = {"request_id": sequence.id}
+                logger.error("Text failed", exc_info=exception_of(error), extra=extra)
                 outcome = self._close_with(sequence, GenerationFailed("internal error"))
             outcomes.append((text.stream, outcome))
         return outcomes

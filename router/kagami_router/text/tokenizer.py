@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import tokenizers
 
 from kagami_proto.errors import InvalidRequest
+from kagami_proto.panics import exception_of
 
 # Encoding costs 0.2 us a character, using a thread about 0.1 ms: up to this length (0.4 ms) the
 # event loop encodes a text itself.
@@ -82,7 +83,10 @@ class Tokenizer:
         return await asyncio.get_running_loop().run_in_executor(self._threads, self._decode, ids)
 
     def _decode(self, ids: Sequence[int]) -> str:
-        text: str = self.backend.decode(ids, skip_special_tokens=False)
+        try:
+            text: str = self.backend.decode(ids, skip_special_tokens=False)
+        except BaseException as error:  # the Rust library raises bare Exceptions, and panics
+            raise InvalidRequest(f"tokenizer error {exception_of(error)}") from error
         return text
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
@@ -90,16 +94,16 @@ class Tokenizer:
             encoding = self.backend.encode_batch_fast(
                 [text], add_special_tokens=add_special_tokens
             )[0]
-        except Exception as error:  # the Rust library raises bare Exceptions
-            raise InvalidRequest(f"tokenizer error {error}") from error
+        except BaseException as error:  # the Rust library raises bare Exceptions, and panics
+            raise InvalidRequest(f"tokenizer error {exception_of(error)}") from error
         ids: list[int] = encoding.ids
         return ids
 
     def _spans(self, text: str, add_special_tokens: bool) -> list[TextToken]:
         try:
             encoding = self.backend.encode_batch([text], add_special_tokens=add_special_tokens)[0]
-        except Exception as error:  # the Rust library raises bare Exceptions
-            raise InvalidRequest(f"tokenizer error {error}") from error
+        except BaseException as error:  # the Rust library raises bare Exceptions, and panics
+            raise InvalidRequest(f"tokenizer error {exception_of(error)}") from error
         byte_at = _byte_offsets(text)
         return [
             TextToken(token_id, text[start:stop], byte_at(start), byte_at(stop))
@@ -127,8 +131,8 @@ def load(folder: Path, threads: ThreadPoolExecutor) -> Tokenizer:
         )
     try:
         return Tokenizer(tokenizers.Tokenizer.from_file(str(path)), threads)
-    except Exception as error:  # the Rust library raises bare Exceptions
-        raise ValueError(f"{path} is no tokenizer: {error}") from error
+    except BaseException as error:  # the Rust library raises bare Exceptions, and panics
+        raise ValueError(f"{path} is no tokenizer: {exception_of(error)}") from error
 
 
 def read_json(path: Path) -> Mapping[str, Any]:

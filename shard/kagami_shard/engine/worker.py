@@ -12,6 +12,7 @@ from concurrent.futures import Executor, Future, wait
 from contextlib import suppress
 
 from kagami_proto.errors import RankLost
+from kagami_proto.panics import exception_of
 from kagami_shard.engine.engine import Engine
 from kagami_shard.engine.launched import Launched, is_known_done
 from kagami_shard.engine.step import Step, StepResult
@@ -123,7 +124,8 @@ class Worker:
         try:
             launched = self._engine.launch(step)
         # A border: whatever a forward pass raises fails this step, and the shard goes on.
-        except Exception as error:
+        except BaseException as raised:
+            error = exception_of(raised)
             self._collect()
             failed = self._failed(step.number, error)
             self.traces.finished(step, failed, started_ns)
@@ -143,7 +145,8 @@ class Worker:
         try:
             result = self._engine.collect(launched)
         # A device reports a failed kernel when its results are read.
-        except Exception as error:
+        except BaseException as raised:
+            error = exception_of(raised)
             failed = self._failed(launched.number, error)
             self.traces.finished(step, failed, started_ns)
             _raise_if_parted(error)

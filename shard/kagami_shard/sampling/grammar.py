@@ -25,6 +25,7 @@ from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
 from torch import Tensor
 
 from kagami_proto.errors import InvalidRequest
+from kagami_proto.panics import LibraryPanicked, exception_of
 from kagami_proto.values import Grammar, GrammarKind
 
 if TYPE_CHECKING:
@@ -152,8 +153,12 @@ class Grammars:
         except InvalidRequest as error:
             # The text alone: an exception that is kept grows by a traceback with every raise.
             future.set_result(str(error))
-        except BaseException as error:
-            future.set_exception(error)
+        except BaseException as raised:
+            failure = exception_of(raised)
+            if isinstance(failure, LibraryPanicked):
+                future.set_result(str(failure))
+                return
+            future.set_exception(failure)
             self._forget(grammar)
             raise
 

@@ -102,11 +102,11 @@ async def test_prompt_logprobs_and_top_tokens_come_with_their_text(tmp_path: Pat
     assert [token.id for token in event.top_tokens] == [event.token.id, 0]
 
 
-class Panic(BaseException):
+class PanicException(BaseException):
     """What the tokenizers library raises where it did not expect its input."""
 
 
-@pytest.mark.parametrize("bug", [ZeroDivisionError, Panic])
+@pytest.mark.parametrize("bug", [ZeroDivisionError, PanicException])
 async def test_a_bug_in_one_text_ends_that_request_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bug: type[BaseException]
 ) -> None:

@@ -6,9 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.fakes.byte_tokenizer import byte_tokenizer_with_start
+from tests.fakes.panics import panicking_tokenizer
 
+from kagami_proto.errors import InvalidRequest
 from kagami_router.text import tokenizer
-from kagami_router.text.tokenizer import INLINE_CHARACTERS, Tokenizer
+from kagami_router.text.tokenizer import INLINE_CHARACTERS, INLINE_TOKENS, Tokenizer
 
 
 async def test_saved_truncation_and_padding_are_switched_off(tmp_path: Path) -> None:
@@ -61,3 +63,10 @@ def test_special_tokens_come_as_text_or_object(tmp_path: Path) -> None:
     tokens = tokenizer.special_tokens(tmp_path)
     assert (tokens.bos, tokens.eos) == ("<s>", "</s>")
     assert tokens.others == {"pad_token": "<pad>"}
+
+
+@pytest.mark.parametrize("count", [1, INLINE_TOKENS + 1])
+async def test_a_panic_of_the_library_is_an_error_of_the_request(count: int) -> None:
+    with ThreadPoolExecutor(1) as threads:
+        with pytest.raises(InvalidRequest, match=r"tokenizer error .*slice index"):
+            await Tokenizer(panicking_tokenizer(), threads).decode([97] * count)

@@ -31,6 +31,7 @@ from kagami_proto.errors import (
     UnsupportedMediaType,
     row_of,
 )
+from kagami_proto.panics import exception_of
 from kagami_proto.span_names import EventName, Key
 from kagami_proto.tracing import mark_failed
 from kagami_router.api.web.body_rules import SlowBody, ask_for_body, too_large, without_body
@@ -133,8 +134,8 @@ async def last_resort(request: web.Request, handler: Handler) -> web.StreamRespo
     """Answer what fails outside of `errors`: it stands inside of the middleware that traces."""
     try:
         return await handler(request)
-    except Exception as error:
-        return error_response(request, report(request, error))
+    except BaseException as error:
+        return error_response(request, report(request, exception_of(error)))
 
 
 @web.middleware
@@ -146,12 +147,12 @@ async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
         return await handler(request)
     except web.HTTPException as refusal:
         return _refusal(request, refusal)
-    except Exception as error:
-        return error_response(request, report(request, error))
     except asyncio.CancelledError:
         if FAILURE_CAUSE not in request:
             report_dropped(request)
         raise
+    except BaseException as error:
+        return error_response(request, report(request, exception_of(error)))
 
 
 def report_dropped(request: web.Request) -> None:
@@ -195,8 +196,8 @@ def count_calls(metrics: Metrics, paths: frozenset[str]) -> Middleware:
         except asyncio.CancelledError:
             ended(request.get(FAILURE_CAUSE, "dropped"))
             raise
-        except Exception as error:
-            metrics.request_failed(failure_cause(error))
+        except BaseException as error:
+            metrics.request_failed(failure_cause(exception_of(error)))
             raise
         ended(request.get(FAILURE_CAUSE, ""))
         return response

@@ -13,6 +13,7 @@ from aiohttp import hdrs, web
 from opentelemetry import trace
 
 from kagami_proto.errors import KagamiError
+from kagami_proto.panics import exception_of
 from kagami_proto.span_names import Key
 from kagami_router.api.web.middleware import FAILURE_CAUSE, failure_cause, report, report_dropped
 from kagami_router.serving.generation_stream import Events, Sink
@@ -93,7 +94,8 @@ async def respond(
     except ConnectionError:  # the client is gone; this write noticed it first
         request[FAILURE_CAUSE] = "dropped"
         report_dropped(request)
-    except Exception as error:
+    except BaseException as raised:
+        error = exception_of(raised)
         if not response.prepared:
             raise
         known = report(request, error)

@@ -1,14 +1,23 @@
 import asyncio
 import logging
+from collections.abc import Awaitable, Callable
 
 import pytest
 from aiohttp import ClientSession, web
 from aiohttp.test_utils import TestServer, make_mocked_request
 from tests.fakes.fake_server import flat_error, serving
+from tests.fakes.panics import panicking_tokenizer
 
 from kagami_router.api.routes import make_metrics_app
 from kagami_router.api.web.app_state import Readiness
-from kagami_router.api.web.middleware import FAILURE_CAUSE, count_calls, errors, failure_cause
+from kagami_router.api.web.errors import Families
+from kagami_router.api.web.middleware import (
+    FAILURE_CAUSE,
+    FAMILIES,
+    count_calls,
+    errors,
+    failure_cause,
+)
 from kagami_router.telemetry.metric_names import FAILURES
 from kagami_router.telemetry.metrics import Metrics
 
@@ -263,6 +272,22 @@ def test_every_cause_is_a_label() -> None:
     assert failure_cause(ValueError()) in FAILURES
 
 
+async def counted_call(
+    metrics: Metrics, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
+    """POST / to `handler` behind the middlewares that answer and count errors."""
+    count = count_calls(metrics, frozenset({"/"}))
+
+    async def counted(request: web.Request) -> web.StreamResponse:
+        return await count(request, handler)
+
+    app = web.Application()
+    app[FAMILIES] = Families(())
+    request = make_mocked_request("POST", "/", app=app)
+    request.match_info.route.resource.canonical = "/"
+    return await errors(request, counted)
+
+
 @pytest.mark.parametrize(
     ("cause", "counted", "num_lines"),
     [
@@ -275,20 +300,29 @@ async def test_a_client_that_leaves_during_the_last_bytes_changes_nothing(
     caplog: pytest.LogCaptureFixture, cause: str | None, counted: str, num_lines: int
 ) -> None:
     caplog.set_level(logging.INFO)
-    metrics = Metrics()
-    count = count_calls(metrics, frozenset({"/"}))
 
     async def last_bytes(request: web.Request) -> web.StreamResponse:
         if cause is not None:
             request[FAILURE_CAUSE] = cause
         raise asyncio.CancelledError
 
-    async def counted_call(request: web.Request) -> web.StreamResponse:
-        return await count(request, last_bytes)
-
-    request = make_mocked_request("POST", "/")
-    request.match_info.route.resource.canonical = "/"
+    metrics = Metrics()
     with pytest.raises(asyncio.CancelledError):
-        await errors(request, counted_call)
+        await counted_call(metrics, last_bytes)
     assert counted in metrics.render()
     assert len(caplog.records) == num_lines
+
+
+async def test_a_panic_of_a_library_is_answered_and_counted(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def panic(request: web.Request) -> web.StreamResponse:
+        panicking_tokenizer().decode([97])
+        raise AssertionError("it did not panic")
+
+    metrics = Metrics()
+    response = await counted_call(metrics, panic)
+    assert response.status == 500
+    assert 'tgi_request_failure{err="generation"} 1' in metrics.render()
+    (line,) = caplog.records
+    assert line.getMessage() == "Internal error"
