@@ -18,6 +18,7 @@ import torch
 import uvloop
 
 from kagami_proto import generate_pb2 as pb
+from kagami_proto import local_channel
 from kagami_proto.errors import KagamiError, RankLost
 from kagami_proto.generate_pb2_grpc import add_TextGenerationServiceServicer_to_server
 from kagami_proto.open_tracing import open_tracing
@@ -47,7 +48,6 @@ logger = logging.getLogger(__name__)
 _GRACE_S = 2.0
 # Objects that outlive their step are those of a sequence.
 _COLLECT_AFTER = 50_000
-_UNLIMITED = (("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1))
 
 
 def serve(args: ServeArgs) -> int:
@@ -222,7 +222,7 @@ async def _serve(socket: Path, service: TextGenerationService, worker: Worker) -
             loop.call_soon_threadsafe(stop.set)
 
     worker.ended.add_done_callback(wake_up)
-    server = grpc.aio.server(options=_UNLIMITED)
+    server = grpc.aio.server(options=local_channel.OPTIONS)
     add_TextGenerationServiceServicer_to_server(service, server)
     try:
         server.add_insecure_port(f"unix:{socket}")

@@ -16,7 +16,7 @@ import grpc.aio
 from opentelemetry import trace
 
 from kagami_proto import generate_pb2 as pb
-from kagami_proto import generate_pb2_grpc
+from kagami_proto import generate_pb2_grpc, local_channel
 from kagami_proto.errors import GenerationFailed, InvalidRequest, ShardLost
 from kagami_proto.tracing import headers_of
 from kagami_proto.values import Grammar
@@ -30,8 +30,7 @@ logger = logging.getLogger(__name__)
 # A step result with prompt logprobs or a replay of a long prompt has no natural bound; a shard
 # that starts binds its socket within seconds, so reconnecting never backs off for long.
 CHANNEL_OPTIONS = (
-    ("grpc.max_send_message_length", -1),
-    ("grpc.max_receive_message_length", -1),
+    *local_channel.OPTIONS,
     ("grpc.initial_reconnect_backoff_ms", 50),
     ("grpc.min_reconnect_backoff_ms", 50),
     ("grpc.max_reconnect_backoff_ms", 100),

@@ -9,7 +9,9 @@ import grpc
 import grpc.aio
 import pytest
 
+from kagami_proto import local_channel
 from kagami_router.shards.connection import CallConnection, CallEnded
+from kagami_router.shards.http2 import ClientCall
 
 METHOD = "/test.Service/Echo"
 
@@ -30,14 +32,14 @@ class Service(grpc.GenericRpcHandler):
 class Echo:
     """A server, one call to it, and what came of that."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, **options: int) -> None:
         self.address = address
+        self.options = {**dict(local_channel.OPTIONS), **options}
         self.received: asyncio.Queue[bytes] = asyncio.Queue()
         self.ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
     async def __aenter__(self) -> "Echo":
-        unlimited = (("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1))
-        self.server = grpc.aio.server(options=unlimited)
+        self.server = grpc.aio.server(options=list(self.options.items()))
         self.server.add_generic_rpc_handlers((Service(),))
         port = self.server.add_insecure_port(self.address)
         await self.server.start()
@@ -103,3 +105,21 @@ async def test_a_closed_call_is_cancelled_at_the_server(tmp_path: Path) -> None:
 async def test_nobody_there_is_told(tmp_path: Path) -> None:
     with pytest.raises(CallEnded, match="cannot connect to unix:"):
         await CallConnection.open(f"unix:{tmp_path}/none", METHOD, print, print)
+
+
+async def test_only_the_clock_that_we_set_ends_a_peer_that_is_silent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pinged = asyncio.Event()
+
+    def stopped(call: ClientCall, flags: int, stream: int, payload: bytes) -> None:
+        pinged.set()  # a process that is stopped sees the ping much later
+
+    monkeypatch.setattr(ClientCall, "_take_ping", stopped)
+    clock = "grpc.http2.ping_timeout_ms"
+    assert dict(local_channel.OPTIONS)[clock] > 24 * 3600 * 1000
+    async with Echo(f"unix:{tmp_path}/s", **{clock: 100}) as echo, asyncio.timeout(60):
+        while not pinged.is_set():
+            echo.call.send(b"a")
+            await echo.received.get()
+        assert await echo.ended == "ping timeout"
