@@ -20,6 +20,15 @@ class ConversionRefused(Exception):
     """The file cannot be converted faithfully; the text says why, for the operator."""
 
 
+def shown(value: object) -> str:
+    """Something of a file in a message: in backticks if it is text, one line, and never long."""
+    if isinstance(value, list | dict | tuple):
+        return f"a {type(value).__name__} of {len(value)}"
+    text = repr(value[:100] if isinstance(value, str | bytes) else value)
+    text = f"`{text[1:-1]}`" if isinstance(value, str) else text
+    return text if len(text) <= 100 else f"{text[:100]}…"
+
+
 class StoredTensor(NamedTuple):
     """A tensor to be written; `data` is called when the tensors before it are written."""
 

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from gguf import quants
 
-from kagami_launcher.convert.files import ConversionRefused
-from kagami_launcher.convert.gguf_file import GgufTensor, shown
+from kagami_launcher.convert.files import ConversionRefused, shown
+from kagami_launcher.convert.gguf_file import GgufTensor
 from kagami_launcher.convert.gguf_tokenizer import Metadata
 
 _Tensors = Mapping[str, GgufTensor]
@@ -245,7 +245,8 @@ def _llama3_scaling(factors: GgufTensor, theta: float, head_dim: int) -> dict[st
 def dequantized(tensor: GgufTensor) -> Any:
     """Its numbers in float32 or float16; refuses a type that the gguf package cannot read."""
     try:
-        return quants.dequantize(tensor.data, tensor.tensor_type)
+        with np.errstate(invalid="ignore", over="ignore"):  # the shard finds what is not finite
+            return quants.dequantize(tensor.data, tensor.tensor_type)
     except NotImplementedError as error:
         raise ConversionRefused(
             f"tensor {shown(tensor.name)} has type {tensor.tensor_type.name}"

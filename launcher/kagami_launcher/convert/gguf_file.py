@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from kagami_launcher.convert.files import ConversionRefused
+from kagami_launcher.convert.files import ConversionRefused, shown
 
 _VERSIONS = (2, 3)
 _DEFAULT_ALIGNMENT = 32
@@ -258,9 +258,3 @@ def _refuse_overlaps(places: list[tuple[int, int, str]]) -> None:
                 f"tensors {shown(name)} and {shown(other)} overlap: one ends at offset {end}, the "
                 f"other begins at {start}"
             )
-
-
-def shown(value: object) -> str:
-    """A value of the file in a message: never long, never more than one line."""
-    text = f"`{repr(value)[1:-1]}`" if isinstance(value, str) else repr(value)
-    return text if len(text) <= 100 else f"{text[:100]}…"

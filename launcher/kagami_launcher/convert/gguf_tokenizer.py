@@ -13,8 +13,8 @@ from typing import Any, TypeGuard
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, processors
 from tokenizers import pre_tokenizers as pre
 
-from kagami_launcher.convert.files import ConversionRefused
-from kagami_launcher.convert.gguf_file import Value, shown
+from kagami_launcher.convert.files import ConversionRefused, shown
+from kagami_launcher.convert.gguf_file import Value
 from kagami_launcher.convert.sentencepiece_model import merges_from_scores
 
 # A context of Llama 4's is 10,485,760 tokens, the largest of any count.

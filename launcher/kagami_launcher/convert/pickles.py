@@ -1,19 +1,19 @@
 """PyTorch's pickled weights (.bin, .pt) -> safetensors, file by file.
 
-A pickle is a program. It is never run: `weights_only` reads tensors and refuses the rest, with and
-without --trust-remote-code. Files are memory-mapped, so what is in memory is near one tensor; the
-page cache takes the rest. Every file is compared, byte by byte, with what was written.
+A pickle is a program. It is never run: `torch_pickle.py` reads what it says of tensors and refuses
+the rest, with and without --trust-remote-code. Files are memory-mapped, so what is in memory is
+near one tensor; the page cache takes the rest. Every file is compared, byte by byte, with what was
+written.
 """
 
 import logging
-import pickle
 import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import torch
 from safetensors import safe_open
@@ -24,9 +24,12 @@ from kagami_launcher.convert.files import (
     StoredTensor,
     read_header,
     replaced,
+    shown,
     write_index,
     write_safetensors,
 )
+from kagami_launcher.convert.torch_file import BadFile, open_tensors
+from kagami_launcher.convert.torch_pickle import NotPlain, Unusable
 from kagami_launcher.model.folder import torch_files
 
 log = logging.getLogger(__name__)
@@ -89,39 +92,28 @@ def convert_file(source: Path, destination: Path) -> None:
 def read_pickle(path: Path) -> dict[str, Tensor]:
     """The tensors of a .bin or .pt file, mapped into memory; refuses whatever else it holds."""
     try:
-        loaded = _load(path)
-    except pickle.UnpicklingError as error:
-        reason = str(error).strip().partition("\n")[0]
+        loaded = open_tensors(path)
+    except NotPlain as error:
         raise ConversionRefused(
             f"{path.name} is not a plain file of tensors, and what else a pickle holds is not run, "
-            f"with or without `--trust-remote-code`: ask for a safetensors version ({reason})"
+            f"with or without `--trust-remote-code`: ask for a safetensors version ({error})"
         ) from error
-    except (RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ConversionRefused(f"{path.name} cannot be read: {reason}") from error
+    except (BadFile, ValueError) as error:
+        raise ConversionRefused(f"{path.name} cannot be read: {error}") from error
     if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
         loaded = loaded["state_dict"]
     if not isinstance(loaded, dict):
         raise ConversionRefused(f"{path.name} holds a {type(loaded).__name__}, expected weights")
     for name, tensor in loaded.items():
+        if isinstance(tensor, Unusable):
+            raise ConversionRefused(
+                f"{path.name}: {shown(name)} is {tensor.kind}; safetensors has no such"
+            )
         if not isinstance(tensor, Tensor):
             raise ConversionRefused(
-                f"{path.name}: {name} is a {type(tensor).__name__}, expected a tensor"
+                f"{path.name}: {shown(name)} is a {type(tensor).__name__}, expected a tensor"
             )
-        if tensor.layout != torch.strided or tensor.dtype not in _DTYPES:
-            raise ConversionRefused(
-                f"{path.name}: {name} is {tensor.layout}, {tensor.dtype}; safetensors has no such"
-            )
-    return {str(name): tensor.detach() for name, tensor in loaded.items()}
-
-
-def _load(path: Path) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except RuntimeError as error:
-        if "mmap can only be used" not in str(error):
-            raise
-    return torch.load(path, map_location="cpu", weights_only=True)  # from before PyTorch 1.6
+    return {str(name): tensor for name, tensor in loaded.items()}
 
 
 def stored(name: str, tensor: Tensor) -> StoredTensor:
@@ -166,9 +158,9 @@ def _tied_names(folder: Path) -> Sequence[str]:
     """Weights that the model's class ties to others; empty where that is not known for sure."""
     transformers = import_module("transformers")  # seconds: only where weights are shared
     try:
-        config = transformers.AutoConfig.from_pretrained(folder)
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         model_class = transformers.AutoModelForCausalLM._model_mapping[type(config)]
-    except (ValueError, KeyError, OSError):
+    except Exception:  # what a config.json makes transformers raise has no bounds
         return ()
     if not getattr(config, "tie_word_embeddings", False):
         return ()

@@ -204,9 +204,9 @@ def test_tgis_lines_are_said(tmp_path: Path, flags: tuple[str, ...]) -> None:
     ("value", "why"),
     [
         ([torch.ones(1)], "holds a list"),
-        ({"a": torch.ones(1), "step": 3}, "step is a int"),
-        ({"a": torch.ones(2, dtype=torch.complex64)}, "a is torch.strided, torch.complex64"),
-        ({"a": torch.eye(2).to_sparse()}, "a is torch.sparse_coo"),
+        ({"a": torch.ones(1), "step": 3}, "`step` is a int"),
+        ({"a": torch.ones(2, dtype=torch.complex64)}, "`a` is torch.strided, torch.complex64"),
+        ({"a": torch.eye(2).to_sparse()}, "`a` is torch.sparse_coo"),
     ],
 )
 def test_what_is_no_weight_is_refused_by_name(tmp_path: Path, value: Any, why: str) -> None:
