@@ -9,6 +9,10 @@ forms, both of which TGI's operators know:
 Values given through `extra=` become `key=value` behind the text and members of `fields`; the key
 `span` (a name such as "download") stands before the target. A line about a request
 (`request_id`) that is traced ends with its `trace_id`.
+
+Texts may come from clients and from model files. So every text is bounded, and what could forge a
+line, move a terminal's cursor or turn the direction of writing is escaped, here and nowhere else.
+The lines of a traceback are indented: only a real line begins with a time.
 """
 
 import json
@@ -35,6 +39,16 @@ LEVELS: Mapping[str, int] = {
 _LEVEL_NAMES = {"WARNING": "WARN", "CRITICAL": "ERROR"}
 # What every LogRecord has; the rest of its __dict__ came through `extra=`.
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+# Characters of a field, and of a message with its traceback.
+MAX_FIELD = 4096
+MAX_MESSAGE = 32_768
+# Control characters (C0 and C1: line breaks, ESC), Unicode's line ends, marks that change the
+# direction of writing (UAX #9, section 2), and halves of surrogate pairs, which no encoding has.
+_UNSAFE = re.compile(
+    r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
+)
+_SHORT = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
+_CONTINUES = "\n    "
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,26 +63,53 @@ class LogLine:
     fields: Mapping[str, object] = field(default_factory=dict)
 
     def to_text(self) -> str:
-        span = f"{self.span}: " if self.span else ""
+        span = f"{_escaped(self.span)}: " if self.span else ""
         tail = "".join(f" {key}={_plain(value)}" for key, value in self.fields.items())
-        return f"{self.timestamp} {self.level:>5} {span}{self.target}: {self.message}{tail}"
+        message = _CONTINUES.join(
+            _escaped(part) for part in _bounded(self.message, MAX_MESSAGE).split("\n")
+        )
+        return f"{self.timestamp} {self.level:>5} {span}{self.target}: {message}{tail}"
 
     def to_json(self) -> str:
+        message = _bounded(self.message, MAX_MESSAGE)
+        fields = {key: _bounded_value(value) for key, value in self.fields.items()}
         body: dict[str, object] = {
             "timestamp": self.timestamp,
             "level": self.level,
             "target": self.target,
-            "message": self.message,
-            "fields": {"message": self.message, **self.fields},
+            "message": message,
+            "fields": {"message": message, **fields},
         }
         if self.span:
             body["span"] = {"name": self.span}
-        return json.dumps(body, ensure_ascii=False, separators=(",", ":"), default=str)
+        return _json(body)
+
+
+def _json(value: object) -> str:
+    """On one line, with everything unsafe as `\\uXXXX`; such characters stand in strings only."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=str)
+    return _UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def _escaped(text: str) -> str:
+    return _UNSAFE.sub(lambda found: _SHORT.get(found[0]) or f"\\u{ord(found[0]):04x}", text)
+
+
+def _bounded(text: str, limit: int) -> str:
+    return text if len(text) <= limit else f"{text[:limit]}… ({len(text)} characters)"
+
+
+def _bounded_value(value: object) -> object:
+    """A number as it is; what holds text as text if it is too long."""
+    if isinstance(value, int | float | None):
+        return value
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    return value if len(text) <= MAX_FIELD else _bounded(text, MAX_FIELD)
 
 
 def _plain(value: object) -> str:
-    text = str(value)
-    return json.dumps(text, ensure_ascii=False) if re.search(r"\s", text) or not text else text
+    text = _bounded(str(value), MAX_FIELD)
+    return _json(text) if re.search(r"\s", text) or not text else _escaped(text)
 
 
 def parse(line: str) -> LogLine | None:
@@ -101,7 +142,7 @@ class _Formatter(logging.Formatter):
         extra = {key: value for key, value in vars(record).items() if key not in _STANDARD}
         if "request_id" in extra and (trace_id := current_trace_id()):
             extra["trace_id"] = trace_id
-        message = record.getMessage()
+        message = record.getMessage().replace("\r", "\\r").replace("\n", "\\n")
         if record.exc_info:
             message = f"{message}\n{self.formatException(record.exc_info)}"
         line = LogLine(

@@ -115,3 +115,42 @@ def test_an_exception_brings_its_traceback(stream: io.StringIO) -> None:
     assert line.level == "ERROR"
     assert line.message.startswith("Error when initializing model\nTraceback ")
     assert line.message.endswith("ValueError: no")
+
+
+FORGED = "2024-05-31T05:53:53.041688Z ERROR text_generation_launcher: forged"
+
+
+@pytest.mark.parametrize(
+    "unsafe",
+    ["\n", "\r", "\x1b[2J", "\x85", "\x9b", "\u2028", "\u202e", "\u2067", "\x00", "\ud800"],
+)
+@pytest.mark.parametrize("place", ["message", "field", "exception", "span"])
+@pytest.mark.parametrize("json_output", [False, True])
+def test_no_text_forges_a_line_or_reaches_a_terminal(
+    stream: io.StringIO, unsafe: str, place: str, json_output: bool
+) -> None:
+    text = f"a{unsafe}{FORGED}"
+    logs.configure("x", level="info", json_output=json_output, stream=stream)
+    log = logging.getLogger("kagami_router")
+    match place:
+        case "message":
+            log.warning("no tool of type %s", text)
+        case "exception":
+            log.error("Internal error", exc_info=ValueError(text))
+        case _:
+            log.warning("m", extra={"span" if place == "span" else "model": text})
+    written = stream.getvalue()
+    assert unsafe[0] not in written.replace("\n", "") or unsafe == "\n"
+    lines = written.splitlines()
+    assert all(line.startswith("    ") for line in lines[1:])
+    if json_output:
+        assert len(lines) == 1
+        assert parse(lines[0]) is not None
+    written.encode()
+
+
+def test_a_long_text_is_cut_and_its_length_named() -> None:
+    line = LogLine("t", "WARN", "x", "m" * 10**6, fields={"a": "b" * 10**6, "c": ["d" * 10**6]})
+    for written in (line.to_text(), line.to_json()):
+        assert len(written) < 10**5
+        assert "… (1000000 characters)" in written
