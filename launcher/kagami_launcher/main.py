@@ -91,8 +91,8 @@ def _check(invocation: Invocation) -> tuple[Devices, int]:
     """
     args, environ = invocation.args, invocation.environ
     if args.env:
-        log.info("%s", environment.report(environ))
-    log.info("%s", cli.dump(args))
+        log.info(environment.report(environ))
+    log.info(cli.dump(args))
     devices = find_devices(environ)
     if args.sharded and args.num_shard is None:
         log.info("Parsing num_shard from %s", "/".join(DEVICE_VARIABLES))

@@ -12,7 +12,8 @@ Values given through `extra=` become `key=value` behind the text and members of 
 
 Texts may come from clients and from model files. So every text is bounded, and what could forge a
 line, move a terminal's cursor or turn the direction of writing is escaped, here and nowhere else.
-The lines of a traceback are indented: only a real line begins with a time.
+A message has the line breaks of its format string only, and the lines of a traceback are indented:
+nothing but a real line begins with a time.
 """
 
 import json
@@ -47,6 +48,7 @@ MAX_MESSAGE = 32_768
 _UNSAFE = re.compile(
     r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
 )
+_CUT = re.compile(r"… \(\d{1,15} characters\)")
 _SHORT = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
 _CONTINUES = "\n    "
 
@@ -65,9 +67,7 @@ class LogLine:
     def to_text(self) -> str:
         span = f"{_escaped(self.span)}: " if self.span else ""
         tail = "".join(f" {key}={_plain(value)}" for key, value in self.fields.items())
-        message = _CONTINUES.join(
-            _escaped(part) for part in _bounded(self.message, MAX_MESSAGE).split("\n")
-        )
+        message = "\n".join(map(_escaped, _bounded(self.message, MAX_MESSAGE).split("\n")))
         return f"{self.timestamp} {self.level:>5} {span}{self.target}: {message}{tail}"
 
     def to_json(self) -> str:
@@ -95,8 +95,15 @@ def _escaped(text: str) -> str:
     return _UNSAFE.sub(lambda found: _SHORT.get(found[0]) or f"\\u{ord(found[0]):04x}", text)
 
 
+def _on_one_line(argument: object) -> object:
+    """A log call's argument; what is no number as text without line breaks."""
+    return argument if isinstance(argument, int | float) else _escaped(str(argument))
+
+
 def _bounded(text: str, limit: int) -> str:
-    return text if len(text) <= limit else f"{text[:limit]}… ({len(text)} characters)"
+    """`text` cut to `limit`; one that another process cut stays as it is."""
+    is_short = len(text) <= limit or _CUT.fullmatch(text, limit)
+    return text if is_short else f"{text[:limit]}… ({len(text)} characters)"
 
 
 def _bounded_value(value: object) -> object:
@@ -142,9 +149,12 @@ class _Formatter(logging.Formatter):
         extra = {key: value for key, value in vars(record).items() if key not in _STANDARD}
         if "request_id" in extra and (trace_id := current_trace_id()):
             extra["trace_id"] = trace_id
-        message = record.getMessage().replace("\r", "\\r").replace("\n", "\\n")
+        message = record.getMessage()
+        if isinstance(record.args, tuple) and record.args:
+            message = str(record.msg) % tuple(map(_on_one_line, record.args))
         if record.exc_info:
-            message = f"{message}\n{self.formatException(record.exc_info)}"
+            lines = [message, *self.formatException(record.exc_info).splitlines()]
+            message = _CONTINUES.join(lines)
         line = LogLine(
             timestamp=datetime.fromtimestamp(record.created, UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
             level=_LEVEL_NAMES.get(record.levelname, record.levelname),

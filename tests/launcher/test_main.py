@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from kagami_launcher.process_tree import rust_duration
+from kagami_proto.logs import MAX_MESSAGE
 
 Launch = Callable[..., Any]
 
@@ -195,7 +196,8 @@ def test_lines_are_forwarded_whole(launch: Launch) -> None:
     launcher.wait_for("Connected")
     launcher.process.send_signal(signal.SIGTERM)
     _, stdout, _ = launcher.finish()
-    assert f" WARN text_generation_router: {'x' * 300_000}\n" in stdout
+    cut = f"{'x' * MAX_MESSAGE}… (300000 characters)"
+    assert f" WARN text_generation_router: {cut}\n" in stdout
     assert " INFO text_generation_router: no json on stdout\n" in stdout
     assert " WARN text_generation_router: no json on stderr\n" in stdout
 
@@ -214,7 +216,7 @@ def test_json_output_is_json_in_every_line(launch: Launch) -> None:
 
 def test_the_log_level_holds_for_the_children_too(launch: Launch) -> None:
     launcher = launch(FAKE_ROUTER="talk", LOG_LEVEL="warn")
-    launcher.wait_for("xxx\n")
+    launcher.wait_for("xxx… (300000 characters)\n")
     launcher.process.send_signal(signal.SIGTERM)
     _, stdout, _ = launcher.finish()
     assert " INFO " not in stdout

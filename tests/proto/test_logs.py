@@ -113,7 +113,7 @@ def test_an_exception_brings_its_traceback(stream: io.StringIO) -> None:
     line = parse(stream.getvalue().strip())
     assert line is not None
     assert line.level == "ERROR"
-    assert line.message.startswith("Error when initializing model\nTraceback ")
+    assert line.message.startswith("Error when initializing model\n    Traceback ")
     assert line.message.endswith("ValueError: no")
 
 
@@ -154,3 +154,6 @@ def test_a_long_text_is_cut_and_its_length_named() -> None:
     for written in (line.to_text(), line.to_json()):
         assert len(written) < 10**5
         assert "… (1000000 characters)" in written
+    forwarded = parse(line.to_json())
+    assert forwarded is not None
+    assert parse(forwarded.to_json()) == forwarded
