@@ -29,14 +29,12 @@ class Admission:
         self._steps_since_admission = 0
 
     def admit(self, builder: StepBuilder) -> None:
-        """Let join who may join now."""
-        if builder.eligible.joins_at_once:
+        """Let join who may join now, of those that wait; all are one caller's, or on trial."""
+        is_free = builder.eligible.joins_at_once or not self._queues.running
+        if not is_free:
+            builder.join_reason = self.join_reason(builder)
+        if is_free or builder.join_reason is not None:
             self._let_join(builder)
-        elif self._queues.waiting:
-            if self._queues.running:
-                builder.join_reason = self._join_reason(builder)
-            if builder.join_reason is not None or not self._queues.running:
-                self._let_join(builder)
 
     def step_made(self, builder: StepBuilder) -> None:
         """Count the steps that brought nobody new."""
@@ -44,12 +42,19 @@ class Admission:
             0 if builder.new_sequences else self._steps_since_admission + 1
         )
 
-    def _join_reason(self, builder: StepBuilder) -> JoinReason | None:
-        """What lets newcomers join now (TGI's `waiting_served_ratio`, `max_waiting_tokens`)."""
+    def join_reason(self, builder: StepBuilder) -> JoinReason | None:
+        """What lets newcomers join beside those that run; None, and they are told why."""
         waiting = self._queues.waiting
         if builder.preempted:
-            _hold(waiting, WaitReason.BLOCKS)
+            hold(waiting, WaitReason.BLOCKS)
             return None
+        reason = self.interruption()
+        if reason is None:
+            hold(waiting, WaitReason.DECODING_FIRST)
+        return reason
+
+    def interruption(self) -> JoinReason | None:
+        """What lets newcomers interrupt (TGI's `waiting_served_ratio`, `max_waiting_tokens`)."""
         ratio, max_waiting = self._config.waiting_served_ratio, self._config.max_waiting_tokens
         if ratio is None and max_waiting is None:
             return JoinReason.CHUNKING
@@ -57,35 +62,46 @@ class Admission:
             ratio = DEFAULT_WAITING_SERVED_RATIO
         if max_waiting is None:
             max_waiting = DEFAULT_MAX_WAITING_TOKENS
-        if len(waiting) >= int(ratio * len(self._queues.running)):
+        if len(self._queues.waiting) >= int(ratio * len(self._queues.running)):
             return JoinReason.BACKPRESSURE
         if self._steps_since_admission >= max_waiting:
             return JoinReason.WAIT_EXCEEDED
-        _hold(waiting, WaitReason.DECODING_FIRST)
         return None
 
     def _let_join(self, builder: StepBuilder) -> None:
         eligible = builder.eligible
         if eligible.joins_at_once:
-            _hold(self._queues.waiting, WaitReason.ISOLATION)
+            hold(self._queues.waiting, WaitReason.ISOLATION)
         waiting = eligible.may_join(self._queues.waiting)
-        computing = {} if eligible.joins_at_once else self._being_computed()
+        computing = {} if eligible.joins_at_once else self.being_computed()
         for index, sequence in enumerate(waiting):
-            if reason := self._no_room_for(sequence, builder):
-                return _hold(waiting[index:], reason)
-            if not eligible.joins_at_once and _is_still_deferred(sequence):
-                continue
-            path = self._pool.match(sequence)
-            if blocker := self._blocker_of(sequence, path, computing):
-                end = (len(path) + 1) * self._pool.block_size
-                sequence.deferred_behind = (blocker, end)
-                sequence.waits_for = WaitReason.PREFIX
-                continue
-            if not self._take_blocks(sequence, path, builder):
-                return _hold(waiting[index:], WaitReason.BLOCKS)
-            self._start(sequence, builder)
-            if place := self._pool.being_computed(sequence):
-                computing.setdefault(place, sequence)
+            reason = self.join(sequence, builder, computing)
+            if reason is not None and reason is not WaitReason.PREFIX:
+                return hold(waiting[index:], reason)
+        return None
+
+    def join(
+        self, sequence: Sequence, builder: StepBuilder, computing: dict[BlockPlace, Sequence]
+    ) -> WaitReason | None:
+        """Let one join the step; else what it waits for, and with PREFIX it may be passed.
+
+        `computing` has the blocks that running prefills bring next, and who computes each of them.
+        """
+        if reason := self._no_room_for(sequence, builder):
+            return reason
+        if not builder.eligible.joins_at_once and is_still_deferred(sequence):
+            return WaitReason.PREFIX
+        path = self._pool.match(sequence)
+        if blocker := self.blocker_of(sequence, path, computing):
+            end = (len(path) + 1) * self._pool.block_size
+            sequence.deferred_behind = (blocker, end)
+            sequence.waits_for = WaitReason.PREFIX
+            return WaitReason.PREFIX
+        if not self._take_blocks(sequence, path, builder):
+            return WaitReason.BLOCKS
+        self._start(sequence, builder)
+        if place := self._pool.being_computed(sequence):
+            computing.setdefault(place, sequence)
         return None
 
     def _no_room_for(self, sequence: Sequence, builder: StepBuilder) -> WaitReason | None:
@@ -101,7 +117,7 @@ class Admission:
             return WaitReason.BATCH_SIZE
         return None
 
-    def _being_computed(self) -> dict[BlockPlace, Sequence]:
+    def being_computed(self) -> dict[BlockPlace, Sequence]:
         """The blocks that running prefills bring next, and who computes each of them."""
         computing: dict[BlockPlace, Sequence] = {}
         for sequence in self._queues.running:
@@ -109,7 +125,7 @@ class Admission:
                 computing.setdefault(place, sequence)
         return computing
 
-    def _blocker_of(
+    def blocker_of(
         self, sequence: Sequence, path: list[Node], computing: dict[BlockPlace, Sequence]
     ) -> Sequence | None:
         """Who computes the block behind `path` just now, if a waiting sequence could use it."""
@@ -159,13 +175,14 @@ class Admission:
         builder.put_chunk(sequence, sequence.blocks.copy())
 
 
-def _hold(sequences: Seq[Sequence], reason: WaitReason) -> None:
+def hold(sequences: Seq[Sequence], reason: WaitReason) -> None:
     """Note for all of them what they wait for."""
     for sequence in sequences:
         sequence.waits_for = reason
 
 
-def _is_still_deferred(sequence: Sequence) -> bool:
+def is_still_deferred(sequence: Sequence) -> bool:
+    """Whether somebody computes its next block still."""
     if sequence.deferred_behind is None:
         return False
     blocker, end = sequence.deferred_behind

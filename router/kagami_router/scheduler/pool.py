@@ -69,6 +69,12 @@ class KVPool:
         num_known = len(sequence.log.ids)
         return self._cache.match(sequence.prefix, (num_known - 1) // self.block_size)
 
+    def num_missing(self, sequence: Sequence) -> int:
+        """How many of the available blocks a waiting sequence takes if it joins."""
+        path = self.match(sequence)
+        num_shared = sum(self._allocator.is_held(node.block) for node in path)
+        return self.blocks_for(len(sequence.log.ids)) - num_shared
+
     def acquire(self, path: list[Node]) -> list[int]:
         """The blocks of a matched path, for one more table; nobody can evict them now."""
         return self._cache.acquire(path)

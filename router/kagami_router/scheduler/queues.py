@@ -1,6 +1,7 @@
 """Who waits and who runs: the one place where a sequence changes its status."""
 
 from bisect import insort
+from collections import Counter
 
 from kagami_router.scheduler.pool import KVPool
 from kagami_router.scheduler.sequence import Sequence, Status, age
@@ -12,6 +13,8 @@ class Queues:
     def __init__(self, pool: KVPool) -> None:
         self._pool = pool
         self.by_id: dict[int, Sequence] = {}
+        self.callers: Counter[str] = Counter()
+        """Whose sequences have not ended, and how many each has."""
         # Both oldest first.
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
@@ -30,6 +33,7 @@ class Queues:
     def add(self, sequence: Sequence) -> None:
         """A newcomer, the youngest of all."""
         self.by_id[sequence.id] = sequence
+        self.callers[sequence.request.caller] += 1
         self.waiting.append(sequence)
 
     def start(self, sequence: Sequence) -> None:
@@ -53,6 +57,10 @@ class Queues:
         self._release(sequence)
         sequence.status = Status.ENDED
         del self.by_id[sequence.id]
+        caller = sequence.request.caller
+        self.callers[caller] -= 1
+        if not self.callers[caller]:
+            del self.callers[caller]
 
     def _release(self, sequence: Sequence) -> None:
         if sequence.is_on_shard:
@@ -64,6 +72,7 @@ class Queues:
         """Assert that each sequence is in one queue, in order, with what belongs to it there."""
         everybody = self.waiting + self.running
         assert sorted(self.by_id) == sorted(sequence.id for sequence in everybody)
+        assert self.callers == Counter(sequence.request.caller for sequence in everybody)
         assert self.waiting == sorted(self.waiting, key=age)
         for sequence in self.waiting:
             assert sequence.status is Status.WAITING

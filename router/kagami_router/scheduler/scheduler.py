@@ -15,7 +15,8 @@ Whether a sequence ended by EOS or a stop string is not known here: the caller l
 text and calls `finish`. The length is counted here.
 
 What the scheduler consists of: `queues.py` has who waits and runs, `pool.py` the blocks,
-`admission.py` decides who joins, `isolation.py` who may run at all after a failed step.
+`admission.py` decides who joins, `fairness.py` what each of several callers gets, `isolation.py`
+who may run at all after a failed step.
 """
 
 import itertools
@@ -27,6 +28,7 @@ from kagami_router.request.token_log import TokenLog
 from kagami_router.request.values import ValidRequest
 from kagami_router.scheduler.admission import Admission
 from kagami_router.scheduler.config import SchedulerConfig
+from kagami_router.scheduler.fairness import Fairness
 from kagami_router.scheduler.isolation import FaultIsolation
 from kagami_router.scheduler.pool import KVPool
 from kagami_router.scheduler.prefix_cache import PrefixKey
@@ -56,6 +58,7 @@ class Scheduler:
         self._pool = KVPool(config)
         self._queues = Queues(self._pool)
         self._admission = Admission(config, self._queues, self._pool)
+        self._fairness = Fairness(config, self._queues, self._pool, self._admission)
         self._isolation = FaultIsolation(
             max_batch_size=config.max_batch_size,
             max_step_tokens=config.max_step_tokens,
@@ -94,7 +97,8 @@ class Scheduler:
         """The next step, or None if there is nothing to compute or enough is in flight.
 
         One flat budget of tokens: every decode of a running sequence takes one, what is left goes
-        to prompt chunks, oldest first, so a step's time is bounded whatever prompts come.
+        to prompt chunks, so a step's time is bounded whatever prompts come. Each caller has an
+        equal part of it, and within a caller the oldest goes first.
         """
         eligible = self._isolation.eligible()
         if len(self._in_flight) >= eligible.max_steps_in_flight:
@@ -107,12 +111,19 @@ class Scheduler:
             num_updated=self._num_updated,
             eligible=eligible,
         )
+        is_shared = len(self._queues.callers) > 1 and not eligible.joins_at_once
+        newcomer = self._fairness.make_room(builder) if is_shared else None
         running = eligible.may_run(self._queues.running)
         if self._drafter is not None:
             running = put_drafts(self._drafter, builder, running, self._pool)
-        if self._put_decodes(builder, running) < len(running):
-            self._put_chunks(builder, running)
-        self._admission.admit(builder)
+        has_prefills = self._put_decodes(builder, running) < len(running)
+        if is_shared:
+            self._fairness.share(builder, newcomer, has_prefills=has_prefills)
+        else:
+            if has_prefills:
+                self._put_chunks(builder, running)
+            if self._queues.waiting:
+                self._admission.admit(builder)
         if not builder.work and (self._in_flight or not self._queues.has_drops):
             return None
         self._admission.step_made(builder)

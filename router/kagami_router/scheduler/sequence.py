@@ -76,6 +76,10 @@ class Sequence:
     """Prompt tokens found in the prefix cache when it was first admitted."""
     waits_for: WaitReason = WaitReason.NEXT_STEP
     """While it waits: as the last step was made."""
+    times_passed: int = 0
+    """How many of other callers joined while it was its caller's next and had no room."""
+    keeps_until: int = 0
+    """With fewer ids than these it gives way to no other caller if it is its own caller's last."""
     deferred_behind: tuple["Sequence", int] | None = None
     """Who computes its next block, and up to where that one must be confirmed for it."""
 

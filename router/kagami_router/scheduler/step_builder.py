@@ -79,6 +79,23 @@ class StepBuilder:
         self.tokens -= count
         self.room -= 1
 
+    def put_more(self, sequence: Sequence) -> None:
+        """A chunk, or a longer one where it has one in this step already."""
+        if sequence.last_step != self.number:
+            if self.room > 0:
+                self.put_chunk(sequence, ())
+            return
+        index = next(i for i, item in enumerate(self.work) if item.sequence is sequence)
+        item = self.work.pop(index)
+        self.put_chunk(sequence, item.blocks)
+        more = self.work.pop()
+        self.work.insert(
+            index,
+            more._replace(position=item.position, num_tokens=item.num_tokens + more.num_tokens),
+        )
+        self.num_kv_tokens -= item.position + item.num_tokens
+        self.room += 1
+
     def put_draft(self, sequence: Sequence, draft: Seq[int], blocks: Seq[int]) -> None:
         """Verify what may follow the last known token of a sequence."""
         position = sequence.num_scheduled

@@ -78,6 +78,7 @@ class World:
     max_steps_in_flight: int
     losses: float
     vectors: float
+    num_callers: int
     drafted: float
     """How many of the tokens of a draft are right"""
 
@@ -102,6 +103,7 @@ worlds = st.builds(
     max_steps_in_flight=st.integers(1, 2),
     losses=st.sampled_from([0.0, 0.0, 0.05]),
     vectors=st.sampled_from([0.0, 0.0, 0.3]),
+    num_callers=st.sampled_from([1, 2, 2, 3, 8]),
     drafted=st.sampled_from([0.0, 0.0, 0.5, 0.9, 1.0]),
 )
 
@@ -156,6 +158,10 @@ class Simulation:
         right = generated(sequence.log.ids, self.random.randint(0, min(4, max_tokens)))
         return [token_id if self.random.random() < self.world.drafted else 0 for token_id in right]
 
+    def _caller(self) -> str:
+        """One of them sends most."""
+        return str(int(self.world.num_callers * self.random.random() ** 3))
+
     def arrive(self) -> None:
         room = (self.world.num_blocks - 1) * self.world.block_size
         total = self.random.randint(2, room + 1)  # the last token is never fed
@@ -169,6 +175,7 @@ class Simulation:
             stopping=StoppingParams(max_new_tokens=total - num_prompt),
             prompt_logprobs=self.random.random() < 0.1,
             wants_vector=self.random.random() < self.world.vectors,
+            caller=self._caller(),
         )
         sequence = self.scheduler.add(request, self.now)
         self.open[sequence.id] = sequence
@@ -303,7 +310,7 @@ def test_drafts_save_steps() -> None:
         "prefix_caching": True, "ratio": None, "max_waiting": None, "eos_every": 0,
         "num_requests": 10, "transient": 0.0, "sequence_failure": 0.0, "poison": 0.0,
         "memory_limit": None, "cache_grows_to": None, "max_steps_in_flight": 1, "vectors": 0.0,
-        "losses": 0.0,
+        "losses": 0.0, "num_callers": 1,
     }  # fmt: skip
     num_steps = []
     for drafted in (0.0, 1.0):
