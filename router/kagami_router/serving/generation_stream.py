@@ -2,14 +2,14 @@
 
 The loop first pushes: it gives the events of a step directly to the call's sink, without waking a
 task. Events that the sink refuses go into a backlog. Iterating over the call returns the backlog,
-in order. No event is pushed while the backlog is not empty or the consumer still handles it.
+in order. No event is pushed while the backlog is not empty or the consumer still handles it. The
+backlog has an end: a client that is too far behind loses its call.
 """
 
 import asyncio
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Self
+from typing import Protocol, Self
 
 from kagami_proto.panics import exception_of
 from kagami_router.request.values import End, StreamEvent
@@ -18,8 +18,19 @@ from kagami_router.telemetry.metrics import GenerationStats, Metrics
 Events = tuple[StreamEvent, ...]
 """The events of one step for one generation"""
 
-Sink = Callable[[int, Events], bool]
-"""Takes events of the generation with this index, or refuses them with False. Never waits."""
+# A token waits as 0.4 to 1.4 KB. A client that reads at all is behind by what a connection holds.
+MAX_BACKLOG = 4096
+"""Steps of its generations that a client may be behind"""
+
+
+class Sink(Protocol):
+    """Where the events of a call go."""
+
+    def __call__(self, index: int, events: Events, /) -> bool:
+        """Take events of the generation with this index, or refuse them: False. Never waits."""
+
+    def give_up(self) -> None:
+        """End the call: its client is too far behind."""
 
 
 @dataclass(slots=True, eq=False)
@@ -88,6 +99,8 @@ class CallEvents:
                     self._wake()
                 return
         self._backlog.append((index, events))
+        if len(self._backlog) == MAX_BACKLOG:
+            self._sink.give_up()
         self._wake()
 
     def fail(self, error: Exception) -> None:

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from itertools import repeat
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from kagami_proto.errors import IncompleteGeneration, Overloaded, Unavailable
 from kagami_router.request.values import End, PrefillToken, StreamEvent, Token, ValidRequest
@@ -133,17 +133,12 @@ class Infer:
 
     async def collect(self, requests: Sequence[ValidRequest], stats: CallStats) -> list[Generation]:
         """Run generations to their end; returns them in order. Raises the first failure of any."""
-        collected: list[list[StreamEvent]] = [[] for _ in requests]
-
-        def take(index: int, events: Events) -> bool:
-            collected[index].extend(events)
-            return True
-
-        async with self.stream(requests, stats, take) as call:
+        collected = _Collected([[] for _ in requests])
+        async with self.stream(requests, stats, collected) as call:
             async for backlog in call:
                 for index, events in backlog:
-                    take(index, events)
-        return [_generation(*each) for each in zip(requests, collected, strict=True)]
+                    collected(index, events)
+        return [_generation(*each) for each in zip(requests, collected.events, strict=True)]
 
     async def drain(self, timeout_s: float, notify_timeout_s: float) -> None:
         """Refuse new work, wait for running calls, and end the rest after `timeout_s`.
@@ -165,6 +160,19 @@ class Infer:
         except TimeoutError:
             return False
         return True
+
+
+class _Collected(NamedTuple):
+    """The sink of a call that is answered in one piece."""
+
+    events: list[list[StreamEvent]]
+
+    def __call__(self, index: int, events: Events) -> bool:
+        self.events[index].extend(events)
+        return True
+
+    def give_up(self) -> None:
+        """Nobody is behind: the consumer only waits for the event loop."""
 
 
 def _generation(request: ValidRequest, events: Sequence[StreamEvent]) -> Generation:

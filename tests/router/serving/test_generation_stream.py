@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 
 from kagami_router.request.values import StreamEvent, Token
-from kagami_router.serving.generation_stream import CallEvents, Events
+from kagami_router.serving.generation_stream import MAX_BACKLOG, CallEvents, Events
 
 
 def said(text: str) -> Events:
@@ -18,12 +18,16 @@ class Consumer:
 
     def __init__(self) -> None:
         self.pushed: list[str] = []
-        self.call = CallEvents(1, self._sink)
+        self.num_given_up = 0
+        self.call = CallEvents(1, self)
         self.task = asyncio.ensure_future(anext(self.call))
 
-    def _sink(self, index: int, events: Events) -> bool:
+    def __call__(self, index: int, events: Events) -> bool:
         self.pushed += [event.token.text for event in events]
         return True
+
+    def give_up(self) -> None:
+        self.num_given_up += 1
 
 
 async def test_a_waiting_consumer_is_pushed_to() -> None:
@@ -52,3 +56,15 @@ async def test_nothing_is_pushed_between_the_wake_and_the_end(
     consumer.call.put(0, said("late"))
     await asyncio.wait([consumer.task])
     assert consumer.pushed == []
+
+
+async def test_a_client_that_is_too_far_behind_loses_its_call_once() -> None:
+    consumer = Consumer()
+    consumer.call.put(0, said("read"))
+    assert len(await consumer.task) == 1  # and nothing is read any more
+    for _ in range(MAX_BACKLOG - 1):
+        consumer.call.put(0, said("unread"))
+    assert consumer.num_given_up == 0
+    for _ in range(3):
+        consumer.call.put(0, said("unread"))
+    assert consumer.num_given_up == 1

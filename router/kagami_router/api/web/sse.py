@@ -70,7 +70,8 @@ async def respond(
 
     Events are pushed: the batching loop writes them itself while this task sleeps until the end.
     This task writes only the events that could not be pushed: the client reads more slowly than its
-    tokens come, or the events take long to write.
+    tokens come, or the events take long to write. A client that is too far behind loses its
+    connection (`MAX_BACKLOG`), as one that takes nothing does (`TimeLimits.answer_s`).
 
     An error of `start` is raised and gets its own status; a later error becomes an event. A client
     that goes away cancels this task, and with it the generations.
@@ -143,6 +144,10 @@ class _Pushed:
             )
         self.last_write = self.now()
         return True
+
+    def give_up(self) -> None:
+        if (transport := self._request.transport) is not None:
+            transport.abort()  # which cancels the handler
 
 
 class Outbox:

@@ -8,6 +8,8 @@ from tests.fakes.fake_loop import FakeLoop
 from tests.fakes.fake_server import FakeServer, serving
 
 from kagami_router.api.web.time_limits import TimeLimits
+from kagami_router.request.values import StreamEvent, Token
+from kagami_router.serving.generation_stream import MAX_BACKLOG, Events, GenerationStream
 
 SHORT = 0.2
 HEAD = TimeLimits(head_s=SHORT)
@@ -21,7 +23,11 @@ REQUEST = GENERATE + b"content-length: 14\r\n\r\n" + CONTENT
 
 
 async def connect(server: FakeServer) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    return await asyncio.open_connection("127.0.0.1", int(server.url.rpartition(":")[2]))
+    return await asyncio.open_connection(*address_of(server))
+
+
+def address_of(server: FakeServer) -> tuple[str, int]:
+    return "127.0.0.1", int(server.url.rpartition(":")[2])
 
 
 async def all_answers(server: FakeServer, *messages: bytes) -> bytes:
@@ -122,11 +128,33 @@ async def ask_without_reading(server: FakeServer) -> None:
     asked = b"GET /api-doc/openapi.json HTTP/1.1\r\nhost: a\r\n\r\n" * 500
     with socket.socket() as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        client.connect(("127.0.0.1", int(server.url.rpartition(":")[2])))
+        client.connect(address_of(server))
         client.setblocking(False)
         async with asyncio.timeout(PATIENCE_S):
             while True:  # until every buffer on the way is full
                 await asyncio.get_running_loop().sock_sendall(client, asked)
+
+
+class Steps(FakeLoop):
+    """Plays one step in each pass of the event loop, which writes to clients in between."""
+
+    async def _play(self, script: list[Events | Exception], stream: GenerationStream) -> None:
+        for step in script:
+            await super()._play([step], stream)
+            await asyncio.sleep(0)
+
+
+async def test_a_stream_whose_client_is_too_far_behind_is_dropped() -> None:
+    long = StreamEvent(Token(40, "x" * 4096, -0.5, False))
+    loop = Steps(lambda request: [(long,)] * (4 * MAX_BACKLOG))
+    async with serving(loop) as server:
+        _, writer = await asyncio.open_connection(*address_of(server), limit=1)
+        writer.write(STREAM + b"content-length: 14\r\n\r\n" + CONTENT)
+        async with asyncio.timeout(PATIENCE_S):
+            await loop.left.wait()
+            while not server.has_all_permits():  # noqa: ASYNC110 - the handler ends soon
+                await asyncio.sleep(0)
+        writer.close()
 
 
 async def test_a_client_that_does_not_read_its_answer_is_dropped() -> None:
