@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kagami_proto.errors import UnsupportedModel
+
 
 @dataclass(frozen=True, slots=True)
 class RopeSpec:
@@ -45,7 +47,8 @@ class RotaryEmbedding:
     """Frequencies of one rope on a device."""
 
     def __init__(self, spec: RopeSpec, device: torch.device) -> None:
-        frequencies, self.attention_factor = KINDS[spec.kind](spec)
+        """Raises `UnsupportedModel` where the parameters make no frequencies."""
+        frequencies, self.attention_factor = _frequencies(spec)
         self.frequencies = frequencies.to(device)
         """`[rotary_dim / 2]` float32"""
 
@@ -58,6 +61,26 @@ class RotaryEmbedding:
             torch.cat((cos, cos), dim=-1)[:, None],
             torch.cat((-sin, sin), dim=-1)[:, None],
         )
+
+
+def _frequencies(spec: RopeSpec) -> tuple[Tensor, float]:
+    """Of `spec`, and the factor on cosine and sine; all of them numbers."""
+    try:
+        frequencies, factor = KINDS[spec.kind](spec)
+    except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        line = str(error).partition("\n")[0]
+        raise _unsupported(spec, f"{type(error).__name__}: {line}") from error
+    if frequencies.shape != (spec.rotary_dim // 2,):
+        raise _unsupported(
+            spec, f"{list(frequencies.shape)} frequencies for {spec.rotary_dim} dimensions"
+        )
+    if not (frequencies.isfinite().all() and math.isfinite(factor)):
+        raise _unsupported(spec, "its frequencies are not finite")
+    return frequencies, factor
+
+
+def _unsupported(spec: RopeSpec, why: str) -> UnsupportedModel:
+    return UnsupportedModel(f"config.json: rope_parameters of rope_type {spec.kind!r}: {why}")
 
 
 def rotate(heads: Tensor, rotation: Rotation) -> Tensor:
@@ -147,6 +170,8 @@ def _longrope(spec: RopeSpec) -> tuple[Tensor, float]:
     original = parameters.get("original_max_position_embeddings") or spec.max_positions
     name = "long_factor" if spec.max_length > original else "short_factor"
     factors = torch.tensor(parameters[name], dtype=torch.float32)
+    if factors.shape != (spec.rotary_dim // 2,):
+        raise ValueError(f"{name} has {list(factors.shape)} values")
     frequencies = 1.0 / (factors * spec.theta ** _exponents(spec))
     if (given := parameters.get("attention_factor")) is not None:
         return frequencies, float(given)

@@ -6,9 +6,7 @@ present spelling all that its family's spec reads is therefore taken as it is. `
 every other one, and every one with code of its own: `auto_config.py`.
 """
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -37,12 +35,14 @@ _OF_LLAMA: Mapping[str, type] = MappingProxyType(
     {
         "hidden_act": str,
         "hidden_size": int,
+        "intermediate_size": int,
         "max_position_embeddings": int,
         "num_attention_heads": int,
         "num_hidden_layers": int,
         "num_key_value_heads": int,
         "rms_norm_eps": float,
         "tie_word_embeddings": bool,
+        "vocab_size": int,
     }
 )
 _READ: Mapping[str, Mapping[str, type]] = MappingProxyType(
@@ -65,14 +65,8 @@ _OPTIONAL: Mapping[str, type | tuple[type, ...]] = MappingProxyType(
 _NEVER_PLAIN = ("auto_map", "is_encoder_decoder", "layer_types", "compression_config")
 
 
-def plain_config(file: Path) -> PlainConfig | None:
-    """The file as it is, if that is all its family's spec needs."""
-    try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None  # AutoConfig has words for it
-    if not isinstance(fields, dict):
-        return None
+def plain_config(fields: Mapping[str, Any]) -> PlainConfig | None:
+    """The content of a config.json as it is, if that is all its family's spec needs."""
     model_type = fields.get("model_type")
     if (needed := _READ.get(model_type) if isinstance(model_type, str) else None) is None:
         return None

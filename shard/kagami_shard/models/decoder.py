@@ -41,13 +41,13 @@ class Decoder:
         self._spec = spec
         self._scheme_name = scheme.name
         source = LinearSource(checkpoint, scheme, dtype=dtype, device=device, defers=defers)
+        self._ropes = [RotaryEmbedding(rope, device) for rope in spec.ropes]
         load = DecoderLoader(spec, checkpoint, source, dtype, device, parallel)
         self._num_kv_heads = load.heads.num_kv_heads
         self._embedding = load.embedding()
         self._layers = [_Layer(spec, index, load) for index in range(len(spec.layers))]
         self._norm = load.norm(load.prefix + spec.names.final_norm)
         self._head = load.head(self._embedding)
-        self._ropes = [RotaryEmbedding(rope, device) for rope in spec.ropes]
         self._bytes_loaded = checkpoint.bytes_loaded
 
     @property

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from kagami_proto.errors import InvalidCheckpoint, UnsupportedModel
+from kagami_proto.errors import UnsupportedModel
 from kagami_shard.layers.attention import AttentionSpec
 from kagami_shard.layers.embedding import Embedding, Head, ShardedEmbedding, ShardedHead
 from kagami_shard.layers.linear import Projection, RowLinear, projection
@@ -26,6 +26,7 @@ from kagami_shard.layers.norm import (
 from kagami_shard.machine.distributed import TensorParallel
 from kagami_shard.models.ops import SelfAttention
 from kagami_shard.models.spec import ModelSpec, NormKind, QKNorm
+from kagami_shard.models.weight_shapes import check_weight_shapes
 from kagami_shard.quantization.base import DenseWeight, Weight
 from kagami_shard.quantization.source import LinearSource
 from kagami_shard.weights.checkpoint import Checkpoint
@@ -40,7 +41,10 @@ from kagami_shard.weights.stored import StoredRows, tensor_of
 
 
 class DecoderLoader:
-    """Reads this rank's part of a model by its names."""
+    """Reads this rank's part of a model by its names.
+
+    Before the first weight is read all are compared with `spec`. Raises `InvalidCheckpoint`.
+    """
 
     def __init__(
         self,
@@ -63,6 +67,7 @@ class DecoderLoader:
         embedding = f"{spec.names.embedding}.weight"
         prefixes = spec.names.prefixes
         self.prefix = next((p for p in prefixes if p + embedding in checkpoint), prefixes[0])
+        check_weight_shapes(spec, self.prefix, checkpoint, source)
 
     def tensor(self, *names: str, rows: Sequence[Span] | None = None) -> Tensor:
         return self._checkpoint.load_rows(names, dtype=self._dtype, device=self._device, rows=rows)
@@ -79,7 +84,7 @@ class DecoderLoader:
         spec = self._spec
         embedding_name = f"{self.prefix}{spec.names.embedding}"
         name = embedding_name if spec.tied_head else spec.names.head
-        vocab_size = self._source.shape(name)[0]
+        vocab_size = spec.vocab_size
         project = projection(self._head_weight(name, embedding))
         if self._parallel.size == 1:
             return Head(
@@ -106,14 +111,14 @@ class DecoderLoader:
     def _quantized_head(self, name: str) -> Weight | StoredRows:
         if self._parallel.size == 1:
             return self._source.load([name])
-        vocab_size = self._source.shape(name)[0]
+        vocab_size = self._spec.vocab_size
         part = self._source.load([name], rows=[self._vocabulary_span(vocab_size)])
         matrix = tensor_of(part) if isinstance(part, StoredRows) else part.dequantized(self._dtype)
         return DenseWeight(self._padded(matrix, vocab_size))
 
     def _vocabulary_part(self, name: str) -> tuple[Tensor, int]:
         """This rank's rows, padded by zeros to as many as every other's; the first's id."""
-        vocab_size = self._checkpoint.shape(name)[0]
+        vocab_size = self._spec.vocab_size
         span = self._vocabulary_span(vocab_size)
         return self._padded(self.tensor(name, rows=[span]), vocab_size), span[0]
 
@@ -128,11 +133,6 @@ class DecoderLoader:
         self, names: Sequence[str], sections: Sequence[Span], lengths: Sequence[int], *, bias: bool
     ) -> Projection:
         """Cut by its output, of which this rank has the span `sections[i]` of section i."""
-        num_rows = sum(self._source.shape(name)[0] for name in names)
-        if num_rows != sum(lengths):
-            raise InvalidCheckpoint(
-                f"weights {', '.join(names)} have {num_rows} rows, config.json says {sum(lengths)}"
-            )
         rows = spans_in_sections(sections, lengths)
         return projection(
             self._source.load(names, rows=rows),
@@ -235,7 +235,7 @@ class DecoderLoader:
                 f"{', '.join(ACTIVATIONS)}"
             )
         down_name = layer + spec.names.down
-        width = self._source.shape(down_name)[1]
+        width = spec.intermediate_size
         span = span_of(width, self._parallel.rank, self._parallel.size)
         up = self._column_linear(
             [layer + name for name in spec.names.up],

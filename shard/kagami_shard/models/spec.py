@@ -5,9 +5,11 @@ old spellings (`rope_scaling`, `sliding_window_pattern`, `max_window_layers`) on
 (`families.py`) starts from `llama_like` and says what differs.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
+from types import MappingProxyType
 
 from kagami_proto.errors import UnsupportedModel
 from kagami_shard.layers.rotary import KINDS, RopeSpec
@@ -72,6 +74,10 @@ class ModelSpec:
     """All the decoder knows of a model."""
 
     model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    """Columns of what closes an mlp"""
     num_heads: int
     num_kv_heads: int
     head_dim: int
@@ -98,6 +104,59 @@ class ModelSpec:
     residual_multiplier: float = 1.0
     """Factor on what a layer's halves add (Granite)"""
     logits_divisor: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Raises `UnsupportedModel` where numbers contradict each other or are none."""
+        for name, kind in _NUMBERS.items():
+            value = getattr(self, name)
+            is_number = isinstance(value, kind) and not isinstance(value, bool)
+            if not is_number or not math.isfinite(value):
+                raise self._refused(f"{name} is {value!r}, which is no number for it")
+        if self.num_heads % self.num_kv_heads:
+            raise self._refused(
+                f"num_attention_heads {self.num_heads} is no multiple of num_key_value_heads "
+                f"{self.num_kv_heads}"
+            )
+        for rope in self.ropes:
+            if rope.rotary_dim % 2 or not 2 <= rope.rotary_dim <= self.head_dim:
+                raise self._refused(
+                    f"{rope.rotary_dim} dimensions of a head of {self.head_dim} cannot be rotated: "
+                    "their number must be even, and not 0"
+                )
+        for index, layer in enumerate(self.layers):
+            if layer.window is not None and not (
+                isinstance(layer.window, int) and layer.window > 0
+            ):
+                raise self._refused(f"sliding_window {layer.window!r} of layer {index}")
+
+    def _refused(self, why: str) -> UnsupportedModel:
+        return UnsupportedModel(f"model type {self.model_type}: config.json: {why}")
+
+
+_NUMBERS: Mapping[str, type | tuple[type, ...]] = MappingProxyType(
+    dict.fromkeys(
+        (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+            "max_positions",
+        ),
+        int,
+    )
+    | dict.fromkeys(
+        (
+            "norm_eps",
+            "attention_scale",
+            "embedding_multiplier",
+            "residual_multiplier",
+            "logits_divisor",
+        ),
+        (int, float),
+    )
+)
 
 
 def head_dim_of(config: Config) -> int:
@@ -149,8 +208,16 @@ def llama_like(
     """
     head_dim = head_dim_of(config)
     windows = windows or [None] * config.num_hidden_layers
+    if len(windows) != config.num_hidden_layers:
+        raise UnsupportedModel(
+            f"model type {config.model_type}: config.json: layer_types has {len(windows)} entries, "
+            f"num_hidden_layers is {config.num_hidden_layers}"
+        )
     fields: dict[str, object] = {
         "model_type": config.model_type,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
         "num_heads": config.num_attention_heads,
         "num_kv_heads": config.num_key_value_heads or config.num_attention_heads,
         "head_dim": head_dim,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from kagami_shard.quantization.base import Groups
-from kagami_shard.quantization.gptq import words_to_bytes
+from kagami_shard.quantization.gptq import WORDS, num_groups_of, words_to_bytes
 from kagami_shard.quantization.grouped import GroupedWeight, make_grouped, unpack_nibbles
 from kagami_shard.weights.checkpoint import Checkpoint
 
@@ -33,8 +33,15 @@ class AWQFormat:
     def shape(self, checkpoint: Checkpoint, module: str) -> tuple[int, int] | None:
         if f"{module}.qweight" not in checkpoint:
             return None
-        num_columns, words = checkpoint.shape(f"{module}.qweight")
+        num_columns, words = checkpoint.matrix_shape(f"{module}.qweight")
         return words * 32 // _BITS, num_columns
+
+    def check(self, checkpoint: Checkpoint, module: str) -> None:
+        num_columns, words = checkpoint.matrix_shape(f"{module}.qweight")
+        num_groups = num_groups_of(num_columns, self.group_size)
+        checkpoint.check(f"{module}.qweight", (num_columns, words), dtypes=WORDS)
+        checkpoint.check(f"{module}.qzeros", (num_groups, words), dtypes=WORDS)
+        checkpoint.check(f"{module}.scales", (num_groups, words * 32 // _BITS))
 
     def read(self, checkpoint: Checkpoint, module: str) -> GroupedWeight:
         codes = _in_order(checkpoint.stored(f"{module}.qweight")).t().contiguous()

@@ -6,6 +6,7 @@ with asymmetric ones `weight_zero_point` (packed along the outputs) and with reo
 `weight_g_idx`. `weight` int8 or float8_e4m3fn: beside `weight_scale`.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +15,14 @@ from torch import Tensor
 from kagami_proto.errors import InvalidCheckpoint, UnsupportedModel
 from kagami_shard.quantization.base import Weight
 from kagami_shard.quantization.fp8 import FP8
-from kagami_shard.quantization.fp8_checkpoint import read_fp8
-from kagami_shard.quantization.gptq import regular_groups, words_to_bytes
+from kagami_shard.quantization.fp8_checkpoint import check_fp8, read_fp8
+from kagami_shard.quantization.gptq import (
+    INDICES,
+    WORDS,
+    group_of_column,
+    regular_groups,
+    words_to_bytes,
+)
 from kagami_shard.quantization.grouped import GroupedWeight, make_grouped, unpack_nibbles
 from kagami_shard.quantization.int8 import Int8Weight
 from kagami_shard.weights.checkpoint import Checkpoint
@@ -38,12 +45,22 @@ class CompressedTensorsFormat:
 
     def shape(self, checkpoint: Checkpoint, module: str) -> tuple[int, int] | None:
         if f"{module}.weight_packed" in checkpoint:
-            out, num_columns = checkpoint.stored(f"{module}.weight_shape").tolist()
-            return out, num_columns
+            return _stored_shape(checkpoint, module)
         if f"{module}.weight_scale" not in checkpoint:
             return None
-        out, num_columns = checkpoint.shape(f"{module}.weight")
-        return out, num_columns
+        return checkpoint.matrix_shape(f"{module}.weight")
+
+    def check(self, checkpoint: Checkpoint, module: str) -> None:
+        if f"{module}.weight_packed" in checkpoint:
+            _check_packed(checkpoint, module)
+            return
+        name = f"{module}.weight"
+        shape = checkpoint.matrix_shape(name)
+        checkpoint.check(name, shape, dtypes=(FP8, torch.int8))
+        if checkpoint.stored_dtype(name) == torch.int8:
+            _check_int8(checkpoint, module, shape)
+        else:
+            check_fp8(checkpoint, module, self.block)
 
     def read(self, checkpoint: Checkpoint, module: str) -> Weight:
         if f"{module}.weight_packed" in checkpoint:
@@ -73,23 +90,82 @@ class CompressedTensorsFormat:
         return make_grouped(8, codes, scales, zeros, groups)
 
 
-def _read_packed(checkpoint: Checkpoint, module: str) -> GroupedWeight:
-    out, num_columns = checkpoint.stored(f"{module}.weight_shape").tolist()
-    words = checkpoint.stored(f"{module}.weight_packed")
-    fitting = [bits for bits in _BITS if -(-num_columns * bits // 32) == words.shape[1]]
-    if words.dtype != torch.int32 or not fitting:
+def _stored_shape(checkpoint: Checkpoint, module: str) -> tuple[int, int]:
+    """What `weight_shape` says the packed matrix is."""
+    name = f"{module}.weight_shape"
+    checkpoint.check(name, (2,), dtypes=INDICES)
+    out, num_columns = checkpoint.stored(name).tolist()
+    return out, num_columns
+
+
+def _bits_of(checkpoint: Checkpoint, module: str) -> int:
+    """Of the codes in `weight_packed`; raises `UnsupportedModel`."""
+    name = f"{module}.weight_packed"
+    out, num_columns = _stored_shape(checkpoint, module)
+    shape, dtype = checkpoint.shape(name), checkpoint.stored_dtype(name)
+    fitting = [bits for bits in _BITS if (out, -(-num_columns * bits // 32)) == shape]
+    if dtype != torch.int32 or not fitting:
         raise UnsupportedModel(
-            f"{module}.weight_packed is {words.dtype} {tuple(words.shape)} for a matrix "
+            f"{name} is {dtype} {shape} for a matrix "
             f"({out}, {num_columns}): only int32 words of 4 or 8 bits are read"
         )
-    bits = fitting[0]
+    return fitting[0]
+
+
+def _check_packed(checkpoint: Checkpoint, module: str) -> None:
+    out, num_columns = _stored_shape(checkpoint, module)
+    bits = _bits_of(checkpoint, module)
+    num_groups = _check_scales(checkpoint, f"{module}.weight_scale", out, num_columns)
+    if (name := f"{module}.weight_zero_point") in checkpoint:
+        if checkpoint.stored_dtype(name) == torch.int8:
+            _check_zeros(checkpoint, name, out, num_groups)
+        else:
+            checkpoint.check(name, (-(-out * bits // 32), num_groups), dtypes=WORDS)
+    if (name := f"{module}.weight_g_idx") in checkpoint:
+        checkpoint.check(name, (num_columns,), dtypes=INDICES)
+
+
+def _check_int8(checkpoint: Checkpoint, module: str, shape: tuple[int, int]) -> None:
+    num_groups = _check_scales(checkpoint, f"{module}.weight_scale", *shape)
+    if (name := f"{module}.weight_zero_point") in checkpoint:
+        _check_zeros(checkpoint, name, shape[0], num_groups)
+
+
+def _check_scales(checkpoint: Checkpoint, name: str, out: int, num_columns: int) -> int:
+    """The number of groups: any that divides the columns into equal ones, but for the last."""
+    shape = checkpoint.shape(name)
+    num_groups = shape[1] if len(shape) == 2 else 1
+    if math.prod(shape) == 1:
+        checkpoint.check(name, shape)
+    else:
+        checkpoint.check(name, (out, num_groups)[: max(1, len(shape))])
+    size = -(-num_columns // max(1, num_groups))
+    if -(-num_columns // size) != num_groups:
+        raise InvalidCheckpoint(
+            f"{name} of {checkpoint.folder} has {num_groups} groups for {num_columns} columns"
+        )
+    return num_groups
+
+
+def _check_zeros(checkpoint: Checkpoint, name: str, out: int, num_groups: int) -> None:
+    """Whether int8 zeros, not packed, are those of as many scales."""
+    shape = checkpoint.shape(name)
+    if math.prod(shape) != 1:
+        shape = (out, num_groups)[: max(1, len(shape))]
+    checkpoint.check(name, shape, dtypes=(torch.int8,))
+
+
+def _read_packed(checkpoint: Checkpoint, module: str) -> GroupedWeight:
+    out, num_columns = _stored_shape(checkpoint, module)
+    words = checkpoint.stored(f"{module}.weight_packed")
+    bits = _bits_of(checkpoint, module)
     packed = words_to_bytes(words)[:, : -(-num_columns * bits // 8)].contiguous()
     scales = _by_row(checkpoint.stored(f"{module}.weight_scale"), out)
     zeros = torch.full_like(scales, 1 << (bits - 1), dtype=torch.float16)
     if (name := f"{module}.weight_zero_point") in checkpoint:
         zeros = _zeros(checkpoint.stored(name), bits, out)
     name = f"{module}.weight_g_idx"
-    of_column = checkpoint.stored(name) if name in checkpoint else None
+    of_column = group_of_column(checkpoint, name, scales.shape[1])
     size = -(-num_columns // scales.shape[1])
     groups = regular_groups(num_columns, size, of_column)
     return GroupedWeight(bits, packed, scales, zeros, groups)

@@ -4,6 +4,7 @@ No CPU multiplies them, so they are widened as they are used. Activations stay a
 for them in the checkpoint is for hardware that needs it.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -67,18 +68,28 @@ def fp8_weight(values: Tensor, scales: Tensor, block: tuple[int, int] | None) ->
     `InvalidCheckpoint` where the shapes do not fit.
     """
     out, num_columns = values.shape
+    check_scales(tuple(scales.shape), (out, num_columns), block)
     scales = scales.float()
-    size = num_columns
-    if block is not None:
-        scales = scales.repeat_interleave(block[0], dim=0)[:out]
-        size = block[1]
-    elif scales.numel() in (1, out):
+    if block is None:
         scales = scales.reshape(-1, 1).expand(out, 1).contiguous()
-    if scales.shape != (out, -(-num_columns // size)):
-        raise InvalidCheckpoint(
-            f"scales of shape {tuple(scales.shape)} do not fit a weight of {tuple(values.shape)}"
-        )
-    return Fp8Weight(values, scales, Groups(num_columns, size))
+        return Fp8Weight(values, scales, Groups(num_columns, num_columns))
+    rows = torch.arange(out, device=scales.device) // block[0]
+    return Fp8Weight(values, scales.index_select(0, rows), Groups(num_columns, block[1]))
+
+
+def check_scales(
+    scales: tuple[int, ...], weight: tuple[int, int], block: tuple[int, int] | None
+) -> None:
+    """Whether so many scales are one, one a row, or one a block of `weight`; raises
+    `InvalidCheckpoint`.
+    """
+    if block is None:
+        fits = math.prod(scales) in (1, weight[0])
+    else:
+        fits = scales == (-(-weight[0] // block[0]), -(-weight[1] // block[1]))
+    if not fits:
+        blocks = "" if block is None else f" in blocks of {block}"
+        raise InvalidCheckpoint(f"scales of shape {scales} do not fit a weight of {weight}{blocks}")
 
 
 def quantize_fp8(matrix: Tensor) -> Fp8Weight:

@@ -7,7 +7,7 @@ too in spite of its name: one, one a row, or one a block.
 from dataclasses import dataclass
 
 from kagami_proto.errors import InvalidCheckpoint
-from kagami_shard.quantization.fp8 import FP8, Fp8Weight, fp8_weight
+from kagami_shard.quantization.fp8 import FP8, Fp8Weight, check_scales, fp8_weight
 from kagami_shard.weights.checkpoint import Checkpoint
 
 _SCALES = ("weight_scale_inv", "weight_scale")
@@ -28,8 +28,10 @@ class Fp8Format:
         name = f"{module}.weight"
         if name not in checkpoint or checkpoint.stored_dtype(name) != FP8:
             return None
-        out, num_columns = checkpoint.shape(name)
-        return out, num_columns
+        return checkpoint.matrix_shape(name)
+
+    def check(self, checkpoint: Checkpoint, module: str) -> None:
+        check_fp8(checkpoint, module, self.block)
 
     def read(self, checkpoint: Checkpoint, module: str) -> Fp8Weight:
         return read_fp8(checkpoint, module, self.block)
@@ -37,10 +39,25 @@ class Fp8Format:
 
 def read_fp8(checkpoint: Checkpoint, module: str, block: tuple[int, int] | None) -> Fp8Weight:
     """The e4m3 weight of `module` with the scales beside it; raises `InvalidCheckpoint`."""
-    names = [f"{module}.{suffix}" for suffix in _SCALES]
-    name = next((name for name in names if name in checkpoint), names[-1])
+    name = _scales_of(checkpoint, module)
     scales = checkpoint.stored(name)
     try:
         return fp8_weight(checkpoint.stored(f"{module}.weight"), scales, block)
     except InvalidCheckpoint as error:
         raise InvalidCheckpoint(f"{name}: {error}") from error
+
+
+def check_fp8(checkpoint: Checkpoint, module: str, block: tuple[int, int] | None) -> None:
+    """Whether the scales are floats, and as many as `fp8_weight` needs, by their headers."""
+    name = _scales_of(checkpoint, module)
+    shape = checkpoint.shape(name)
+    checkpoint.check(name, shape)
+    try:
+        check_scales(shape, checkpoint.matrix_shape(f"{module}.weight"), block)
+    except InvalidCheckpoint as error:
+        raise InvalidCheckpoint(f"{name} of {checkpoint.folder}: {error}") from error
+
+
+def _scales_of(checkpoint: Checkpoint, module: str) -> str:
+    names = [f"{module}.{suffix}" for suffix in _SCALES]
+    return next((name for name in names if name in checkpoint), names[-1])

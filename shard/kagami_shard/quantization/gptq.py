@@ -11,9 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kagami_proto.errors import InvalidCheckpoint
 from kagami_shard.quantization.base import Groups
 from kagami_shard.quantization.grouped import GroupedWeight, unpack_nibbles
 from kagami_shard.weights.checkpoint import Checkpoint
+
+WORDS = (torch.int32,)
+INDICES = (torch.int32, torch.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +36,19 @@ class GPTQFormat:
     def shape(self, checkpoint: Checkpoint, module: str) -> tuple[int, int] | None:
         if f"{module}.qweight" not in checkpoint:
             return None
-        rows, out = checkpoint.shape(f"{module}.qweight")
+        rows, out = checkpoint.matrix_shape(f"{module}.qweight")
         return out, rows * 32 // self.bits
+
+    def check(self, checkpoint: Checkpoint, module: str) -> None:
+        rows, out = checkpoint.matrix_shape(f"{module}.qweight")
+        num_columns = rows * 32 // self.bits
+        num_groups = num_groups_of(num_columns, self.group_size)
+        checkpoint.check(f"{module}.qweight", (rows, out), dtypes=WORDS)
+        zeros = (num_groups, -(-out * self.bits // 32))
+        checkpoint.check(f"{module}.qzeros", zeros, dtypes=WORDS)
+        checkpoint.check(f"{module}.scales", (num_groups, out))
+        if (name := f"{module}.g_idx") in checkpoint:
+            checkpoint.check(name, (num_columns,), dtypes=INDICES)
 
     def read(self, checkpoint: Checkpoint, module: str) -> GroupedWeight:
         packed = words_to_bytes(checkpoint.stored(f"{module}.qweight").t())
@@ -50,8 +65,26 @@ class GPTQFormat:
     def _groups(self, checkpoint: Checkpoint, module: str, num_columns: int) -> Groups:
         size = num_columns if self.group_size < 0 else self.group_size
         name = f"{module}.g_idx"
-        of_column = checkpoint.stored(name) if name in checkpoint else None
+        of_column = group_of_column(checkpoint, name, num_groups_of(num_columns, size))
         return regular_groups(num_columns, size, of_column)
+
+
+def num_groups_of(num_columns: int, size: int) -> int:
+    """Of `size` columns each, the last may be short; -1: all columns are one."""
+    return 1 if size < 0 else -(-num_columns // size)
+
+
+def group_of_column(checkpoint: Checkpoint, name: str, num_groups: int) -> Tensor | None:
+    """The group of each column, if the checkpoint says it. Raises `InvalidCheckpoint`."""
+    if name not in checkpoint:
+        return None
+    of_column = checkpoint.stored(name)
+    if of_column.min() < 0 or of_column.max() >= num_groups:
+        raise InvalidCheckpoint(
+            f"{name} of {checkpoint.folder} names groups {int(of_column.min())} to "
+            f"{int(of_column.max())}, there are {num_groups}"
+        )
+    return of_column
 
 
 def regular_groups(num_columns: int, size: int, of_column: Tensor | None) -> Groups:

@@ -1,6 +1,6 @@
 """config.json's quantization_config and --quantize -> the scheme that a model is loaded with."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -13,8 +13,11 @@ from kagami_shard.quantization.gptq import GPTQFormat
 from kagami_shard.quantization.int4 import quantize_int4
 from kagami_shard.quantization.int8 import quantize_int8
 from kagami_shard.quantization.source import Format, Scheme
+from kagami_shard.weights.json_files import shown
 
 Config = Mapping[str, Any]
+
+_LARGEST_GROUP = 1 << 20
 
 _INT8 = Scheme("int8", quantize=quantize_int8, quantize_head=quantize_int8)
 _INT4 = Scheme("int4", quantize=quantize_int4, quantize_head=quantize_int8)
@@ -89,7 +92,7 @@ def _awq(config: Config) -> Format:
 
 def _fp8(config: Config) -> Format:
     block = config.get("weight_block_size")
-    return Fp8Format(None if block is None else (int(block[0]), int(block[1])))
+    return Fp8Format(None if block is None else _block(block))
 
 
 def _compressed_tensors(config: Config) -> Format:
@@ -106,10 +109,17 @@ def _compressed_tensors(config: Config) -> Format:
     blocks -= {()}
     if len(blocks) > 1:
         raise _refused("compressed-tensors", "block_structure", sorted(blocks), "one for all")
+    block = next(iter(blocks), None)
     return CompressedTensorsFormat(
         int8_activations=any(group.get("input_activations") for group in groups),
-        block=next(iter(blocks), None),
+        block=None if block is None else _block(block),
     )
+
+
+def _block(block: Sequence[Any]) -> tuple[int, int]:
+    if len(block) != 2 or not all(map(_is_size, block)):
+        raise UnsupportedModel(f"quantization_config: a block of {shown(block)} is no size")
+    return int(block[0]), int(block[1])
 
 
 _KINDS = (("int", 4), ("int", 8), ("float", 8))
@@ -117,7 +127,16 @@ _KINDS = (("int", 4), ("int", 8), ("float", 8))
 
 def _group_size(config: Config) -> int:
     size = config.get("group_size", config.get("q_group_size", -1))
-    return -1 if size is None else int(size)
+    if size is None or size == -1:
+        return -1
+    if not _is_size(size):
+        raise UnsupportedModel(f"quantization_config: group_size {shown(size)} is no size")
+    return int(size)
+
+
+def _is_size(value: object) -> bool:
+    """Whether so many columns, or rows, can share a scale."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= _LARGEST_GROUP
 
 
 def _refused(method: str, field: str, value: object, known: str) -> UnsupportedModel:

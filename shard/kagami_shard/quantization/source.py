@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from kagami_proto.errors import InvalidCheckpoint
 from kagami_shard.quantization.base import DenseWeight, Weight, on_device, stack
 from kagami_shard.weights.checkpoint import Checkpoint
 from kagami_shard.weights.sharding import Span
@@ -23,7 +24,15 @@ class Format(Protocol):
     def name(self) -> str: ...
 
     def shape(self, checkpoint: Checkpoint, module: str) -> tuple[int, int] | None:
-        """`(out, in)` of `module`; None if it is not quantized."""
+        """`(out, in)` of `module`; None if it is not quantized.
+
+        As its largest tensor says: of the others `check` takes care.
+        """
+
+    def check(self, checkpoint: Checkpoint, module: str) -> None:
+        """Whether all tensors of `module`, which is quantized, fit together; raises
+        `InvalidCheckpoint`.
+        """
 
     def read(self, checkpoint: Checkpoint, module: str) -> Weight:
         """The whole weight, on the CPU."""
@@ -64,12 +73,19 @@ class LinearSource:
         self._dtype = dtype
         self._device = device
 
-    def shape(self, module: str) -> tuple[int, int]:
-        """`(out, in)`."""
-        if (shape := self._quantized_shape(module)) is not None:
-            return shape
-        out, num_columns = self._checkpoint.shape(f"{module}.weight")
-        return out, num_columns
+    def check(self, module: str, shape: tuple[int, int]) -> None:
+        """Raises `InvalidCheckpoint` if `module` is missing, or not of `shape`, `(out, in)`."""
+        format = self._scheme.format
+        found = self._quantized_shape(module)
+        if format is None or found is None:
+            self._checkpoint.check(f"{module}.weight", shape)
+            return
+        if found != shape:
+            raise InvalidCheckpoint(
+                f"{self._checkpoint.folder}: {module}, quantized, has the shape {list(found)}, "
+                f"config.json says {list(shape)}"
+            )
+        format.check(self._checkpoint, module)
 
     def is_quantized(self, module: str) -> bool:
         """Whether the checkpoint has it so."""

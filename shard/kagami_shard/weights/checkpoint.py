@@ -6,7 +6,7 @@ tensors may land in one, one below the other: that is how query, key and value b
 matmul. A rank of several reads its own rows or columns only.
 """
 
-import json
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kagami_proto.errors import InvalidCheckpoint
+from kagami_shard.weights.json_files import read_object, shown
 from kagami_shard.weights.sharding import Span
 from kagami_shard.weights.stored import StoredRows, drop_pages
 
@@ -25,6 +26,19 @@ INDEX = "model.safetensors.index.json"
 
 # Files beside a model's own weights: the original format, training state, adapters.
 NOT_WEIGHTS = ("consolidated", "training", "optimizer", "adapter", "arguments")
+
+# A file of the folder, or of one below it.
+_FILE_NAME = re.compile(r"(?!/|\.\./)(?:(?!/\.\./)[^\0]){1,255}")
+
+# What a matrix in full precision may be stored as.
+FLOATS = (
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+)
 
 # safetensors' names, of the formats of quantized weights.
 _DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
@@ -37,6 +51,8 @@ _DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
         "F16": torch.float16,
         "BF16": torch.bfloat16,
         "F32": torch.float32,
+        "F64": torch.float64,
+        "I64": torch.int64,
     }
 )
 
@@ -64,10 +80,14 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _weight_map(index: Path) -> Mapping[str, str]:
-    try:
-        weight_map: Mapping[str, str] = json.loads(index.read_text())["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise InvalidCheckpoint(f"{index} is not an index of weights: {error!r}") from error
+    weight_map = read_object(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise InvalidCheckpoint(
+            f"{index} is not an index of weights: weight_map is {shown(weight_map)}"
+        )
+    for name in weight_map.values():
+        if not isinstance(name, str) or not _FILE_NAME.fullmatch(name):
+            raise InvalidCheckpoint(f"{index}: weight_map names {shown(name)}, which is no file")
     return weight_map
 
 
@@ -104,6 +124,31 @@ class Checkpoint:
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of `name` as stored; reads the header only."""
         return tuple(self._handle(name).get_slice(name).get_shape())
+
+    def check(
+        self, name: str, shape: tuple[int, ...], *, dtypes: Sequence[torch.dtype] = FLOATS
+    ) -> None:
+        """Raises `InvalidCheckpoint` if `name` is missing, or stored in another shape or dtype."""
+        if (found := self.shape(name)) != shape:
+            raise InvalidCheckpoint(
+                f"{self._file_of[name]}: {name} has the shape {list(found)}, config.json says "
+                f"{list(shape)}"
+            )
+        if self.stored_dtype(name) not in dtypes:
+            stored = self._handle(name).get_slice(name).get_dtype()
+            raise InvalidCheckpoint(
+                f"{self._file_of[name]}: {name} is {stored}, only "
+                f"{', '.join(str(dtype).removeprefix('torch.') for dtype in dtypes)} can be read"
+            )
+
+    def matrix_shape(self, name: str) -> tuple[int, int]:
+        """The shape of `name`, which has rows and columns, or `InvalidCheckpoint` is raised."""
+        shape = self.shape(name)
+        if len(shape) != 2:
+            raise InvalidCheckpoint(
+                f"{self._file_of[name]}: {name} has the shape {list(shape)}, it is no matrix"
+            )
+        return shape[0], shape[1]
 
     def stored_dtype(self, name: str) -> torch.dtype | None:
         """The dtype of `name` in its file; None for one that this torch does not have."""
@@ -191,5 +236,5 @@ class Checkpoint:
 
     def _handle(self, name: str) -> Any:
         if (file := self._file_of.get(name)) is None:
-            raise InvalidCheckpoint(f"weight {name} does not exist")
+            raise InvalidCheckpoint(f"weight {name} does not exist in {self.folder}")
         return self._handles[file]

@@ -15,6 +15,7 @@ LLAMA: dict[str, Any] = {
     "model_type": "llama",
     "hidden_act": "silu",
     "hidden_size": 64,
+    "intermediate_size": 96,
     "max_position_embeddings": 128,
     "num_attention_heads": 4,
     "num_hidden_layers": 2,
@@ -29,10 +30,8 @@ ROPE = {"rope_theta": 2e4, "rope_type": "default"}
 PRESENT = {name: value for name, value in LLAMA.items() if name != "rope_theta"}
 
 
-def written(folder: Path, config: dict[str, Any]) -> Path:
-    file = folder / "config.json"
-    file.write_text(json.dumps(config))
-    return file
+def written(folder: Path, config: dict[str, Any]) -> None:
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 @pytest.mark.parametrize(
@@ -49,7 +48,8 @@ def written(folder: Path, config: dict[str, Any]) -> Path:
 def test_a_plain_config_makes_the_spec_that_transformers_makes(
     config: dict[str, Any], tmp_path: Path
 ) -> None:
-    plain = plain_config(written(tmp_path, config))
+    written(tmp_path, config)
+    plain = plain_config(config)
     spec_of = FAMILIES[str(config["model_type"])]
     assert spec_of(plain, 0) == spec_of(AutoConfig.from_pretrained(tmp_path), 0)
 
@@ -68,18 +68,17 @@ def test_a_plain_config_makes_the_spec_that_transformers_makes(
         {"layer_types": ["full_attention"] * 2},
     ],
 )
-def test_anything_else_is_left_to_transformers(change: dict[str, Any], tmp_path: Path) -> None:
-    assert plain_config(written(tmp_path, LLAMA | change)) is None
+def test_anything_else_is_left_to_transformers(change: dict[str, Any]) -> None:
+    assert plain_config(LLAMA | change) is None
 
 
 @pytest.mark.parametrize("name", ["num_key_value_heads", "tie_word_embeddings", "rope_theta"])
-def test_a_field_that_is_missing_is_left_to_transformers(name: str, tmp_path: Path) -> None:
-    file = written(tmp_path, {key: value for key, value in LLAMA.items() if key != name})
-    assert plain_config(file) is None
+def test_a_field_that_is_missing_is_left_to_transformers(name: str) -> None:
+    assert plain_config({key: value for key, value in LLAMA.items() if key != name}) is None
 
 
-def test_a_mistral_that_does_not_tell_its_window_is_left_to_transformers(tmp_path: Path) -> None:
-    assert plain_config(written(tmp_path, LLAMA | {"model_type": "mistral"})) is None
+def test_a_mistral_that_does_not_tell_its_window_is_left_to_transformers() -> None:
+    assert plain_config(LLAMA | {"model_type": "mistral"}) is None
 
 
 def test_what_a_plain_config_lacks_is_no_attribute(tmp_path: Path) -> None:
