@@ -28,6 +28,7 @@ from kagami_launcher.convert.files import (
 )
 from kagami_launcher.convert.pickles import as_bytes, dtype_name, read_pickle
 from kagami_launcher.model import folder as model_folder
+from kagami_proto.model_files import read_object
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +110,7 @@ class _Adapter:
 
     @classmethod
     def read(cls, folder: Path) -> "_Adapter":
-        config = model_folder.read_object(folder / model_folder.ADAPTER_CONFIG)
+        config = read_object(folder / model_folder.ADAPTER_CONFIG)
         _check(config)
         updates: dict[str, _Update] = {}
         replacements: dict[str, Tensor] = {}
@@ -254,7 +255,7 @@ def _copy_side_files(adapter: Path, base: Path, folder: Path) -> None:
 
 def _adapt_config(folder: Path, change: _Adapter, base: Mapping[str, _Lazy]) -> None:
     """Write into config.json what the adapter changed: the vocabulary's size, an own head."""
-    config = dict(model_folder.read_object(folder / "config.json"))
+    config = dict(read_object(folder / "config.json"))
     before = dict(config)
     if "lm_head.weight" in change.replacements and "lm_head.weight" not in base:
         config["tie_word_embeddings"] = False

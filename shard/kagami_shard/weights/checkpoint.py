@@ -6,7 +6,6 @@ tensors may land in one, one below the other: that is how query, key and value b
 matmul. A rank of several reads its own rows or columns only.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kagami_proto.errors import InvalidCheckpoint
-from kagami_shard.weights.json_files import read_object, shown
+from kagami_proto.model_files import BrokenFile, check_header, read_index
 from kagami_shard.weights.sharding import Span
 from kagami_shard.weights.stored import StoredRows, drop_pages
 
@@ -26,9 +25,6 @@ INDEX = "model.safetensors.index.json"
 
 # Files beside a model's own weights: the original format, training state, adapters.
 NOT_WEIGHTS = ("consolidated", "training", "optimizer", "adapter", "arguments")
-
-# A file of the folder, or of one below it.
-_FILE_NAME = re.compile(r"(?!/|\.\./)(?:(?!/\.\./)[^\0]){1,255}")
 
 # What a matrix in full precision may be stored as.
 FLOATS = (
@@ -40,6 +36,7 @@ FLOATS = (
     torch.float8_e5m2,
 )
 
+_MAX_REASON = 300  # characters: the library repeats what it did not expect
 # safetensors' names, of the formats of quantized weights.
 _DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {
@@ -55,6 +52,9 @@ _DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
         "I64": torch.int64,
     }
 )
+
+# Less than a byte each, for which torch has no dtype, and complex numbers.
+_NO_WEIGHTS = frozenset({"F4", "F6_E2M3", "F6_E3M2", "C64"})
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -80,15 +80,10 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _weight_map(index: Path) -> Mapping[str, str]:
-    weight_map = read_object(index).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise InvalidCheckpoint(
-            f"{index} is not an index of weights: weight_map is {shown(weight_map)}"
-        )
-    for name in weight_map.values():
-        if not isinstance(name, str) or not _FILE_NAME.fullmatch(name):
-            raise InvalidCheckpoint(f"{index}: weight_map names {shown(name)}, which is no file")
-    return weight_map
+    try:
+        return read_index(index)
+    except BrokenFile as error:
+        raise InvalidCheckpoint(str(error)) from error
 
 
 class Checkpoint:
@@ -223,15 +218,21 @@ class Checkpoint:
 
     def _open(self, file: Path, stack: ExitStack) -> None:
         try:
+            check_header(file)
             handle = stack.enter_context(safe_open(file, framework="pt"))
-        except SafetensorError as error:
-            raise InvalidCheckpoint(f"{file} is not a safetensors file: {error}") from error
+        except BrokenFile as error:
+            raise InvalidCheckpoint(str(error)) from error
+        except (SafetensorError, OSError) as error:
+            reason = str(error)[:_MAX_REASON]
+            raise InvalidCheckpoint(f"{file} is not a safetensors file: {reason}") from error
         self._handles[file] = handle
         for name in handle.keys():
             if (other := self._file_of.get(name)) is not None:
                 raise InvalidCheckpoint(
                     f"Key {name} was found in multiple files: {other} and {file}"
                 )
+            if (dtype := handle.get_slice(name).get_dtype()) in _NO_WEIGHTS:
+                raise InvalidCheckpoint(f"{file}: {name} has dtype {dtype}, which is not supported")
             self._file_of[name] = file
 
     def _handle(self, name: str) -> Any:

@@ -13,6 +13,7 @@ from kagami_launcher.convert.files import ConversionRefused
 from kagami_launcher.convert.run import Task, convert
 from kagami_launcher.model import folder as model_folder
 from kagami_launcher.model import source as hub
+from kagami_proto.model_files import read_object
 
 Q, K = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -98,7 +99,7 @@ def test_saved_modules_replace_the_bases(tmp_path: Path) -> None:
     folder, found = merged(write_adapter(tmp_path / "adapter", base, larger | pair(Q)))
     assert torch.equal(found[EMBED], next(iter(larger.values())).bfloat16())
     assert found[HEAD].shape == (ROWS + 2, WIDTH)
-    assert model_folder.read_object(folder / "config.json")["vocab_size"] == ROWS + 2
+    assert read_object(folder / "config.json")["vocab_size"] == ROWS + 2
 
 
 def test_a_head_of_its_own_unties_the_base(tmp_path: Path) -> None:
@@ -109,7 +110,7 @@ def test_a_head_of_its_own_unties_the_base(tmp_path: Path) -> None:
     adapter = write_adapter(tmp_path / "adapter", base, {"base_model.model.lm_head.weight": head})
     folder, found = merged(adapter)
     assert torch.equal(found[HEAD], head)
-    assert model_folder.read_object(folder / "config.json")["tie_word_embeddings"] is False
+    assert read_object(folder / "config.json")["tie_word_embeddings"] is False
 
 
 def test_a_base_in_pickled_shards_is_read_as_it_is(tmp_path: Path) -> None:
