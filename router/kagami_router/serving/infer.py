@@ -6,6 +6,7 @@ the batching loop, events come back.
 
 import asyncio
 import math
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,10 @@ from kagami_router.serving.generation_stream import (
 )
 from kagami_router.telemetry.metrics import Metrics
 from kagami_router.telemetry.request_trace import describe_request
+
+# How many permits there are besides, of those that --max-concurrent-requests says, for callers that
+# hold none while others hold them all.
+SPARE_SHARE = 1 / 8
 
 
 class Generator(Protocol):
@@ -73,27 +78,34 @@ class Infer:
         self._metrics = metrics
         self._free_permits = max_concurrent_requests
         self._max_permits = max_concurrent_requests
+        self._held: Counter[str] = Counter()  # by whom
         self._deadlines: set[asyncio.Timeout] = set()
         self._is_draining = False
         self._idle = asyncio.Event()
         self._idle.set()
 
     @contextmanager
-    def permits(self, count: int = 1) -> Iterator[None]:
+    def permits(self, count: int = 1, *, caller: str = "") -> Iterator[None]:
         """Hold `count` permits, one for each generation.
 
-        Never waits. Raises `Overloaded` if fewer are free, `Unavailable` while draining.
+        Never waits. Raises `Overloaded` if fewer are free, `Unavailable` while draining. A caller
+        that holds none may have one of `SPARE_SHARE` more: nobody can keep all others out.
         """
         if self._is_draining:
             raise Unavailable("The server is shutting down")
-        if count > self._free_permits:
+        spare = 0 if self._held[caller] else int(self._max_permits * SPARE_SHARE)
+        if count > self._free_permits and (count > 1 or self._free_permits + spare < count):
             raise Overloaded("Model is overloaded")
         self._free_permits -= count
+        self._held[caller] += count
         self._idle.clear()
         try:
             yield
         finally:
             self._free_permits += count
+            self._held[caller] -= count
+            if not self._held[caller]:
+                del self._held[caller]
             if self._free_permits == self._max_permits:
                 self._idle.set()
 

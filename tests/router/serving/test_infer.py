@@ -1,4 +1,5 @@
 import asyncio
+from contextlib import ExitStack
 
 import pytest
 from tests.fakes.fake_loop import FakeLoop
@@ -29,6 +30,36 @@ async def test_permits_come_back_whatever_happens() -> None:
         raise ZeroDivisionError
     with infer.permits(2):
         pass
+
+
+@pytest.mark.parametrize(("total", "spare"), [(128, 16), (8, 1), (7, 0), (1, 0)])
+async def test_nobody_keeps_all_others_out(total: int, spare: int) -> None:
+    infer = infer_over(FakeLoop(), permits=total)
+    with ExitStack() as stack:
+        for _ in range(total):
+            stack.enter_context(infer.permits(caller="greedy"))
+        with pytest.raises(Overloaded), infer.permits(caller="greedy"):
+            pass
+        for number in range(spare):
+            stack.enter_context(infer.permits(caller=str(number)))
+        for caller in ("0", "another"):
+            with pytest.raises(Overloaded), infer.permits(caller=caller):
+                pass
+    with infer.permits(total, caller="greedy"):
+        pass
+    assert not infer._held
+
+
+async def test_the_spare_permits_are_one_for_each_caller() -> None:
+    infer = infer_over(FakeLoop(), permits=64)
+    with infer.permits(64, caller="greedy"):
+        with pytest.raises(Overloaded), infer.permits(2, caller="other"):
+            pass
+        with infer.permits(caller="other"):
+            with pytest.raises(Overloaded), infer.permits(caller="other"):
+                pass
+        with infer.permits(caller="other"):
+            pass
 
 
 async def test_all_or_none_of_the_permits_are_taken() -> None:

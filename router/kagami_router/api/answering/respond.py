@@ -94,8 +94,9 @@ async def respond(
             request, call, asked, writer.whole, chosen=writer.chosen, counted=writer.counted
         )
     state = state_of(request)
-    with state.infer.permits(_num_generations(asked)):
-        prompts = await _validated(state.validation, asked, caller_of(request))
+    caller = caller_of(request)
+    with state.infer.permits(_num_generations(asked), caller=caller):
+        prompts = await _validated(state.validation, asked, caller)
         requests = _samples(prompts, asked)
         return await sse.respond(
             request,
@@ -116,8 +117,9 @@ async def respond_whole(
 ) -> web.Response:
     """Generate what is asked; answer with one body. `write` is `AnswerWriter.whole`, and so on."""
     state = state_of(request)
-    with state.infer.permits(_num_generations(asked)):
-        prompts = await _validated(state.validation, asked, caller_of(request))
+    caller = caller_of(request)
+    with state.infer.permits(_num_generations(asked), caller=caller):
+        prompts = await _validated(state.validation, asked, caller)
         generations = await state.infer.collect(_samples(prompts, asked), call.stats)
         num_tokens = sum(len(one.prefill) + len(one.tokens) for one in generations)
         if num_tokens <= INLINE_TOKENS:
