@@ -30,6 +30,8 @@ MIN_PART = 32
 # How many newcomers of other callers may pass a sequence that has no room. High, because all who
 # come later wait until it has; and a bound, because it has to get it.
 MAX_PASSES = 64
+# How many lines look for blocks in vain in one step. The first is one for whom room was made.
+MAX_LACKING = 8
 # Tokens that a caller's only running sequence gets before it gives way once more. It is prefilled
 # again each time: this bounds what that costs, and how long others wait for it.
 LEAST_PROGRESS = 64
@@ -138,23 +140,19 @@ class Fairness:
         if self._queues.running and self._admission.interruption() is None:
             return None
         active = {sequence.request.caller for sequence in self._queues.running}
-        waiting = self._queues.waiting
-        candidates = [each for each in waiting if is_overdue(each)] or sorted(
-            (each for each in waiting if each.request.caller not in active),
-            key=lambda each: len(each.log.ids),
-        )
-        for sequence in candidates:
-            if sequence.last_step <= builder.num_updated and not self._awaits_prefix(sequence):
+        candidates = [
+            each
+            for each in self._queues.waiting
+            if (each.request.caller not in active or is_overdue(each))
+            and each.last_step <= builder.num_updated
+            and not is_still_deferred(each)
+        ]
+        computing = self._admission.being_computed()
+        for sequence in sorted(candidates, key=_urgency):
+            path = self._pool.match(sequence) if computing else []
+            if self._admission.blocker_of(sequence, path, computing) is None:
                 return sequence
         return None
-
-    def _awaits_prefix(self, sequence: Sequence) -> bool:
-        """Whether it would be deferred behind somebody who computes its next block."""
-        if is_still_deferred(sequence):
-            return True
-        computing = self._admission.being_computed()
-        path = self._pool.match(sequence) if computing else []
-        return self._admission.blocker_of(sequence, path, computing) is not None
 
     def _who_gives_way_to(self, newcomer: Sequence) -> list[Sequence]:
         """Those that have to be preempted for it; nobody if that is not enough or not needed."""
@@ -190,7 +188,10 @@ class Fairness:
         if not has_prefills and not self._queues.waiting:
             return
         may_join = self._may_join(builder, newcomer)
-        lines = self._lines(newcomer if builder.preempted else None, may_join=may_join)
+        only = newcomer if builder.preempted else None
+        lines = self._lines(only, may_join=may_join)
+        if newcomer is not None:  # first choice: it was found to fit, or is the shortest
+            lines.sort(key=lambda line: newcomer not in line.waiting[:1])
         computing = self._admission.being_computed() if may_join else {}
         _SharedStep(self._admission, builder, lines, computing).fill()
         # Who was alone took from nobody.
@@ -231,7 +232,9 @@ class Fairness:
 class _SharedStep:
     """The prompt chunks and the newcomers of one step."""
 
-    __slots__ = ("_admission", "_builder", "_computing", "_lines")
+    __slots__ = (
+        "_admission", "_builder", "_computing", "_is_closed", "_lines", "_num_lacking"
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -244,6 +247,8 @@ class _SharedStep:
         self._builder = builder
         self._lines = lines
         self._computing = computing
+        self._num_lacking = 0
+        self._is_closed = False  # somebody lacks blocks whom nobody may pass
 
     def fill(self) -> None:
         """Serve each line with an equal part, then with what the others did not need."""
@@ -255,7 +260,8 @@ class _SharedStep:
             self._serve(line)
             builder.tokens += rest
         for line in self._lines:
-            self._serve(line)
+            if builder.tokens > 0:
+                self._serve(line)
         num_joined = sum(line.num_joined for line in self._lines)
         for line in self._lines:
             if line.lacks_blocks:
@@ -283,7 +289,10 @@ class _SharedStep:
                 reason: WaitReason | None = WaitReason.BLOCKS
             else:
                 reason = self._admission.join(sequence, self._builder, self._computing)
-                line.lacks_blocks = reason is WaitReason.BLOCKS
+                if reason is WaitReason.BLOCKS:
+                    line.lacks_blocks = True
+                    self._num_lacking += 1
+                    self._is_closed |= is_overdue(sequence)
             if reason is WaitReason.PREFIX:
                 line.deferred.append(line.waiting.pop(0))
             elif reason is None:
@@ -296,16 +305,21 @@ class _SharedStep:
                 return
 
     def _has_to_wait(self, line: _Line) -> bool:
-        """Whether somebody who lacks blocks must not be passed by this line."""
+        """Whether those who lack blocks must not be passed by this line."""
+        if self._num_lacking >= MAX_LACKING:
+            return True
         has_some = line.num_running + line.num_joined > 0
-        return any(
-            each.lacks_blocks and (has_some or is_overdue(each.waiting[0])) for each in self._lines
-        )
+        return self._is_closed or (has_some and self._num_lacking > 0)
 
 
 def is_overdue(sequence: Sequence) -> bool:
     """Whether nobody may pass it any more."""
     return sequence.times_passed >= MAX_PASSES
+
+
+def _urgency(sequence: Sequence) -> tuple[bool, int]:
+    """Sort key among newcomers: who is overdue, then the shortest."""
+    return not is_overdue(sequence), len(sequence.log.ids)
 
 
 def _num_blocks(sequences: list[Sequence]) -> int:
