@@ -16,17 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from kagami_launcher.convert.files import (
     ConversionRefused,
     StoredTensor,
+    open_safetensors,
+    shown,
     write_index,
     write_json,
     write_safetensors,
 )
-from kagami_launcher.convert.pickles import as_bytes, dtype_name, read_pickle
+from kagami_launcher.convert.pickles import as_bytes, dtype_name, is_dtype, read_pickle
 from kagami_launcher.model import folder as model_folder
 from kagami_proto.model_files import read_object
 
@@ -46,7 +47,10 @@ _TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
 )
+_MAX_ALPHA = 1e6  # trainings use 8 to 512
 # Initializations of a training that leave the base's own weights as they are.
+_EMBEDDINGS = ("embed_tokens.weight", "wte.weight")
+_VOCABULARY = (*_EMBEDDINGS, "lm_head.weight")
 _HARMLESS_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 _NOT_MERGED = (
     "layer_replication",
@@ -64,23 +68,42 @@ class _Update:
     parts: dict[str, Tensor] = field(default_factory=dict)
 
     def apply(self, weight: Tensor, config: Mapping[str, Any]) -> Tensor:
-        """The changed weight in float32."""
+        """The changed weight in float32; `check` has compared the shapes."""
         down, up = self._pair()
-        scale = _scale(self.module, down.shape[0], config)
-        delta = (up.float() @ down.float()) * scale
-        if "lora_embedding_A" in self.parts or config.get("fan_in_fan_out"):
+        delta = (up.float() @ down.float()) * _scale(self.module, down.shape[0], config)
+        if self._is_transposed(config):
             delta = delta.T
-        if delta.shape != weight.shape:
-            raise ConversionRefused(
-                f"{self.module} is {list(weight.shape)} in the base model, and its adapter "
-                f"{list(delta.shape)}"
-            )
         changed = weight.float() + delta
         if (magnitude := self.parts.get("lora_magnitude_vector")) is not None:
-            if config.get("fan_in_fan_out") or "lora_embedding_A" in self.parts:
-                raise ConversionRefused(f"{self.module}: a magnitude on a transposed weight")
             changed *= (magnitude.float().flatten() / changed.norm(dim=1))[:, None]  # 2402.09353
         return changed
+
+    def check(self, shape: tuple[int, ...], config: Mapping[str, Any]) -> None:
+        """Refuse what does not fit a weight of this shape, before anything is multiplied."""
+        what = shown(self.module)
+        down, up = self._pair()
+        if down.shape[0] != up.shape[1] or not down.shape[0]:
+            raise ConversionRefused(
+                f"the adapter of {what} has matrices {list(down.shape)} and {list(up.shape)}: "
+                "their rank differs, or is 0"
+            )
+        delta = (up.shape[0], down.shape[1])
+        is_transposed = self._is_transposed(config)
+        if shape != (delta[::-1] if is_transposed else delta):
+            raise ConversionRefused(
+                f"{what} is {list(shape)} in the base model, and its adapter {list(delta)}"
+            )
+        if (magnitude := self.parts.get("lora_magnitude_vector")) is not None:
+            if is_transposed:
+                raise ConversionRefused(f"{what}: a magnitude on a transposed weight")
+            if magnitude.numel() != shape[0]:
+                raise ConversionRefused(
+                    f"{what} has {shape[0]} rows, and its magnitude {list(magnitude.shape)}"
+                )
+        _scale(self.module, down.shape[0], config)
+
+    def _is_transposed(self, config: Mapping[str, Any]) -> bool:
+        return "lora_embedding_A" in self.parts or bool(config.get("fan_in_fan_out"))
 
     def _pair(self) -> tuple[Tensor, Tensor]:
         for first, second in (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B")):
@@ -88,7 +111,7 @@ class _Update:
                 down, up = self.parts[first], self.parts[second]
                 if down.ndim == 2 and up.ndim == 2:
                     return down, up
-        raise ConversionRefused(f"the adapter of {self.module} is not two matrices")
+        raise ConversionRefused(f"the adapter of {shown(self.module)} is not two matrices")
 
 
 def _scale(module: str, rank: int, config: Mapping[str, Any]) -> float:
@@ -97,6 +120,8 @@ def _scale(module: str, rank: int, config: Mapping[str, Any]) -> float:
         if re.fullmatch(rf"(.*\.)?({pattern})", module):
             alpha = value
             break
+    if not isinstance(alpha, int | float) or not abs(alpha) < _MAX_ALPHA:
+        raise ConversionRefused(f"alpha of {shown(module)} is {shown(alpha)}, expected a number")
     return float(alpha / (rank**0.5 if config.get("use_rslora") else rank))
 
 
@@ -118,7 +143,7 @@ class _Adapter:
             name = key.removeprefix(_PREFIX)
             if found := _PART.match(name):
                 if found["kind"] == ".bias":
-                    raise ConversionRefused(f"{key}: an adapter with a bias of its own")
+                    raise ConversionRefused(f"{shown(key)}: an adapter with a bias of its own")
                 module = found["module"]
                 update = updates.setdefault(f"{module}.weight", _Update(module))
                 update.parts[found["part"]] = tensor
@@ -137,7 +162,7 @@ class _Adapter:
                 return name
             if inner in names:
                 return inner
-            raise ConversionRefused(f"the adapter changes {name}, and the base model has none")
+            raise ConversionRefused(f"the adapter changes {shown(name)}, and the base has none")
 
         return _Adapter(
             self.config,
@@ -145,27 +170,61 @@ class _Adapter:
             {own(name): tensor for name, tensor in self.replacements.items()},
         )
 
+    def check(self, base: Mapping[str, "_Lazy"]) -> None:
+        """Refuse an adapter with a part whose shape the base has not."""
+        for name, update in self.updates.items():
+            replaced = self.replacements.get(name)
+            update.check(
+                base[name].shape if replaced is None else tuple(replaced.shape), self.config
+            )
+        for name, tensor in self.replacements.items():
+            # Only a vocabulary may have grown, or the head of a base that has none be new.
+            shape = base[name].shape if name in base else ()
+            is_vocabulary = name.endswith(_VOCABULARY) and tensor.ndim == 2 and len(tensor)
+            if tuple(tensor.shape) != shape and not (
+                is_vocabulary and tuple(tensor.shape[1:]) == (shape[1:] or tensor.shape[1:])
+            ):
+                raise ConversionRefused(
+                    f"{shown(name)} is {list(shape)} in the base model, and in the adapter "
+                    f"{list(tensor.shape)}"
+                )
+
 
 def _check(config: Mapping[str, Any]) -> None:
     kind = config.get("peft_type")
     if kind != "LORA":
-        raise ConversionRefused(f"adapters of type {kind} cannot be merged, only LORA")
+        raise ConversionRefused(f"adapters of type {shown(kind)} cannot be merged, only LORA")
     if (start := config.get("init_lora_weights")) not in _HARMLESS_STARTS:
-        raise ConversionRefused(f"`init_lora_weights` {start} changes the base model's weights")
+        raise ConversionRefused(
+            f"`init_lora_weights` {shown(start)} changes the base model's weights"
+        )
     for name in _NOT_MERGED:
         if config.get(name):
             raise ConversionRefused(f"`{name}` of adapter_config.json is not supported yet")
+    if not isinstance(patterns := config.get("alpha_pattern") or {}, dict):
+        raise ConversionRefused(
+            f"`alpha_pattern` of adapter_config.json is {shown(patterns)}, expected an object"
+        )
 
 
 def _adapter_weights(folder: Path) -> Mapping[str, Tensor]:
     path = folder / "adapter_model.safetensors"
     if path.is_file():
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}
+        with open_safetensors(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in _names(file, path)}
     path = folder / "adapter_model.bin"
     if not path.is_file():
         raise ConversionRefused(f"neither adapter_model.safetensors nor .bin in {folder}")
     return read_pickle(path)
+
+
+def _names(file: Any, path: Path) -> list[str]:
+    """The tensors of an open file, all of which are of dtypes that weights have."""
+    names: list[str] = list(file.keys())
+    for name in names:
+        if not is_dtype(dtype := file.get_slice(name).get_dtype()):
+            raise ConversionRefused(f"{path.name}: {shown(name)} has dtype {dtype}")
+    return names
 
 
 def merge(adapter: Path, base: Path, folder: Path, *, destination: Path) -> None:
@@ -177,7 +236,9 @@ def merge(adapter: Path, base: Path, folder: Path, *, destination: Path) -> None
     log.info("Merging the lora weights.")
     with ExitStack() as stack:
         files = [_read_lazily(file, stack) for file in model_folder.weight_files(base)]
-        change = change.onto({name for file in files for name in file})
+        weights = {name: lazy for file in files for name, lazy in file.items()}
+        change = change.onto(set(weights))
+        change.check(weights)
         log.info("Saving the newly created merged model to %s", destination)
         names = []
         for number, file in enumerate(files, 1):
@@ -188,7 +249,7 @@ def merge(adapter: Path, base: Path, folder: Path, *, destination: Path) -> None
             write_safetensors(folder / names[-1], _merged({**file, **extra}, change))
     if len(names) > 1:
         write_index(folder, names)
-    _adapt_config(folder, change, {name: lazy for file in files for name, lazy in file.items()})
+    _adapt_config(folder, change, weights)
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,9 +264,9 @@ class _Lazy:
 def _read_lazily(file: Path, stack: ExitStack) -> dict[str, _Lazy]:
     if file.suffix != ".safetensors":
         return {name: _lazy(tensor) for name, tensor in read_pickle(file).items()}
-    handle = stack.enter_context(safe_open(file, framework="pt"))
+    handle = stack.enter_context(open_safetensors(file, "pt"))
     found = {}
-    for name in handle.keys():
+    for name in _names(handle, file):
         part = handle.get_slice(name)
         empty = part[:0] if part.get_shape() else handle.get_tensor(name)
         read = partial(handle.get_tensor, name)
@@ -260,7 +321,7 @@ def _adapt_config(folder: Path, change: _Adapter, base: Mapping[str, _Lazy]) -> 
     if "lm_head.weight" in change.replacements and "lm_head.weight" not in base:
         config["tie_word_embeddings"] = False
     for name, tensor in change.replacements.items():
-        if name.endswith(("embed_tokens.weight", "wte.weight")) and "vocab_size" in config:
+        if name.endswith(_EMBEDDINGS) and "vocab_size" in config:
             config["vocab_size"] = tensor.shape[0]
     if config != before:
         write_json(folder / "config.json", config)

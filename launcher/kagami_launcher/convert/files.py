@@ -8,12 +8,17 @@ import fcntl
 import json
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from safetensors import SafetensorError, safe_open
+
 from kagami_launcher.model.folder import INDEX
+from kagami_proto.model_files import check_header
+from kagami_proto.panics import LibraryPanicked, exception_of
 
 
 class ConversionRefused(Exception):
@@ -53,6 +58,10 @@ def write_safetensors(
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the data starts on a multiple of eight
+    if (free := shutil.disk_usage(path.parent).free) < offset:
+        raise ConversionRefused(
+            f"{path.name} takes {offset} bytes, and {path.parent} has {free} bytes of space"
+        )
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
@@ -62,11 +71,28 @@ def write_safetensors(
 
 def read_header(path: Path) -> tuple[dict[str, Any], int]:
     """Name -> dtype, shape and place of a file's tensors; and where its data begins."""
+    with open_safetensors(path):  # has looked at every number of it
+        pass
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         header: dict[str, Any] = json.loads(file.read(size))
     header.pop("__metadata__", None)
     return header, 8 + size
+
+
+@contextmanager
+def open_safetensors(path: Path, framework: str = "np") -> Iterator[Any]:
+    """The library's handle; what it raises, also while it is used, is a refusal of the file."""
+    try:
+        check_header(path)
+        with safe_open(path, framework=framework) as file:
+            yield file
+    except BaseException as error:  # it panics, too
+        reason = exception_of(error)
+        if not isinstance(reason, SafetensorError | LibraryPanicked):
+            raise
+        text = str(reason)[:200]
+        raise ConversionRefused(f"{path} is not a safetensors file: {text}") from error
 
 
 def write_index(folder: Path, names: Sequence[str]) -> None:
@@ -91,6 +117,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 def replaced(path: Path) -> Iterator[Path]:
     """A path to write to that becomes `path` if nothing is raised, and is removed otherwise."""
     work = path.with_name(f".{path.name}.incomplete")
+    work.unlink(missing_ok=True)  # a link there would lead the writer elsewhere
     try:
         yield work
         _flush(work)
@@ -128,10 +155,20 @@ def new_folder(destination: Path) -> Iterator[Path | None]:
 
 @contextmanager
 def only_one(folder: Path) -> Iterator[None]:
-    """Hold an advisory lock on the folder; the kernel lets go of it however this process ends."""
-    with (folder / ".convert.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    """Hold an advisory lock on the folder; the kernel lets go of it however this process ends.
+
+    What lies under the lock's name in a foreign folder is neither followed, waited for nor emptied.
+    """
+    lock = folder / ".convert.lock"
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    descriptor = os.open(lock, flags, 0o666)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise ConversionRefused(f"{lock} is no file: it cannot be a lock")
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(descriptor)
 
 
 def _flush(path: Path) -> None:

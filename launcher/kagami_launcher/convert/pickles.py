@@ -16,12 +16,12 @@ from types import MappingProxyType
 from typing import BinaryIO
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from kagami_launcher.convert.files import (
     ConversionRefused,
     StoredTensor,
+    open_safetensors,
     read_header,
     replaced,
     shown,
@@ -51,6 +51,11 @@ _DTYPES: Mapping[torch.dtype, str] = MappingProxyType(
     }
 )
 _COMPARED_AT_ONCE = 1 << 24  # bytes
+
+
+def is_dtype(name: str) -> bool:
+    """Whether a checkpoint may have weights of this dtype, by safetensors' name."""
+    return name in _DTYPES.values()
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -169,7 +174,7 @@ def _tied_names(folder: Path) -> Sequence[str]:
 
 def _compare(path: Path, expected: Mapping[str, Tensor]) -> None:
     """Read the file again: its names as safetensors reads them, its data byte by byte."""
-    with safe_open(path, framework="pt") as file:
+    with open_safetensors(path) as file:
         if set(file.keys()) != set(expected):
             raise RuntimeError(f"The output tensors do not match for {path.name}")
     header, begin = read_header(path)

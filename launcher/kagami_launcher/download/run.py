@@ -99,7 +99,9 @@ def base_of(folder: Path) -> tuple[str, str | None] | None:
     name, revision = config.get("base_model_name_or_path"), config.get("revision")
     if (folder / "config.json").is_file() or not isinstance(name, str) or not hub.is_hub_id(name):
         return None
-    return name, revision if isinstance(revision, str) else None
+    if revision is not None and not hub_cache.is_revision(revision):
+        return None  # it would become a path; the launcher refuses it by name
+    return name, revision
 
 
 class _Download:

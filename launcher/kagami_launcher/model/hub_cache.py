@@ -17,6 +17,8 @@ from kagami_proto.model_files import BrokenFile, read_index, read_object
 # The preferred one first.
 WEIGHT_EXTENSIONS = (".safetensors", ".bin", ".pt", ".gguf")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+# Git's own rules are looser, but none of its names has these parts.
+_REVISION = re.compile(r"(?!.*\.\.)(?!/)[^\0-\x20\x7f~^:?*\[\\]{1,200}")
 _OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 
 
@@ -43,6 +45,11 @@ def is_offline(environ: Mapping[str, str]) -> bool:
 def is_pinned(revision: str | None) -> bool:
     """Whether the revision is a commit, which never changes."""
     return revision is not None and _COMMIT.fullmatch(revision) is not None
+
+
+def is_revision(value: object) -> bool:
+    """Whether it can be a branch, a tag or a commit: it becomes a path below `refs`."""
+    return isinstance(value, str) and _REVISION.fullmatch(value) is not None
 
 
 def repository_folder(cache: Path, model_id: str) -> Path:

@@ -12,6 +12,7 @@ import hashlib
 import importlib.util
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from kagami_launcher.model import folder as model_folder
 from kagami_launcher.model.hub_cache import (
     ModelNotFound,
     cached_snapshot,
+    is_revision,
     lost_files,
     repository_folder,
 )
@@ -50,9 +52,13 @@ class ModelSource:
 
 def is_hub_id(model_id: str) -> bool:
     """Whether the name is one of the hub: nothing local has it."""
+    try:
+        is_local = Path(model_id).expanduser().exists()
+    except (OSError, RuntimeError, ValueError):  # too long, of an unknown user, with a NUL
+        return False
     return not (
-        model_id == EMBEDDED_MODEL_ID
-        or Path(model_id).expanduser().exists()
+        is_local
+        or model_id == EMBEDDED_MODEL_ID
         or model_id.endswith(".gguf")
         or model_id.startswith(("/", ".", "~"))
         or model_id.count("/") > 1
@@ -145,17 +151,34 @@ def _prepared(model_id: str, folder: Path, cache: Path, is_from_hub: bool) -> Mo
 def _base_of(model_id: str, adapter: Path, cache: Path) -> Path:
     """The folder of the model that an adapter was trained on."""
     config = read_object(adapter / model_folder.ADAPTER_CONFIG)
-    name = config.get("base_model_name_or_path")
+    name, revision = config.get("base_model_name_or_path"), config.get("revision")
     if not isinstance(name, str) or not name:
         raise ModelNotFound(f"{model_id}: its adapter_config.json names no base model")
+    if revision is not None and not is_revision(revision):
+        raise ModelNotFound(
+            f"{model_id}: `revision` of adapter_config.json is {str(revision)[:100]!r}, which is "
+            "no branch, tag or commit"
+        )
     try:
-        found = resolve(name, revision=config.get("revision"), cache=cache)
+        path = _local_folder(name) or cached_snapshot(name, revision, cache)
     except ModelNotFound as missing:
         raise ModelNotFound(f"the base model of the adapter {model_id}: {missing}") from missing
-    base = found.folder if found.is_ready or found.origin is None else found.origin
-    if not base.is_dir() or found.base is not None:
-        raise ModelNotFound(f"the base model of the adapter {model_id}, {name}, is no model folder")
-    return base
+    if model_folder.is_adapter(path):
+        raise ModelNotFound(
+            f"the base model of the adapter {model_id}, {name}, is an adapter itself"
+        )
+    source = _of_folder(name, path, cache)
+    return source.folder if source.is_ready or source.origin is None else source.origin
+
+
+def _local_folder(name: str) -> Path | None:
+    """The folder of this name; None if it is one of the hub's. Raises `ModelNotFound`."""
+    if is_hub_id(name):
+        return None
+    with suppress(OSError, RuntimeError, ValueError):
+        if (path := Path(name).expanduser()).is_dir():
+            return path.absolute()
+    raise ModelNotFound(f"{name[:100]!r} is no model folder")
 
 
 def _new_folder(model_id: str, origins: list[Path], cache: Path) -> Path:

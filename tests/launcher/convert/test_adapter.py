@@ -13,7 +13,7 @@ from kagami_launcher.convert.files import ConversionRefused
 from kagami_launcher.convert.run import Task, convert
 from kagami_launcher.model import folder as model_folder
 from kagami_launcher.model import source as hub
-from kagami_proto.model_files import read_object
+from kagami_proto.model_files import BrokenFile, read_object
 
 Q, K = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -157,10 +157,10 @@ def test_another_adapter_is_another_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("weights", "config", "why"),
     [
-        (pair("model.layers.9.q_proj"), {}, "changes model.layers.9.q_proj.weight, and the base"),
+        (pair("model.layers.9.q_proj"), {}, "changes `model.layers.9.q_proj.weight`, and the base"),
         (pair(Q, rows=WIDTH + 1), {}, r"is \[6, 6\] in the base model, and its adapter \[7, 6\]"),
-        (pair(Q), {"peft_type": "IA3"}, "adapters of type IA3"),
-        (pair(Q), {"init_lora_weights": "pissa"}, "`init_lora_weights` pissa"),
+        (pair(Q), {"peft_type": "IA3"}, "adapters of type `IA3`"),
+        (pair(Q), {"init_lora_weights": "pissa"}, "`init_lora_weights` `pissa`"),
         (pair(Q), {"layer_replication": [[0, 1]]}, "`layer_replication`"),
         ({f"base_model.model.{Q}.lora_A.weight": torch.ones(2, 6)}, {}, "is not two matrices"),
     ],
@@ -178,8 +178,100 @@ def test_an_update_of_a_tied_head_is_not_lost_in_silence(tmp_path: Path) -> None
     weights = base_weights()
     del weights[HEAD]
     base = write_base(tmp_path / "base", weights, tie_word_embeddings=True)
-    with pytest.raises(ConversionRefused, match=r"changes lm_head\.weight, and the base"):
+    with pytest.raises(ConversionRefused, match=r"changes `lm_head\.weight`, and the base"):
         merged(write_adapter(tmp_path / "adapter", base, pair("lm_head", rows=ROWS)))
+
+
+def shapes(down: tuple[int, ...], up: tuple[int, ...], **more: Tensor) -> dict[str, Tensor]:
+    key = f"base_model.model.{Q}"
+    return {
+        f"{key}.lora_A.weight": torch.ones(down),
+        f"{key}.lora_B.weight": torch.ones(up),
+        **{f"{key}.{name}": tensor for name, tensor in more.items()},
+    }
+
+
+MAGNITUDE = {"lora_magnitude_vector": torch.ones(WIDTH + 1)}
+NEW_Q = {f"base_model.model.{Q}.weight": torch.ones(WIDTH, WIDTH + 1)}
+NEW_EMBED = {"base_model.model.model.embed_tokens.weight": torch.ones(ROWS, WIDTH + 1)}
+NO_EMBED = {"base_model.model.model.embed_tokens.weight": torch.ones(0, WIDTH)}
+
+
+@pytest.mark.parametrize(
+    ("weights", "config", "why"),
+    [
+        (shapes((0, WIDTH), (WIDTH, 0)), {}, "their rank differs, or is 0"),
+        (shapes((2, WIDTH), (WIDTH, 3)), {}, "their rank differs, or is 0"),
+        (shapes((1, 10**6), (10**6, 1)), {}, r"adapter \[1000000, 1000000\]"),  # 4 TB
+        (shapes((2,), (WIDTH, 2)), {}, "is not two matrices"),
+        (shapes((2, WIDTH, 1), (WIDTH, 2, 1)), {}, "is not two matrices"),
+        (shapes((2, WIDTH), (WIDTH, 2), **MAGNITUDE), {}, r"its magnitude \[7\]"),
+        (pair(Q) | NEW_Q, {}, r"adapter \[6, 6\]"),
+        (NEW_Q, {}, r"in the adapter \[6, 7\]"),
+        (NEW_EMBED, {}, r"in the adapter \[10, 7\]"),
+        (NO_EMBED, {}, r"in the adapter \[0, 6\]"),
+        (pair(Q), {"lora_alpha": "8"}, "alpha of .* is `8`, expected a number"),
+        (pair(Q), {"lora_alpha": float("nan")}, "alpha of .* is nan, expected a number"),
+        (pair(Q), {"lora_alpha": float("inf")}, "alpha of .* is inf, expected a number"),
+        (pair(Q), {"lora_alpha": 10**300}, "alpha of .*, expected a number"),
+        (pair(Q), {"lora_alpha": None}, "alpha of .* is None, expected a number"),
+        (pair(Q), {"alpha_pattern": {"q_proj": []}}, "alpha of .* is a list of 0"),
+        (pair(Q), {"alpha_pattern": ["q_proj"]}, "`alpha_pattern` of adapter_config.json is a li"),
+        (pair(Q), {"peft_type": ["LORA"]}, "adapters of type a list of 1"),
+        (pair(Q), {"init_lora_weights": {}}, "`init_lora_weights` a dict of 0"),
+    ],
+)
+def test_what_does_not_fit_the_base_is_refused_before_it_is_multiplied(
+    tmp_path: Path, weights: dict[str, Tensor], config: dict[str, Any], why: str
+) -> None:
+    base = write_base(tmp_path / "base")
+    with pytest.raises(ConversionRefused, match=why) as refusal:
+        merged(write_adapter(tmp_path / "adapter", base, weights, **config))
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("content", [b"", bytes(16), b"\xff" * 16, (1 << 40).to_bytes(8, "little")])
+@pytest.mark.parametrize("broken", ["adapter", "base"])
+def test_a_broken_file_of_weights_is_named(tmp_path: Path, content: bytes, broken: str) -> None:
+    base = write_base(tmp_path / "base")
+    adapter = write_adapter(tmp_path / "adapter", base, pair(Q))
+    (path,) = (tmp_path / broken).glob("*.safetensors")
+    path.write_bytes(content)
+    with pytest.raises((ConversionRefused, BrokenFile), match=str(path)):
+        merged(adapter)
+
+
+def test_a_dtype_that_is_none_of_weights_is_refused(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base")
+    adapter = write_adapter(tmp_path / "adapter", base, pair(Q))
+    header = {"a": {"dtype": "F4", "shape": [128], "data_offsets": [0, 64]}}
+    content = json.dumps(header).encode()
+    path = adapter / "adapter_model.safetensors"
+    path.write_bytes(len(content).to_bytes(8, "little") + content + bytes(64))
+    with pytest.raises(ConversionRefused, match=r"adapter_model\.safetensors: `a` has dtype F4"):
+        merged(adapter)
+
+
+def test_an_adapter_of_itself_is_one_clear_line(tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "adapter", tmp_path / "adapter", pair(Q))
+    with pytest.raises(hub.ModelNotFound, match="is an adapter itself"):
+        merged(adapter)
+
+
+def test_adapters_of_one_another_are_one_clear_line(tmp_path: Path) -> None:
+    one = write_adapter(tmp_path / "one", tmp_path / "two", pair(Q))
+    write_adapter(tmp_path / "two", tmp_path / "one", pair(Q))
+    with pytest.raises(hub.ModelNotFound, match="is an adapter itself"):
+        merged(one)
+
+
+@pytest.mark.parametrize("revision", ["../../x", "/etc", "a/../b", "..", "x" * 300, "a\0b", 5, []])
+def test_a_revision_of_the_base_that_leads_elsewhere_is_refused(
+    tmp_path: Path, revision: object
+) -> None:
+    adapter = write_adapter(tmp_path / "adapter", Path("org/x"), pair(Q), revision=revision)
+    with pytest.raises(hub.ModelNotFound, match="`revision` of adapter_config"):
+        merged(adapter)
 
 
 def test_an_adapter_without_its_base_is_one_clear_line(tmp_path: Path) -> None:
