@@ -24,10 +24,12 @@ from kagami_router.scheduler.config import (
 )
 from kagami_router.serving.batching_loop import BatchingLoop
 from kagami_router.serving.infer import Infer
+from kagami_router.serving.permits import Permits
 from kagami_router.shards.messages import Pool, ShardInfo
 from kagami_router.shards.session import ShardSession, WarmupLimits
 from kagami_router.telemetry.metrics import Capacity, Metrics
 from kagami_router.text import chat_template, tokenizer
+from kagami_router.text.encode_queue import EncodeQueue
 from kagami_router.tools.chat_format import ChatFormat
 from kagami_router.tools.formats import find_format
 
@@ -58,10 +60,11 @@ async def assemble(
 ) -> tuple[BatchingLoop, AppState]:
     """All that serving needs, warm; what has to be closed again is on `stack`."""
     threads = stack.enter_context(ThreadPoolExecutor(args.validation_workers, "tokenize"))
+    queue = EncodeQueue(threads, args.validation_workers)
     folder = Path(args.tokenizer_name)
     try:
         with span(tracing.tracer, SpanName.ROUTER_LOAD_TOKENIZER):
-            encoder = await asyncio.to_thread(tokenizer.load, folder, threads)
+            encoder = await asyncio.to_thread(tokenizer.load, folder, queue)
             given = Path(args.tokenizer_config_path) if args.tokenizer_config_path else None
             tokens = tokenizer.special_tokens(folder, given)
             template = chat_template.load(folder, tokens, given)
@@ -86,13 +89,13 @@ async def assemble(
     metrics.watch_spans(lambda: loop.spans_dropped)
     state = AppState(
         infer=Infer(loop, metrics, max_concurrent_requests=args.max_concurrent_requests),
+        tokenize_permits=Permits(args.max_concurrent_requests),
         validation=Validation(
             encoder,
             limits,
             None if args.disable_grammar_support else session.compile_grammar,
             tracer=tracing.tracer,
         ),
-        tokenizer=encoder,
         chat_format=ChatFormat(template, find_format(template, encoder.backend), tracing.tracer),
         info=_info(args, limits, facts, pool_tokens),
         decoder=loop.decoder,

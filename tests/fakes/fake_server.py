@@ -18,9 +18,11 @@ from kagami_router.api.web.connections import Runner
 from kagami_router.api.web.time_limits import TimeLimits
 from kagami_router.request.validation import CompileGrammar, RequestLimits, Validation
 from kagami_router.serving.infer import Infer
+from kagami_router.serving.permits import Permits
 from kagami_router.telemetry.metrics import Metrics
 from kagami_router.text.chat_template import ChatTemplate, MissingTemplate
 from kagami_router.text.detokenize import TextDecoder
+from kagami_router.text.encode_queue import EncodeQueue
 from kagami_router.text.tokenizer import SpecialTokens, Tokenizer
 from kagami_router.tools.chat_format import ChatFormat
 from kagami_router.tools.formats import find_format
@@ -120,11 +122,11 @@ async def serving(
     template = template or ChatTemplate(TEMPLATE, TOKENS)
     metrics = Metrics()
     with ThreadPoolExecutor(1) as threads:
-        tokenizer = Tokenizer(byte_tokenizer_with_start(), threads)
+        tokenizer = Tokenizer(byte_tokenizer_with_start(), EncodeQueue(threads, 1))
         state = AppState(
             infer=Infer(loop, metrics, max_concurrent_requests=max_concurrent_requests),
             validation=Validation(tokenizer, limits, compile_grammar, tracer=tracing.tracer),
-            tokenizer=tokenizer,
+            tokenize_permits=Permits(max_concurrent_requests),
             decoder=ScriptedDecoder(tokenizer.backend, frozenset({1})),
             chat_format=ChatFormat(
                 template, find_format(template, tokenizer.backend), tracing.tracer

@@ -18,10 +18,13 @@ from kagami_proto.tracing import NO_TRACING, span
 from kagami_proto.values import Grammar, SamplingParams
 from kagami_router.request.prompt import Prompt
 from kagami_router.request.values import StoppingParams, ValidRequest
-from kagami_router.text.tokenizer import Tokenizer
+from kagami_router.text.tokenizer import INLINE_CHARACTERS, TextToken, Tokenizer
 
 MAX_SEED = 2**64 - 1
 MAX_LOGIT_BIAS = 100  # OpenAI's: never, or always
+# A text that no answer is generated for may be so long, whatever the model's context is: documents
+# are tokenized to be cut. Tokenizing takes some 300 bytes of memory for each token.
+MIN_TEXT_TOKENS = 32_768
 _FLOAT = struct.Struct("<f")  # the native form has no overflow, it packs infinity
 # Colder is the same as greedy in float32, and a logit divided by less can overflow.
 MIN_TEMPERATURE = 1e-4
@@ -41,6 +44,11 @@ class RequestLimits:
     max_client_batch_size: int
     vocab_size: int
     """Ids a request may name are below it."""
+
+    @property
+    def max_text_tokens(self) -> int:
+        """Of a text that is only tokenized, or cut by `truncate`."""
+        return max(MIN_TEXT_TOKENS, self.max_total_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +153,30 @@ class Validation:
         known = tuple(self._token_id(token_id, place, index) for index, token_id in enumerate(ids))
         return Prompt(known, await self._tokenizer.decode(known))
 
+    async def tokens(self, text: str, place: str, *, add_special_tokens: bool) -> list[TextToken]:
+        """The tokens of a text that nothing is generated for; raises `InvalidRequest`."""
+        self._check_text(text, place)
+        tokens = await self._tokenizer.spans(text, add_special_tokens=add_special_tokens)
+        self._check_text_length(len(tokens), place)
+        return tokens
+
+    async def count_tokens(self, text: str, place: str) -> int:
+        """How many tokens a rendered conversation has; raises `InvalidRequest`."""
+        self._check_text(text, place)
+        return len(await self._tokenizer.encode(text, add_special_tokens=False))
+
+    def _check_text(self, text: str, place: str) -> None:
+        """Refuse what surely is too long before it is tokenized."""
+        if len(text) > INLINE_CHARACTERS:
+            self._check_text_length(self._tokenizer.at_least(text), place, "at least ")
+
+    def _check_text_length(self, count: int, place: str, about: str = "") -> None:
+        limit = self.limits.max_text_tokens
+        if count > limit:
+            raise InvalidRequest(
+                f"`{place}` must have at most {limit} tokens. Given: {about}{count}", field=place
+            )
+
     def _token_id(self, given: object, place: str, index: int) -> int:
         if not isinstance(given, int) or isinstance(given, bool):
             raise MalformedBody(f"{place}[{index}]: expected a token id", field=f"{place}[{index}]")
@@ -184,6 +216,9 @@ class Validation:
         if not (text if given_ids is None else given_ids):
             raise InvalidRequest("`inputs` cannot be empty", field="inputs")
         self._check_truncate(params.truncate)
+        if given_ids is None and params.truncate is None and len(text) > INLINE_CHARACTERS:
+            # Refused before it is tokenized, if it surely is too long.
+            self._max_new_tokens(self._tokenizer.at_least(text), params, "at least ")
         prompt_ids = given_ids or await self._encode(text, params.truncate, add_special_tokens)
         max_new_tokens = self._max_new_tokens(len(prompt_ids), params)
         if params.grammar is not None:
@@ -308,12 +343,14 @@ class Validation:
         self, prompt: str, truncate: int | None, add_special_tokens: bool
     ) -> list[int]:
         """The last `truncate` tokens of the prompt, all of them without it."""
+        if truncate is not None:
+            self._check_text(prompt, "inputs")
         prompt_ids = await self._tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
         if not prompt_ids:
             raise InvalidRequest("`inputs` has no tokens", field="inputs")
         return prompt_ids if truncate is None else prompt_ids[-truncate:]
 
-    def _max_new_tokens(self, num_input: int, params: GenerationParams) -> int:
+    def _max_new_tokens(self, num_input: int, params: GenerationParams, about: str = "") -> int:
         """How many tokens it may get; the rest of the context if nobody says."""
         limits = self.limits
         rest = max(0, limits.max_total_tokens - num_input)
@@ -323,11 +360,11 @@ class Validation:
         if num_input + max_new > limits.max_total_tokens:
             raise InvalidRequest(
                 f"`inputs` tokens + `max_new_tokens` must be <= {limits.max_total_tokens}."
-                f" Given: {num_input} `inputs` tokens and {max_new} `max_new_tokens`",
+                f" Given: {about}{num_input} `inputs` tokens and {max_new} `max_new_tokens`",
                 field="inputs",
             )
         if num_input > limits.max_input_tokens:
-            raise _too_many_tokens(limits, num_input)
+            raise _too_many_tokens(limits, num_input, about)
         return max_new
 
 
@@ -345,9 +382,9 @@ def samples(request: ValidRequest, count: int) -> list[ValidRequest]:
     ]
 
 
-def _too_many_tokens(limits: RequestLimits, count: int) -> InvalidRequest:
+def _too_many_tokens(limits: RequestLimits, count: int, about: str = "") -> InvalidRequest:
     return InvalidRequest(
-        f"`inputs` must have less than {limits.max_input_tokens} tokens. Given: {count}",
+        f"`inputs` must have less than {limits.max_input_tokens} tokens. Given: {about}{count}",
         field="inputs",
     )
 

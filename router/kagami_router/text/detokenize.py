@@ -167,7 +167,7 @@ def _piece_reader(decoder: _Json | None) -> _PieceReader | None:
     if decoder is None:
         return None
     if decoder["type"] == "ByteLevel":
-        return _read_byte_level
+        return read_byte_level
     if decoder["type"] == "Metaspace":
         space = decoder["replacement"]
         return lambda token: token.replace(space, " ")
@@ -191,7 +191,7 @@ def _sequence_reader(steps: list[_Json]) -> _PieceReader | None:
             case {"type": "Strip", "content": " ", "stop": 0} if is_fused:
                 pass  # it changes only the first token, which is the prompt's
             case {"type": "ByteLevel"} if len(steps) == 1:
-                return _read_byte_level
+                return read_byte_level
             case _:
                 return None
 
@@ -215,9 +215,12 @@ def _byte_of_character() -> dict[str, int]:
 
 
 _BYTES = _byte_of_character()
+BYTE_CHARACTERS = tuple((byte, character) for character, byte in _BYTES.items())
+"""The 256 bytes, each with the character for it in a byte-level vocabulary"""
 
 
-def _read_byte_level(token: str) -> str | bytes:
+def read_byte_level(token: str) -> str | bytes:
+    """The bytes of a token of a byte-level vocabulary; an added token as it is."""
     try:
         return bytes(_BYTES[character] for character in token)
     except KeyError:

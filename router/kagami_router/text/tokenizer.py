@@ -4,11 +4,10 @@ Knows the files of a checkpoint (`tokenizer.json`, `tokenizer_config.json`) and 
 library. Knows no limits and no HTTP. detokenize.py converts ids to text.
 """
 
-import asyncio
 import json
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -17,6 +16,8 @@ import tokenizers
 
 from kagami_proto.errors import InvalidRequest
 from kagami_proto.panics import exception_of
+from kagami_router.text.encode_queue import EncodeQueue
+from kagami_router.text.token_bound import TokenBound
 
 # Encoding costs 0.2 us a character, using a thread about 0.1 ms: up to this length (0.4 ms) the
 # event loop encodes a text itself.
@@ -49,38 +50,41 @@ class SpecialTokens:
 
 
 class Tokenizer:
-    """Encodes prompts; long ones on `threads`, so that the event loop is not blocked.
+    """Encodes prompts; long ones in `queue`, so that the event loop is not blocked.
 
     The library's `encode` holds Python's lock (1 s for a megabyte). `encode_batch_fast` releases it
     and is twice as fast, so prompts are encoded as batches of one.
     """
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, threads: ThreadPoolExecutor) -> None:
+    def __init__(self, tokenizer: tokenizers.Tokenizer, queue: EncodeQueue) -> None:
         # Padding and truncation saved by a training script have no place in a server.
         tokenizer.no_padding()
         tokenizer.no_truncation()
         self.backend = tokenizer
-        self._threads = threads
+        self._queue = queue
+        self._bound = TokenBound.of(tokenizer)
+
+    def at_least(self, text: str) -> int:
+        """`text` has so many tokens or more; costs 2 ms for a megabyte."""
+        return self._bound.at_least(text)
 
     async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """The ids of `text`; raises `InvalidRequest` if the tokenizer fails."""
         if len(text) <= INLINE_CHARACTERS:
             return self._encode(text, add_special_tokens)
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._threads, self._encode, text, add_special_tokens)
+        return await self._queue.run(len(text), partial(self._encode, text, add_special_tokens))
 
     async def spans(self, text: str, *, add_special_tokens: bool) -> list[TextToken]:
         """The tokens of `text` with byte offsets; tokens that the tokenizer adds have no text."""
         if len(text) <= INLINE_CHARACTERS:
             return self._spans(text, add_special_tokens)
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._threads, self._spans, text, add_special_tokens)
+        return await self._queue.run(len(text), partial(self._spans, text, add_special_tokens))
 
     async def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, with the text of special tokens."""
         if len(ids) <= INLINE_TOKENS:
             return self._decode(ids)
-        return await asyncio.get_running_loop().run_in_executor(self._threads, self._decode, ids)
+        return await self._queue.run(len(ids), partial(self._decode, ids))
 
     def _decode(self, ids: Sequence[int]) -> str:
         try:
@@ -121,7 +125,7 @@ def _byte_offsets(text: str) -> Any:
     return offsets.__getitem__
 
 
-def load(folder: Path, threads: ThreadPoolExecutor) -> Tokenizer:
+def load(folder: Path, queue: EncodeQueue) -> Tokenizer:
     """Read `tokenizer.json` of a model folder; raises `FileNotFoundError` or `ValueError`."""
     path = folder / "tokenizer.json"
     if not path.is_file():
@@ -130,7 +134,7 @@ def load(folder: Path, threads: ThreadPoolExecutor) -> Tokenizer:
             " that has it"
         )
     try:
-        return Tokenizer(tokenizers.Tokenizer.from_file(str(path)), threads)
+        return Tokenizer(tokenizers.Tokenizer.from_file(str(path)), queue)
     except BaseException as error:  # the Rust library raises bare Exceptions, and panics
         raise ValueError(f"{path} is no tokenizer: {exception_of(error)}") from error
 

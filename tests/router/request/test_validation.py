@@ -1,3 +1,4 @@
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -14,13 +15,14 @@ from kagami_router.request.validation import (
     Validation,
     samples,
 )
+from kagami_router.text.encode_queue import EncodeQueue
 from kagami_router.text.tokenizer import INLINE_CHARACTERS, Tokenizer
 
 
 @pytest.fixture
 def validation() -> Iterator[Validation]:
     with ThreadPoolExecutor(1) as threads:
-        yield Validation(Tokenizer(byte_tokenizer_with_start(), threads), LIMITS)
+        yield Validation(Tokenizer(byte_tokenizer_with_start(), EncodeQueue(threads, 1)), LIMITS)
 
 
 P = GenerationParams
@@ -249,3 +251,30 @@ async def test_long_prompts_are_encoded_on_a_thread(validation: Validation) -> N
         "a" * (INLINE_CHARACTERS + 1), P(truncate=3), add_special_tokens=True
     )
     assert len(valid.prompt_ids) == 3
+
+
+@pytest.mark.parametrize(
+    ("params", "error"),
+    [
+        (P(), "`inputs` tokens + `max_new_tokens` must be <= 64. Given: at least 3000 `inputs`"),
+        (
+            P(max_new_tokens=10),
+            "`inputs` tokens + `max_new_tokens` must be <= 64. Given: at least 3000 `inputs`"
+            " tokens and 10 `max_new_tokens`",
+        ),
+    ],
+)
+async def test_what_surely_is_too_long_is_refused_before_it_is_tokenized(
+    validation: Validation, params: P, error: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Tokenizer, "encode", None)
+    with pytest.raises(InvalidRequest, match=re.escape(error)):
+        await validation.validate("1" * 3000, params, add_special_tokens=True)
+
+
+async def test_a_text_that_is_cut_by_truncate_has_a_limit_too(validation: Validation) -> None:
+    error = re.escape("`inputs` must have at most 32768 tokens. Given: at least 40000")
+    with pytest.raises(InvalidRequest, match=error):
+        await validation.validate("1" * 40_000, P(truncate=5), add_special_tokens=True)
+    valid = await validation.validate("1" * 30_000, P(truncate=5), add_special_tokens=True)
+    assert len(valid.prompt_ids) == 5

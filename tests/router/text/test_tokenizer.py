@@ -10,6 +10,7 @@ from tests.fakes.panics import panicking_tokenizer
 
 from kagami_proto.errors import InvalidRequest
 from kagami_router.text import tokenizer
+from kagami_router.text.encode_queue import EncodeQueue
 from kagami_router.text.tokenizer import INLINE_CHARACTERS, INLINE_TOKENS, Tokenizer
 
 
@@ -19,7 +20,7 @@ async def test_saved_truncation_and_padding_are_switched_off(tmp_path: Path) -> 
     backend.enable_padding(length=8)
     backend.save(str(tmp_path / "tokenizer.json"))
     with ThreadPoolExecutor(1) as threads:
-        loaded = tokenizer.load(tmp_path, threads)
+        loaded = tokenizer.load(tmp_path, EncodeQueue(threads, 1))
         assert len(await loaded.encode("abcdef", add_special_tokens=True)) == 7
 
 
@@ -28,13 +29,13 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         ThreadPoolExecutor(1) as threads,
         pytest.raises(FileNotFoundError, match=r"tokenizer\.json does not exist"),
     ):
-        tokenizer.load(tmp_path, threads)
+        tokenizer.load(tmp_path, EncodeQueue(threads, 1))
 
 
 @pytest.mark.parametrize("length", [3, INLINE_CHARACTERS + 1])
 async def test_special_tokens_are_added_on_demand(length: int) -> None:
     with ThreadPoolExecutor(1) as threads:
-        encoder = Tokenizer(byte_tokenizer_with_start(), threads)
+        encoder = Tokenizer(byte_tokenizer_with_start(), EncodeQueue(threads, 1))
         with_bos = await encoder.encode("a" * length, add_special_tokens=True)
         without = await encoder.encode("a" * length, add_special_tokens=False)
         assert with_bos == [0, *without]
@@ -44,7 +45,7 @@ async def test_special_tokens_are_added_on_demand(length: int) -> None:
 @given(st.text())
 async def test_spans_are_byte_slices(text: str) -> None:
     with ThreadPoolExecutor(1) as threads:
-        spans = await Tokenizer(byte_tokenizer_with_start(), threads).spans(
+        spans = await Tokenizer(byte_tokenizer_with_start(), EncodeQueue(threads, 1)).spans(
             text, add_special_tokens=False
         )
     encoded = text.encode()
@@ -69,4 +70,4 @@ def test_special_tokens_come_as_text_or_object(tmp_path: Path) -> None:
 async def test_a_panic_of_the_library_is_an_error_of_the_request(count: int) -> None:
     with ThreadPoolExecutor(1) as threads:
         with pytest.raises(InvalidRequest, match=r"tokenizer error .*slice index"):
-            await Tokenizer(panicking_tokenizer(), threads).decode([97] * count)
+            await Tokenizer(panicking_tokenizer(), EncodeQueue(threads, 1)).decode([97] * count)

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import msgspec
 from aiohttp import web
 
 from kagami_proto.errors import KagamiError
@@ -24,7 +23,8 @@ from kagami_router.api.web.call import (
     whole_headers,
 )
 from kagami_router.api.web.caller import caller_of
-from kagami_router.api.web.json_response import json_response
+from kagami_router.api.web.json_response import JsonAnswer, json_response
+from kagami_router.api.web.sending import sent
 from kagami_router.request.prompt import Prompt
 from kagami_router.request.validation import GenerationParams, Validation, samples
 from kagami_router.request.values import End, StreamEvent, ValidRequest
@@ -33,8 +33,6 @@ from kagami_router.serving.infer import Generation
 
 # A token with five alternatives takes some 10 us to write: longer answers are written in a thread.
 INLINE_TOKENS = 1000
-
-JsonAnswer = msgspec.Struct | Sequence[msgspec.Struct]
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +112,7 @@ async def respond_whole(
     *,
     chosen: Callable[[Sequence[Generation]], Sequence[Generation]] = lambda all_: all_,
     counted: Callable[[End], End] = lambda end: end,
-) -> web.Response:
+) -> web.StreamResponse:
     """Generate what is asked; answer with one body. `write` is `AnswerWriter.whole`, and so on."""
     state = state_of(request)
     caller = caller_of(request)
@@ -126,10 +124,10 @@ async def respond_whole(
             answer = write(generations)
         else:
             answer = await asyncio.to_thread(write, generations)
-    finished = [Finished(one.request, counted(one.end)) for one in chosen(generations)]
-    log_success(call, finished)
-    headers = whole_headers(state.compute_type, prompts, call, finished)
-    return json_response(answer, **headers)
+        finished = [Finished(one.request, counted(one.end)) for one in chosen(generations)]
+        log_success(call, finished)
+        headers = whole_headers(state.compute_type, prompts, call, finished)
+        return await sent(request, json_response(answer, **headers))
 
 
 def _num_generations(asked: Sequence[Asked]) -> int:

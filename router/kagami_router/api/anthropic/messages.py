@@ -18,11 +18,11 @@ from kagami_proto.values import Grammar
 from kagami_router.api.answering import conversation, grammars
 from kagami_router.api.answering.conversation import Conversation
 from kagami_router.api.answering.respond import Asked, respond
+from kagami_router.api.answering.tokenizing import respond_tokens
 from kagami_router.api.anthropic.message_blocks import MessageWriter
 from kagami_router.api.schemas import messages as schema
-from kagami_router.api.web.app_state import state_of
+from kagami_router.api.web.app_state import AppState, state_of
 from kagami_router.api.web.call import HttpCall
-from kagami_router.api.web.json_response import json_response
 from kagami_router.api.web.middleware import read_body
 from kagami_router.request.validation import GenerationParams, Validation
 from kagami_router.text.chat_template import PromptOptions
@@ -57,13 +57,15 @@ async def messages(request: web.Request) -> web.StreamResponse:
     return await respond(request, call, [asked], writer, is_stream=bool(body.stream))
 
 
-async def count_tokens(request: web.Request) -> web.Response:
+async def count_tokens(request: web.Request) -> web.StreamResponse:
     """How long the prompt of such a conversation is."""
     body = await read_body(request, _COUNT)
-    state = state_of(request)
-    prompt = await conversation.prompt(state.chat_format, _conversation(body))
-    prompt_ids = await state.tokenizer.encode(prompt, add_special_tokens=False)
-    return json_response(schema.TokensCount(len(prompt_ids)))
+
+    async def answer(state: AppState) -> schema.TokensCount:
+        prompt = await conversation.prompt(state.chat_format, _conversation(body))
+        return schema.TokensCount(await state.validation.count_tokens(prompt, "messages"))
+
+    return await respond_tokens(request, answer)
 
 
 def _params(validation: Validation, body: schema.MessagesRequest) -> GenerationParams:

@@ -5,7 +5,8 @@ from aiohttp import hdrs, web
 
 from kagami_proto.errors import NotFound, Unhealthy
 from kagami_router.api.answering.token_lists import simple_tokens
-from kagami_router.api.schemas.native import GenerateRequest
+from kagami_router.api.answering.tokenizing import respond_tokens
+from kagami_router.api.schemas.native import GenerateRequest, SimpleToken
 from kagami_router.api.schemas.openai import Model, ModelList
 from kagami_router.api.web.app_state import READINESS, AppState, state_of
 from kagami_router.api.web.json_response import json_response
@@ -58,8 +59,12 @@ async def metrics(request: web.Request) -> web.Response:
     return web.Response(body=text.encode(), headers={hdrs.CONTENT_TYPE: PROMETHEUS_TYPE})
 
 
-async def tokenize(request: web.Request) -> web.Response:
+async def tokenize(request: web.Request) -> web.StreamResponse:
     """Ids, texts and byte offsets of `inputs`."""
     body = await read_body(request, _TOKENIZE)
-    spans = await state_of(request).tokenizer.spans(body.inputs, add_special_tokens=True)
-    return json_response(simple_tokens(spans))
+
+    async def answer(state: AppState) -> list[SimpleToken]:
+        spans = await state.validation.tokens(body.inputs, "inputs", add_special_tokens=True)
+        return simple_tokens(spans)
+
+    return await respond_tokens(request, answer)

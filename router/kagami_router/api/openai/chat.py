@@ -14,13 +14,13 @@ from kagami_router.api.answering.conversation import Conversation, Prepared
 from kagami_router.api.answering.openai_params import max_tokens_of, read_num_choices, read_params
 from kagami_router.api.answering.respond import Asked, respond
 from kagami_router.api.answering.token_lists import simple_tokens
+from kagami_router.api.answering.tokenizing import respond_tokens
 from kagami_router.api.openai.answer_writer import Form, Identity, OpenAIWriter, wants_usage
 from kagami_router.api.openai.chat_writer import ChatChoices
 from kagami_router.api.schemas.native import ChatTokenizeResponse
 from kagami_router.api.schemas.openai import ChatRequest
-from kagami_router.api.web.app_state import state_of
+from kagami_router.api.web.app_state import AppState, state_of
 from kagami_router.api.web.call import HttpCall
-from kagami_router.api.web.json_response import json_response
 from kagami_router.api.web.middleware import read_body
 from kagami_router.request.validation import GenerationParams, Validation
 from kagami_router.text.chat_template import PromptOptions
@@ -30,13 +30,16 @@ from kagami_router.tools.chat_format import ChatFormat
 _CHAT = msgspec.json.Decoder(ChatRequest)
 
 
-async def chat_tokenize(request: web.Request) -> web.Response:
+async def chat_tokenize(request: web.Request) -> web.StreamResponse:
     """The rendered prompt and its tokens."""
     body = await read_body(request, _CHAT)
-    state = state_of(request)
-    prompt = await conversation.prompt(state.chat_format, _conversation(body, None))
-    spans = await state.tokenizer.spans(prompt, add_special_tokens=False)
-    return json_response(ChatTokenizeResponse(simple_tokens(spans), prompt))
+
+    async def answer(state: AppState) -> ChatTokenizeResponse:
+        prompt = await conversation.prompt(state.chat_format, _conversation(body, None))
+        spans = await state.validation.tokens(prompt, "messages", add_special_tokens=False)
+        return ChatTokenizeResponse(simple_tokens(spans), prompt)
+
+    return await respond_tokens(request, answer)
 
 
 async def chat_completions(request: web.Request) -> web.StreamResponse:

@@ -15,6 +15,7 @@ from kagami_router.api.answering import conversation, grammars
 from kagami_router.api.answering.conversation import Conversation, Prepared
 from kagami_router.api.answering.openai_params import read_params
 from kagami_router.api.answering.respond import Asked, respond
+from kagami_router.api.answering.tokenizing import respond_tokens
 from kagami_router.api.responses import items
 from kagami_router.api.responses.output import COMPLETED, IN_PROGRESS, INCOMPLETE, Output
 from kagami_router.api.schemas.encoding import encode
@@ -43,10 +44,9 @@ from kagami_router.api.schemas.responses import (
     TextSettings,
 )
 from kagami_router.api.web import sse
-from kagami_router.api.web.app_state import state_of
+from kagami_router.api.web.app_state import AppState, state_of
 from kagami_router.api.web.call import Finished, HttpCall
 from kagami_router.api.web.errors import error_kind, error_text
-from kagami_router.api.web.json_response import json_response
 from kagami_router.api.web.middleware import read_body
 from kagami_router.request.validation import GenerationParams, Validation
 from kagami_router.request.values import End, FinishReason, StreamEvent, ValidRequest
@@ -82,13 +82,15 @@ async def responses(request: web.Request) -> web.StreamResponse:
     return await respond(request, call, [asked], writer, is_stream=bool(body.stream))
 
 
-async def input_tokens(request: web.Request) -> web.Response:
+async def input_tokens(request: web.Request) -> web.StreamResponse:
     """How long the prompt of such a Response is."""
     body = await _read(request)
-    state = state_of(request)
-    prompt = await conversation.prompt(state.chat_format, _conversation(body))
-    prompt_ids = await state.tokenizer.encode(prompt, add_special_tokens=False)
-    return json_response(InputTokens(len(prompt_ids)))
+
+    async def answer(state: AppState) -> InputTokens:
+        prompt = await conversation.prompt(state.chat_format, _conversation(body))
+        return InputTokens(await state.validation.count_tokens(prompt, "input"))
+
+    return await respond_tokens(request, answer)
 
 
 async def _read(request: web.Request) -> ResponsesRequest:

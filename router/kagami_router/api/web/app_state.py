@@ -10,9 +10,9 @@ from kagami_proto.errors import Unavailable
 from kagami_router.api.schemas.native import Info
 from kagami_router.request.validation import Validation
 from kagami_router.serving.infer import Infer
+from kagami_router.serving.permits import Permits
 from kagami_router.telemetry.metrics import Metrics
 from kagami_router.text.detokenize import TextDecoder
-from kagami_router.text.tokenizer import Tokenizer
 from kagami_router.tools.chat_format import ChatFormat
 
 # The TGI release whose behaviour this server has; some clients refuse versions below 2.1.
@@ -24,8 +24,9 @@ class AppState:
     """The state of a ready server; handlers pass on only the parts that are needed."""
 
     infer: Infer
+    tokenize_permits: Permits
+    """Of the routes that tokenize and do not generate"""
     validation: Validation
-    tokenizer: Tokenizer
     decoder: TextDecoder
     chat_format: ChatFormat
     info: Info

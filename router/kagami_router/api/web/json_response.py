@@ -7,9 +7,9 @@ from aiohttp import web
 
 from kagami_router.api.schemas.encoding import encode
 
+JsonAnswer = msgspec.Struct | Sequence[msgspec.Struct]
 
-def json_response(
-    answer: msgspec.Struct | Sequence[msgspec.Struct], **headers: str
-) -> web.Response:
+
+def json_response(answer: JsonAnswer, **headers: str) -> web.Response:
     """`answer` as JSON, with these headers."""
     return web.Response(body=encode(answer), content_type="application/json", headers=headers)

@@ -1,10 +1,14 @@
 import time
+from collections.abc import Callable
 
 import pytest
+from tests.fakes.byte_tokenizer import byte_tokenizer_with_start
 from tests.fakes.fake_loop import FakeLoop
 from tests.fakes.fake_server import flat_error, serving
 
 from kagami_router.api.web.app_state import TGI_VERSION
+from kagami_router.request.validation import MIN_TEXT_TOKENS
+from kagami_router.text.tokenizer import Tokenizer
 
 GENERATING = [
     ("/", {"inputs": "a"}),
@@ -127,15 +131,58 @@ async def test_tokenize_counts_bytes() -> None:
     async with serving() as server, server.post("/tokenize", {"inputs": "Hé!"}) as response:
         assert await response.json() == [
             {"id": 0, "text": "", "start": 0, "stop": 0},
-            {"id": server_id(server, "H"), "text": "H", "start": 0, "stop": 1},
-            {"id": server_id(server, "Ã"), "text": "é", "start": 1, "stop": 3},
-            {"id": server_id(server, "©"), "text": "é", "start": 1, "stop": 3},
-            {"id": server_id(server, "!"), "text": "!", "start": 3, "stop": 4},
+            {"id": id_of("H"), "text": "H", "start": 0, "stop": 1},
+            {"id": id_of("Ã"), "text": "é", "start": 1, "stop": 3},
+            {"id": id_of("©"), "text": "é", "start": 1, "stop": 3},
+            {"id": id_of("!"), "text": "!", "start": 3, "stop": 4},
         ]
 
 
-def server_id(server: object, token: str) -> int:
-    return server.state.tokenizer.backend.token_to_id(token)  # type: ignore[attr-defined]
+def id_of(token: str) -> int | None:
+    return byte_tokenizer_with_start().token_to_id(token)
+
+
+COUNTING = [
+    ("/tokenize", lambda text: {"inputs": text}, "inputs"),
+    ("/chat_tokenize", lambda text: {"messages": [{"role": "user", "content": text}]}, "messages"),
+    (
+        "/v1/messages/count_tokens",
+        lambda text: {"model": "m", "messages": [{"role": "user", "content": text}]},
+        "messages",
+    ),
+    ("/v1/responses/input_tokens", lambda text: {"model": "m", "input": text}, "input"),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "field"), COUNTING)
+async def test_a_text_that_surely_is_too_long_is_refused_before_it_is_tokenized(
+    path: str, body: Callable[[str], object], field: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(self: object, *arguments: object) -> None:
+        raise AssertionError("it was tokenized")
+
+    monkeypatch.setattr(Tokenizer, "_encode", never)
+    monkeypatch.setattr(Tokenizer, "_spans", never)
+    async with serving() as server:
+        async with server.post(path, body("1" * (MIN_TEXT_TOKENS + 1))) as response:
+            text = await response.text()
+            assert response.status in (400, 422)
+    assert f"`{field}` must have at most 32768 tokens. Given: at least 32" in text
+
+
+@pytest.mark.parametrize(("path", "body", "field"), COUNTING)
+async def test_counting_has_permits_of_its_own(
+    path: str, body: Callable[[str], object], field: str
+) -> None:
+    async with serving(max_concurrent_requests=1) as server:
+        with server.state.infer.permits(1):
+            async with server.post(path, body("a")) as response:
+                assert response.status == 200
+        with server.state.tokenize_permits.take():
+            async with server.post(path, body("a")) as response:
+                assert response.status == 429
+            async with server.post("/generate", {"inputs": "a"}) as response:
+                assert response.status == 200
 
 
 async def test_metrics_are_prometheus_text() -> None:
