@@ -7,23 +7,18 @@ from kagami_proto.errors import Overloaded
 
 
 class Permits:
-    """A number of permits; a call holds one or more while it runs."""
+    """A number of permits; a call holds one while it runs."""
 
     def __init__(self, count: int) -> None:
-        self._count = count
         self._num_free = count
 
-    @property
-    def are_all_free(self) -> bool:
-        return self._num_free == self._count
-
     @contextmanager
-    def take(self, count: int = 1) -> Iterator[None]:
-        """Hold `count` permits. Never waits; raises `Overloaded` if fewer are free."""
-        if count > self._num_free:
+    def take(self) -> Iterator[None]:
+        """Hold a permit. Never waits; raises `Overloaded` if none is free."""
+        if not self._num_free:
             raise Overloaded("Model is overloaded")
-        self._num_free -= count
+        self._num_free -= 1
         try:
             yield
         finally:
-            self._num_free += count
+            self._num_free += 1
