@@ -10,12 +10,12 @@ Used while there is more than one caller. Within a caller nothing changes: oldes
   by `MAX_PASSES` of them at most; then all wait for it. So large prompts cannot starve.
 - Blocks and places: a caller that has nothing running may take an equal part of them from a caller
   that holds more than its own part. The youngest sequence of the one that holds most gives way. A
-  caller's only running sequence gets on by `LEAST_PROGRESS` tokens before it does so again.
+  caller's only running sequence does so if it is large, and gets on by `LEAST_PROGRESS` tokens
+  before it does so again. The same ones give way when running sequences need blocks to grow.
 
-The oldest running sequence is never preempted to let others grow: everybody ends some day.
+The oldest sequence of all is preempted only after it has got on, so everybody ends some day.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from kagami_router.scheduler.admission import Admission, hold, is_still_deferred
@@ -32,6 +32,9 @@ MIN_PART = 32
 MAX_PASSES = 64
 # How many lines look for blocks in vain in one step. The first is one for whom room was made.
 MAX_LACKING = 8
+# A caller's only running sequence keeps its blocks if it has less than one of so many parts of all:
+# else each newcomer of a busy server would stop somebody's stream.
+LARGE_PART = 4
 # Tokens that a caller's only running sequence gets before it gives way once more. It is prefilled
 # again each time: this bounds what that costs, and how long others wait for it.
 LEAST_PROGRESS = 64
@@ -98,7 +101,6 @@ class Fairness:
         newcomer = self._newcomer(builder)
         if newcomer is not None:
             for victim in self._who_gives_way_to(newcomer):
-                victim.keeps_until = len(victim.log.ids) + LEAST_PROGRESS
                 self._preempt(victim, builder)
         return newcomer
 
@@ -107,14 +109,25 @@ class Fairness:
         holdings = self._holdings()
         growing = {sequence for sequence in self._queues.running if self._grows(sequence)}
         while len(growing) > self._pool.num_available:
-            several = [held for held in holdings if len(held) > 1]
-            if several:
-                victim = max(several, key=_num_blocks)[-1]
-            else:
-                victim = self._queues.running[-1]
+            givers = self._who_may_give(holdings) or [held for held in holdings if len(held) > 1]
+            victim = max(givers, key=_num_blocks)[-1] if givers else self._queues.running[-1]
             _take_out(victim, holdings)
             growing.discard(victim)
             self._preempt(victim, builder)
+
+    def _who_may_give(self, holdings: list[list[Sequence]]) -> list[list[Sequence]]:
+        """The callers that have more blocks than their part, and whose youngest may give them up.
+
+        One that runs a single sequence does not, unless that is large and got on since last time.
+        """
+        fair = self._pool.num_total // len(self._queues.callers)
+        large = max(fair, self._pool.num_total // LARGE_PART)
+        return [
+            held
+            for held in holdings
+            if _num_blocks(held) > (fair if len(held) > 1 else large)
+            and (len(held) > 1 or len(held[0].log.ids) >= held[0].keeps_until)
+        ]
 
     def _grows(self, sequence: Sequence) -> bool:
         position = sequence.num_scheduled
@@ -125,6 +138,7 @@ class Fairness:
         )
 
     def _preempt(self, victim: Sequence, builder: StepBuilder) -> None:
+        victim.keeps_until = len(victim.log.ids) + LEAST_PROGRESS
         self._queues.put_back(victim)
         builder.preempted.append(victim)
 
@@ -167,17 +181,16 @@ class Fairness:
         num_available, num_left = self._pool.num_available, len(self._queues.running)
         victims: list[Sequence] = []
         while True:
-            size: Callable[[list[Sequence]], int]
             if num_left >= self._max_batch_size:
-                size, fair_size = len, fair_places
+                givers = [held for held in holdings if len(held) > fair_places]
+                victim = max(givers, key=len)[-1] if givers else None
             elif num_available < num_needed + num_left:  # a spare one for each, as for who joins
-                size, fair_size = _num_blocks, fair_blocks
+                givers = self._who_may_give(holdings)
+                victim = max(givers, key=_num_blocks)[-1] if givers else None
             else:
                 return victims
-            givers = [held for held in holdings if size(held) > fair_size and _may_give(held)]
-            if not givers:
+            if victim is None:
                 return []
-            victim = max(givers, key=size)[-1]
             victims.append(victim)
             num_available += len(victim.blocks)
             num_left -= 1
@@ -324,11 +337,6 @@ def _urgency(sequence: Sequence) -> tuple[bool, int]:
 
 def _num_blocks(sequences: list[Sequence]) -> int:
     return sum(len(sequence.blocks) for sequence in sequences)
-
-
-def _may_give(held: list[Sequence]) -> bool:
-    """Whether the youngest of a caller may be preempted for another one."""
-    return len(held) > 1 or len(held[0].log.ids) >= held[0].keeps_until
 
 
 def _take_out(victim: Sequence, holdings: list[list[Sequence]]) -> None:
