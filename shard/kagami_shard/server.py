@@ -2,12 +2,12 @@
 
 import asyncio
 import gc
-import json
 import logging
 import os
 import signal
 import sys
 import time
+import traceback
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
@@ -19,7 +19,7 @@ import uvloop
 
 from kagami_proto import generate_pb2 as pb
 from kagami_proto import local_channel
-from kagami_proto.errors import KagamiError, RankLost
+from kagami_proto.errors import InvalidCheckpoint, KagamiError, RankLost
 from kagami_proto.generate_pb2_grpc import add_TextGenerationServiceServicer_to_server
 from kagami_proto.open_tracing import open_tracing
 from kagami_proto.panics import exception_of
@@ -41,6 +41,8 @@ from kagami_shard.machine.memory import is_out_of_memory
 from kagami_shard.sampling.grammar import Grammars
 from kagami_shard.sampling.watermark import Watermark
 from kagami_shard.service import TextGenerationService
+from kagami_shard.weights.finite import why_not_finite
+from kagami_shard.weights.json_files import read_object, shown
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +50,8 @@ logger = logging.getLogger(__name__)
 _GRACE_S = 2.0
 # Objects that outlive their step are those of a sequence.
 _COLLECT_AFTER = 50_000
+_MAX_REASON = 1000
+_MAX_EOS = 1024
 
 
 def serve(args: ServeArgs) -> int:
@@ -72,10 +76,9 @@ def serve(args: ServeArgs) -> int:
             error = exception_of(raised)
             if is_out_of_memory(error):
                 logger.error("Error when initializing model: not enough memory: %s", error)
-            elif isinstance(error, KagamiError | OSError):
-                logger.error("Error when initializing model: %s", error)
             else:
-                logger.error("Error when initializing model: %s", error, exc_info=error)
+                logger.error("Error when initializing model: %s", _reason(error))
+                logger.debug("Where the load failed", exc_info=error)
             return 1
         # Objects made by the imports and the model stay, so no collection needs to look at them
         # again (measured: 3 % of a native step's time). A step's own objects die with the step.
@@ -103,6 +106,17 @@ def serve(args: ServeArgs) -> int:
                 _end_now(socket, code)
     socket.unlink(missing_ok=True)
     return code
+
+
+def _reason(error: Exception) -> str:
+    """In one line. What a model folder can cause is a `KagamiError`, or the system's; of anything
+    else the place in the code is said too.
+    """
+    text = " ".join(str(error).split())[:_MAX_REASON]
+    if isinstance(error, KagamiError | OSError) or error.__traceback__ is None:
+        return text
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {text} ({Path(place.filename).name}:{place.lineno})"
 
 
 def default_threads(world_size: int) -> int:
@@ -161,6 +175,7 @@ def _load(args: ServeArgs) -> tuple[Engine, pb.InfoResponse, LateBuild | None]:
         ),
         watermark=Watermark(args.watermark_gamma, args.watermark_delta),
         probe=read_bandwidth,
+        why_not_finite=lambda: why_not_finite(args.model_folder, dtype),
     )
     reading_s = time.monotonic() - reading
     logger.info(
@@ -200,15 +215,27 @@ def _facts(args: ServeArgs, backend: Backend) -> pb.InfoResponse:
 
 
 def eos_token_ids(folder: Path) -> list[int]:
-    """The ids that end a text: from generation_config.json, else config.json; empty if unknown."""
+    """The ids that end a text: from generation_config.json, else config.json; empty if unknown.
+
+    Raises `InvalidCheckpoint`.
+    """
     for name in ("generation_config.json", "config.json"):
         path = folder / name
         if path.is_file():
-            config = json.loads(path.read_text(encoding="utf-8"))
-            value = config.get("eos_token_id", config.get("text_config", {}).get("eos_token_id"))
+            config = read_object(path)
+            text_config = config.get("text_config")
+            inner = text_config.get("eos_token_id") if isinstance(text_config, dict) else None
+            value = config.get("eos_token_id", inner)
             if value is not None:
-                return list(value) if isinstance(value, list) else [value]
+                ids = value if isinstance(value, list) else [value]
+                if len(ids) > _MAX_EOS or not all(map(_is_id, ids)):
+                    raise InvalidCheckpoint(f"{path}: eos_token_id {shown(value)} is no token id")
+                return list(ids)
     return []
+
+
+def _is_id(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 32
 
 
 async def _serve(socket: Path, service: TextGenerationService, worker: Worker) -> int:

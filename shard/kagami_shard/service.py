@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import AsyncIterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,7 +14,7 @@ from opentelemetry import trace
 
 from kagami_proto import generate_pb2 as pb
 from kagami_proto import generate_pb2_grpc
-from kagami_proto.errors import InvalidRequest, RankLost
+from kagami_proto.errors import InvalidCheckpoint, InvalidRequest, RankLost
 from kagami_proto.panics import exception_of
 from kagami_proto.span_names import Key, SpanName
 from kagami_proto.tracing import NO_TRACING, context_of, span
@@ -23,6 +24,8 @@ from kagami_shard.engine.step import NewSequence, PromptLogprobs, Step, StepResu
 from kagami_shard.engine.warmup import WarmupLimits
 from kagami_shard.engine.worker import Worker
 from kagami_shard.forward.kv_cache import KVCache
+
+logger = logging.getLogger(__name__)
 
 
 class TextGenerationService(generate_pb2_grpc.TextGenerationServiceServicer):
@@ -91,6 +94,9 @@ class TextGenerationService(generate_pb2_grpc.TextGenerationServiceServicer):
                 f"Not enough memory to handle {limits.max_step_tokens} prefill tokens. You need "
                 f"to decrease `--max-batch-prefill-tokens`: {error}",
             )
+        except InvalidCheckpoint as error:
+            logger.error("Error when warming up the model: %s", error)
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
         return pb.WarmupResponse(
             num_blocks=cache.num_blocks,
             block_size=cache.block_size,

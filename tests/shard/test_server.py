@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from kagami_proto.errors import InvalidCheckpoint
 from kagami_shard.machine import cgroup
 from kagami_shard.server import default_threads, eos_token_ids
 
@@ -49,3 +50,24 @@ def test_a_model_without_eos_has_none(tmp_path: Path) -> None:
     write(tmp_path, "config.json", {})
 
     assert eos_token_ids(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "value", [-1, 2**32, 2.0, "2", True, {}, [2, None], [[2]], list(range(2000))]
+)
+def test_an_eos_that_is_no_token_id_is_refused_by_name(tmp_path: Path, value: object) -> None:
+    write(tmp_path, "generation_config.json", {"eos_token_id": value})
+
+    with pytest.raises(InvalidCheckpoint, match=r"generation_config\.json: eos_token_id") as raised:
+        eos_token_ids(tmp_path)
+    assert len(str(raised.value)) < 300
+
+
+@pytest.mark.parametrize("content", [[], "x", 7, None])
+def test_a_generation_config_that_is_no_object_is_refused_by_name(
+    tmp_path: Path, content: object
+) -> None:
+    write(tmp_path, "generation_config.json", content)
+
+    with pytest.raises(InvalidCheckpoint, match=r"generation_config\.json holds no JSON object"):
+        eos_token_ids(tmp_path)

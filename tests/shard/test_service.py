@@ -224,3 +224,13 @@ async def test_run_before_warmup_is_refused(stub: TextGenerationServiceStub) -> 
 
     with pytest.raises(grpc.aio.AioRpcError, match="Warmup comes before Run"):
         await call.read()
+
+
+async def test_a_model_whose_output_is_not_finite_does_not_become_warm(
+    stub: TextGenerationServiceStub, model: Gate
+) -> None:
+    model.nan_at = 1  # the token of the warm-up
+    with pytest.raises(grpc.aio.AioRpcError) as raised:
+        await warm_up(stub)
+    assert raised.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    assert raised.value.details() == "the model's output is not finite"

@@ -7,14 +7,14 @@ device, before the host has them. One thread drives the engine.
 
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from math import isfinite
 
 import torch
 
-from kagami_proto.errors import InvalidRequest
+from kagami_proto.errors import InvalidCheckpoint, InvalidRequest
 from kagami_proto.values import Grammar, Wanted
 from kagami_shard.backends.base import Backend
 from kagami_shard.engine.generation import GenerationState, Pending
@@ -57,8 +57,13 @@ class Engine:
         grammars: Grammars | None = None,
         watermark: Watermark | None = None,
         probe: Probe | None = None,
+        why_not_finite: Callable[[], str] | None = None,
     ) -> None:
-        """`probe` measures the bandwidth of the memory at the warm-up; None: it is not measured."""
+        """`probe` measures the bandwidth of the memory at the warm-up; None: it is not measured.
+
+        `why_not_finite` is asked when the warm-up's output is no distribution, and reads all files.
+        """
+        self._why_not_finite = why_not_finite
         self._backend = backend
         self._parallel = parallel or Alone()
         self._grammars = grammars
@@ -91,7 +96,7 @@ class Engine:
         """Run a step, measure memory, allocate the cache; a second call returns the same cache.
 
         Ranks may find room for different numbers of blocks; the router uses the smallest. Raises
-        torch.OutOfMemoryError, `RankLost`.
+        torch.OutOfMemoryError, `RankLost`, and `InvalidCheckpoint` if every generation would fail.
         """
         if self.cache is None:
             started = time.monotonic()
@@ -99,11 +104,17 @@ class Engine:
             with self._parallel.together():
                 bandwidth = self._probe(backend.device) if self._probe else 0.0
                 self.cache = measured_cache(
-                    backend, limits, block_size=self.block_size, run=self._forward_and_draw
+                    backend, limits, block_size=self.block_size, run=self._warmup_step
                 )
                 self.read_cost = read_cost(backend, bandwidth)
             logger.info("Warm-up done", extra={"seconds": round(time.monotonic() - started, 2)})
         return self.cache
+
+    def _warmup_step(self, items: list[Item], cache: KVCache) -> None:
+        """Raises `InvalidCheckpoint` if its rows have no distribution: no generation would."""
+        if not bool(self._forward_and_draw(items, cache).logprobs.isfinite().all()):
+            why = f": {self._why_not_finite()}" if self._why_not_finite else ""
+            raise InvalidCheckpoint(f"{NOT_FINITE}{why}")
 
     @torch.inference_mode()
     def _forward_and_draw(self, items: list[Item], cache: KVCache) -> Drawn:

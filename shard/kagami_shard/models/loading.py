@@ -30,6 +30,7 @@ from kagami_shard.models.weight_shapes import check_weight_shapes
 from kagami_shard.quantization.base import DenseWeight, Weight
 from kagami_shard.quantization.source import LinearSource
 from kagami_shard.weights.checkpoint import Checkpoint
+from kagami_shard.weights.finite import check_finite
 from kagami_shard.weights.sharding import (
     Span,
     heads_of,
@@ -75,6 +76,7 @@ class DecoderLoader:
     def embedding(self) -> Embedding:
         name = f"{self.prefix}{self._spec.names.embedding}.weight"
         multiplier = self._spec.embedding_multiplier
+        check_finite(self._checkpoint, name, self._dtype)
         if self._parallel.size == 1:
             return Embedding(self._source.rows([name]), multiplier)
         weight, first = self._vocabulary_part(name)
@@ -104,6 +106,7 @@ class DecoderLoader:
         if self._source.is_quantized(name):
             return self._quantized_head(name)
         weight = f"{name}.weight"
+        check_finite(self._checkpoint, weight, self._dtype)
         if self._parallel.size == 1:
             return self._source.head_of(self._source.rows([weight]))
         return self._source.head_of(self._vocabulary_part(weight)[0])

@@ -6,7 +6,7 @@ tensors may land in one, one below the other: that is how query, key and value b
 matmul. A rank of several reads its own rows or columns only.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import MappingProxyType, TracebackType
@@ -115,6 +115,20 @@ class Checkpoint:
 
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
+
+    @property
+    def names(self) -> Collection[str]:
+        """Of all tensors, in the order of the files."""
+        return self._file_of.keys()
+
+    def file_of(self, name: str) -> Path:
+        """Where `name` is."""
+        return self._file_of[name]
+
+    def mapped(self, name: str) -> Tensor:
+        """`name` where it lies: its pages are read when they are looked at."""
+        tensor: Tensor = self._handle(name).get_tensor(name)
+        return tensor
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of `name` as stored; reads the header only."""

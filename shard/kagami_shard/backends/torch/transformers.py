@@ -9,6 +9,7 @@ read. Then `_verify` compares a few tokens with the model's own attention: a mod
 its own, a mask, or without positions is refused, and not served wrong.
 """
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,6 +36,7 @@ from kagami_shard.forward.kv_cache import KVCache, LayerShape
 from kagami_shard.forward.output import Output, OutputKind
 from kagami_shard.layers.attention import AttentionSpec
 from kagami_shard.weights.checkpoint import weight_files
+from kagami_shard.weights.finite import is_finite, why_not_finite
 
 Attend = Callable[[Tensor, Tensor, Tensor, AttentionSpec], Tensor]
 """An `AttentionStep`, of which a whole layer's call is all that is used here"""
@@ -45,6 +47,9 @@ ATTENTION = "kagami_paged"
 
 # Kinds of layers that are attention over keys and values alone.
 LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "attention"})
+
+_MAX_TEXT = 300
+_MOST_WEIGHTS_IN_A_BYTE = 8
 
 # The largest relative error `_verify` lets pass. A state that is lost moves logits by their own
 # size; half precision and experts near a tie by a few percent.
@@ -62,26 +67,25 @@ def load_transformers(
 ) -> "TransformersModel":
     """The model of `folder`; raises `UnsupportedModel` where this path cannot serve it."""
     cls = _class_of(folder, config, trust_remote_code=trust_remote_code)
-    _check_class(cls, config)
+    cls = _check_class(cls, config)
     weight_files(folder)
+    _check_size(folder, cls, config)
     AttentionInterface.register(ATTENTION, _attention)
-    with _no_progress_bar():
-        try:
-            model, info = AutoModelForCausalLM.from_pretrained(
-                folder,
-                config=config,
-                dtype=dtype,
-                attn_implementation=ATTENTION,
-                trust_remote_code=trust_remote_code,
-                use_safetensors=True,
-                output_loading_info=True,
-            )
-        except (RuntimeError, ValueError, OSError) as error:
-            line = str(error).strip().partition("\n")[0]
-            raise InvalidCheckpoint(f"{folder} cannot be loaded: {line}") from error
+    with _no_progress_bar(), _loading(folder):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            attn_implementation=ATTENTION,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
     if missing := sorted(info["missing_keys"]):
         raise InvalidCheckpoint(f"weight {missing[0]} does not exist")
     model = model.to(device).eval().requires_grad_(False)
+    if not all(is_finite(weight, dtype) for weight in model.parameters()):
+        raise InvalidCheckpoint(why_not_finite(folder, dtype))
     model.config.return_dict = True
     return TransformersModel(model)
 
@@ -247,8 +251,8 @@ def _class_of(folder: Path, config: PreTrainedConfig, *, trust_remote_code: bool
     return known
 
 
-def _check_class(cls: type | None, config: PreTrainedConfig) -> None:
-    """What can be said without the weights.
+def _check_class(cls: type | None, config: PreTrainedConfig) -> type:
+    """What can be said without the weights; `cls` itself.
 
     The test for the interface is transformers' own flag, `_supports_attention_backend`: set where
     a model's attention goes through `ALL_ATTENTION_FUNCTIONS` and its masks through the masks'.
@@ -264,6 +268,29 @@ def _check_class(cls: type | None, config: PreTrainedConfig) -> None:
     kinds = set(getattr(config.get_text_config(), "layer_types", None) or ())
     if others := sorted(kinds - LAYER_TYPES):
         raise _unsupported(config, f"it has layers of {', '.join(others)}")
+    return cls
+
+
+def _check_size(folder: Path, cls: type, config: PreTrainedConfig) -> None:
+    """Whether the files can hold what config.json describes, before memory is taken for it."""
+    with torch.device("meta"), _loading(folder):
+        model: PreTrainedModel = cls(copy.deepcopy(config))
+        described = sum(parameter.numel() for parameter in model.parameters())
+    stored = sum(file.stat().st_size for file in weight_files(folder))
+    if described > stored * _MOST_WEIGHTS_IN_A_BYTE:
+        raise InvalidCheckpoint(
+            f"{folder}: config.json describes {described} weights, the files have {stored} bytes"
+        )
+
+
+@contextmanager
+def _loading(folder: Path) -> Iterator[None]:
+    """Foreign code over foreign files: what it raises has no common root."""
+    try:
+        yield
+    except Exception as error:
+        line = " ".join(str(error).split())[:_MAX_TEXT] or type(error).__name__
+        raise InvalidCheckpoint(f"{folder} cannot be loaded: {line}") from error
 
 
 def _check_layers(config: PreTrainedConfig, probe: _Probe) -> None:
@@ -310,7 +337,10 @@ def _foreign_errors(config: PreTrainedConfig) -> Iterator[None]:
     """What a model's own code raises when it is called our way becomes `UnsupportedModel`."""
     try:
         yield
-    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
+    except (
+        *(ArithmeticError, AssertionError, AttributeError, LookupError),
+        *(RuntimeError, TypeError, ValueError),
+    ) as error:
         line = str(error).strip().partition("\n")[0]
         raise _unsupported(config, f"its first tokens fail: {line}") from error
 
