@@ -34,6 +34,18 @@ def shown(value: object) -> str:
     return text if len(text) <= 100 else f"{text[:100]}…"
 
 
+@contextmanager
+def tokenizers_refusals(what: str) -> Iterator[None]:
+    """For what the tokenizers library does not accept: it raises bare `Exception`s, and panics."""
+    try:
+        yield
+    except ConversionRefused:
+        raise
+    except BaseException as error:
+        reason = str(exception_of(error)).strip().partition("\n")[0]
+        raise ConversionRefused(f"{what} makes no tokenizer: {reason[:200]}") from error
+
+
 class StoredTensor(NamedTuple):
     """A tensor to be written; `data` is called when the tensors before it are written."""
 

@@ -20,6 +20,7 @@ import numpy as np
 from kagami_launcher.convert.files import (
     ConversionRefused,
     StoredTensor,
+    tokenizers_refusals,
     write_json,
     write_safetensors,
 )
@@ -116,7 +117,8 @@ def write_folder(source: Path, folder: Path) -> None:
             f"`tokenizer.ggml.tokens` has {num_tokens} tokens, and tensor `token_embd.weight` "
             f"{config['vocab_size']} rows"
         )
-    build_tokenizer(metadata).save(str(folder / "tokenizer.json"))
+    with tokenizers_refusals("`tokenizer.ggml`"):
+        build_tokenizer(metadata).save(str(folder / "tokenizer.json"))
     write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json", generation_config(metadata))
     write_json(folder / "tokenizer_config.json", tokenizer_config(metadata))

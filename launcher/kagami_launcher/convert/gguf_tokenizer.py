@@ -168,10 +168,12 @@ def build_tokenizer(metadata: Metadata) -> Tokenizer:
         tokenizer = _sentencepiece(metadata, tokens)
     else:
         raise ConversionRefused(f"tokenizer model {shown(kind)} is not supported yet")
-    for token, token_type in zip(tokens, _token_types(metadata, tokens), strict=False):
-        if token_type in (_CONTROL, _USER_DEFINED):
-            special = token_type == _CONTROL
-            tokenizer.add_tokens([AddedToken(token, normalized=False, special=special)])
+    added = [
+        AddedToken(token, normalized=False, special=token_type == _CONTROL)
+        for token, token_type in zip(tokens, _token_types(metadata, tokens), strict=False)
+        if token_type in (_CONTROL, _USER_DEFINED)
+    ]
+    tokenizer.add_tokens(added)  # one by one takes their square
     bos = metadata.token_id("bos")
     if bos is not None and metadata.flag("tokenizer.ggml.add_bos_token", kind == "llama"):
         tokenizer.post_processor = processors.TemplateProcessing(

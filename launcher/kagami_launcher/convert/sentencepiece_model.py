@@ -9,6 +9,8 @@ What cannot be expressed is refused, or there is a warning: see launcher/notes/0
 """
 
 import logging
+import math
+import re
 import struct
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,7 +28,12 @@ from tokenizers import (
     processors,
 )
 
-from kagami_launcher.convert.files import ConversionRefused, replaced
+from kagami_launcher.convert.files import (
+    ConversionRefused,
+    replaced,
+    shown,
+    tokenizers_refusals,
+)
 from kagami_proto.model_files import read_optional_object
 
 log = logging.getLogger(__name__)
@@ -34,9 +41,15 @@ log = logging.getLogger(__name__)
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)  # ModelProto.Type
 _UNIGRAM, _BPE = 1, 2  # TrainerSpec.ModelType
 _CLASSES = {"LlamaTokenizer", "LlamaTokenizerFast", "GemmaTokenizer", "GemmaTokenizerFast"}
+_ID = re.compile(r"[0-9]{1,9}")
+_FLAGS = ("lstrip", "rstrip", "single_word", "special")
 _SPACE = "▁"
+# The largest have 262,144 pieces in 5 MB.
+_MAX_PIECES, _MAX_BYTES = 1 << 20, 64 << 20
 # The largest vocabulary, of 262,144 pieces, takes 2^24.
 _MAX_CUT_CHARACTERS = 1 << 26
+
+_Field = int | bytes
 
 
 class Piece(NamedTuple):
@@ -61,36 +74,43 @@ class SentencePieceModel:
 
 def write_tokenizer(folder: Path, destination: Path) -> None:
     """Make `destination`/tokenizer.json from `folder`'s tokenizer.model and settings."""
+    path = folder / "tokenizer.model"
+    if (size := path.stat().st_size) > _MAX_BYTES:
+        raise ConversionRefused(f"{path} has {size} bytes, the limit is {_MAX_BYTES}")
     try:
-        model = read_model((folder / "tokenizer.model").read_bytes())
-    except (struct.error, IndexError, UnicodeDecodeError) as error:
-        raise ConversionRefused(f"tokenizer.model cannot be read: {error}") from error
-    tokenizer = build(model, Settings.read(folder))
-    with replaced(destination / "tokenizer.json") as path:
-        tokenizer.save(str(path))
+        model = read_model(path.read_bytes())
+    except (_Damaged, UnicodeDecodeError) as error:
+        raise ConversionRefused(f"{path} cannot be read: {error}") from error
+    settings = Settings.read(folder)
+    with tokenizers_refusals(str(path)):
+        tokenizer = build(model, settings)
+    with replaced(destination / "tokenizer.json") as work:
+        tokenizer.save(str(work))
     log.info("Made tokenizer.json from tokenizer.model")
 
 
 # --- reading the file -----------------------------------------------------------------------------
 
 
+class _Damaged(Exception):
+    """The file is no message of this kind."""
+
+
 def read_model(data: bytes) -> SentencePieceModel:
     """Parse a tokenizer.model; fields that are absent have the .proto's defaults."""
     pieces: list[Piece] = []
-    trainer: dict[int, Any] = {}
-    normalizer: dict[int, Any] = {}
+    trainer: dict[int, _Field] = {}
+    normalizer: dict[int, _Field] = {}
     for number, value in _fields(data):
         if number == 1:
-            piece = dict(_fields(value))
-            score: float = struct.unpack("<f", piece.get(2, b"\0\0\0\0"))[0]
-            pieces.append(Piece(piece.get(1, b"").decode(), score, piece.get(3, _NORMAL)))
+            pieces.append(_piece(len(pieces), dict(_fields(_bytes(value)))))
         elif number == 2:
-            trainer = dict(_fields(value))
+            trainer = dict(_fields(_bytes(value)))
         elif number == 3:
-            normalizer = dict(_fields(value))
+            normalizer = dict(_fields(_bytes(value)))
     return SentencePieceModel(
         pieces,
-        algorithm=trainer.get(3, _UNIGRAM),
+        algorithm=_number(trainer.get(3, _UNIGRAM)),
         has_byte_fallback=bool(trainer.get(35, 0)),
         adds_dummy_prefix=bool(normalizer.get(3, 1)),
         removes_extra_spaces=bool(normalizer.get(4, 1)),
@@ -98,7 +118,28 @@ def read_model(data: bytes) -> SentencePieceModel:
     )
 
 
-def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
+def _piece(index: int, fields: Mapping[int, _Field]) -> Piece:
+    if index == _MAX_PIECES:
+        raise _Damaged(f"it has more than {_MAX_PIECES} pieces")
+    stored = _bytes(fields.get(2, b"\0\0\0\0"))
+    if len(stored) != 4 or not math.isfinite(score := struct.unpack("<f", stored)[0]):
+        raise _Damaged(f"piece {index} has a score of {shown(stored)}")
+    return Piece(_bytes(fields.get(1, b"")).decode(), score, _number(fields.get(3, _NORMAL)))
+
+
+def _bytes(value: _Field) -> bytes:
+    if not isinstance(value, bytes):
+        raise _Damaged(f"it has {shown(value)} in place of bytes")
+    return value
+
+
+def _number(value: _Field) -> int:
+    if not isinstance(value, int):
+        raise _Damaged(f"it has {shown(value)} in place of a number")
+    return value
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, _Field]]:
     """Field numbers and values of a protobuf message: varints as int, all else as bytes."""
     at = 0
     while at < len(data):
@@ -115,21 +156,24 @@ def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
             case 5:
                 size = 4
             case wire_type:
-                raise struct.error(f"wire type {wire_type} at byte {at}")
+                raise _Damaged(f"wire type {wire_type} at byte {at} of a message")
         if at + size > len(data):
-            raise struct.error("it ends in the middle of a field")
+            raise _Damaged(f"a field of {size} bytes, and its message has {len(data) - at} more")
         yield key >> 3, data[at : at + size]
         at += size
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
+    value = 0
+    for shift in range(0, 70, 7):  # 64 bits take ten bytes
+        if at >= len(data):
+            raise _Damaged("it ends in the middle of a number")
         byte = data[at]
         value |= (byte & 0x7F) << shift
-        at, shift = at + 1, shift + 7
+        at += 1
         if byte < 0x80:
             return value, at
+    raise _Damaged(f"a number of more than 64 bits at byte {at} of a message")
 
 
 # --- what stands beside it ------------------------------------------------------------------------
@@ -146,7 +190,7 @@ class Settings:
     is_legacy: bool = True
     adds_prefix_space: bool = True
     added: Mapping[int, AddedToken] | None = None
-    specials: Sequence[str] = ()
+    specials: frozenset[str] = frozenset()
 
     @classmethod
     def read(cls, folder: Path) -> "Settings":
@@ -154,21 +198,21 @@ class Settings:
         config = read_optional_object(folder / "tokenizer_config.json")
         named = {**read_optional_object(folder / "special_tokens_map.json"), **config}
         kind = config.get("tokenizer_class") or "LlamaTokenizer"
-        if kind not in _CLASSES:
+        if not isinstance(kind, str) or kind not in _CLASSES:
             raise ConversionRefused(
-                f"there is no tokenizer.json, and tokenizer class `{kind}` is not one that is "
+                f"there is no tokenizer.json, and tokenizer class {shown(kind)} is not one that is "
                 f"known to make one from tokenizer.model ({', '.join(sorted(_CLASSES))})"
             )
-        added = {
-            int(token_id): _added_token(value)
-            for token_id, value in config.get("added_tokens_decoder", {}).items()
-        }
+        added = _added_tokens(config)
         for text, token_id in read_optional_object(folder / "added_tokens.json").items():
+            if type(token_id) is not int:
+                raise ConversionRefused(f"added_tokens.json: {shown(text)} is {shown(token_id)}")
             added.setdefault(token_id, AddedToken(text, normalized=False))
         is_gemma = kind.startswith("Gemma")
         roles = ("bos_token", "eos_token", "unk_token", "pad_token")
         specials = [text for role in roles if (text := _text(named.get(role)))]
-        specials += [_text(token) for token in named.get("additional_special_tokens") or ()]
+        more = named.get("additional_special_tokens")
+        specials += [_text(token) for token in (more if isinstance(more, list) else ())]
         return cls(
             bos=_text(named.get("bos_token")) or ("<bos>" if is_gemma else "<s>"),
             eos=_text(named.get("eos_token")) or ("<eos>" if is_gemma else "</s>"),
@@ -177,7 +221,7 @@ class Settings:
             is_legacy=config.get("legacy", True) is not False,
             adds_prefix_space=config.get("add_prefix_space", True) is not False,
             added=added,
-            specials=specials,
+            specials=frozenset(specials),
         )
 
 
@@ -188,16 +232,18 @@ def _text(token: object) -> str:
     return token if isinstance(token, str) else ""
 
 
-def _added_token(value: Mapping[str, Any]) -> AddedToken:
-    # A slow tokenizer looks for its added tokens in the text before normalization.
-    return AddedToken(
-        value["content"],
-        lstrip=value.get("lstrip", False),
-        rstrip=value.get("rstrip", False),
-        single_word=value.get("single_word", False),
-        special=value.get("special", False),
-        normalized=False,
-    )
+def _added_tokens(config: Mapping[str, Any]) -> dict[int, AddedToken]:
+    """By their ids. A slow tokenizer looks for them in the text before normalization."""
+    found: dict[int, AddedToken] = {}
+    written = config.get("added_tokens_decoder") or {}
+    if not isinstance(written, dict):
+        raise ConversionRefused(f"`added_tokens_decoder` is {shown(written)}, expected an object")
+    for token_id, value in written.items():
+        if not _ID.fullmatch(token_id) or not (text := _text(value)):
+            raise ConversionRefused(f"`added_tokens_decoder`: {shown(token_id)} is {shown(value)}")
+        flags = {name: value.get(name) is True for name in _FLAGS} if text is not value else {}
+        found[int(token_id)] = AddedToken(text, normalized=False, **flags)
+    return found
 
 
 # --- building -------------------------------------------------------------------------------------
@@ -299,14 +345,16 @@ def _add_tokens(tokenizer: Tokenizer, model: SentencePieceModel, settings: Setti
         if piece.kind in (_CONTROL, _UNKNOWN, _USER_DEFINED)
     }
     wanted |= settings.added or {}
-    for token_id, token in sorted(wanted.items()):
+    in_order = sorted(wanted.items())
+    for _, token in in_order:
         if token.content in settings.specials:
             token.special = True
-        tokenizer.add_tokens([token])
-        if tokenizer.token_to_id(token.content) != token_id:
+    tokenizer.add_tokens([token for _, token in in_order])  # one by one takes their square
+    for token_id, token in in_order:
+        if (found := tokenizer.token_to_id(token.content)) != token_id:
             raise ConversionRefused(
-                f"added token {token.content} has id {token_id}, expected "
-                f"{tokenizer.token_to_id(token.content)}: ids are not without gaps"
+                f"added token {shown(token.content)} has id {token_id}, expected {found}: ids are "
+                "not without gaps"
             )
 
 
@@ -319,7 +367,7 @@ def _frame(tokenizer: Tokenizer, settings: Settings) -> None:
     used = [(token, tokenizer.token_to_id(token)) for token in (*before, *after)]
     for token, token_id in used:
         if token_id is None:
-            raise ConversionRefused(f"{token} is to stand in every text and is no token")
+            raise ConversionRefused(f"{shown(token)} is to stand in every text and is no token")
     tokenizer.post_processor = processors.TemplateProcessing(
         single=[*before, "$A", *after],
         pair=[*before, "$A", *after, *(f"{token}:1" for token in before), "$B:1"]

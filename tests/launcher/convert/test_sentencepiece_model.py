@@ -2,12 +2,14 @@
 
 import json
 import random
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2 as spm
+from tests.fakes.broken_files import mutants
 from tests.fakes.pieces import ENGLISH, JAPANESE, SAMPLES, swallow_like, train
 from tokenizers import Tokenizer
 
@@ -105,7 +107,7 @@ def test_added_tokens_keep_their_ids(tmp_path: Path, model: bytes) -> None:
 
 
 def test_added_tokens_with_gaps_are_refused(tmp_path: Path, model: bytes) -> None:
-    with pytest.raises(ConversionRefused, match="<far> has id 9999"):
+    with pytest.raises(ConversionRefused, match="`<far>` has id 9999"):
         converted(tmp_path, model, added_tokens_decoder={"9999": {"content": "<far>"}})
 
 
@@ -174,3 +176,136 @@ def test_the_model_is_read_as_protobuf_reads_it(model: bytes) -> None:
     assert ours.adds_dummy_prefix
     assert not ours.removes_extra_spaces
     assert build(ours, Settings()).get_vocab_size() == len(theirs.pieces)
+
+
+# --- hostile files --------------------------------------------------------------------------------
+
+
+def varint(value: int) -> bytes:
+    parts = []
+    while value > 0x7F:
+        parts.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*parts, value])
+
+
+def field(number: int, wire_type: int, content: bytes) -> bytes:
+    return varint(number << 3 | wire_type) + content
+
+
+def message(number: int, content: bytes) -> bytes:
+    return field(number, 2, varint(len(content)) + content)
+
+
+TRAINER = message(2, field(3, 0, varint(2)))  # BPE
+SCORE = b"\x15" + bytes(4)
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (field(1, 2, varint(2**60)), "a field of 1152921504606846976 bytes"),
+        (field(1, 2, varint(2**63)) + bytes(9), "a field of 9223372036854775808 bytes, and its me"),
+        (b"\x80" * (1 << 20), "more than 64 bits"),
+        (b"\x08" + b"\xff" * (1 << 20), "more than 64 bits"),
+        (b"\x0a\x80", "ends in the middle of a number"),
+        (field(1, 0, varint(5)), "5 in place of bytes"),
+        (field(1, 3, b""), "wire type 3"),
+        (message(1, field(1, 0, varint(7))), "7 in place of bytes"),
+        (message(1, message(1, b"\xff")), "can't decode byte 0xff"),
+        (message(1, field(2, 0, varint(7))), "7 in place of bytes"),
+        (message(1, b"\x15" + b"\x00\x00\xc0\x7f"), "a score of"),  # NaN
+        (message(1, message(2, b"long score")), "a score of"),
+        (message(1, SCORE + message(3, b"x")), "in place of a number"),
+        (message(2, message(3, b"x")), "in place of a number"),
+        (TRAINER + message(3, field(4, 0, b"\0")), "has no unknown piece"),
+        (TRAINER + message(1, b"") * ((1 << 20) + 1), "more than 1048576 pieces"),
+    ],
+)
+def test_a_message_that_lies_is_refused(tmp_path: Path, content: bytes, why: str) -> None:
+    with pytest.raises(ConversionRefused, match=why):
+        converted(tmp_path, content)
+    assert not (tmp_path / "tokenizer.json").exists()
+
+
+def test_a_file_of_gigabytes_is_not_read(tmp_path: Path) -> None:
+    with (tmp_path / "tokenizer.model").open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(ConversionRefused, match=r"tokenizer\.model has 1099511627776 bytes, the l"):
+        write_tokenizer(tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        ({"tokenizer_class": ["LlamaTokenizer"]}, "tokenizer class a list of 1 is not"),
+        ({"added_tokens_decoder": [1]}, "`added_tokens_decoder` is a list of 1"),
+        ({"added_tokens_decoder": {"x": {"content": "a"}}}, "`added_tokens_decoder`: `x` is"),
+        ({"added_tokens_decoder": {"9" * 5000: {"content": "a"}}}, "`added_tokens_decoder`: `999"),
+        ({"added_tokens_decoder": {"5": {}}}, "`added_tokens_decoder`: `5` is a dict of 0"),
+        ({"added_tokens_decoder": {"5": 7}}, "`added_tokens_decoder`: `5` is 7"),
+        ({"added_tokens_decoder": {"5": {"content": []}}}, "`added_tokens_decoder`: `5` is a dict"),
+        ({"bos_token": "no such token"}, "`no such token` is to stand in every text"),
+    ],
+)
+def test_settings_of_another_shape_are_refused(
+    tmp_path: Path, model: bytes, config: dict[str, Any], why: str
+) -> None:
+    with pytest.raises(ConversionRefused, match=why):
+        converted(tmp_path, model, **config)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"additional_special_tokens": 5},
+        {"additional_special_tokens": [None, {}, 5, []]},
+        {"bos_token": 5, "eos_token": [], "unk_token": {"content": {}}},
+        {"legacy": "x", "add_bos_token": [], "add_eos_token": {"a": 1}},
+    ],
+)
+def test_settings_that_say_nothing_are_as_if_absent(
+    tmp_path: Path, model: bytes, config: dict[str, Any]
+) -> None:
+    assert converted(tmp_path, model, **config).get_vocab_size() > 0
+
+
+def test_added_tokens_json_of_another_shape_is_refused(tmp_path: Path, model: bytes) -> None:
+    (tmp_path / "added_tokens.json").write_text('{"<a>": [5]}')
+    with pytest.raises(ConversionRefused, match=r"added_tokens\.json: `<a>` is a list of 1"):
+        converted(tmp_path, model)
+
+
+def test_a_piece_that_would_be_cut_a_million_times_is_refused(tmp_path: Path) -> None:
+    long = "a" * 100_000
+    pieces = message(1, message(1, b"<unk>") + SCORE + field(3, 0, b"\x02"))
+    pieces += message(1, message(1, long.encode()) + SCORE)
+    with pytest.raises(ConversionRefused, match="pieces of up to 100000 characters"):
+        converted(tmp_path, TRAINER + message(3, field(4, 0, b"\0")) + pieces)
+
+
+def test_many_control_pieces_are_added_at_once(tmp_path: Path) -> None:
+    """One by one they take their square: 20,000 took a minute."""
+    control = [
+        message(1, message(1, b"<%d>" % number) + SCORE + b"\x18\x03") for number in range(20_000)
+    ]
+    unknown = message(1, message(1, b"<unk>") + SCORE + b"\x18\x02")
+    content = TRAINER + message(3, field(4, 0, b"\0")) + unknown + b"".join(control)
+    started = time.monotonic()
+    tokenizer = converted(tmp_path, content, add_bos_token=False)
+    assert time.monotonic() - started < 20
+    assert tokenizer.encode("<7><19999>").ids == [8, 20_000]
+
+
+def test_every_mutant_of_a_model_is_refused_or_converted(tmp_path: Path, model: bytes) -> None:
+    outcomes = set()
+    for number, content in mutants(model, 300):
+        try:
+            converted(tmp_path, content)
+            outcomes.add("converted")
+        except ConversionRefused:
+            outcomes.add("refused")
+        except BaseException as error:
+            error.add_note(f"mutant {number}")
+            raise
+    assert outcomes == {"converted", "refused"}
