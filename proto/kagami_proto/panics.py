@@ -17,5 +17,8 @@ def exception_of(error: BaseException) -> Exception:
     if isinstance(error, Exception):
         return error
     if type(error).__name__ != "PanicException":
-        raise error
+        try:
+            raise error
+        finally:
+            del error  # its traceback holds this frame, which would hold it
     return LibraryPanicked(f"a library failed: {error}")

@@ -4,6 +4,7 @@ A handler asks for the body only after the route is found and the key is checked
 request costs its head, and what one read of the socket brought.
 """
 
+from contextlib import suppress
 from typing import Any
 
 from aiohttp import HttpVersion11, hdrs, web
@@ -57,7 +58,8 @@ async def ask_for_body(request: web.Request) -> None:
     if (request.content_length or 0) > request.client_max_size:
         raise too_large(request)
     if request.pop(_WAITS, False):
-        await request.writer.write(_CONTINUE)
+        with suppress(ConnectionError):  # the client has gone: whoever reads the body learns it
+            await request.writer.write(_CONTINUE)
         request.writer.output_size = 0  # the answer itself has not begun
 
 

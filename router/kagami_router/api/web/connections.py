@@ -6,6 +6,7 @@ that names the server's software.
 
 import asyncio
 import logging
+from contextlib import suppress
 from typing import Any
 
 from aiohttp import web
@@ -15,7 +16,8 @@ from aiohttp.web_protocol import RequestHandler
 from kagami_proto.errors import KagamiError, NotJson
 from kagami_router.api.web.body_rules import ExpectingRequests, SlowBody
 from kagami_router.api.web.errors import Family, error_body, error_status
-from kagami_router.api.web.middleware import on_one_line, report
+from kagami_router.api.web.middleware import on_one_line, report, without_frames
+from kagami_router.api.web.reading import SlicedReader
 from kagami_router.api.web.time_limits import Patience, TimeLimits, Wait
 
 logger = logging.getLogger(__name__)
@@ -23,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 # aiohttp's own timer of idle connections counts time in which the process did not run.
 _NEVER_S = 1e8
+# How long what follows the last answer is thrown away: a client that still writes would lose it.
+_LINGER_S = 10.0
 
 
 class MalformedHttp(NotJson):
@@ -50,6 +54,7 @@ class Runner(web.AppRunner):
             handler_cancellation=True,
             auto_decompress=False,
             keepalive_timeout=_NEVER_S,
+            lingering_time=min(_LINGER_S, self._limits.body_s),
             app=self.app,
             limits=self._limits,
             access_log=None,
@@ -64,70 +69,61 @@ class _Server(web.Server):
         super().__init__(*args, **kwargs)
         self._limits = limits
         self._ticking: set[_Connection] = set()
+        self._next_tick: asyncio.TimerHandle | None = None
 
     def __call__(self) -> RequestHandler:
         return _Connection(self, loop=self._loop, limits=self._limits, **self._kwargs)
 
     def watch(self, connection: "_Connection") -> None:
-        """Call `tick` of this connection from now on, until it says that it is closed."""
-        if not self._ticking:
-            self._loop.call_later(self._limits.tick_s, self._tick)
+        """Call `tick` of this connection from now on."""
         self._ticking.add(connection)
+        if self._next_tick is None:
+            self._next_tick = self._loop.call_later(self._limits.tick_s, self._tick)
+
+    def unwatch(self, connection: "_Connection") -> None:
+        """Its `tick` is not called any more."""
+        self._ticking.discard(connection)
 
     def _tick(self) -> None:
-        self._ticking = {one for one in self._ticking if one.tick()}
+        self._next_tick = None
+        for connection in list(self._ticking):
+            connection.tick()
         if self._ticking:
-            self._loop.call_later(self._limits.tick_s, self._tick)
+            self._next_tick = self._loop.call_later(self._limits.tick_s, self._tick)
 
 
-class _Connection(RequestHandler):
-    """One connection."""
+class _Connection(SlicedReader):
+    """One connection: its time, and what is said about what cannot be read."""
 
-    __slots__ = ("_app", "_has_part_of_head", "_patience", "_watch", "_wire")
+    __slots__ = ("_app", "_patience", "_server", "_wire")
 
     def __init__(
         self, server: _Server, *, app: web.Application, limits: TimeLimits, **kwargs: Any
     ) -> None:
         super().__init__(server, **kwargs)
         self._app = app
-        self._watch = server.watch
+        self._server = server
         self._patience = Patience(limits)
-        self._has_part_of_head = True  # the first head is due from the start
         self._wire: asyncio.Transport | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
+        assert self._task_handler is not None, "aiohttp starts it"
+        self._task_handler.add_done_callback(_take_cancellation)
         self._wire = self.transport
-        self._watch(self)
+        self._server.watch(self)
 
     def connection_lost(self, exc: BaseException | None) -> None:
+        self._server.unwatch(self)
         self._wire = None
         super().connection_lost(exc)
 
-    def data_received(self, data: bytes) -> None:
-        """A message where the rest of a body should be says that the body is broken.
-
-        aiohttp queues that message behind the handler, which waits for the body.
-        """
-        is_between = self._waiter is not None
-        num_messages = self._request_count
-        super().data_received(data)
-        if self._request_count == num_messages:
-            self._has_part_of_head |= is_between and bool(data)
-            return
-        self._has_part_of_head = False
-        if (request := self._current_request) is not None and not request.content.is_eof():
-            broken = web.RequestPayloadError("The body is not framed as its headers say")
-            request.content.set_exception(broken)
-
-    def tick(self) -> bool:
-        """Look at the time, and end what takes too long; whether the connection is still there."""
-        if self._wire is None:
-            return False
+    def tick(self) -> None:
+        """Look at the time, and end what takes too long."""
+        assert self._wire is not None, "it is watched between its beginning and its end"
         wait, num_bytes = self._waits_for(self._wire.get_write_buffer_size())
         if self._patience.is_over(wait, self._request_count, num_bytes):
             self._give_up(wait, self._wire)
-        return True
 
     def _waits_for(self, num_unsent: int) -> tuple[Wait, int]:
         """What this connection waits for now, and a count that grows with each step towards it."""
@@ -164,8 +160,18 @@ class _Connection(RequestHandler):
 
     def log_exception(self, *args: Any, **kwargs: Any) -> None:
         """Log the error, but not a body that broke off: `read_body` has reported it."""
-        if not isinstance(kwargs.get("exc_info"), web.RequestPayloadError):
+        error = kwargs.get("exc_info")
+        if isinstance(error, web.RequestPayloadError):
+            without_frames(error)
+        else:
             super().log_exception(*args, **kwargs)
+
+
+def _take_cancellation(task: asyncio.Task[None]) -> None:
+    """Take its exception from a task that was cancelled: its frames hold the task, and bodies."""
+    if task.cancelled():
+        with suppress(asyncio.CancelledError):
+            task.exception()
 
 
 def _known(request: web.Request, exc: BaseException | None) -> KagamiError:

@@ -146,13 +146,31 @@ async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     try:
         return await handler(request)
     except web.HTTPException as refusal:
-        return _refusal(request, refusal)
+        return _refusal(request, without_frames(refusal))
     except asyncio.CancelledError:
         if FAILURE_CAUSE not in request:
             report_dropped(request)
         raise
     except BaseException as error:
-        return error_response(request, report(request, exception_of(error)))
+        known = report(request, exception_of(error))
+        without_frames(error)
+        return error_response(request, known)
+
+
+_Error = TypeVar("_Error", bound=BaseException)
+
+
+def without_frames(error: _Error) -> _Error:
+    """`error` without its traceback, once it has been logged, and without those of its causes.
+
+    The frames hold the request and what has come of its body. Some errors are held by the request,
+    and all of it would wait for the garbage collector.
+    """
+    part: BaseException | None = error
+    while part is not None:
+        part.__traceback__ = None
+        part = part.__cause__ or part.__context__
+    return error
 
 
 def report_dropped(request: web.Request) -> None:
