@@ -48,12 +48,23 @@ class GrammarKind(enum.Enum):
     """llguidance's dialect of Lark."""
 
 
+# Some 50 KB compile in 0.2 s at worst; the parser's work grows with the square of the alternatives.
+MAX_GRAMMAR_BYTES = 64 * 1024
+# What is no longer than this compiles in milliseconds, beside a large one.
+MAX_SMALL_GRAMMAR_BYTES = 4096
+
+
 @dataclass(frozen=True, slots=True)
 class Grammar:
     """What the whole output has to match; the source of a JSON schema is its JSON text."""
 
     kind: GrammarKind
     source: str
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the source, in UTF-8."""
+        return len(self.source.encode(errors="replace"))
 
 
 @dataclass(frozen=True, slots=True)

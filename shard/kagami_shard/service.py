@@ -43,8 +43,8 @@ class TextGenerationService(generate_pb2_grpc.TextGenerationServiceServicer):
         self._worker = worker
         self._facts = facts
         self._stream: _Stream | None = None
-        # One thread: a grammar takes a core from the model only for itself.
-        self._compiling = ThreadPoolExecutor(1, "compile grammars")
+        # A small and a large grammar at a time, which the router keeps apart.
+        self._compiling = ThreadPoolExecutor(2, "compile grammars")
 
     async def Info(
         self,

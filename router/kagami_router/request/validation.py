@@ -15,10 +15,16 @@ from opentelemetry import trace
 from kagami_proto.errors import InvalidRequest, MalformedBody
 from kagami_proto.span_names import Key, SpanName
 from kagami_proto.tracing import NO_TRACING, span
-from kagami_proto.values import Grammar, SamplingParams
+from kagami_proto.values import (
+    MAX_GRAMMAR_BYTES,
+    MAX_SMALL_GRAMMAR_BYTES,
+    Grammar,
+    SamplingParams,
+)
 from kagami_router.request.prompt import Prompt
 from kagami_router.request.values import StoppingParams, ValidRequest
 from kagami_router.text.tokenizer import INLINE_CHARACTERS, TextToken, Tokenizer
+from kagami_router.text.turns import Turns
 
 MAX_SEED = 2**64 - 1
 MAX_LOGIT_BIAS = 100  # OpenAI's: never, or always
@@ -30,6 +36,8 @@ _FLOAT = struct.Struct("<f")  # the native form has no overflow, it packs infini
 MIN_TEMPERATURE = 1e-4
 # Beyond, a factor says no more than "never" or "always", and a logit can overflow in float32.
 MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 1e-4, 1e4
+# Grammars that may wait for one caller to be compiled.
+MAX_WAITING_GRAMMARS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +123,16 @@ class Validation:
         self._tokenizer = tokenizer
         self._tracer = tracer
         self._compile_grammar = compile_grammar
+        # One small and one large at a time: the model loses no more than two cores, and a small one
+        # does not wait for a large one.
+        self._small_grammars, self._large_grammars = (
+            Turns(
+                "grammars",
+                max_waiting=MAX_WAITING_GRAMMARS,
+                max_size=MAX_WAITING_GRAMMARS * MAX_GRAMMAR_BYTES,
+            )
+            for _ in range(2)
+        )
         self.limits = limits
 
     def check_stream(self, params: GenerationParams) -> None:
@@ -222,7 +240,7 @@ class Validation:
         prompt_ids = given_ids or await self._encode(text, params.truncate, add_special_tokens)
         max_new_tokens = self._max_new_tokens(len(prompt_ids), params)
         if params.grammar is not None:
-            await self.ready_grammar(params.grammar)
+            await self.ready_grammar(params.grammar, caller)
         _check_supported(params)
         return ValidRequest(
             prompt=Prompt(tuple(prompt_ids), text),
@@ -245,12 +263,23 @@ class Validation:
         """Whether outputs can be held to a grammar."""
         return self._compile_grammar is not None
 
-    async def ready_grammar(self, grammar: Grammar) -> None:
-        """Have a grammar compiled on every shard; raises `InvalidRequest`."""
+    async def ready_grammar(self, grammar: Grammar, caller: str = "") -> None:
+        """Have a grammar compiled on every shard; raises `InvalidRequest`, `Overloaded`.
+
+        Small ones pass large ones, and callers take turns.
+        """
         if self._compile_grammar is None:
             raise InvalidRequest("grammar is not supported")
+        size = grammar.num_bytes
+        if size > MAX_GRAMMAR_BYTES:
+            raise InvalidRequest(
+                f"grammar is not valid: it has {size} bytes, more than {MAX_GRAMMAR_BYTES}"
+            )
+        is_small = size <= MAX_SMALL_GRAMMAR_BYTES
+        turns = self._small_grammars if is_small else self._large_grammars
         started = time.monotonic()
-        await self._compile_grammar(grammar)
+        async with turns.turn(caller, size):
+            await self._compile_grammar(grammar)
         compile_ms = (time.monotonic() - started) * 1e3
         trace.get_current_span().set_attribute(Key.GRAMMAR_MS, compile_ms)
 

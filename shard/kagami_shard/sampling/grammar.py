@@ -5,6 +5,7 @@ result. The masks of a step are computed on a thread while its forward pass runs
 lexer and Earley parser over the vocabulary's trie, is `llguidance`'s.
 """
 
+import json
 import math
 import os
 import re
@@ -26,21 +27,31 @@ from torch import Tensor
 
 from kagami_proto.errors import InvalidRequest
 from kagami_proto.panics import LibraryPanicked, exception_of
-from kagami_proto.values import Grammar, GrammarKind
+from kagami_proto.values import (
+    MAX_GRAMMAR_BYTES,
+    MAX_SMALL_GRAMMAR_BYTES,
+    Grammar,
+    GrammarKind,
+)
 
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
 
-# Some 50 KB compile in 0.2 s at worst; the parser's work grows with the square of the alternatives.
-MAX_SOURCE_BYTES = 64 * 1024
-# Compiled grammars take kilobytes to a few megabytes each.
-MAX_CACHED = 128
+# Small grammars and large ones are kept apart: large ones of one client do not push out the small
+# ones of others. Measured, a compiled grammar takes up to 150 bytes for each of its source: what is
+# kept of either kind takes some 75 MB at most, and a small one up to 1 MB.
+MAX_KEPT = 128
+MAX_KEPT_BYTES = 512 * 1024
 MAX_ERROR_CHARACTERS = 300
 # What `llguidance` says of a grammar that allows no first token.
 _IMPOSSIBLE = ("NoExtension", "NoExtensionBias")
 # The expression of a multiple of n has n states, and is built before any limit counts:
 # 0.1 s and 14 MB at this size (measured: 8 s and 400 MB at 1,000,000). Powers of ten cost nothing.
 MAX_MULTIPLE = 20_000
+# Each pattern is compared with each other one: 0.05 s for 100 (measured: 33 s for 900).
+MAX_PATTERN_PROPERTIES = 100
+_PATTERN_PROPERTIES = "patternProperties"
+_JSON = "%json "
 _MAX_DIGITS = 30  # of a number that is looked at: far beyond what is allowed
 _MULTIPLE_OF = re.compile(r'"multipleOf"\s*:\s*(-?[0-9][0-9.eE+-]*)')
 # Where one of these stands, one number may have to obey several schemas.
@@ -107,7 +118,7 @@ class Grammars:
         self._loading = Lock()
         self._limits = LLParserLimits(verbose_errors=False)
         self._lock = Lock()
-        self._known: OrderedDict[Grammar, Future[LLMatcher | str]] = OrderedDict()
+        self._small, self._large = _Kept(), _Kept()
         self._thread = ThreadPoolExecutor(1, "grammar masks")
         self._executor = LLExecutor(max(1, min(_MAX_MASK_THREADS, (os.cpu_count() or 1) // 2)))
 
@@ -119,18 +130,13 @@ class Grammars:
         """What `grammar` compiles to, for nobody's own use; raises `InvalidRequest`."""
         _check_cost(grammar)  # before it is kept
         with self._lock:
-            future = self._known.get(grammar)
+            kept = self._kept(grammar)
+            future = kept.get(grammar)
+            is_new = future is None
             if future is None:
-                own = self._known[grammar] = Future()
-                while len(self._known) > MAX_CACHED:
-                    self._known.popitem(last=False)
-            else:
-                own = None
-                self._known.move_to_end(grammar)
-        if own is not None:
-            self._settle(own, grammar)
-            future = own
-        assert future is not None
+                future = kept.add(grammar)
+        if is_new:
+            self._settle(future, grammar)
         compiled = future.result()
         if isinstance(compiled, str):
             raise InvalidRequest(compiled)
@@ -215,7 +221,38 @@ class Grammars:
 
     def _forget(self, grammar: Grammar) -> None:
         with self._lock:
-            self._known.pop(grammar, None)
+            self._kept(grammar).forget(grammar)
+
+    def _kept(self, grammar: Grammar) -> "_Kept":
+        return self._small if grammar.num_bytes <= MAX_SMALL_GRAMMAR_BYTES else self._large
+
+
+class _Kept:
+    """What was asked for last: `MAX_KEPT` grammars, of `MAX_KEPT_BYTES` of sources together."""
+
+    def __init__(self) -> None:
+        self._futures: OrderedDict[Grammar, Future[LLMatcher | str]] = OrderedDict()
+        self._num_bytes = 0
+
+    def get(self, grammar: Grammar) -> "Future[LLMatcher | str] | None":
+        """What it compiles to, if that is known or somebody is about it."""
+        future = self._futures.get(grammar)
+        if future is not None:
+            self._futures.move_to_end(grammar)
+        return future
+
+    def add(self, grammar: Grammar) -> "Future[LLMatcher | str]":
+        """A place for a new one; those not asked for longest are forgotten for it."""
+        future = self._futures[grammar] = Future()
+        self._num_bytes += grammar.num_bytes
+        while len(self._futures) > MAX_KEPT or self._num_bytes > MAX_KEPT_BYTES:
+            self.forget(next(iter(self._futures)))
+        return future
+
+    def forget(self, grammar: Grammar) -> None:
+        """Leave it to those who use it."""
+        if self._futures.pop(grammar, None) is not None:
+            self._num_bytes -= grammar.num_bytes
 
 
 def nothing_to_fill() -> Future[Banned | None]:
@@ -227,14 +264,51 @@ def nothing_to_fill() -> Future[Banned | None]:
 
 def _check_cost(grammar: Grammar) -> None:
     """Raise `InvalidRequest` for what would take too much time or memory to compile."""
-    size = len(grammar.source.encode(errors="replace"))
-    if size > MAX_SOURCE_BYTES:
-        raise InvalidRequest(f"it has {size} bytes, more than {MAX_SOURCE_BYTES}")
+    size = grammar.num_bytes
+    if size > MAX_GRAMMAR_BYTES:
+        raise InvalidRequest(f"it has {size} bytes, more than {MAX_GRAMMAR_BYTES}")
     if grammar.kind is GrammarKind.REGEX:
         return
-    is_combined = _COMBINING.search(grammar.source) is not None
+    _check_patterns(grammar.source)
+    _check_multiples(grammar.source)
+
+
+def _check_patterns(source: str) -> None:
+    """All patterns of properties together; the patterns of one object are compared with another."""
+    if _PATTERN_PROPERTIES not in source:
+        return
+    # The schemas of tools stand in a Lark text, each on one line.
+    texts = [line.partition(_JSON)[2] for line in source.splitlines() if _JSON in line] or [source]
+    total = sum(_num_patterns(text) for text in texts)
+    if total > MAX_PATTERN_PROPERTIES:
+        raise InvalidRequest(
+            f"`{_PATTERN_PROPERTIES}` of all its objects together may have"
+            f" {MAX_PATTERN_PROPERTIES} patterns. Given: {total}"
+        )
+
+
+def _num_patterns(schema: str) -> int:
+    try:
+        left = [json.loads(schema)]
+    except (ValueError, RecursionError):
+        return 0  # does not compile anyhow
+    total = 0
+    while left:
+        part = left.pop()
+        if isinstance(part, dict):
+            patterns = part.get(_PATTERN_PROPERTIES)
+            total += len(patterns) if isinstance(patterns, dict) else 0
+            left += part.values()
+        elif isinstance(part, list):
+            left += part
+    return total
+
+
+def _check_multiples(source: str) -> None:
+    """The numbers of `multipleOf`."""
+    is_combined = _COMBINING.search(source) is not None
     total, common = 0, 1
-    for text in _MULTIPLE_OF.findall(grammar.source):
+    for text in _MULTIPLE_OF.findall(source):
         multiple = _without_tens(text)
         # Several in one grammar add up, several that one number has to obey multiply.
         total += multiple

@@ -1,3 +1,4 @@
+import asyncio
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -8,7 +9,7 @@ from tests.fakes.byte_tokenizer import byte_tokenizer_with_start
 from tests.fakes.fake_server import LIMITS
 
 from kagami_proto.errors import InvalidRequest
-from kagami_proto.values import SamplingParams
+from kagami_proto.values import MAX_GRAMMAR_BYTES, Grammar, GrammarKind, SamplingParams
 from kagami_router.request.validation import (
     MAX_SEED,
     GenerationParams,
@@ -278,3 +279,44 @@ async def test_a_text_that_is_cut_by_truncate_has_a_limit_too(validation: Valida
         await validation.validate("1" * 40_000, P(truncate=5), add_special_tokens=True)
     valid = await validation.validate("1" * 30_000, P(truncate=5), add_special_tokens=True)
     assert len(valid.prompt_ids) == 5
+
+
+def regex(size: int) -> Grammar:
+    return Grammar(GrammarKind.REGEX, "a" * size)
+
+
+async def test_a_small_grammar_does_not_wait_for_large_ones_and_callers_take_turns() -> None:
+    compiled: list[int] = []
+    first_began, go_on = asyncio.Event(), asyncio.Event()
+
+    async def compiles(grammar: Grammar) -> None:
+        if grammar.num_bytes == 50_000 and not first_began.is_set():
+            first_began.set()
+            await go_on.wait()
+        compiled.append(grammar.num_bytes)
+
+    with ThreadPoolExecutor(1) as threads:
+        tokenizer = Tokenizer(byte_tokenizer_with_start(), EncodeQueue(threads, 1))
+        validation = Validation(tokenizer, LIMITS, compiles)
+        async with asyncio.TaskGroup() as tasks:
+            for _ in range(50):
+                tasks.create_task(validation.ready_grammar(regex(50_000), "one"))
+            await first_began.wait()
+            await validation.ready_grammar(regex(30), "two")
+            assert compiled == [30]
+            tasks.create_task(validation.ready_grammar(regex(40_000), "two"))
+            await asyncio.sleep(0)
+            go_on.set()
+    assert compiled.index(40_000) <= 3
+    assert len(compiled) == 52
+
+
+async def test_a_grammar_that_is_too_large_is_refused_before_a_shard_sees_it() -> None:
+    async def compiles(grammar: Grammar) -> None:
+        raise AssertionError
+
+    with ThreadPoolExecutor(1) as threads:
+        tokenizer = Tokenizer(byte_tokenizer_with_start(), EncodeQueue(threads, 1))
+        validation = Validation(tokenizer, LIMITS, compiles)
+        with pytest.raises(InvalidRequest, match=f"65537 bytes, more than {MAX_GRAMMAR_BYTES}"):
+            await validation.ready_grammar(regex(MAX_GRAMMAR_BYTES + 1))

@@ -7,8 +7,8 @@ import pytest
 from tests.fakes.byte_tokenizer import byte_tokenizer_with_start
 
 from kagami_proto.errors import InvalidRequest
-from kagami_proto.values import Grammar, GrammarKind
-from kagami_shard.sampling.grammar import MAX_CACHED, MAX_SOURCE_BYTES, Grammars, GrammarState
+from kagami_proto.values import MAX_GRAMMAR_BYTES, Grammar, GrammarKind
+from kagami_shard.sampling.grammar import MAX_KEPT, MAX_KEPT_BYTES, Grammars, GrammarState
 
 TOKENIZER = byte_tokenizer_with_start()
 VOCAB = TOKENIZER.get_vocab_size()
@@ -39,6 +39,16 @@ def regex(source: str) -> Grammar:
 
 def schema(value: object) -> Grammar:
     return Grammar(GrammarKind.JSON_SCHEMA, json.dumps(value))
+
+
+def patterns(count: int) -> dict[str, object]:
+    return {"patternProperties": {f"^{n}[a-z]+$": {"type": "null"} for n in range(count)}}
+
+
+def tools(*schemas: object) -> Grammar:
+    rules = [f"call_{n}: %json {json.dumps(one)}" for n, one in enumerate(schemas)]
+    names = " | ".join(f"call_{n}" for n in range(len(schemas)))
+    return Grammar(GrammarKind.LARK, "\n".join([f"start: {names}", *rules]))
 
 
 def allowed_ids(grammars: Grammars, *states: GrammarState | None) -> list[list[int]]:
@@ -161,13 +171,17 @@ def test_lark_is_taken_as_it_is(grammars: Grammars) -> None:
         (schema(["type"]), "object"),
         (Grammar(GrammarKind.JSON_SCHEMA, "{"), ""),
         (Grammar(GrammarKind.LARK, "begin: /a/"), "start"),
-        (regex("a" * (MAX_SOURCE_BYTES + 1)), f"more than {MAX_SOURCE_BYTES}"),
+        (regex("a" * (MAX_GRAMMAR_BYTES + 1)), f"more than {MAX_GRAMMAR_BYTES}"),
         (schema({"type": "integer", "multipleOf": 9_999_991}), "Given: 9999991"),
         (schema({"type": "number", "multipleOf": 0.9999991}), "Given: 0.9999991"),
         (schema({"type": "integer", "multipleOf": -999_983}), "Given: -999983"),
         (schema({"allOf": [{"type": "integer", "multipleOf": n} for n in (97, 89, 83)]}), "83"),
         (schema({"prefixItems": [{"multipleOf": n} for n in [9973] * 3]}), "9973"),
         (Grammar(GrammarKind.LARK, 'start: %json {"multipleOf": 9999991}'), "Given: 9999991"),
+        (schema(patterns(101)), "100 patterns. Given: 101"),
+        (schema({"anyOf": [patterns(30), {"not": {"items": [patterns(30)] * 3}}]}), "Given: 120"),
+        (schema({"properties": {"patternProperties": patterns(101)}}), "Given: 102"),
+        (tools(*[patterns(40)] * 3), "Given: 120"),
         (schema({"properties": {f"p{n}": {} for n in range(1500)}, "type": "object"}), "items"),
         (schema({"type": "string", "enum": [f"value{n}" for n in range(20_000)]}), "bytes"),
     ],
@@ -206,9 +220,9 @@ def test_a_bad_grammar_asked_for_again_and_again_keeps_nothing_of_those_who_aske
 
 def test_a_grammar_that_is_too_large_is_not_cached(grammars: Grammars) -> None:
     kept = grammars.compile(regex("first"))
-    for number in range(MAX_CACHED):
+    for number in range(MAX_KEPT):
         with pytest.raises(InvalidRequest):
-            grammars.compile(regex(f"{number}" * (MAX_SOURCE_BYTES + 1)))
+            grammars.compile(regex(f"{number}" * (MAX_GRAMMAR_BYTES + 1)))
     assert grammars.compile(regex("first")) is kept
 
 
@@ -227,12 +241,29 @@ def test_a_grammar_is_compiled_once_whoever_asks(
 
 def test_the_grammar_not_used_for_longest_is_forgotten(grammars: Grammars) -> None:
     kept = grammars.compile(regex("first"))
-    for number in range(MAX_CACHED - 1):
+    for number in range(MAX_KEPT - 1):
         grammars.compile(regex(f"x{number}"))
         assert grammars.compile(regex("first")) is kept
-    for number in range(MAX_CACHED):
+    for number in range(MAX_KEPT):
         grammars.compile(regex(f"y{number}"))
     assert grammars.compile(regex("first")) is not kept
+
+
+def test_large_grammars_have_a_budget_and_push_out_no_small_one(grammars: Grammars) -> None:
+    def large(number: int) -> Grammar:
+        return schema({"enum": [f"{number}_{n}" for n in range(5000)]})
+
+    small = grammars.compile(regex("small"))
+    first = grammars.compile(large(0))
+    num_kept = MAX_KEPT_BYTES // large(0).num_bytes
+    assert 4 < num_kept < 16
+    for number in range(1, num_kept):
+        grammars.compile(large(number))
+    assert grammars.compile(large(0)) is first
+    for number in range(num_kept, 2 * num_kept):
+        grammars.compile(large(number))
+    assert grammars.compile(large(0)) is not first
+    assert grammars.compile(regex("small")) is small
 
 
 @pytest.mark.parametrize("eos_token_ids", [[], [EOS]])

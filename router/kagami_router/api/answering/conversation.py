@@ -89,7 +89,10 @@ async def prompt(chat_format: ChatFormat, conversation: Conversation) -> str:
 
 
 async def prepare(
-    chat_format: ChatFormat, validation: Validation, conversation: Conversation
+    chat_format: ChatFormat,
+    validation: Validation,
+    conversation: Conversation,
+    caller: str = "",
 ) -> Prepared:
     """The prompt and all that its answers need.
 
@@ -110,7 +113,7 @@ async def prepare(
         raise InvalidRequest("grammar is not supported")
     text = await prompt(chat_format, conversation)
     if grammar is not None:
-        await _check_grammar(validation, grammar, calls)
+        await _check_grammar(validation, grammar, calls, caller)
     return Prepared(
         text,
         grammar,
@@ -149,15 +152,17 @@ def read_answer(generation: Generation, parser: AnswerParser) -> Answer:
     return Answer("".join(texts) if texts or not calls else None, calls)
 
 
-async def _check_grammar(validation: Validation, grammar: Grammar, calls: AllowedCalls) -> None:
+async def _check_grammar(
+    validation: Validation, grammar: Grammar, calls: AllowedCalls, caller: str
+) -> None:
     """Compile the grammar now; if that fails, find the tool whose schema is at fault."""
     try:
-        await validation.ready_grammar(grammar)
+        await validation.ready_grammar(grammar, caller)
     except InvalidRequest as whole:
         for tool in calls.tools:
             alone = Grammar(GrammarKind.LARK, f"start: %json {arguments_schema(tool)}\n")
             try:
-                await validation.ready_grammar(alone)
+                await validation.ready_grammar(alone, caller)
             except InvalidRequest as error:
                 raise ToolError(
                     f"`parameters` of the tool {tool.name}: {error}", field="parameters"

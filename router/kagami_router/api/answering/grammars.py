@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from kagami_proto.errors import InvalidRequest, MalformedBody
-from kagami_proto.values import Grammar, GrammarKind
+from kagami_proto.values import MAX_GRAMMAR_BYTES, Grammar, GrammarKind
 from kagami_router.api.schemas.encoding import encode
 from kagami_router.api.schemas.native import GrammarType
 from kagami_router.api.schemas.openai import ResponseFormat
@@ -50,6 +50,11 @@ def json_schema(schema: Mapping[str, Any] | str) -> Grammar:
     try:
         if isinstance(schema, str):
             schema = msgspec.json.decode(schema, type=dict[str, Any])
+        # The encoder is quick, all that follows takes 100 times as long.
+        if (size := len(encode(schema))) > MAX_GRAMMAR_BYTES:
+            raise InvalidRequest(
+                f"grammar is not valid: it has {size} bytes, more than {MAX_GRAMMAR_BYTES}"
+            )
         if "properties" in schema and "type" not in schema:
             schema = {**schema, "type": "object"}
         return Grammar(GrammarKind.JSON_SCHEMA, encode(_closed(schema)).decode())

@@ -23,6 +23,7 @@ from kagami_router.api.anthropic.message_blocks import MessageWriter
 from kagami_router.api.schemas import messages as schema
 from kagami_router.api.web.app_state import AppState, state_of
 from kagami_router.api.web.call import HttpCall
+from kagami_router.api.web.caller import caller_of
 from kagami_router.api.web.middleware import read_body
 from kagami_router.request.validation import GenerationParams, Validation
 from kagami_router.text.chat_template import PromptOptions
@@ -48,7 +49,9 @@ async def messages(request: web.Request) -> web.StreamResponse:
     body = await read_body(request, _MESSAGES)
     state, call = state_of(request), HttpCall.of(request)
     params = _params(state.validation, body)  # before the prompt, which costs more to make
-    prepared = await conversation.prepare(state.chat_format, state.validation, _conversation(body))
+    prepared = await conversation.prepare(
+        state.chat_format, state.validation, _conversation(body), caller_of(request)
+    )
     params = replace(params, grammar=prepared.grammar)
     writer = MessageWriter(
         f"msg_{call.id}", state.served_model(body.model), body.max_tokens, prepared.new_parser()

@@ -21,6 +21,7 @@ from kagami_router.api.schemas.native import ChatTokenizeResponse
 from kagami_router.api.schemas.openai import ChatRequest
 from kagami_router.api.web.app_state import AppState, state_of
 from kagami_router.api.web.call import HttpCall
+from kagami_router.api.web.caller import caller_of
 from kagami_router.api.web.middleware import read_body
 from kagami_router.request.validation import GenerationParams, Validation
 from kagami_router.text.chat_template import PromptOptions
@@ -46,7 +47,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     """One answer, or one chunk for each token."""
     body = await read_body(request, _CHAT)
     state, call = state_of(request), HttpCall.of(request)
-    asked, prepared = await ask(state.validation, state.chat_format, body)
+    asked, prepared = await ask(state.validation, state.chat_format, body, caller_of(request))
     form = Form(
         kind="chat.completion",
         chunk_kind="chat.completion.chunk",
@@ -63,12 +64,12 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
 
 
 async def ask(
-    validation: Validation, chat_format: ChatFormat, body: ChatRequest
+    validation: Validation, chat_format: ChatFormat, body: ChatRequest, caller: str
 ) -> tuple[Asked, Prepared]:
     """What to generate for a chat, and how to read each answer."""
     params, num_samples = _params(validation, body)  # before the prompt, which costs more to make
     prepared = await conversation.prepare(
-        chat_format, validation, _conversation(body, params.grammar)
+        chat_format, validation, _conversation(body, params.grammar), caller
     )
     params = replace(params, grammar=prepared.grammar)
     return Asked(

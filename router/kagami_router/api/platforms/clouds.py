@@ -15,13 +15,12 @@ from kagami_router.api.schemas.encoding import encode
 from kagami_router.api.schemas.native import GenerateRequest
 from kagami_router.api.schemas.openai import ChatRequest
 from kagami_router.api.schemas.platforms import VertexRequest, VertexResponse
-from kagami_router.api.web.app_state import state_of
+from kagami_router.api.web.app_state import AppState, state_of
 from kagami_router.api.web.call import HttpCall
+from kagami_router.api.web.caller import caller_of
 from kagami_router.api.web.errors import Family
 from kagami_router.api.web.middleware import FAMILY, read_body, reason_of
-from kagami_router.request.validation import Validation
 from kagami_router.serving.infer import Generation
-from kagami_router.tools.chat_format import ChatFormat
 from kagami_router.tools.parser import TextOnly
 
 _MEMBERS = msgspec.json.Decoder(dict[str, msgspec.Raw])
@@ -57,7 +56,7 @@ async def vertex(request: web.Request) -> web.StreamResponse:
     if not body.instances:
         raise InvalidRequest("`instances` cannot be empty", field="instances")
     read = [
-        await _ask(state.validation, state.chat_format, index, one)
+        await _ask(state, index, one, caller_of(request))
         for index, one in enumerate(body.instances)
     ]
 
@@ -72,13 +71,13 @@ async def vertex(request: web.Request) -> web.StreamResponse:
 
 
 async def _ask(
-    validation: Validation, chat_format: ChatFormat, index: int, instance: Mapping[str, Any]
+    state: AppState, index: int, instance: Mapping[str, Any], caller: str
 ) -> tuple[Asked, AnswerParser]:
     """What to generate for one instance, and the parser of its answer."""
     place = f"instances[{index}]"
     if "messages" in instance:
         body = _converted(place, instance, ChatRequest)
-        asked, prepared = await chat.ask(validation, chat_format, body)
+        asked, prepared = await chat.ask(state.validation, state.chat_format, body, caller)
         _refuse_samples(place, asked.num_samples)
         return asked, prepared.new_parser()
     parameters = instance.get("parameters")

@@ -46,6 +46,7 @@ from kagami_router.api.schemas.responses import (
 from kagami_router.api.web import sse
 from kagami_router.api.web.app_state import AppState, state_of
 from kagami_router.api.web.call import Finished, HttpCall
+from kagami_router.api.web.caller import caller_of
 from kagami_router.api.web.errors import error_kind, error_text
 from kagami_router.api.web.middleware import read_body
 from kagami_router.request.validation import GenerationParams, Validation
@@ -71,7 +72,9 @@ async def responses(request: web.Request) -> web.StreamResponse:
     body = await _read(request)
     state, call = state_of(request), HttpCall.of(request)
     params = _params(state.validation, body)  # before the prompt, which costs more to make
-    prepared = await conversation.prepare(state.chat_format, state.validation, _conversation(body))
+    prepared = await conversation.prepare(
+        state.chat_format, state.validation, _conversation(body), caller_of(request)
+    )
     params = replace(params, grammar=prepared.grammar)
     writer = ResponseWriter(
         _begun(state.served_model(body.model), call, body),

@@ -5,7 +5,7 @@ import msgspec
 import pytest
 
 from kagami_proto.errors import InvalidRequest, MalformedBody
-from kagami_proto.values import Grammar, GrammarKind
+from kagami_proto.values import MAX_GRAMMAR_BYTES, Grammar, GrammarKind
 from kagami_router.api.answering import grammars
 from kagami_router.api.schemas.native import GrammarType
 from kagami_router.api.schemas.openai import ResponseFormat
@@ -123,4 +123,21 @@ def test_a_schema_nested_too_deeply_is_refused() -> None:
     for _ in range(5000):
         schema = {"items": schema}
     with pytest.raises(InvalidRequest, match="nested too deeply"):
+        grammars.json_schema(schema)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"anyOf": [{}] * 100_000},
+        {"properties": {f"name_{n}": {"type": "string"} for n in range(5000)}},
+        {"items": {"description": "x" * 100_000}},
+        json.dumps({"enum": [f"name_{n}" for n in range(10_000)]}),
+    ],
+)
+def test_a_schema_that_is_too_large_is_refused_before_it_is_walked(
+    schema: dict[str, Any] | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(grammars, "_closed")
+    with pytest.raises(InvalidRequest, match=f"bytes, more than {MAX_GRAMMAR_BYTES}"):
         grammars.json_schema(schema)
