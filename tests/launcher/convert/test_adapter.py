@@ -258,6 +258,15 @@ def test_an_adapter_of_itself_is_one_clear_line(tmp_path: Path) -> None:
         merged(adapter)
 
 
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "a\nb", "~nobody", "/etc", "a/b/c", ".."])
+def test_a_base_that_is_no_model_is_one_clear_line(tmp_path: Path, name: str) -> None:
+    adapter = write_adapter(tmp_path / "adapter", tmp_path, pair(Q), base_model_name_or_path=name)
+    with pytest.raises(hub.ModelNotFound) as refusal:
+        merged(adapter)
+    assert not set(str(refusal.value)) & {"\n", "\0"}
+    assert len(str(refusal.value)) < 400
+
+
 def test_adapters_of_one_another_are_one_clear_line(tmp_path: Path) -> None:
     one = write_adapter(tmp_path / "one", tmp_path / "two", pair(Q))
     write_adapter(tmp_path / "two", tmp_path / "one", pair(Q))
