@@ -77,7 +77,9 @@ class Sequence:
     waits_for: WaitReason = WaitReason.NEXT_STEP
     """While it waits: as the last step was made."""
     times_passed: int = 0
-    """How many of other callers joined while it was its caller's next and had no room."""
+    """How many younger ones of other callers joined while it was its caller's next."""
+    is_beside: bool = False
+    """Whether it joined beside one that is overdue, without delaying that."""
     keeps_until: int = 0
     """With fewer ids than these it gives way to no other caller if it is its own caller's last."""
     deferred_behind: tuple["Sequence", int] | None = None

@@ -12,9 +12,10 @@ from kagami_proto.values import SamplingParams, Wanted
 from kagami_router.request.prompt import Prompt
 from kagami_router.request.values import StoppingParams, ValidRequest
 from kagami_router.scheduler.config import SchedulerConfig
-from kagami_router.scheduler.fairness import LEAST_PROGRESS, MAX_PASSES
+from kagami_router.scheduler.fairness import LEAST_PROGRESS
 from kagami_router.scheduler.scheduler import Scheduler
 from kagami_router.scheduler.sequence import Sequence, Status
+from kagami_router.scheduler.shared_step import MAX_PASSES
 from kagami_router.scheduler.step import Step, StepResults
 
 BLOCK = 4
@@ -310,6 +311,39 @@ def test_a_large_prompt_is_passed_by_so_many_newcomers_and_no_more() -> None:
     assert large.status is not Status.WAITING
     assert MAX_PASSES <= num_passed <= MAX_PASSES + 4
     load.steps_until(lambda: all(has_ended(each)() for each in passing))
+
+
+def test_newcomers_that_fit_beside_it_still_pass_one_that_is_overdue() -> None:
+    load = Load()
+    stream = load.ask(ALICE, 100, 3000)
+    load.run(2)
+    large = load.ask(BOB, 3000, 1)
+    large.times_passed = MAX_PASSES
+    load.run(2)
+    assert large.status is Status.RUNNING
+    overdue = load.ask(CAROL, 3000, 100)
+    overdue.times_passed = MAX_PASSES
+    load.ask("big", 900, 500)
+    for number in range(20):
+        short = load.ask(f"caller {number}", 60, 20)
+        assert load.steps_until(has_token(short)) <= 3
+    assert not has_ended(stream)()
+    load.steps_until(has_token(overdue), 4000)
+
+
+def test_overdue_ones_take_turns_by_age() -> None:
+    load = Load(num_blocks=201)
+    load.ask(ALICE, 700, 40)
+    load.run()
+    late = [load.ask(caller, size, 5) for caller, size in (("a", 750), ("b", 500), ("c", 770))]
+    for each in late:
+        each.times_passed = MAX_PASSES
+    load.ask("d", 400)
+    order = []
+    for _ in range(400):
+        load.run()
+        order += [each for each in late if has_token(each)() and each not in order]
+    assert order == late
 
 
 def test_who_needs_a_prefix_that_a_slow_caller_computes_pays_for_it() -> None:
