@@ -13,6 +13,7 @@ from importlib.metadata import version
 from typing import Any, NoReturn, TypeVar, cast
 
 from kagami_launcher.model.source import EMBEDDED_MODEL_ID
+from kagami_proto.flag_values import PORT, SECONDS, THREADS, Real, Whole
 from kagami_proto.hostnames import address_of_variable
 
 PROGRAM = "text-generation-launcher"
@@ -56,44 +57,10 @@ def _switch(group: str, help: str, **more: Any) -> bool:
     return _flag(False, _boolean, group, help, is_switch=True, **more)
 
 
-def _count(value: str) -> int:
-    if not (value.isascii() and value.isdecimal()):
-        raise ValueError("expected a whole number, 0 or more")
-    return int(value)
-
-
 def _name(value: str) -> str:
     if not value:
         raise ValueError("expected a name or an address")
     return value
-
-
-def _size(value: str) -> int:
-    if (number := _count(value)) == 0:
-        raise ValueError("expected a whole number, 1 or more")
-    return number
-
-
-def _seconds(value: str) -> float:
-    if (number := _number(value)) <= 0:
-        raise ValueError("expected seconds, more than 0")
-    return number
-
-
-def _port(value: str) -> int:
-    if (number := _count(value)) > 65535:
-        raise ValueError("expected a port, 0 to 65535")
-    return number
-
-
-def _number(value: str) -> float:
-    try:
-        number = float(value)
-    except ValueError:
-        raise ValueError("expected a number") from None
-    if number - number != 0:  # infinite, or not a number
-        raise ValueError("expected a finite number")
-    return number
 
 
 def _boolean(value: str) -> bool:
@@ -103,9 +70,12 @@ def _boolean(value: str) -> bool:
 
 
 def _counts(value: str) -> tuple[int, ...]:
-    return tuple(_count(part.strip()) for part in value.split(","))
+    return tuple(_COUNT(part.strip()) for part in value.split(","))
 
 
+_COUNT = Whole()
+_AT_LEAST_1 = Whole(1)
+_FACTOR = Real(-1e6, 1e6)
 _GROUPS = _MODEL, _LIMITS, _BATCH, _SERVER, _SHARD, _LOGS = (
     "the model",
     "limits of a request",
@@ -130,11 +100,11 @@ class LauncherArgs:
         "a hub id, a folder, or a .gguf file; none: the embedded model",
     )
     revision: str | None = _flag(None, str, _MODEL, "commit, branch or tag of a hub model")
-    validation_workers: int = _flag(2, _count, _LIMITS, "tokenizer threads of the router")
+    validation_workers: int = _flag(2, THREADS, _LIMITS, "tokenizer threads of the router")
     sharded: bool | None = _flag(
         None, _boolean, _SHARD, "true: a shard for each visible device; false: one shard"
     )
-    num_shard: int | None = _flag(None, _count, _SHARD, "number of shards, a GPU for each")
+    num_shard: int | None = _flag(None, THREADS, _SHARD, "number of shards, a GPU for each")
     quantize: str | None = _choice(
         None,
         "awq eetq exl2 gptq marlin bitsandbytes bitsandbytes-nf4 bitsandbytes-fp4 fp8 "
@@ -145,7 +115,7 @@ class LauncherArgs:
         "flag; exl2 and marlin are refused",
     )
     speculate: int | None = _flag(
-        None, _count, _MODEL, "tokens to guess per step (refused above 0: not supported yet)"
+        None, _COUNT, _MODEL, "tokens to guess per step (refused above 0: not supported yet)"
     )
     dtype: str | None = _choice(
         None, "float16 bfloat16 float32", _MODEL, "type of the weights and of the computation"
@@ -158,37 +128,43 @@ class LauncherArgs:
         unused="it has the model's dtype",
     )
     trust_remote_code: bool = _switch(_MODEL, "run code that comes with the model")
-    max_concurrent_requests: int = _flag(128, _count, _LIMITS, "requests at a time; more get 429")
-    max_best_of: int = _flag(2, _count, _LIMITS, "largest `best_of`")
-    max_stop_sequences: int = _flag(4, _count, _LIMITS, "most `stop` strings")
-    max_top_n_tokens: int = _flag(5, _count, _LIMITS, "largest `top_n_tokens`")
-    max_input_tokens: int | None = _flag(None, _count, _LIMITS, "longest prompt, in tokens")
-    max_input_length: int | None = _flag(None, _count, _LIMITS, "old name of --max-input-tokens")
+    max_concurrent_requests: int = _flag(128, _COUNT, _LIMITS, "requests at a time; more get 429")
+    max_best_of: int = _flag(2, _COUNT, _LIMITS, "largest `best_of`")
+    max_stop_sequences: int = _flag(4, _COUNT, _LIMITS, "most `stop` strings")
+    max_top_n_tokens: int = _flag(5, _COUNT, _LIMITS, "largest `top_n_tokens`")
+    max_input_tokens: int | None = _flag(None, _AT_LEAST_1, _LIMITS, "longest prompt, in tokens")
+    max_input_length: int | None = _flag(
+        None, _AT_LEAST_1, _LIMITS, "old name of --max-input-tokens"
+    )
     max_total_tokens: int | None = _flag(
-        None, _count, _LIMITS, "longest prompt and answer together"
+        None, _AT_LEAST_1, _LIMITS, "longest prompt and answer together"
     )
     waiting_served_ratio: float = _flag(
-        0.3, _number, _BATCH, "waiting to running requests before decoding is interrupted"
+        0.3, _FACTOR, _BATCH, "waiting to running requests before decoding is interrupted"
     )
-    max_batch_prefill_tokens: int | None = _flag(None, _count, _BATCH, "prompt tokens in one step")
-    max_batch_total_tokens: int | None = _flag(None, _count, _BATCH, "upper bound of the KV pool")
+    max_batch_prefill_tokens: int | None = _flag(
+        None, _AT_LEAST_1, _BATCH, "prompt tokens in one step"
+    )
+    max_batch_total_tokens: int | None = _flag(
+        None, _AT_LEAST_1, _BATCH, "upper bound of the KV pool"
+    )
     max_waiting_tokens: int = _flag(
-        20, _count, _BATCH, "steps before waiting requests are forced in"
+        20, _COUNT, _BATCH, "steps before waiting requests are forced in"
     )
-    max_batch_size: int | None = _flag(None, _count, _BATCH, "most sequences in one step")
+    max_batch_size: int | None = _flag(None, _AT_LEAST_1, _BATCH, "most sequences in one step")
     cuda_graphs: tuple[int, ...] | None = _flag(
         None, _counts, _BATCH, "batch sizes to capture, with commas; 0: none", unused=_NO_GRAPHS
     )
     hostname: str = _flag("0.0.0.0", _name, _SERVER, "address or name to listen on")
-    port: int = _flag(3000, _port, _SERVER, "port to listen on", short="-p")
+    port: int = _flag(3000, PORT, _SERVER, "port to listen on", short="-p")
     prometheus_port: int = _flag(
-        9000, _port, _SERVER, "second port for /metrics, opened only if given"
+        9000, PORT, _SERVER, "second port for /metrics, opened only if given"
     )
     shard_uds_path: str = _flag(
         "/tmp/text-generation-server", str, _SHARD, "prefix of the shards' sockets"
     )
     master_addr: str = _flag("localhost", str, _SHARD, "where shards meet: address")
-    master_port: int = _flag(29500, _port, _SHARD, "where shards meet: port")
+    master_port: int = _flag(29500, PORT, _SHARD, "where shards meet: port")
     huggingface_hub_cache: str | None = _flag(None, str, _MODEL, "folder of the hub cache")
     weights_cache_override: str | None = _flag(
         None, str, _MODEL, "folder that stands for the hub: the weights of --model-id"
@@ -196,12 +172,12 @@ class LauncherArgs:
     disable_custom_kernels: bool = _switch(
         _SHARD, "no custom kernels of BLOOM and GPT-NeoX", unused="there are none"
     )
-    cuda_memory_fraction: float = _flag(1.0, _number, _BATCH, "share of the GPU's memory to use")
+    cuda_memory_fraction: float = _flag(1.0, _FACTOR, _BATCH, "share of the GPU's memory to use")
     rope_scaling: str | None = _choice(
         None, "linear dynamic", _MODEL, "rope scaling instead of the model's", unused=_NO_ROPE
     )
     rope_factor: float | None = _flag(
-        None, _number, _MODEL, "factor of the rope scaling", unused=_NO_ROPE
+        None, _FACTOR, _MODEL, "factor of the rope scaling", unused=_NO_ROPE
     )
     json_output: bool = _switch(_LOGS, "write the log as JSON lines")
     otlp_endpoint: str | None = _flag(
@@ -221,10 +197,10 @@ class LauncherArgs:
     )
     api_key: str | None = _flag(None, str, _SERVER, "key that requests must bear")
     watermark_gamma: float | None = _flag(
-        None, _number, _MODEL, "share of green tokens in a watermark (shard: 0.5)"
+        None, _FACTOR, _MODEL, "share of green tokens in a watermark (shard: 0.5)"
     )
     watermark_delta: float | None = _flag(
-        None, _number, _MODEL, "bonus of green tokens in a watermark (shard: 2)"
+        None, _FACTOR, _MODEL, "bonus of green tokens in a watermark (shard: 2)"
     )
     ngrok: bool = _switch(_SERVER, "open a tunnel (refused: not supported)")
     ngrok_authtoken: str | None = _flag(None, str, _SERVER, "ngrok's token", unused=_NO_NGROK)
@@ -236,31 +212,35 @@ class LauncherArgs:
     env: bool = _switch(
         _LOGS, "print a report of the environment first", short="-e", in_environment=False
     )
-    max_client_batch_size: int = _flag(4, _count, _LIMITS, "most prompts in one completion request")
+    max_client_batch_size: int = _flag(
+        4, _AT_LEAST_1, _LIMITS, "most prompts in one completion request"
+    )
     lora_adapters: str | None = _flag(
         None, str, _MODEL, "adapters to load, with commas (refused: not supported yet)"
     )
     usage_stats: str = _choice(
         "on", "on off no-stack", _LOGS, "usage statistics", unused="none are ever sent"
     )
-    payload_limit: int = _flag(2_000_000, _size, _SERVER, "longest body of a request, in bytes")
+    payload_limit: int = _flag(
+        2_000_000, _AT_LEAST_1, _SERVER, "longest body of a request, in bytes"
+    )
     enable_prefill_logprobs: bool = _switch(
         _LIMITS, "return logprobs of prompts", unused="they are returned whenever asked for"
     )
     graceful_termination_timeout: int = _flag(
-        90, _count, _SHARD, "seconds from SIGTERM to SIGKILL for children", short="-g"
+        90, _COUNT, _SHARD, "seconds from SIGTERM to SIGKILL for children", short="-g"
     )
     otlp_include_content: bool = _switch(_LOGS, "write prompts and answers into traces")
     otlp_step_spans: bool = _switch(_LOGS, "trace each step of the model, too")
-    header_timeout: float = _flag(10.0, _seconds, _SERVER, "seconds for the head of a request")
+    header_timeout: float = _flag(10.0, SECONDS, _SERVER, "seconds for the head of a request")
     body_timeout: float = _flag(
-        30.0, _seconds, _SERVER, "seconds without a byte of a request's body"
+        30.0, SECONDS, _SERVER, "seconds without a byte of a request's body"
     )
     keep_alive_timeout: float = _flag(
-        75.0, _seconds, _SERVER, "seconds that an idle connection stays open"
+        75.0, SECONDS, _SERVER, "seconds that an idle connection stays open"
     )
     write_timeout: float = _flag(
-        60.0, _seconds, _SERVER, "seconds in which a client takes none of its answer"
+        60.0, SECONDS, _SERVER, "seconds in which a client takes none of its answer"
     )
     caller_header: str = _flag(
         "", str, _SERVER, "header, set by a trusted proxy, that tells callers apart"
@@ -347,12 +327,14 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> Invocation:
         except ValueError as error:
             parser.error(f"invalid value {raw!r} for {source}: {error}")
     patience = environ.get("KAGAMI_STARTUP_TIMEOUT") or _STARTUP_TIMEOUT_S
-    if not patience.isdecimal():
-        parser.error(f"invalid value {patience!r} for KAGAMI_STARTUP_TIMEOUT: expected seconds")
+    try:
+        startup_timeout_s = _COUNT(patience)
+    except ValueError as error:
+        parser.error(f"invalid value {patience!r} for KAGAMI_STARTUP_TIMEOUT: {error}")
     if "hostname" in values and "hostname" not in on_command_line:
         values["hostname"] = address_of_variable(str(values["hostname"]))
     args = LauncherArgs(**cast(dict[str, Any], values))
-    return Invocation(args, frozenset(values), dict(environ), int(patience))
+    return Invocation(args, frozenset(values), dict(environ), startup_timeout_s)
 
 
 def _value(flag: Flag, raw: object) -> object:

@@ -8,9 +8,11 @@ import argparse
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
+from kagami_proto.flag_values import PORT, SECONDS, THREADS, Real, Whole
 from kagami_proto.hostnames import address_of_variable
 from kagami_proto.tracing_plan import TracingPlan, plan_or_problem
 
@@ -92,69 +94,49 @@ def _list(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def _count(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise ValueError(text)
-    return number
-
-
 def _name(text: str) -> str:
     if not text:
-        raise ValueError(text)
+        raise ValueError("expected a name or an address")
     return text
 
 
-def _size(text: str) -> int:
-    number = _count(text)
-    if number == 0:
-        raise ValueError(text)
-    return number
-
-
-def _seconds(text: str) -> float:
-    number = float(text)
-    if not 0 < number < float("inf"):
-        raise ValueError(text)
-    return number
-
-
-def _port(text: str) -> int:
-    number = int(text)
-    if not 0 <= number <= 65535:
-        raise ValueError(text)
-    return number
-
+_COUNT = Whole()
+_AT_LEAST_1 = Whole(1)
 
 _FLAGS = (
-    _Flag("--max-concurrent-requests", _count, 128, "requests served at once; more get 429"),
-    _Flag("--max-best-of", _count, 2, "upper bound of `best_of` and `n`"),
-    _Flag("--max-stop-sequences", _count, 4, "upper bound of the number of `stop` strings"),
-    _Flag("--max-top-n-tokens", _count, 5, "upper bound of `top_n_tokens`"),
+    _Flag("--max-concurrent-requests", _COUNT, 128, "requests served at once; more get 429"),
+    _Flag("--max-best-of", _COUNT, 2, "upper bound of `best_of` and `n`"),
+    _Flag("--max-stop-sequences", _COUNT, 4, "upper bound of the number of `stop` strings"),
+    _Flag("--max-top-n-tokens", _COUNT, 5, "upper bound of `top_n_tokens`"),
     _Flag(
         "--max-input-tokens",
-        _count,
+        _AT_LEAST_1,
         None,
         "longest prompt (default: max_total_tokens - 1)",
         other_names=("--max-input-length",),
     ),
     _Flag(
         "--max-total-tokens",
-        _count,
+        _AT_LEAST_1,
         None,
         "prompt and new tokens of a request (default: what the model and the memory allow)",
     ),
-    _Flag("--waiting-served-ratio", float, None, "when waiting requests may interrupt decoding"),
     _Flag(
-        "--max-batch-prefill-tokens", _count, DEFAULT_PREFILL_TOKENS, "prompt tokens in one step"
+        "--waiting-served-ratio", Real(0, 1e6), None, "when waiting requests may interrupt decoding"
     ),
-    _Flag("--max-batch-total-tokens", _count, None, "upper bound of the KV cache in tokens"),
-    _Flag("--max-waiting-tokens", _count, None, "decode steps that waiting requests must wait"),
-    _Flag("--max-batch-size", _count, None, "sequences in one step"),
-    _Flag("--max-client-batch-size", _count, 4, "prompts in one completions request"),
+    _Flag(
+        "--max-batch-prefill-tokens",
+        _AT_LEAST_1,
+        DEFAULT_PREFILL_TOKENS,
+        "prompt tokens in one step",
+    ),
+    _Flag("--max-batch-total-tokens", _AT_LEAST_1, None, "upper bound of the KV cache in tokens"),
+    _Flag("--max-waiting-tokens", _COUNT, None, "decode steps that waiting requests must wait"),
+    _Flag("--max-batch-size", _AT_LEAST_1, None, "sequences in one step"),
+    _Flag("--max-client-batch-size", _AT_LEAST_1, 4, "prompts in one completions request"),
     _Flag("--hostname", _name, "0.0.0.0", "address or name to listen on"),
-    _Flag("--port", _port, 3000, "port to listen on", other_names=("-p",)),
-    _Flag("--prometheus-port", _port, None, "second port for /metrics (default: none)"),
+    _Flag("--port", PORT, 3000, "port to listen on", other_names=("-p",)),
+    _Flag("--prometheus-port", PORT, None, "second port for /metrics (default: none)"),
     _Flag(
         "--master-shard-uds-path",
         str,
@@ -171,7 +153,7 @@ _FLAGS = (
     _Flag("--tokenizer-config-path", str, None, "file to read the chat template from"),
     _Flag("--revision", str, None, "ignored: --tokenizer-name is a folder", has_effect=False),
     _Flag("--trust-remote-code", None, False, "ignored: runs no model code", has_effect=False),
-    _Flag("--validation-workers", _count, 2, "threads that tokenize long prompts"),
+    _Flag("--validation-workers", THREADS, 2, "threads that tokenize long prompts"),
     _Flag("--api-key", str, None, "asked for as `Authorization: Bearer` (better: API_KEY)"),
     _Flag("--json-output", None, False, "log in JSON"),
     _Flag(
@@ -184,11 +166,11 @@ _FLAGS = (
     _Flag("--otlp-include-content", None, False, "write prompts and answers into traces"),
     _Flag("--cors-allow-origin", _list, None, "allowed origin; repeatable (default: any)"),
     _Flag("--disable-grammar-support", None, False, "refuse grammars"),
-    _Flag("--payload-limit", _size, 2_000_000, "longest request body in bytes; not 0"),
-    _Flag("--header-timeout", _seconds, 10.0, "seconds for the head of a request"),
-    _Flag("--body-timeout", _seconds, 30.0, "seconds without a byte of a request's body"),
-    _Flag("--keep-alive-timeout", _seconds, 75.0, "seconds that an idle connection stays open"),
-    _Flag("--write-timeout", _seconds, 60.0, "seconds in which a client takes none of its answer"),
+    _Flag("--payload-limit", _AT_LEAST_1, 2_000_000, "longest request body in bytes; not 0"),
+    _Flag("--header-timeout", SECONDS, 10.0, "seconds for the head of a request"),
+    _Flag("--body-timeout", SECONDS, 30.0, "seconds without a byte of a request's body"),
+    _Flag("--keep-alive-timeout", SECONDS, 75.0, "seconds that an idle connection stays open"),
+    _Flag("--write-timeout", SECONDS, 60.0, "seconds in which a client takes none of its answer"),
     _Flag(
         "--caller-header",
         str,
@@ -197,14 +179,14 @@ _FLAGS = (
     ),
     _Flag(
         "--graceful-termination-timeout",
-        float,
+        Real(0, 1e6),
         90.0,
         "seconds that running requests have after SIGTERM",
         other_names=("-g",),
     ),
     _Flag("--usage-stats", str, None, "ignored: nothing is ever sent", has_effect=False),
     _Flag("--messages-api-enabled", None, False, "ignored: always on", has_effect=False),
-    _Flag("--max-image-fetch-size", _count, None, "ignored: fetches no images", has_effect=False),
+    _Flag("--max-image-fetch-size", _COUNT, None, "ignored: fetches no images", has_effect=False),
     _Flag("--ngrok", None, False, "not supported", has_effect=False),
     _Flag("--ngrok-authtoken", str, None, "not supported", has_effect=False),
     _Flag("--ngrok-edge", str, None, "not supported", has_effect=False),
@@ -235,7 +217,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> Route
         values["hostname"] = address_of_variable(values["hostname"])
     if environ.get("AIP_HTTP_PORT"):  # Vertex AI speaks to this port, whatever else was said
         values["port"] = _from_environment(
-            parser, _Flag("--aip-http-port", _port, None, ""), environ
+            parser, _Flag("--aip-http-port", PORT, None, ""), environ
         )
     origins = values.pop("cors_allow_origin") or []
     wanted, problem = plan_or_problem(
@@ -298,11 +280,19 @@ def _make_parser() -> argparse.ArgumentParser:
             parser.add_argument(
                 *names,
                 dest=flag.field,
-                type=flag.kind,
-                metavar=flag.kind.__name__.strip("_").upper(),
+                type=partial(_typed, flag.kind),
+                metavar="TEXT" if flag.kind in (str, _name) else "NUMBER",
                 help=text,
             )
     return parser
+
+
+def _typed(kind: Callable[[str], Any], text: str) -> Any:
+    """What argparse calls: it shows the text of this error only."""
+    try:
+        return kind(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"invalid value {text!r}: {error}") from error
 
 
 def _from_environment(
@@ -318,8 +308,10 @@ def _from_environment(
         if flag.kind is None:
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
         return flag.kind(text)
-    except (ValueError, KeyError):
-        parser.error(f"invalid value {text!r} in the environment variable {flag.variable}")
+    except KeyError:
+        parser.error(f"invalid value {text!r} in {flag.variable}: expected true or false")
+    except ValueError as error:
+        parser.error(f"invalid value {text!r} in the environment variable {flag.variable}: {error}")
 
 
 def own_version() -> str:

@@ -6,12 +6,13 @@ Imports nothing heavy: `--help` must be instant.
 import argparse
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
+from kagami_proto.flag_values import PORT, THREADS, Real, Whole
 from kagami_proto.tracing_plan import TracingPlan, plan_or_problem
 
 # TGI's spellings, and int8 and int4, which say what they do.
@@ -28,6 +29,7 @@ QUANTIZE = (
     "compressed-tensors",
 )
 DTYPES = ("float16", "bfloat16", "float32")
+N = TypeVar("N", int, float)
 _SHARDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -92,42 +94,49 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> ServeArgs:
         service_name=args.otlp_service_name or environ.get("OTLP_SERVICE_NAME"),
         part="shard",
     )
-    try:
-        parsed = ServeArgs(
-            model_folder=folder,
-            uds_path=args.uds_path,
-            dtype=args.dtype,
-            quantize=args.quantize,
-            trust_remote_code=args.trust_remote_code,
-            log_level=args.logger_level,
-            json_output=args.json_output,
-            rank=int(environ.get("RANK", "0")),
-            world_size=int(environ.get("WORLD_SIZE", "1")),
-            master_addr=environ.get("MASTER_ADDR", "localhost"),
-            master_port=int(environ.get("MASTER_PORT", "29500")),
-            memory_fraction=float(environ.get("CUDA_MEMORY_FRACTION", "1")),
-            max_total_tokens=int(environ.get("MAX_TOTAL_TOKENS", "0")),
-            watermark_gamma=float(environ.get("WATERMARK_GAMMA", "0.5")),
-            watermark_delta=float(environ.get("WATERMARK_DELTA", "2")),
-            num_threads=int(environ.get("OMP_NUM_THREADS", "0")),
-            block_size=args.block_size,
-            native=environ.get("KAGAMI_NATIVE", "1") != "0",
-            cache_folder=cache_folder(environ),
-            version=version("kagami-tgi"),
-            tracing=wanted,
-            tracing_problem=problem,
-            otlp_step_spans=args.otlp_step_spans,
-            start_traceparent=environ.get("TRACEPARENT", ""),
-        )
-    except ValueError as error:
-        parser.error(
-            "one of the variables RANK, WORLD_SIZE, MASTER_PORT, CUDA_MEMORY_FRACTION, "
-            "MAX_TOTAL_TOKENS, WATERMARK_GAMMA, WATERMARK_DELTA, OMP_NUM_THREADS is no number: "
-            f"{error}"
-        )
+
+    def read(variable: str, kind: Callable[[str], N], default: N) -> N:
+        try:
+            return kind(environ[variable]) if variable in environ else default
+        except ValueError as error:
+            parser.error(f"invalid value {environ[variable]!r} in {variable}: {error}")
+
+    parsed = ServeArgs(
+        model_folder=folder,
+        uds_path=args.uds_path,
+        dtype=args.dtype,
+        quantize=args.quantize,
+        trust_remote_code=args.trust_remote_code,
+        log_level=args.logger_level,
+        json_output=args.json_output,
+        rank=read("RANK", THREADS, 0),
+        world_size=read("WORLD_SIZE", THREADS, 1),
+        master_addr=environ.get("MASTER_ADDR", "localhost"),
+        master_port=read("MASTER_PORT", PORT, 29500),
+        memory_fraction=read("CUDA_MEMORY_FRACTION", Real(0, 1), 1.0),
+        max_total_tokens=read("MAX_TOTAL_TOKENS", Whole(), 0),
+        watermark_gamma=read("WATERMARK_GAMMA", Real(0, 1), 0.5),
+        watermark_delta=read("WATERMARK_DELTA", Real(-1000, 1000), 2.0),
+        num_threads=read("OMP_NUM_THREADS", THREADS, 0),
+        block_size=args.block_size,
+        native=environ.get("KAGAMI_NATIVE", "1") != "0",
+        cache_folder=cache_folder(environ),
+        version=version("kagami-tgi"),
+        tracing=wanted,
+        tracing_problem=problem,
+        otlp_step_spans=args.otlp_step_spans,
+        start_traceparent=environ.get("TRACEPARENT", ""),
+    )
     if not 0 <= parsed.rank < parsed.world_size:
         parser.error(f"RANK {parsed.rank} is not below WORLD_SIZE {parsed.world_size}")
     return parsed
+
+
+def _block_size(text: str) -> int:
+    try:
+        return Whole(1, 4096)(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"invalid value {text!r}: {error}") from error
 
 
 def cache_folder(environ: Mapping[str, str]) -> Path:
@@ -180,6 +189,9 @@ def _parser() -> argparse.ArgumentParser:
         "--otlp-step-spans", action="store_true", help="export a span for each step, too"
     )
     serve.add_argument(
-        "--block-size", type=int, default=32, help="tokens in one KV block (default: %(default)s)"
+        "--block-size",
+        type=_block_size,
+        default=32,
+        help="tokens in one KV block (default: %(default)s)",
     )
     return parser

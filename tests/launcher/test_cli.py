@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from kagami_launcher.cli import LauncherArgs, dump, flags, option, parse
+from kagami_proto.flag_values import Real, Whole
 
 # Flag, a value, what it becomes, the default.
 TABLE = [
@@ -336,3 +337,22 @@ GOLDEN = r"""Args {
     write_timeout: 60.0,
     caller_header: "",
 }"""
+
+
+NUMBERS = [
+    item.name for item, flag in flags() if isinstance(flag.parse, Whole | Real) and not flag.unused
+]
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "1e999", str(2**32), str(2**64), "9" * 5000])
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_number_out_of_range_is_refused_at_the_command_line(
+    name: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for argv, environ in (([f"{option(name)}={value}"], {}), ([], {name.upper(): value})):
+        with pytest.raises(SystemExit, match="2"):
+            parse(argv, environ)
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert option(name) in error
+        assert "expected a" in error

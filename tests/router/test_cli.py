@@ -4,7 +4,8 @@ import sys
 
 import pytest
 
-from kagami_router.cli import parse
+from kagami_proto.flag_values import Real, Whole
+from kagami_router.cli import _FLAGS, _Flag, parse
 
 TIMEOUTS = ("header", "body", "keep-alive", "write")
 
@@ -110,3 +111,17 @@ def test_help_imports_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "--max-concurrent-requests" in done.stdout
+
+
+@pytest.mark.parametrize("value", ["-1", "nan", "inf", "1e999", str(2**32), str(2**64), "9" * 5000])
+@pytest.mark.parametrize("flag", [flag for flag in _FLAGS if isinstance(flag.kind, Whole | Real)])
+def test_a_number_out_of_range_is_refused_at_the_command_line(
+    flag: _Flag, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for argv, environ in (([f"{flag.name}={value}"], {}), ([], {flag.variable: value})):
+        with pytest.raises(SystemExit, match="2"):
+            parse(argv, environ)
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert flag.name in error or flag.variable in error
+        assert "expected a" in error

@@ -66,3 +66,20 @@ def test_a_usage_error_is_one_line_and_exit_code_2(
     assert raised.value.code == 2
     assert error.count("\n") == 1
     assert word in error
+
+
+@pytest.mark.parametrize("value", ["-5000", "nan", str(2**32), "9" * 5000])
+@pytest.mark.parametrize(
+    "variable",
+    "RANK WORLD_SIZE MASTER_PORT CUDA_MEMORY_FRACTION MAX_TOTAL_TOKENS WATERMARK_GAMMA"
+    " WATERMARK_DELTA OMP_NUM_THREADS".split(),
+)
+def test_a_number_out_of_range_is_refused_by_its_name(
+    variable: str, value: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.parse(["serve", str(tmp_path)], {variable: value})
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert variable in error
+    assert "expected a" in error
