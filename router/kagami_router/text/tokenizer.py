@@ -4,24 +4,26 @@ Knows the files of a checkpoint (`tokenizer.json`, `tokenizer_config.json`) and 
 library. Knows no limits and no HTTP. detokenize.py converts ids to text.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import tokenizers
 
 from kagami_proto.errors import InvalidRequest
+from kagami_proto.model_files import read_optional_object
 from kagami_proto.panics import exception_of
 from kagami_router.text.encode_queue import EncodeQueue
+from kagami_router.text.growth import check_growth
 from kagami_router.text.token_bound import TokenBound
 
 # Encoding costs 0.2 us a character, using a thread about 0.1 ms: up to this length (0.4 ms) the
 # event loop encodes a text itself.
 INLINE_CHARACTERS = 2048
+# The largest tokenizer.json known has 40 MB.
+_MAX_FILE_BYTES = 256 << 20
 # Decoding this many tokens takes as long.
 INLINE_TOKENS = 1024
 
@@ -133,23 +135,19 @@ def load(folder: Path, queue: EncodeQueue) -> Tokenizer:
             f"{path} does not exist: the launcher makes it, or give --tokenizer-name a folder"
             " that has it"
         )
+    if (size := path.stat().st_size) > _MAX_FILE_BYTES:
+        raise ValueError(f"{path} has {size} bytes, the limit is {_MAX_FILE_BYTES}")
     try:
-        return Tokenizer(tokenizers.Tokenizer.from_file(str(path)), queue)
+        found = tokenizers.Tokenizer.from_file(str(path))
+        check_growth(found)
+        return Tokenizer(found, queue)
     except BaseException as error:  # the Rust library raises bare Exceptions, and panics
         raise ValueError(f"{path} is no tokenizer: {exception_of(error)}") from error
 
 
 def read_json(path: Path) -> Mapping[str, Any]:
     """A JSON object from a file; empty if the file does not exist. Raises `ValueError`."""
-    if not path.is_file():
-        return MappingProxyType({})
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is no JSON object")
-    return content
+    return read_optional_object(path)
 
 
 def special_tokens(folder: Path, given: Path | None = None) -> SpecialTokens:

@@ -8,6 +8,8 @@ from kagami_router.text.tokenizer import read_json
 
 # The names of the template for requests without tools, and of the one for requests with tools.
 DEFAULT, TOOL_USE = "default", "tool_use"
+# The longest template known has 60 KB.
+_MAX_TEMPLATE_BYTES = 4 << 20
 
 
 class Source(NamedTuple):
@@ -47,7 +49,7 @@ def sources(folder: Path, given: Path | None) -> tuple[Mapping[str, Source], tup
 
 def _sources_in(path: Path) -> Iterator[tuple[str, Source]]:
     if path.is_dir():
-        for file in sorted(path.glob("*.jinja")):
+        for file in sorted(file for file in path.glob("*.jinja") if file.is_file()):
             yield file.stem, Source(_text_in(file), file)
     elif path.suffix == ".jinja":
         if path.is_file():
@@ -73,6 +75,8 @@ def _in_config(value: object) -> Iterator[tuple[str, str]]:
 
 
 def _text_in(path: Path) -> str:
+    if (size := path.stat().st_size) > _MAX_TEMPLATE_BYTES:
+        raise ValueError(f"{path} has {size} bytes, the limit is {_MAX_TEMPLATE_BYTES}")
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
