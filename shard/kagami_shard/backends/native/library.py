@@ -82,6 +82,24 @@ LOGITS = -1
 """The number of a buffer that is not the tape's: the logits of the step"""
 
 
+class CSpan(ctypes.Structure):
+    _fields_ = (("data", c_void_p), ("bytes", c_int64))
+
+
+class CRows(ctypes.Structure):
+    _fields_ = (
+        ("first", c_void_p),
+        ("rows", c_int64),
+        ("columns", c_int64),
+        ("stride", c_int64),
+        ("bytes", c_int64),
+    )
+
+
+class CRefusal(ctypes.Structure):
+    _fields_ = (("op", c_int32), ("reason", c_char_p))
+
+
 class CLinear(ctypes.Structure):
     _fields_ = (
         ("kind", c_int32),
@@ -90,6 +108,8 @@ class CLinear(ctypes.Structure):
         ("group", c_int32),
         ("weight", c_void_p),
         ("bias", c_void_p),
+        ("weight_bytes", c_int64),
+        ("bias_count", c_int64),
     )
 
 
@@ -103,11 +123,18 @@ class CEmbedding(ctypes.Structure):
         ("is_packed", c_int32),
         ("weight", c_void_p),
         ("multiplier", c_float),
+        ("rows", c_int32),
+        ("weight_bytes", c_int64),
     )
 
 
 class CRope(ctypes.Structure):
-    _fields_ = (("half", c_int32), ("factor", c_float), ("frequencies", c_void_p))
+    _fields_ = (
+        ("half", c_int32),
+        ("factor", c_float),
+        ("frequencies", c_void_p),
+        ("count", c_int64),
+    )
 
 
 class CNorm(ctypes.Structure):
@@ -117,6 +144,8 @@ class CNorm(ctypes.Structure):
         ("eps", c_float),
         ("weight", c_void_p),
         ("bias", c_void_p),
+        ("weight_count", c_int64),
+        ("bias_count", c_int64),
     )
 
 
@@ -133,6 +162,7 @@ class CAttention(ctypes.Structure):
         ("softcap", c_float),
         ("eps", c_float),
         ("qk_weight", c_void_p),
+        ("qk_count", c_int64),
     )
 
 
@@ -193,6 +223,9 @@ class CDecodes(ctypes.Structure):
 
 _STRUCTS: Mapping[str, type[ctypes.Structure]] = MappingProxyType(
     {
+        "kg_span": CSpan,
+        "kg_rows": CRows,
+        "kg_refusal": CRefusal,
         "kg_linear": CLinear,
         "kg_quantize": CQuantize,
         "kg_embedding": CEmbedding,
@@ -221,17 +254,23 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "kg_pool_new": (c_void_p, (c_int, c_int, c_int)),
     "kg_pool_delete": (None, (c_void_p,)),
     "kg_packed_bytes": (c_int64, (POINTER(CLinear),)),
-    "kg_pack_int8": (None, (POINTER(CLinear), c_void_p, c_void_p, c_int, c_void_p)),
-    "kg_pack_int4": (None, (POINTER(CLinear), c_void_p, c_void_p, c_void_p, c_int, c_void_p)),
-    "kg_pack_bytes": (None, (POINTER(CLinear), c_void_p, c_void_p, c_void_p, c_int, c_void_p)),
-    "kg_pack": (None, (c_void_p, c_int64, c_int64, c_int, c_void_p)),
+    "kg_pack_int8": (c_int, (POINTER(CLinear), POINTER(CSpan), POINTER(CSpan), c_int)),
+    "kg_pack_int4": (
+        c_int,
+        (POINTER(CLinear), POINTER(CSpan), POINTER(CSpan), POINTER(CSpan), c_int),
+    ),
+    "kg_pack_bytes": (
+        c_int,
+        (POINTER(CLinear), POINTER(CSpan), POINTER(CSpan), POINTER(CSpan), c_int),
+    ),
+    "kg_pack": (c_int, (POINTER(CLinear), POINTER(CRows), c_int, c_int)),
     "kg_padded_rows": (c_int64, (c_int64, c_int)),
     "kg_arrange": (None, (c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int64)),
     "kg_huge_alloc": (c_void_p, (c_int64,)),
     "kg_huge_free": (None, (c_void_p, c_int64)),
     "kg_tape_new": (
         c_void_p,
-        (c_void_p, POINTER(COp), c_int, POINTER(CBuffer), c_int, POINTER(c_int)),
+        (c_void_p, POINTER(COp), c_int, POINTER(CBuffer), c_int, c_int64, POINTER(CRefusal)),
     ),
     "kg_tape_delete": (None, (c_void_p,)),
     "kg_replay": (c_int, (c_void_p, POINTER(CBatch))),
@@ -285,3 +324,13 @@ def pointer(tensor: Tensor | None) -> int | None:
         return None
     assert tensor.is_contiguous()
     return tensor.data_ptr()
+
+
+def count_of(tensor: Tensor | None) -> int:
+    """Its values; None has none."""
+    return 0 if tensor is None else tensor.numel()
+
+
+def span_of(tensor: Tensor | None) -> CSpan:
+    """The memory of a contiguous tensor; who stores it must hold the tensor."""
+    return CSpan(pointer(tensor), 0 if tensor is None else tensor.nbytes)

@@ -13,7 +13,15 @@ from typing import Any, NamedTuple, TypeGuard
 import torch
 from torch import Tensor
 
-from kagami_shard.backends.native.library import CLinear, Library, WeightKind, pointer
+from kagami_shard.backends.native.library import (
+    CLinear,
+    CRows,
+    Library,
+    WeightKind,
+    count_of,
+    pointer,
+    span_of,
+)
 from kagami_shard.backends.native.memory import Arena
 from kagami_shard.layers.linear import Linear, Projection, QuantizedLinear
 from kagami_shard.quantization.base import DenseWeight, Groups
@@ -36,6 +44,8 @@ class PackedWeight:
     rows: int
     columns: int
     address: int
+    num_bytes: int
+    """From there on"""
     arena: Arena
     """Which owns the address"""
     bias: Tensor | None = None
@@ -52,6 +62,8 @@ class PackedWeight:
             group=self.group,
             weight=self.address,
             bias=pointer(self.bias),
+            weight_bytes=self.num_bytes,
+            bias_count=count_of(self.bias),
         )
 
 
@@ -78,9 +90,8 @@ class Packer:
         parts = [part.contiguous() for part in parts]
         shape = (sum(map(len, parts)), parts[0].shape[1])
         packed = self._take(WeightKind.BF16, shape, 0, bias, gated=gated)
-        rows = torch.cat([_row_addresses(part) for part in parts])
-        self.library.kg_pack(pointer(rows), *shape, gated, packed.address)
-        return packed
+        rows = (CRows * len(parts))(*map(_rows, parts))
+        return _checked(self.library.kg_pack(packed.struct(), rows, len(parts), gated), packed)
 
     def pack_int8(
         self, values: Tensor, scales: Tensor, bias: Tensor | None, *, gated: bool = False
@@ -88,10 +99,8 @@ class Packer:
         """int8 `[out, in]`, and float32 scales `[out]`."""
         packed = self._take(WeightKind.INT8, values.shape, 0, bias, gated=gated)
         values, scales = values.contiguous(), scales.contiguous()
-        self.library.kg_pack_int8(
-            packed.struct(), pointer(values), pointer(scales), gated, packed.address
-        )
-        return packed
+        spans = (span_of(values), span_of(scales))
+        return _checked(self.library.kg_pack_int8(packed.struct(), *spans, gated), packed)
 
     def pack_int4(
         self,
@@ -111,10 +120,8 @@ class Packer:
         shape = (codes.shape[0], num_columns)
         packed = self._take(WeightKind.INT4, shape, group, bias, gated=gated)
         codes, scales, zeros = codes.contiguous(), scales.contiguous(), zeros.contiguous()
-        self.library.kg_pack_int4(
-            packed.struct(), pointer(codes), pointer(scales), pointer(zeros), gated, packed.address
-        )
-        return packed
+        spans = (span_of(codes), span_of(scales), span_of(zeros))
+        return _checked(self.library.kg_pack_int4(packed.struct(), *spans, gated), packed)
 
     def pack_bytes(
         self,
@@ -135,10 +142,8 @@ class Packer:
         packed = self._take(kind, codes.shape, group, bias, gated=gated)
         codes, scales = codes.contiguous(), scales.contiguous()
         zeros = None if zeros is None else zeros.contiguous()
-        self.library.kg_pack_bytes(
-            packed.struct(), pointer(codes), pointer(scales), pointer(zeros), gated, packed.address
-        )
-        return packed
+        spans = (span_of(codes), span_of(scales), span_of(zeros))
+        return _checked(self.library.kg_pack_bytes(packed.struct(), *spans, gated), packed)
 
     def _take(
         self,
@@ -152,19 +157,31 @@ class Packer:
         """Room for a weight, with its bias in order."""
         rows, columns = shape
         layout = CLinear(kind=kind, rows=rows, columns=columns, group=group)
-        address = self.arena.take(self.library.kg_packed_bytes(layout))
+        num_bytes = self.library.kg_packed_bytes(layout)
+        if num_bytes < 0:
+            raise ValueError(f"the library packs no {kind.name} weight of {rows} x {columns}")
+        address = self.arena.take(num_bytes)
         packed_bias = None
         if bias is not None:
             padded = self.library.kg_padded_rows(rows, gated)
             packed_bias = in_packed_order(bias.float(), padded, gated=gated)
             self._bias_bytes += packed_bias.nbytes
-        return PackedWeight(kind, rows, columns, address, self.arena, packed_bias, group)
+        return PackedWeight(kind, rows, columns, address, num_bytes, self.arena, packed_bias, group)
 
 
-def _row_addresses(part: Tensor) -> Tensor:
-    """`[len(part)]` int64."""
+def _checked(refused: int, packed: PackedWeight) -> PackedWeight:
+    """Raises ValueError where the library has found another size than `packed` says."""
+    if refused:
+        raise ValueError(
+            f"the library refuses the tensors of a {packed.kind.name} weight of "
+            f"{packed.rows} x {packed.columns}: their sizes are others"
+        )
+    return packed
+
+
+def _rows(part: Tensor) -> CRows:
     assert part.dtype == torch.bfloat16
-    return part.data_ptr() + torch.arange(len(part)) * part.stride(0) * part.itemsize
+    return CRows(pointer(part), *part.shape, part.stride(0), part.nbytes)
 
 
 def in_packed_order(rows: Tensor, padded: int, *, gated: bool) -> Tensor:

@@ -29,6 +29,7 @@ from kagami_shard.backends.native.library import (
     Epilogue,
     NormKind,
     QKNorm,
+    count_of,
     pointer,
 )
 from kagami_shard.backends.native.packing import (
@@ -123,6 +124,7 @@ class Recorder:
         """By the projection's identity"""
         self._tied_head: Linear | None = None
         self._has_selected = False
+        self._vocab_size = 0
 
     # ------------------------------------------------------------------ the operations
 
@@ -137,7 +139,9 @@ class Recorder:
             half = len(rope.frequencies)
             tables = self._buffer(f"rope {index}", 2 * half, torch.float32)
             frequencies = rope.frequencies.float().contiguous()
-            struct = CRope(half, rope.attention_factor, self._pointer(frequencies))
+            struct = CRope(
+                half, rope.attention_factor, self._pointer(frequencies), len(frequencies)
+            )
             self._note(Code.ROPE, None, tables, partial(_same, struct))
         return stream
 
@@ -207,6 +211,7 @@ class Recorder:
             self._tied_head = project
         product = PendingMatmul(_buffer_of(hidden), project)
         capped = head.softcap is not None
+        self._vocab_size = head.vocab_size
         self._product(
             product,
             Buffer(LOGITS, head.vocab_size),
@@ -310,18 +315,21 @@ class Recorder:
         factor = 1.0 if multiplier is None else float(multiplier)
         if self._tied_head is None:
             embedded.source = embedded.weight.contiguous()
-            return CEmbedding(width, 0, pointer(embedded.source), factor)
+            table = embedded.source
+            return CEmbedding(width, 0, pointer(table), factor, len(table), table.nbytes)
         embedded.source = torch.empty(0)
-        return CEmbedding(width, 1, self._packed[id(self._tied_head)].address, factor)
+        head = self._packed[id(self._tied_head)]
+        return CEmbedding(width, 1, head.address, factor, head.rows, head.num_bytes)
 
     def _norm_struct(self, norm: Norm, width: int) -> CNorm:
         match norm:
             case RMSNorm():
                 weight = self._pointer(norm.weight.contiguous())
-                return CNorm(NormKind.RMS, width, norm.eps, weight, None)
+                return CNorm(NormKind.RMS, width, norm.eps, weight, None, count_of(norm.weight), 0)
             case LayerNorm():
                 weight, bias = self._pointer(norm.weight), self._pointer(norm.bias)
-                return CNorm(NormKind.LAYER, width, norm.eps, weight, bias)
+                counts = (count_of(norm.weight), count_of(norm.bias))
+                return CNorm(NormKind.LAYER, width, norm.eps, weight, bias, *counts)
             case Rounding():
                 return CNorm(NormKind.ROUND, width, 0.0, None, None)
             case _:
@@ -342,6 +350,7 @@ class Recorder:
             softcap=spec.softcap or 0.0,
             eps=eps,
             qk_weight=self._pointer(weight),
+            qk_count=count_of(weight),
         )
 
     # ------------------------------------------------------------------ the tape
@@ -375,6 +384,7 @@ class Recorder:
             runtime,
             ops,
             buffers,
+            vocab_size=self._vocab_size,
             packer=self._packer,
             tensors=self._tensors,
             alive=(structs, self._packed, self._embedded),

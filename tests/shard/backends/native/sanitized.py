@@ -1,5 +1,8 @@
-"""`python -m tests.shard.backends.native.sanitized LIBRARY`: every op once, under a sanitizer."""
+"""`python -m tests.shard.backends.native.sanitized LIBRARY [sizes]`: under a sanitizer, every op
+once, or every size that lies.
+"""
 
+import contextlib
 import sys
 from pathlib import Path
 
@@ -12,6 +15,13 @@ from tests.shard.backends.native.attention_steps import (
     branching,
     layers,
     steps_of,
+)
+from tests.shard.backends.native.mutated_sizes import (
+    PACKING,
+    PROGRAMS,
+    mutated_packing,
+    mutated_tapes,
+    outside_the_vocabulary,
 )
 from tests.shard.backends.native.programs import ARRANGED, Program, Weights, is_near, prompt
 from tests.shard.backends.native.test_decodes import both
@@ -51,8 +61,27 @@ def quantized(weights: Weights, kind: str) -> Program:
     return Program(weights, 75, lambda ops, hidden: hidden, head=head)
 
 
+def refuse_lies(library: Library) -> None:
+    for kind in PACKING:
+        outcomes = mutated_packing(library, kind)
+        assert outcomes.pop("sound") == 0
+        assert set(outcomes.values()) == {1}, outcomes
+    for program in PROGRAMS:
+        reasons = mutated_tapes(Runtime(library, 1, use_amx=False), program)
+        assert reasons.pop("sound") == ""
+        assert all(reasons.values()), reasons
+    for token in (-1, 64, 2**62):
+        with contextlib.suppress(ValueError):
+            outside_the_vocabulary(Runtime(library, 1, use_amx=False), token)
+            raise AssertionError(token)
+    sys.stdout.write("refused\n")
+
+
 def main() -> None:
     library = Library(Path(sys.argv[1]))
+    if sys.argv[2:]:
+        refuse_lies(library)
+        return
     for num_threads, use_amx in ((1, False), (2, False), (2, True)):
         runtime = Runtime(library, num_threads, use_amx=use_amx)
         assert agrees_with_torch(runtime)

@@ -87,7 +87,7 @@ class Steps:
     def sharing(self, of: FakeSequence, num_blocks: int, length: int) -> FakeSequence:
         """Another that begins with `of`'s blocks."""
         shared = num_blocks * self._block_size
-        tokens = [*of.tokens[:shared], *range(length - shared)]
+        tokens = [*of.tokens[:shared], *(token % 64 for token in range(length - shared))]
         blocks = [*of.blocks[:num_blocks], *self.blocks(length - shared)]
         other = FakeSequence(tokens, blocks, shared)
         self.run((other, length - 1 - shared))

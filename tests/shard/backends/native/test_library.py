@@ -22,8 +22,8 @@ def test_the_library_and_its_mirror_agree_about_every_struct_and_number(library:
 
 
 def test_a_struct_with_another_field_is_refused() -> None:
-    theirs = layout().replace("kg_rope 16 0 4 8", "kg_rope 24 0 8 16")
-    with pytest.raises(LayoutDiffers, match="kg_rope 24 0 8 16 in place of kg_rope 16 0 4 8"):
+    theirs = layout().replace("kg_rope 24 0 4 8 16", "kg_rope 32 0 8 16 24")
+    with pytest.raises(LayoutDiffers, match="kg_rope 32 0 8 16 24 in place of kg_rope 24 0 4 8 16"):
         compare_layout(theirs)
 
 
@@ -42,5 +42,13 @@ def test_a_library_of_another_layout_does_not_load(
 
 def test_an_op_that_the_library_does_not_know_makes_no_tape(runtime: Runtime) -> None:
     ops, buffers = (COp * 1)(COp(code=99)), (CBuffer * 1)(CBuffer(16, 4, 0))
-    with pytest.raises(ValueError, match="the library has no op of code 99"):
-        Tape(runtime, ops, buffers, packer=Packer(runtime.library), tensors=(), alive=ctypes)
+    with pytest.raises(ValueError, match="op 0, of code 99: there is no such op"):
+        Tape(
+            runtime,
+            ops,
+            buffers,
+            vocab_size=1,
+            packer=Packer(runtime.library),
+            tensors=(),
+            alive=ctypes,
+        )

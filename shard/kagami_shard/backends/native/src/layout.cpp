@@ -18,10 +18,22 @@ std::string line(const char* name, std::initializer_list<int64_t> numbers) {
 
 #define AT(field) (int64_t) offsetof(Struct, field)
 
+std::string span() {
+  using Struct = kg_span;
+  return line("kg_span", {sizeof(Struct), AT(data), AT(bytes)});
+}
+std::string rows() {
+  using Struct = kg_rows;
+  return line("kg_rows", {sizeof(Struct), AT(first), AT(rows), AT(columns), AT(stride), AT(bytes)});
+}
+std::string refusal() {
+  using Struct = kg_refusal;
+  return line("kg_refusal", {sizeof(Struct), AT(op), AT(reason)});
+}
 std::string linear() {
   using Struct = kg_linear;
   return line("kg_linear", {sizeof(Struct), AT(kind), AT(rows), AT(columns), AT(group), AT(weight),
-                            AT(bias)});
+                            AT(bias), AT(weight_bytes), AT(bias_count)});
 }
 std::string quantize() {
   using Struct = kg_quantize;
@@ -30,22 +42,24 @@ std::string quantize() {
 std::string embedding() {
   using Struct = kg_embedding;
   return line("kg_embedding",
-              {sizeof(Struct), AT(width), AT(is_packed), AT(weight), AT(multiplier)});
+              {sizeof(Struct), AT(width), AT(is_packed), AT(weight), AT(multiplier), AT(rows),
+               AT(weight_bytes)});
 }
 std::string rope() {
   using Struct = kg_rope;
-  return line("kg_rope", {sizeof(Struct), AT(half), AT(factor), AT(frequencies)});
+  return line("kg_rope", {sizeof(Struct), AT(half), AT(factor), AT(frequencies), AT(count)});
 }
 std::string norm() {
   using Struct = kg_norm;
-  return line("kg_norm", {sizeof(Struct), AT(kind), AT(width), AT(eps), AT(weight), AT(bias)});
+  return line("kg_norm", {sizeof(Struct), AT(kind), AT(width), AT(eps), AT(weight), AT(bias),
+                          AT(weight_count), AT(bias_count)});
 }
 std::string attention() {
   using Struct = kg_attention;
   return line("kg_attention",
               {sizeof(Struct), AT(layer), AT(num_heads), AT(num_kv_heads), AT(head_dim),
                AT(rotary_half), AT(window), AT(qk_norm), AT(scale), AT(softcap), AT(eps),
-               AT(qk_weight)});
+               AT(qk_weight), AT(qk_count)});
 }
 std::string op() {
   using Struct = kg_op;
@@ -83,7 +97,8 @@ std::string enums() {
 }  // namespace
 
 extern "C" const char* kg_layout(void) {
-  static const std::string text = linear() + quantize() + embedding() + rope() + norm() +
+  static const std::string text = span() + rows() + refusal() + linear() +
+                                  quantize() + embedding() + rope() + norm() +
                                   attention() + op() + buffer() + batch() + decodes() + enums();
   return text.c_str();
 }

@@ -42,12 +42,23 @@ enum { KG_NO_QK_NORM, KG_NORM_HEADS, KG_NORM_ALL };  // kg_attention.qk_norm
 
 enum { KG_LOGITS = -1 };  // as a buffer: kg_batch.logits
 
+typedef struct {  // memory, and how much of it is there
+  const void* data;
+  int64_t bytes;
+} kg_span;
+
+typedef struct {  // rows of a bf16 matrix, `stride` elements apart, in memory of so many bytes
+  const kg_bf16* first;
+  int64_t rows, columns, stride, bytes;
+} kg_rows;
+
 typedef struct {
   int32_t kind;
   int32_t rows, columns;  // of the weight, as the checkpoint has it: [out, in]
   int32_t group;          // of codes: columns that share a scale, a multiple of 32
   const void* weight;     // packed
   const float* bias;      // float32, in the order of the packed rows, padded to 32; or NULL
+  int64_t weight_bytes, bias_count;  // what is there
 } kg_linear;
 
 typedef struct {
@@ -55,12 +66,15 @@ typedef struct {
   int32_t is_packed;   // 1: the packed weight of a tied head, 0: rows one after the other
   const void* weight;  // bf16
   float multiplier;
+  int32_t rows;
+  int64_t weight_bytes;
 } kg_embedding;
 
 typedef struct {
   int32_t half;  // rotary_dim / 2
   float factor;  // on cos and sin
   const float* frequencies;
+  int64_t count;  // of the frequencies
 } kg_rope;
 
 typedef struct {
@@ -69,6 +83,7 @@ typedef struct {
   float eps;
   const float* weight;
   const float* bias;
+  int64_t weight_count, bias_count;
 } kg_norm;
 
 typedef struct {
@@ -83,6 +98,7 @@ typedef struct {
   int32_t qk_norm;
   float scale, softcap, eps;  // softcap 0: none
   const float* qk_weight;     // [num_heads + num_kv_heads, head_dim]
+  int64_t qk_count;
 } kg_attention;
 
 typedef struct {
@@ -131,21 +147,23 @@ int kg_has_amx(void);  // and this process may use it
 kg_pool* kg_pool_new(int num_threads, int spins, int use_amx);
 void kg_pool_delete(kg_pool*);
 
-int64_t kg_packed_bytes(const kg_linear*);  // `weight` and `bias` are not looked at
+// Every length of memory comes with it, and is compared with the sizes before it is used: a function
+// that says 1, or -1, has read and written nothing.
+int64_t kg_packed_bytes(const kg_linear*);  // kind, rows, columns and group; -1: there is no such weight
+// Each packs into `weight` of the layer, of `weight_bytes`; 0, or 1: the sizes do not fit.
 // int8 [rows, columns] with float scales [rows]; 4-bit codes [rows, columns / 2] uint8, the even
 // column low, with float16 scales and zeros [rows, groups], zeros in fifteenths from 0 to 17.
-void kg_pack_int8(const kg_linear*, const int8_t* values, const float* scales, int gated,
-                  void* packed);
-void kg_pack_int4(const kg_linear*, const uint8_t* codes, const uint16_t* scales,
-                  const uint16_t* zeros, int gated, void* packed);
+int kg_pack_int8(const kg_linear*, const kg_span* values, const kg_span* scales, int gated);
+int kg_pack_int4(const kg_linear*, const kg_span* codes, const kg_span* scales,
+                 const kg_span* zeros, int gated);
 // Bytes [rows, columns], with float scales [rows, groups] and for KG_GROUPED8 zeros, else NULL:
 // e4m3 without NaN, or codes from 0 to 255.
-void kg_pack_bytes(const kg_linear*, const uint8_t* codes, const float* scales, const float* zeros,
-                   int gated, void* packed);
-// bf16 [rows, columns], each row wherever `weight` says, into the order that the kernels read. With
-// `gated` the upper half of the rows is the gate, the lower half `up`: they come to lie alternately,
-// 16 rows of each.
-void kg_pack(const kg_bf16* const* weight, int64_t rows, int64_t columns, int gated, void* packed);
+int kg_pack_bytes(const kg_linear*, const kg_span* codes, const kg_span* scales,
+                  const kg_span* zeros, int gated);
+// bf16 [rows, columns], which lie in `parts`, one below the other, into the order that the kernels
+// read. With `gated` the upper half of the rows is the gate, the lower half `up`: they come to lie
+// alternately, 16 rows of each.
+int kg_pack(const kg_linear*, const kg_rows* parts, int num_parts, int gated);
 int64_t kg_padded_rows(int64_t rows, int gated);
 
 // A layer's cache as torch has written it into the order that the library reads.
@@ -155,16 +173,24 @@ void kg_arrange(kg_bf16* keys, kg_bf16* values, int64_t num_blocks, int64_t bloc
 void* kg_huge_alloc(int64_t bytes);  // zeros, aligned to 2 MiB, on huge pages; NULL: no memory
 void kg_huge_free(void*, int64_t bytes);
 
-// Copies ops and buffers; params must outlive the tape.
-// NULL: there is no op of such a code (`unknown_code`, else -1), or no memory.
+typedef struct {
+  int32_t op;          // its index; -1: no op was refused
+  const char* reason;  // in the library's own memory
+} kg_refusal;
+
+// Copies ops and buffers; params must outlive the tape. Every op is compared with its buffers and its
+// memory, so that a replay cannot leave them: NULL: an op is refused, or there is no memory.
+// `vocab_size` columns are the logits of a row.
 kg_tape* kg_tape_new(kg_pool*, const kg_op*, int num_ops, const kg_buffer*, int num_buffers,
-                     int* unknown_code);
+                     int64_t vocab_size, kg_refusal*);
 void kg_tape_delete(kg_tape*);
-int kg_replay(kg_tape*, const kg_batch*);  // 0, or 1: no memory for the buffers of such a step
+// 0, or 1: no memory for the buffers of such a step, 2: an id that the embedding does not have.
+int kg_replay(kg_tape*, const kg_batch*);
 const void* kg_tape_buffer(kg_tape*, int buffer, int64_t* row_bytes);  // for tests, after a replay
 
 // A step, then the most likely id of each of its rows, and on to the next position. The number of
-// rows without a distribution, or -1: no memory, and nothing has changed.
+// rows without a distribution, or -1: no memory, -2: an id that the embedding does not have, or another
+// vocabulary, and nothing has changed.
 int kg_decode(kg_tape*, kg_decodes*);
 
 // The most likely id of each row of `logits`, and its log probability.

@@ -1,4 +1,5 @@
 // bf16 weights into the order that their kernels read.
+#include "checks.h"
 #include "packing.h"
 #include "quantized.h"
 #include "simd.h"
@@ -34,10 +35,18 @@ void pack_block(const Source& source, int64_t block, int64_t depth, void* packed
 
 }  // namespace
 
-extern "C" void kg_pack(const kg_bf16* const* weight, int64_t rows, int64_t columns, int gated,
-                        void* packed) {
-  const int64_t depth = round_up(columns, kDepth), blocks = kg_padded_rows(rows, gated) / kBlock;
-  const Source source{weight, rows, columns, gated != 0};
-  on_all_cores(blocks, rows * columns * 2,
+extern "C" int kg_pack(const kg_linear* layer, const kg_rows* parts, int num_parts, int gated) {
+  if (layer->kind != KG_BF16 || !has_room(*layer, gated)) return 1;
+  if (!are_rows_of(*layer, parts, num_parts)) return 1;
+  std::vector<const kg_bf16*> weight;
+  weight.reserve(layer->rows);
+  for (int part = 0; part < num_parts; part++)
+    for (int64_t row = 0; row < parts[part].rows; row++)
+      weight.push_back(parts[part].first + row * parts[part].stride);
+  const int64_t depth = depth_of(*layer), blocks = kg_padded_rows(layer->rows, gated) / kBlock;
+  const Source source{weight.data(), layer->rows, layer->columns, gated != 0};
+  void* packed = (void*)layer->weight;
+  on_all_cores(blocks, (int64_t)layer->rows * layer->columns * 2,
                [=](int64_t index) { pack_block(source, index * kBlock, depth, packed); });
+  return 0;
 }

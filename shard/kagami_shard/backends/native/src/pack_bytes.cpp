@@ -1,8 +1,9 @@
 // Codes of 8 bits into the order that panel_byte.cpp reads.
 #include <string.h>
 
-#include "panel_codes.h"
+#include "checks.h"
 #include "packing.h"
+#include "panel_codes.h"
 
 namespace kg {
 namespace {
@@ -51,18 +52,26 @@ void pack_row(const kg_linear& layer, const Source& source, int64_t lane, char* 
 
 using namespace kg;
 
-extern "C" void kg_pack_bytes(const kg_linear* layer, const uint8_t* codes, const float* scales,
-                              const float* zeros, int gated, void* packed) {
+extern "C" int kg_pack_bytes(const kg_linear* layer, const kg_span* codes, const kg_span* scales,
+                             const kg_span* zeros, int gated) {
+  if (layer->kind != KG_FLOAT8 && layer->kind != KG_GROUPED8) return 1;
+  if (!has_room(*layer, gated)) return 1;
+  if (!is_array(*codes, 1, layer->rows, layer->columns)) return 1;
+  if (!is_array(*scales, 4, layer->rows, num_groups(*layer))) return 1;
+  const bool has_zeros = layer->kind == KG_GROUPED8;
+  if (has_zeros && !is_array(*zeros, 4, layer->rows, num_groups(*layer))) return 1;
   const int64_t groups = num_groups(*layer), block_bytes = code_block_bytes(*layer);
   const int64_t num_blocks = kg_padded_rows(layer->rows, gated) / kBlock;
   on_all_cores(num_blocks, num_blocks * block_bytes, [=](int64_t index) {
-    char* block = (char*)packed + index * block_bytes;
+    char* block = (char*)layer->weight + index * block_bytes;
     memset(block, 0, block_bytes);
     for (int64_t lane = 0; lane < kBlock; lane++) {
       const int64_t row = source_row(index * kBlock + lane, layer->rows, gated != 0);
       if (row < 0) continue;
-      const float* of_row = zeros ? zeros + row * groups : nullptr;
-      pack_row(*layer, {codes + row * layer->columns, scales + row * groups, of_row}, lane, block);
+      const float* of_row = has_zeros ? (const float*)zeros->data + row * groups : nullptr;
+      const uint8_t* of_codes = (const uint8_t*)codes->data + row * layer->columns;
+      pack_row(*layer, {of_codes, (const float*)scales->data + row * groups, of_row}, lane, block);
     }
   });
+  return 0;
 }

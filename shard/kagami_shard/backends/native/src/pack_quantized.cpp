@@ -2,8 +2,9 @@
 #include <math.h>
 #include <string.h>
 
-#include "quantized.h"
+#include "checks.h"
 #include "packing.h"
+#include "quantized.h"
 #include "simd.h"
 
 using namespace kg;
@@ -36,14 +37,18 @@ void pack_int8_panel(const kg_linear& layer, const int8_t* values, const float* 
 }  // namespace
 }  // namespace kg
 
-extern "C" void kg_pack_int8(const kg_linear* layer, const int8_t* values, const float* scales,
-                             int gated, void* packed) {
+extern "C" int kg_pack_int8(const kg_linear* layer, const kg_span* values, const kg_span* scales,
+                            int gated) {
+  if (layer->kind != KG_INT8 || !has_room(*layer, gated)) return 1;
+  if (!is_array(*values, 1, layer->rows, layer->columns)) return 1;
+  if (!is_array(*scales, 4, layer->rows, 1)) return 1;
   const int64_t num_panels = kg_padded_rows(layer->rows, gated) / kPanel;
   const int64_t bytes = (int64_t)layer->rows * layer->columns;
   on_all_cores(num_panels, bytes, [=](int64_t index) {
-    pack_int8_panel(*layer, values, scales, gated != 0, index,
-                    (char*)packed + index * panel_bytes_of(*layer));
+    pack_int8_panel(*layer, (const int8_t*)values->data, (const float*)scales->data, gated != 0,
+                    index, (char*)layer->weight + index * panel_bytes_of(*layer));
   });
+  return 0;
 }
 
 namespace {
@@ -83,17 +88,23 @@ void pack_int4_row(const kg_linear& layer, const Int4Source& source, int64_t row
 
 }  // namespace
 
-extern "C" void kg_pack_int4(const kg_linear* layer, const uint8_t* codes, const uint16_t* scales,
-                             const uint16_t* zeros, int gated, void* packed) {
+extern "C" int kg_pack_int4(const kg_linear* layer, const kg_span* codes, const kg_span* scales,
+                            const kg_span* zeros, int gated) {
+  if (layer->kind != KG_INT4 || !has_room(*layer, gated)) return 1;
+  if (!is_array(*codes, 1, layer->rows, (layer->columns + 1) / 2)) return 1;
+  if (!is_array(*scales, 2, layer->rows, num_groups(*layer))) return 1;
+  if (!is_array(*zeros, 2, layer->rows, num_groups(*layer))) return 1;
   const int64_t block_bytes = code_block_bytes(*layer);
   const int64_t num_blocks = kg_padded_rows(layer->rows, gated) / kBlock;
-  const Int4Source source{codes, scales, zeros};
+  const Int4Source source{(const uint8_t*)codes->data, (const uint16_t*)scales->data,
+                          (const uint16_t*)zeros->data};
   on_all_cores(num_blocks, num_blocks * block_bytes, [=](int64_t index) {
-    char* block = (char*)packed + index * block_bytes;
+    char* block = (char*)layer->weight + index * block_bytes;
     memset(block, 0, block_bytes);
     for (int64_t lane = 0; lane < kBlock; lane++) {
       const int64_t row = source_row(index * kBlock + lane, layer->rows, gated != 0);
       if (row >= 0) pack_int4_row(*layer, source, row, lane, block);
     }
   });
+  return 0;
 }

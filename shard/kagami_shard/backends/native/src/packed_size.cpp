@@ -1,4 +1,5 @@
 // How large packed weights and their panels are.
+#include "checks.h"
 #include "quantized.h"
 
 namespace kg {
@@ -32,6 +33,7 @@ extern "C" int64_t kg_padded_rows(int64_t rows, int gated) {
 }
 
 extern "C" int64_t kg_packed_bytes(const kg_linear* layer) {
+  if (!is_weight(*layer)) return -1;
   // Gate and up are padded apart from one another, which may take a block more.
   return round_up(layer->rows + kPanel, kPanel) / kPanel * panel_bytes_of(*layer);
 }

@@ -7,6 +7,7 @@
 #include <memory>
 #include <new>
 
+#include "checks.h"
 #include "quantized.h"
 #include "simd.h"
 #include "step.h"
@@ -69,6 +70,7 @@ struct kg_tape {
   std::vector<SharedPlan> plans;
   std::vector<char*> scratch;
   int64_t max_rows = 0, rows_apart = kRowsApart;
+  int64_t vocab_size = 0, num_ids = kMostRows;  // columns of logits; rows of embeddings
   Memory rows, threads, partials;
   std::vector<WorkShare> linear_shares, attention_shares;
 
@@ -137,6 +139,11 @@ struct kg_tape {
       if (links[i].is_before_write) links[i].only_selected = queries_only_selected(i + 1);
       if (ops[i].code == KG_LINEAR) next = &ops[i];
     }
+  }
+
+  bool has_ids(const kg_batch& batch) const {
+    return std::all_of(batch.input_ids, batch.input_ids + batch.num_tokens,
+                       [this](int64_t id) { return 0 <= id && id < num_ids; });
   }
 
   // The last layer needs keys and values of all rows, and queries of the selected ones.
@@ -221,15 +228,16 @@ struct kg_tape {
 };
 
 extern "C" kg_tape* kg_tape_new(kg_pool* pool, const kg_op* ops, int num_ops,
-                                const kg_buffer* shapes, int num_buffers, int* unknown_code) {
-  *unknown_code = -1;
-  for (int i = 0; i < num_ops; i++)
-    if (ops[i].code < 0 || ops[i].code >= KG_NUM_CODES) {
-      *unknown_code = ops[i].code;
-      return nullptr;
-    }
+                                const kg_buffer* shapes, int num_buffers, int64_t vocab_size,
+                                kg_refusal* refusal) {
+  *refusal = refused_op({ops, num_ops, shapes, num_buffers, vocab_size});
+  if (refusal->reason) return nullptr;
   auto tape = std::make_unique<kg_tape>();
   tape->pool = pool;
+  tape->vocab_size = vocab_size;
+  for (int i = 0; i < num_ops; i++)
+    if (ops[i].code == KG_EMBED)
+      tape->num_ids = std::min<int64_t>(tape->num_ids, ((const kg_embedding*)ops[i].params)->rows);
   tape->linear_shares = std::vector<WorkShare>(pool->num_threads);
   tape->attention_shares = std::vector<WorkShare>(pool->num_threads);
   tape->ops.assign(ops, ops + num_ops);
@@ -255,6 +263,7 @@ extern "C" kg_tape* kg_tape_new(kg_pool* pool, const kg_op* ops, int num_ops,
 extern "C" void kg_tape_delete(kg_tape* tape) { delete tape; }
 
 extern "C" int kg_replay(kg_tape* tape, const kg_batch* batch) {
+  if (!tape->has_ids(*batch)) return 2;
   if (!tape->prepare(*batch)) return 1;
   auto job = [&](int thread) { tape->run(*batch, thread); };
   tape->pool->run(job);
@@ -264,6 +273,7 @@ extern "C" int kg_replay(kg_tape* tape, const kg_batch* batch) {
 extern "C" int kg_decode(kg_tape* tape, kg_decodes* decodes) {
   using Clock = std::chrono::steady_clock;
   const kg_batch& batch = decodes->batch;
+  if (!tape->has_ids(batch) || decodes->vocab_size != tape->vocab_size) return -2;
   if (!tape->prepare(batch)) return -1;
   Clock::time_point computed;
   auto job = [&](int thread) {
