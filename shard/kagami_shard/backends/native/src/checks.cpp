@@ -6,13 +6,6 @@
 
 namespace kg {
 
-bool is_weight(const kg_linear& layer) {
-  if (layer.kind < KG_BF16 || layer.kind > KG_GROUPED8) return false;
-  if (layer.rows < 1 || layer.rows > kMostRows) return false;
-  if (layer.columns < 1 || layer.columns > kMostRows) return false;
-  return !code_form(layer.kind) || (layer.group > 0 && layer.group % kDepth == 0);
-}
-
 bool has_room(const kg_linear& layer, bool gated) {
   if (!is_weight(layer) || !layer.weight || (gated && layer.rows % 2)) return false;
   return layer.weight_bytes >= kg_padded_rows(layer.rows, gated) / kPanel * panel_bytes_of(layer);
@@ -50,22 +43,22 @@ class Check {
     if (op_.selected != has_selected_) return "it is on the wrong side of KG_SELECT";
     switch (op_.code) {
       case KG_EMBED:
-        return embed(*(const kg_embedding*)op_.params);
+        return check_embed(*(const kg_embedding*)op_.params);
       case KG_ROPE:
-        return rope(*(const kg_rope*)op_.params);
+        return check_rope(*(const kg_rope*)op_.params);
       case KG_NORM:
       case KG_ADD_NORM:
-        return norm(*(const kg_norm*)op_.params);
+        return check_norm(*(const kg_norm*)op_.params);
       case KG_QUANTIZE:
-        return quantize(*(const kg_quantize*)op_.params);
+        return check_quantize(*(const kg_quantize*)op_.params);
       case KG_LINEAR:
-        return linear(*(const kg_linear*)op_.params);
+        return check_linear(*(const kg_linear*)op_.params);
       case KG_WRITE:
-        return write(*(const kg_attention*)op_.params);
+        return check_write(*(const kg_attention*)op_.params);
       case KG_ATTEND:
-        return attend(*(const kg_attention*)op_.params);
+        return check_attend(*(const kg_attention*)op_.params);
       default:
-        return select();
+        return check_select();
     }
   }
 
@@ -76,7 +69,7 @@ class Check {
     return found.item_size == item_size && found.columns == columns;
   }
 
-  const char* embed(const kg_embedding& table) const {
+  const char* check_embed(const kg_embedding& table) const {
     if (table.rows < 1 || table.width < 1 || !table.weight) return "its table is empty";
     const int64_t row = table.is_packed ? round_up(table.width, kDepth) : table.width;
     const int64_t rows = table.is_packed ? round_up(table.rows, kPanel) : table.rows;
@@ -84,13 +77,13 @@ class Check {
     return has(op_.out, table.width, 4) ? nullptr : "its output has another width than its table";
   }
 
-  const char* rope(const kg_rope& rope) const {
+  const char* check_rope(const kg_rope& rope) const {
     if (rope.half < 1 || rope.count < rope.half || !rope.frequencies)
       return "it has fewer frequencies than it says";
     return has(op_.out, 2 * (int64_t)rope.half, 4) ? nullptr : "its output has another width";
   }
 
-  const char* norm(const kg_norm& norm) const {
+  const char* check_norm(const kg_norm& norm) const {
     if (norm.kind < KG_ROUND || norm.kind > KG_LAYER_NORM) return "there is no such norm";
     if (norm.weight && norm.weight_count != norm.width) return "its weight has another width";
     if (norm.bias && norm.bias_count != norm.width) return "its bias has another width";
@@ -99,7 +92,7 @@ class Check {
     return has(op_.out, norm.width, item_size) ? nullptr : "its output has another width";
   }
 
-  const char* quantize(const kg_quantize& how) const {
+  const char* check_quantize(const kg_quantize& how) const {
     const int64_t columns = how.columns, block = how.hadamard_block;
     if (columns < 1 || round_up(columns, kLanes) * 4 > kScratchBytes) return "it has too many columns";
     if (block < 1 || block & (block - 1) || columns % block) return "its blocks do not divide its columns";
@@ -107,7 +100,7 @@ class Check {
     return has(op_.out, round_up(columns, kDepth8) + 64, 1) ? nullptr : "its output has another width";
   }
 
-  const char* linear(const kg_linear& layer) const {
+  const char* check_linear(const kg_linear& layer) const {
     const bool gated = op_.epilogue == KG_GATED;
     if (op_.epilogue < KG_STORE_FLOAT || op_.epilogue > KG_GATED) return "there is no such epilogue";
     if (!has_room(layer, gated)) return "its weight is shorter than its sizes say";
@@ -139,7 +132,7 @@ class Check {
     return spec.rotary_half >= 1 && spec.rotary_half <= spec.head_dim / 2;
   }
 
-  const char* write(const kg_attention& spec) const {
+  const char* check_write(const kg_attention& spec) const {
     if (!is_attention(spec)) return "there is no such attention";
     const int64_t normed = ((int64_t)spec.num_heads + spec.num_kv_heads) * spec.head_dim;
     if (spec.qk_norm < KG_NO_QK_NORM || spec.qk_norm > KG_NORM_ALL) return "there is no such norm";
@@ -150,7 +143,7 @@ class Check {
     return has(op_.index, 2 * (int64_t)spec.rotary_half, 4) ? nullptr : "its rope has another width";
   }
 
-  const char* attend(const kg_attention& spec) const {
+  const char* check_attend(const kg_attention& spec) const {
     if (!is_attention(spec)) return "there is no such attention";
     const int64_t width = (int64_t)spec.num_heads * spec.head_dim;
     const int64_t keys_values = 2 * (int64_t)spec.num_kv_heads * spec.head_dim;
@@ -158,7 +151,7 @@ class Check {
     return has(op_.out, width, 2) ? nullptr : "its output has another width";
   }
 
-  const char* select() const {
+  const char* check_select() const {
     if (op_.in < 0 || op_.in >= tape_.num_buffers) return "its input is no buffer";
     const kg_buffer& in = tape_.buffers[op_.in];
     return has(op_.out, in.columns, in.item_size) ? nullptr : "its output is another kind of buffer";

@@ -4,10 +4,7 @@
 
 namespace kg {
 
-constexpr int64_t kMostRows = 1 << 28;  // and columns: products of two stay far from 2^63
-
-bool is_weight(const kg_linear&);             // kind, rows, columns and group are such as can be packed
-bool has_room(const kg_linear&, bool gated);   // and `weight` has room for it
+bool has_room(const kg_linear&, bool gated);  // it is a weight, with memory for all of it
 bool is_array(const kg_span&, int64_t item_size, int64_t rows, int64_t columns);
 bool are_rows_of(const kg_linear&, const kg_rows* parts, int num_parts);
 

@@ -1,8 +1,14 @@
 // How large packed weights and their panels are.
-#include "checks.h"
 #include "quantized.h"
 
 namespace kg {
+
+bool is_weight(const kg_linear& layer) {
+  if (layer.kind < KG_BF16 || layer.kind > KG_GROUPED8) return false;
+  if (layer.rows < 1 || layer.rows > kMostRows) return false;
+  if (layer.columns < 1 || layer.columns > kMostRows) return false;
+  return !code_form(layer.kind) || (layer.group > 0 && layer.group % kDepth == 0);
+}
 
 int64_t depth_of(const kg_linear& weight) {
   switch (weight.kind) {

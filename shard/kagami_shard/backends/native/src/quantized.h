@@ -34,6 +34,8 @@ inline int64_t num_steps(const kg_linear& weight, int64_t group) {
   return std::min(whole, num_steps(weight) - group * whole);
 }
 
+constexpr int64_t kMostRows = 1 << 28;  // and columns: products of two stay far from 2^63
+bool is_weight(const kg_linear&);          // kind, rows, columns and group are such as can be packed
 int64_t depth_of(const kg_linear&);        // columns of its panels, padded
 int64_t panel_bytes_of(const kg_linear&);  // a panel with all that belongs to it
 
