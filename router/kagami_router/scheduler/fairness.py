@@ -25,6 +25,7 @@ from kagami_router.scheduler.pool import KVPool
 from kagami_router.scheduler.queues import Queues
 from kagami_router.scheduler.sequence import Sequence, WaitReason
 from kagami_router.scheduler.shared_step import (
+    MAX_LACKING,
     Line,
     SharedStep,
     blocks_beside,
@@ -127,7 +128,7 @@ class Fairness:
     def _newcomers(self, builder: StepBuilder) -> Iterator[Sequence]:
         """Next ones of callers that have nothing running, the shortest first; before, the overdue.
 
-        They could join if there was room.
+        They could join if there was room. Each costs a look into the prefix cache, so not all.
         """
         if self._queues.running and self._admission.interruption() is None:
             return
@@ -143,7 +144,7 @@ class Fairness:
             and sequence.last_step <= builder.num_updated
         ]
         computing = self._admission.being_computed()
-        for sequence in sorted(candidates, key=_urgency):
+        for sequence in sorted(candidates, key=_urgency)[:MAX_LACKING]:
             path = self._pool.match(sequence) if computing else []
             if self._admission.blocker_of(sequence, path, computing) is None:
                 yield sequence
@@ -216,9 +217,10 @@ class Fairness:
             (line.deferred if is_still_deferred(sequence) else line.waiting).append(sequence)
             line.is_held = not may_join or (only is not None and line.caller != only.request.caller)
         lines = [line for line in by_caller.values() if line.wants_tokens]
-        known = [self._served[line.caller] for line in lines if line.caller in self._served]
+        served = self._served
+        least = min((served[line.caller] for line in lines if line.caller in served), default=0)
         for line in lines:
-            line.served = self._served.get(line.caller, min(known, default=0))
+            line.served = served.get(line.caller, least)
         return sorted(lines, key=lambda line: line.rank)
 
 
