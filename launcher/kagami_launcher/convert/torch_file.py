@@ -11,6 +11,7 @@ import io
 import math
 import mmap
 import struct
+import warnings
 import zipfile
 from collections.abc import Mapping
 from itertools import pairwise
@@ -74,7 +75,7 @@ def open_tensors(path: Path) -> Any:
         size = file.seek(0, 2)
         if not size:
             raise BadFile("it is empty")
-        data = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
+        data = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
     is_archive = data[:4] == b"PK\3\4"
     value, places = _archive(path, data) if is_archive else _row_of_pickles(data)
     return _Tensors(data, places).within(value, depth=2)
@@ -119,7 +120,8 @@ class _Tensors:
         self._count(numel * dtype.itemsize, name)
         if not numel:
             return torch.empty(size, dtype=dtype)
-        whole = torch.frombuffer(self._data, dtype=dtype, count=available, offset=place.start)
+        with warnings.catch_warnings(action="ignore"):  # nobody writes into it
+            whole = torch.frombuffer(self._data, dtype=dtype, count=available, offset=place.start)
         return whole.as_strided(size, stride, offset)
 
     def _place(self, name: str, storage: Storage, num_bytes: int) -> _Place:

@@ -195,11 +195,14 @@ def _new_folder(model_id: str, origins: list[Path], cache: Path) -> Path:
 
 
 def max_positions(config: Mapping[str, object]) -> int | None:
-    """How many tokens the model can represent, from its config.json; None if it does not say."""
+    """How many tokens the model can represent, from its config.json; None if it does not say.
+
+    A number that no model has is left for the shard to refuse, by its name and file.
+    """
     text_config = config.get("text_config")
     for part in (config, text_config if isinstance(text_config, dict) else {}):
         for key in ("max_position_embeddings", "max_seq_len", "n_positions"):
-            if isinstance(value := part.get(key), int):
+            if type(value := part.get(key)) is int and 0 < value < 2**31:
                 return value
     return None
 

@@ -174,3 +174,9 @@ def test_a_broken_config_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ModelNotFound):
         hub.read_config(tmp_path)
+
+
+@pytest.mark.parametrize("value", [0, -5, 2**31, 10**300, True, "128", 128.0, None, [128]])
+def test_a_length_that_no_model_has_is_left_to_the_shard(value: object) -> None:
+    assert hub.max_positions({"max_position_embeddings": value}) is None
+    assert hub.max_positions({"max_position_embeddings": value, "n_positions": 7}) == 7
