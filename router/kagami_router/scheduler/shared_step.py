@@ -14,8 +14,8 @@ from kagami_router.scheduler.step_builder import StepBuilder
 
 # The least part of a step that is worth a place in it.
 MIN_PART = 32
-# How many newcomers of other callers may pass a sequence that has no room. High, because all who
-# come later wait until it has; and a bound, because it has to get it.
+# How many younger ones of other callers may pass a caller's next one. High, because then fewer may
+# join until it has its room; and a bound, because it has to get it.
 MAX_PASSES = 64
 # How many lines look for blocks in vain in one step. The first is one for whom room was made.
 MAX_LACKING = 8
