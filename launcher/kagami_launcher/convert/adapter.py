@@ -27,6 +27,7 @@ from kagami_launcher.convert.files import (
     write_json,
     write_safetensors,
 )
+from kagami_launcher.convert.module_patterns import ModulePatterns
 from kagami_launcher.convert.pickles import as_bytes, dtype_name, is_dtype, read_pickle
 from kagami_launcher.model import folder as model_folder
 from kagami_proto.model_files import read_object
@@ -65,12 +66,13 @@ class _Update:
     """What is added to one weight."""
 
     module: str
+    alpha: object
     parts: dict[str, Tensor] = field(default_factory=dict)
 
     def apply(self, weight: Tensor, config: Mapping[str, Any]) -> Tensor:
         """The changed weight in float32; `check` has compared the shapes."""
         down, up = self._pair()
-        delta = (up.float() @ down.float()) * _scale(self.module, down.shape[0], config)
+        delta = (up.float() @ down.float()) * self._scale(down.shape[0], config)
         if self._is_transposed(config):
             delta = delta.T
         changed = weight.float() + delta
@@ -100,7 +102,15 @@ class _Update:
                 raise ConversionRefused(
                     f"{what} has {shape[0]} rows, and its magnitude {list(magnitude.shape)}"
                 )
-        _scale(self.module, down.shape[0], config)
+        self._scale(down.shape[0], config)
+
+    def _scale(self, rank: int, config: Mapping[str, Any]) -> float:
+        alpha = self.alpha
+        if not isinstance(alpha, int | float) or not abs(alpha) < _MAX_ALPHA:
+            raise ConversionRefused(
+                f"alpha of {shown(self.module)} is {shown(alpha)}, expected a number"
+            )
+        return float(alpha / (rank**0.5 if config.get("use_rslora") else rank))
 
     def _is_transposed(self, config: Mapping[str, Any]) -> bool:
         return "lora_embedding_A" in self.parts or bool(config.get("fan_in_fan_out"))
@@ -112,17 +122,6 @@ class _Update:
                 if down.ndim == 2 and up.ndim == 2:
                     return down, up
         raise ConversionRefused(f"the adapter of {shown(self.module)} is not two matrices")
-
-
-def _scale(module: str, rank: int, config: Mapping[str, Any]) -> float:
-    alpha = config.get("lora_alpha", 8)
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", module):
-            alpha = value
-            break
-    if not isinstance(alpha, int | float) or not abs(alpha) < _MAX_ALPHA:
-        raise ConversionRefused(f"alpha of {shown(module)} is {shown(alpha)}, expected a number")
-    return float(alpha / (rank**0.5 if config.get("use_rslora") else rank))
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +136,9 @@ class _Adapter:
     def read(cls, folder: Path) -> "_Adapter":
         config = read_object(folder / model_folder.ADAPTER_CONFIG)
         _check(config)
+        where = f"`alpha_pattern` of {folder / model_folder.ADAPTER_CONFIG}"
+        alphas = ModulePatterns(config.get("alpha_pattern") or {}, where)
+        alpha = config.get("lora_alpha", 8)
         updates: dict[str, _Update] = {}
         replacements: dict[str, Tensor] = {}
         for key, tensor in _adapter_weights(folder).items():
@@ -145,8 +147,10 @@ class _Adapter:
                 if found["kind"] == ".bias":
                     raise ConversionRefused(f"{shown(key)}: an adapter with a bias of its own")
                 module = found["module"]
-                update = updates.setdefault(f"{module}.weight", _Update(module))
-                update.parts[found["part"]] = tensor
+                weight = f"{module}.weight"
+                if weight not in updates:
+                    updates[weight] = _Update(module, alphas.value(module, alpha))
+                updates[weight].parts[found["part"]] = tensor
             else:
                 replacements[re.sub(r"\.(modules_to_save(\.default)?|base_layer)", "", name)] = (
                     tensor

@@ -216,6 +216,7 @@ NO_EMBED = {"base_model.model.model.embed_tokens.weight": torch.ones(0, WIDTH)}
         (pair(Q), {"lora_alpha": 10**300}, "alpha of .*, expected a number"),
         (pair(Q), {"lora_alpha": None}, "alpha of .* is None, expected a number"),
         (pair(Q), {"alpha_pattern": {"q_proj": []}}, "alpha of .* is a list of 0"),
+        (pair(Q), {"alpha_pattern": {"(.*a)+b": 1}}, "adapter_config.json: the pattern .* is not"),
         (pair(Q), {"alpha_pattern": ["q_proj"]}, "`alpha_pattern` of adapter_config.json is a li"),
         (pair(Q), {"peft_type": ["LORA"]}, "adapters of type a list of 1"),
         (pair(Q), {"init_lora_weights": {}}, "`init_lora_weights` a dict of 0"),
