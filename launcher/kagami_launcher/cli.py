@@ -233,14 +233,12 @@ class LauncherArgs:
     otlp_include_content: bool = _switch(_LOGS, "write prompts and answers into traces")
     otlp_step_spans: bool = _switch(_LOGS, "trace each step of the model, too")
     header_timeout: float = _flag(10.0, SECONDS, _SERVER, "seconds for the head of a request")
-    body_timeout: float = _flag(
-        30.0, SECONDS, _SERVER, "seconds without a byte of a request's body"
-    )
+    body_timeout: float = _flag(30.0, SECONDS, _SERVER, "seconds in which a body stands still")
     keep_alive_timeout: float = _flag(
         75.0, SECONDS, _SERVER, "seconds that an idle connection stays open"
     )
     write_timeout: float = _flag(
-        60.0, SECONDS, _SERVER, "seconds in which a client takes none of its answer"
+        60.0, SECONDS, _SERVER, "seconds in which a client does not take its answer"
     )
     caller_header: str = _flag(
         "", str, _SERVER, "header, set by a trusted proxy, that tells callers apart"

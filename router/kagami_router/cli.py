@@ -168,9 +168,9 @@ _FLAGS = (
     _Flag("--disable-grammar-support", None, False, "refuse grammars"),
     _Flag("--payload-limit", _AT_LEAST_1, 2_000_000, "longest request body in bytes; not 0"),
     _Flag("--header-timeout", SECONDS, 10.0, "seconds for the head of a request"),
-    _Flag("--body-timeout", SECONDS, 30.0, "seconds without a byte of a request's body"),
+    _Flag("--body-timeout", SECONDS, 30.0, "seconds in which a body stands still"),
     _Flag("--keep-alive-timeout", SECONDS, 75.0, "seconds that an idle connection stays open"),
-    _Flag("--write-timeout", SECONDS, 60.0, "seconds in which a client takes none of its answer"),
+    _Flag("--write-timeout", SECONDS, 60.0, "seconds in which a client does not take its answer"),
     _Flag(
         "--caller-header",
         str,

@@ -17,7 +17,7 @@ from kagami_router.api.web.time_limits import TimeLimits
 SHORT = TimeLimits(head_s=0.3, body_s=0.3, idle_s=0.3, answer_s=0.3)
 NUM_CONNECTIONS, AT_ONCE = 600, 60
 # The time limits end every connection; this only says which one was not ended.
-PATIENCE_S = 60
+PATIENCE_S = 20
 HEALTH_S = 10
 """Generous: the machine may have other work. What one connection costs is counted elsewhere."""
 

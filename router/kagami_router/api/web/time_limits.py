@@ -12,9 +12,9 @@ which this process did not run (stopped, or the machine asleep) is nobody's faul
 from dataclasses import dataclass
 from enum import Enum, auto
 
-# A body that comes more slowly than this is not waited for longer than a body that stands still.
-MIN_BODY_RATE = 500
-"""Bytes in a second, on average"""
+# What moves more slowly stands still: a byte now and then must not hold memory or a permit.
+MIN_RATE = 500
+"""Bytes in a second, on average over the time that is given"""
 _TICK_S = 1.0
 _TICKS_IN_A_LIMIT = 8
 
@@ -41,11 +41,11 @@ class TimeLimits:
     head_s: float = 10.0
     """From the first byte of a message to the end of its head"""
     body_s: float = 30.0
-    """Without a byte of a body"""
+    """For a body to come by `MIN_RATE`, again and again"""
     idle_s: float = 75.0
     """Between an answer and the next message; the proxies in front usually give up after 60 s"""
     answer_s: float = 60.0
-    """Without taking a byte of an answer"""
+    """For a client to take its answer by `MIN_RATE`, again and again"""
 
     @property
     def tick_s(self) -> float:
@@ -66,36 +66,28 @@ class TimeLimits:
 class Patience:
     """Counts how long one connection has waited for one thing without progress."""
 
-    __slots__ = ("_limits", "_num_bytes", "_num_ticks", "_still_ticks", "_wait")
+    __slots__ = ("_limits", "_mark", "_num_ticks", "_wait")
 
     def __init__(self, limits: TimeLimits) -> None:
         self._limits = limits
         self._wait: tuple[Wait, int] | None = None
         self._num_ticks = 0
-        """Since this wait began"""
-        self._still_ticks = 0
-        """Since its last progress"""
-        self._num_bytes = 0
+        """Since the last progress"""
+        self._mark = 0
+        """Bytes at the last progress"""
 
     def is_over(self, wait: Wait, number: int, num_bytes: int) -> bool:
         """Whether it has waited too long; called once in a tick.
 
         `number` is the request's on its connection: a second one begins anew. `num_bytes` counts
-        what has come or gone until now; a larger count than before is progress.
+        what has come or gone until now.
         """
-        if (wait, number) != self._wait:
-            self._wait = wait, number
-            self._num_ticks = self._still_ticks = 0
-        elif num_bytes > self._num_bytes:
-            self._still_ticks = 0
-        else:
-            self._still_ticks += 1
-        self._num_bytes = num_bytes
-        self._num_ticks += 1
         limit_s = self._limits.of(wait)
         if limit_s is None:
+            self._wait = None
             return False
-        tick_s = self._limits.tick_s
-        earned_s = num_bytes / MIN_BODY_RATE if wait is Wait.BODY else 0.0
-        is_slow = wait is Wait.BODY and self._num_ticks * tick_s > limit_s + earned_s
-        return is_slow or self._still_ticks * tick_s >= limit_s
+        if (wait, number) != self._wait or num_bytes - self._mark >= MIN_RATE * limit_s:
+            self._wait, self._mark, self._num_ticks = (wait, number), num_bytes, 0
+            return False
+        self._num_ticks += 1
+        return self._num_ticks * self._limits.tick_s >= limit_s

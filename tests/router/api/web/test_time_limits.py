@@ -1,6 +1,6 @@
 import pytest
 
-from kagami_router.api.web.time_limits import MIN_BODY_RATE, Patience, TimeLimits, Wait
+from kagami_router.api.web.time_limits import MIN_RATE, Patience, TimeLimits, Wait
 
 LIMITS = TimeLimits(head_s=10, body_s=30, idle_s=75, answer_s=60)
 FOREVER = 100_000
@@ -27,16 +27,14 @@ def test_a_running_handler_has_none() -> None:
     assert ticks_until_over(Wait.HANDLER) is None
 
 
-def test_an_answer_that_is_read_in_drops_is_waited_for() -> None:
-    assert ticks_until_over(Wait.ANSWER, bytes_each_tick=1) is None
+@pytest.mark.parametrize(("wait", "ticks"), [(Wait.BODY, 30), (Wait.ANSWER, 60)])
+def test_what_moves_in_drops_stands_still(wait: Wait, ticks: int) -> None:
+    assert ticks_until_over(wait, bytes_each_tick=MIN_RATE - 1) == ticks
 
 
-def test_a_body_that_comes_in_drops_is_not_waited_for() -> None:
-    assert ticks_until_over(Wait.BODY, bytes_each_tick=1) == 30
-
-
-def test_a_slow_body_is_waited_for() -> None:
-    assert ticks_until_over(Wait.BODY, bytes_each_tick=MIN_BODY_RATE) is None
+@pytest.mark.parametrize("wait", [Wait.BODY, Wait.ANSWER])
+def test_what_moves_slowly_is_waited_for(wait: Wait) -> None:
+    assert ticks_until_over(wait, bytes_each_tick=MIN_RATE) is None
 
 
 def test_a_fast_body_that_stops_is_waited_for_as_long_as_any() -> None:
