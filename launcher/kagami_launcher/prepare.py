@@ -34,7 +34,7 @@ def prepare(invocation: Invocation, tree: ProcessTree, tracer: Tracer) -> ModelS
             source = hub.resolve(args.model_id, revision=args.revision, cache=cache)
         else:
             source = hub.overridden(args.model_id, Path(override), cache)
-    except hub_cache.ModelNotFound as missing:
+    except (hub_cache.ModelNotFound, OSError, ValueError) as missing:  # of foreign files
         raise LaunchFailed("DownloadError", str(missing)) from missing
     if args.revision is not None and not source.is_from_hub:
         log.warning("`--revision` has no effect: %s is not from the hub", args.model_id)

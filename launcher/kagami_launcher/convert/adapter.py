@@ -7,7 +7,6 @@ an adapter that is applied in part gives wrong answers without an error.
 
 import logging
 import re
-import shutil
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from torch import Tensor
 from kagami_launcher.convert.files import (
     ConversionRefused,
     StoredTensor,
+    copy_side_file,
     open_safetensors,
     shown,
     write_index,
@@ -312,10 +312,10 @@ def _copy_side_files(adapter: Path, base: Path, folder: Path) -> None:
     has_tokenizer = any((adapter / f"tokenizer.{kind}").is_file() for kind in ("json", "model"))
     for file in model_folder.side_files(base):
         if not (has_tokenizer and file.name in _TOKENIZER_FILES):
-            shutil.copyfile(file, folder / file.name)
+            copy_side_file(file, folder)
     for name in _TOKENIZER_FILES if has_tokenizer else ():
         if (adapter / name).is_file():
-            shutil.copyfile(adapter / name, folder / name)
+            copy_side_file(adapter / name, folder)
 
 
 def _adapt_config(folder: Path, change: _Adapter, base: Mapping[str, _Lazy]) -> None:

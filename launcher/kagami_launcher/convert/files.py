@@ -20,6 +20,8 @@ from kagami_launcher.model.folder import INDEX
 from kagami_proto.model_files import check_header
 from kagami_proto.panics import LibraryPanicked, exception_of
 
+_MAX_SIDE_BYTES = 256 << 20
+
 
 class ConversionRefused(Exception):
     """The file cannot be converted faithfully; the text says why, for the operator."""
@@ -123,6 +125,13 @@ def write_index(folder: Path, names: Sequence[str]) -> None:
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write a JSON file for people to read."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def copy_side_file(file: Path, folder: Path) -> None:
+    """Copy a file that stands beside weights: settings, a tokenizer, code. None is large."""
+    if (size := file.stat().st_size) > _MAX_SIDE_BYTES:
+        raise ConversionRefused(f"{file} has {size} bytes, the limit is {_MAX_SIDE_BYTES}")
+    shutil.copyfile(file, folder / file.name)
 
 
 @contextmanager

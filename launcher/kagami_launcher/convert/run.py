@@ -15,16 +15,18 @@ import argparse
 import logging
 import shutil
 import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
 from kagami_launcher.convert import gguf as convert_gguf
-from kagami_launcher.convert.files import ConversionRefused, new_folder, only_one
+from kagami_launcher.convert.files import ConversionRefused, copy_side_file, new_folder, only_one
 from kagami_launcher.convert.sentencepiece_model import write_tokenizer
 from kagami_launcher.model import folder as model_folder
 from kagami_proto import logs
+from kagami_proto.panics import exception_of
 
 log = logging.getLogger("kagami_launcher.convert.run")  # __name__ is "__main__" in the child
 
@@ -67,7 +69,7 @@ def convert(task: Task) -> None:
             _complete(task, folder)
         else:
             for file in model_folder.side_files(task.source):
-                shutil.copyfile(file, folder / file.name)
+                copy_side_file(file, folder)
             _complete(task, folder)
 
 
@@ -101,10 +103,20 @@ def main(arguments: Sequence[str]) -> int:
     task = _parse(arguments)
     try:
         convert(task)
-    except (ConversionRefused, OSError, ValueError, RuntimeError) as error:
-        log.error("Cannot convert %s: %s", task.source, error)
+    except BaseException as raised:  # the border of this process: files can cause anything
+        error = exception_of(raised)
+        log.error("Cannot convert %s: %s", task.source, _reason(error))
         return 1
     return 0
+
+
+def _reason(error: Exception) -> str:
+    """In one line; of what was not meant for an operator the kind and the place are said too."""
+    text = " ".join(str(error).split())[:1000]
+    place = traceback.extract_tb(error.__traceback__)
+    if isinstance(error, ConversionRefused | OSError | ValueError) or not place:
+        return text
+    return f"{type(error).__name__}: {text} ({Path(place[-1].filename).name}:{place[-1].lineno})"
 
 
 def _parse(arguments: Sequence[str]) -> Task:

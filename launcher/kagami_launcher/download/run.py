@@ -52,7 +52,8 @@ def run(args: DownloadArgs) -> int:
         if (base := base_of(folder)) is not None:
             log.info("Downloading parent model %s", base[0])
             download(args, *base)
-    except DownloadFailed as failure:
+    except Exception as error:  # the border of this process: files and disks can cause anything
+        failure = explain(error, args.model_id, args.revision, has_token=get_token() is not None)
         log.error("%s", failure)
         return 1
     return 0
