@@ -21,19 +21,29 @@ _Json = Mapping[str, Any]
 _CLASSES = tuple(
     characters.encode() for characters in (string.digits, string.ascii_letters, string.punctuation)
 )
+# Control characters: no white space, and no normalizer changes them.
+_CONTROLS = bytes([*range(0x09), *range(0x0E, 0x1C), 0x7F])
+_SPACES = (b" ", b"\t", b"\n", b"\r")
 _OTHERS = bytes(range(128, 256))
+# An added token may swallow any amount of white space beside it, and some pre-tokenizers drop it:
+# bytes that are part of white space beyond ASCII (Unicode's White_Space) prove nothing.
+_OTHER_SPACES = "\x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(
+    map(chr, range(0x2000, 0x200B))
+)
+_OTHERS_BUT_SPACES = _OTHERS.translate(None, _OTHER_SPACES.encode())
 # The bytes that UTF-8 uses (RFC 3629, section 4).
 _IN_UTF8 = frozenset(range(256)) - {0xC0, 0xC1, *range(0xF5, 0x100)}
 _FALLBACK = tuple(f"<0x{byte:02X}>" for byte in sorted(_IN_UTF8))
-_OTHER_TOKENS = tuple(pair for pair in BYTE_CHARACTERS if pair[0] >= 0x80)
 # Normalizers that leave ASCII digits, letters and punctuation in their class. Those of Unicode may
 # merge one with the characters behind it that are not ASCII: those are subtracted.
 _KEEPS_ASCII = frozenset({"NFC", "NFD", "NFKC", "NFKD", "Lowercase", "Strip", "Prepend"})
 _KEEPS_ALL = frozenset({"Prepend"})
+_KEEPS_SPACES = _KEEPS_ASCII - {"Strip"}
 # Pre-tokenizers that cut, and drop white space at most.
 _CUTS = frozenset(
     {"ByteLevel", "Metaspace", "Whitespace", "WhitespaceSplit", "Digits", "UnicodeScripts"}
 )
+_CUTS_ALONE = frozenset({"ByteLevel", "Digits", "UnicodeScripts"})
 _MODELS = frozenset({"BPE", "Unigram"})
 
 
@@ -55,32 +65,37 @@ class TokenBound:
         has_affix = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
         if model["type"] not in _MODELS or has_affix or not is_cut:
             return cls(())
-        vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+        vocabulary = tokenizer.get_vocab(with_added_tokens=False)
         is_byte_level = any(step["type"] == "ByteLevel" for step in cuts)
         tokens = [_bytes_of(token, is_byte_level=is_byte_level) for token in vocabulary]
-        tokens += [
-            added.content.encode() for added in tokenizer.get_added_tokens_decoder().values()
-        ]
+        tokens += _texts_of_added(tokenizer)
         tokens.sort(key=len, reverse=True)
-        found = []
-        if all(step["type"] in _KEEPS_ASCII or _replaces_space(step) for step in normalizers):
-            # A character without a token may become unknown, or nothing.
-            found = [each for each in _CLASSES if all(chr(one) in vocabulary for one in each)]
-        if all(step["type"] in _KEEPS_ALL or _replaces_space(step) for step in normalizers):
-            if is_byte_level:
-                found.append(bytes(byte for byte, one in _OTHER_TOKENS if one in vocabulary))
-            elif model.get("byte_fallback") and all(token in vocabulary for token in _FALLBACK):
-                found.append(_OTHERS)
-        return cls(tuple((each, max(1, _most(tokens, each))) for each in found))
+        # A character without a token may become unknown, or nothing.
+        found = [each for each in _CLASSES if all(chr(one) in vocabulary for one in each)]
+        if is_byte_level:
+            known = bytes(byte for byte, one in BYTE_CHARACTERS if one in vocabulary)
+        else:
+            has_fallback = model.get("byte_fallback") and all(
+                one in vocabulary for one in _FALLBACK
+            )
+            known = bytes(range(256)) if has_fallback else b""
+        found += [_within(known, each) for each in (_CONTROLS, _OTHERS_BUT_SPACES)]
+        if is_byte_level and _keeps_spaces(tokenizer, normalizers, cuts):
+            found += [_within(known, each) for each in _SPACES]
+        if not _are_all(normalizers, _KEEPS_ASCII):
+            found = []
+        elif not _are_all(normalizers, _KEEPS_ALL):
+            found = [each for each in found if each.isascii()]
+        return cls(tuple((each, max(1, _most(tokens, each))) for each in found if each))
 
     def at_least(self, text: str) -> int:
-        """The text has so many tokens or more; costs 2 ms for a megabyte."""
+        """The text has so many tokens or more; costs 4 ms for a megabyte."""
         data = text.encode(errors="replace")
         num_others = _count(data, _OTHERS)
         bounds = [0]
         for characters, most in self.classes:
             number = _count(data, characters)
-            if characters and characters[0] < 0x80:
+            if characters[0] < 0x80:
                 number -= num_others
             bounds.append(-(-number // most))
         return max(bounds)
@@ -95,6 +110,34 @@ def _steps(step: _Json | None, name: str) -> Iterator[_Json]:
         return
     for part in step[name]:
         yield from _steps(part, name)
+
+
+def _are_all(normalizers: list[_Json], names: frozenset[str]) -> bool:
+    """Each of `normalizers` is one of `names`, or replaces nothing but spaces."""
+    return all(step["type"] in names or _replaces_space(step) for step in normalizers)
+
+
+def _keeps_spaces(
+    tokenizer: tokenizers.Tokenizer, normalizers: list[_Json], cuts: list[_Json]
+) -> bool:
+    added = tokenizer.get_added_tokens_decoder().values()
+    return (
+        all(step["type"] in _KEEPS_SPACES for step in normalizers)
+        and all(step["type"] in _CUTS_ALONE or _is_split(step) for step in cuts)
+        and not any(one.lstrip or one.rstrip for one in added)
+    )
+
+
+def _within(known: bytes, characters: bytes) -> bytes:
+    return bytes(one for one in characters if one in known)
+
+
+def _texts_of_added(tokenizer: tokenizers.Tokenizer) -> Iterator[bytes]:
+    """The texts that added tokens stand for: as they are, and as the normalizer makes them."""
+    for added in tokenizer.get_added_tokens_decoder().values():
+        yield added.content.encode()
+        if tokenizer.normalizer is not None:
+            yield tokenizer.normalizer.normalize_str(added.content).encode()
 
 
 def _is_split(step: _Json) -> bool:
@@ -124,4 +167,6 @@ def _most(tokens: list[bytes], characters: bytes) -> int:
 
 
 def _count(data: bytes, characters: bytes) -> int:
+    if len(characters) == 1:
+        return data.count(characters)
     return len(data) - len(data.translate(None, characters))

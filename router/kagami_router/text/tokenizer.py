@@ -67,7 +67,7 @@ class Tokenizer:
         self._bound = TokenBound.of(tokenizer)
 
     def at_least(self, text: str) -> int:
-        """`text` has so many tokens or more; costs 2 ms for a megabyte."""
+        """`text` has so many tokens or more; costs 4 ms for a megabyte."""
         return self._bound.at_least(text)
 
     async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:

@@ -19,7 +19,9 @@ CORPUS = [
     "aaaaaaaaaaaaaaaa bbbbbbbbbbbb 日日日日日日 éééééé",
 ]
 ADDED = ["<|im_start|>", "<|padding of a long name|>", "éééééééé"]
-ALPHABET = "abcXYZ019 .#=-\n\u00e9e\u0301日本한\u1112\u1161\u11ab\u212bﬁ\U0001f600"
+ALPHABET = (
+    "abcXYZ019 .#=-\n\t\r\x01\x7f\u3000\u00a0\u00e9e\u0301日本한\u1112\u1161\u11ab\u212bﬁ\U0001f600"
+)
 
 
 def byte_level(normalizer: normalizers.Normalizer | None = None) -> tokenizers.Tokenizer:
@@ -90,6 +92,10 @@ def test_what_the_vocabulary_has_as_one_token_counts_so(name: str, text: str) ->
         ("byte level", "x" * 1000, 30),
         ("byte level", "日" * 1000, 60),
         ("byte level, NFC", "1" * 1000, 90),
+        ("byte level", "\x01" * 1000, 1000),
+        ("byte level", "\n" * 1000, 1000),
+        ("byte level, NFC", "\t" * 1000, 1000),
+        ("SentencePiece", "\x01" * 1000, 1000),
         ("SentencePiece", "x" * 1000, 9),
         ("SentencePiece", "字" * 1000, 30),
     ],
@@ -119,6 +125,25 @@ def test_a_tokenizer_that_may_drop_text_proves_nothing(change: dict[str, Any]) -
     bound = TokenBound.of(tokenizer)
     for text in ("1" * 1000, "x1" * 500):
         assert bound.at_least(text) <= len(tokenizer.encode(text).ids)
+
+
+@pytest.mark.parametrize("space", [" ", "\n", "\u3000", "\u00a0", "\u2003"])
+@pytest.mark.parametrize("side", ["lstrip", "rstrip"])
+def test_white_space_that_an_added_token_swallows_proves_nothing(space: str, side: str) -> None:
+    tokenizer = byte_level()
+    token = tokenizers.AddedToken("<mask>", special=True, **{side: True})
+    tokenizer.add_special_tokens([token])
+    text = space * 500 + "<mask>" if side == "lstrip" else "<mask>" + space * 500
+    bound = TokenBound.of(tokenizer)
+    assert bound.at_least(text) <= len(tokenizer.encode(text).ids) == 1
+    assert bound.at_least("日" * 1000) >= 60
+
+
+def test_an_added_token_stands_for_what_the_normalizer_makes_of_it() -> None:
+    tokenizer = byte_level(normalizers.NFKC())
+    tokenizer.add_tokens([tokenizers.AddedToken("\u2474" * 20, normalized=True)])  # (1)
+    text = "(1)" * 20 * 100
+    assert TokenBound.of(tokenizer).at_least(text) <= len(tokenizer.encode(text).ids) == 100
 
 
 def test_a_letter_without_a_token_proves_nothing_about_letters() -> None:
