@@ -41,7 +41,13 @@ _POSITIVE = Bounds(1e-9, 1e15, is_whole=False)
 _EPSILON = Bounds(0, 1, is_whole=False)
 
 _FIELDS: Mapping[str, Bounds] = MappingProxyType(
-    dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), _LAYERS)
+    dict.fromkeys(
+        (
+            *("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
+            *("decoder_layers", "encoder_layers", "num_decoder_layers"),
+        ),
+        _LAYERS,
+    )
     | dict.fromkeys(
         ("num_attention_heads", "num_key_value_heads", "n_head", "n_heads", "num_heads"), _HEADS
     )

@@ -123,15 +123,20 @@ class ModelSpec:
                     f"{rope.rotary_dim} dimensions of a head of {self.head_dim} cannot be rotated: "
                     "their number must be even, and not 0"
                 )
-        for index, layer in enumerate(self.layers):
-            if layer.window is not None and not (
-                isinstance(layer.window, int) and layer.window > 0
-            ):
-                raise self._refused(f"sliding_window {layer.window!r} of layer {index}")
+        for layer in self.layers:
+            if layer.window is not None and not _is_window(layer.window):
+                raise self._refused(f"sliding_window {layer.window!r} is no number of tokens")
 
     def _refused(self, why: str) -> UnsupportedModel:
         return UnsupportedModel(f"model type {self.model_type}: config.json: {why}")
 
+
+def _is_window(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= _LONGEST
+
+
+_LONGEST = 1 << 30
+"""Window, in tokens"""
 
 _NUMBERS: Mapping[str, type | tuple[type, ...]] = MappingProxyType(
     dict.fromkeys(

@@ -89,6 +89,8 @@ def test_a_rope_that_makes_no_frequencies_is_refused(rope: object, tmp_path: Pat
         {"head_dim": 1},
         {"model_type": "mistral", "sliding_window": 0},
         {"model_type": "mistral", "sliding_window": -4},
+        {"model_type": "mistral", "sliding_window": True},
+        {"model_type": "mistral", "sliding_window": 2**32 + 5},
         {"model_type": "qwen3", "layer_types": ["full_attention"] * 3},
         {"model_type": "gemma2", "query_pre_attn_scalar": None},
     ],

@@ -7,9 +7,12 @@ from typing import Any
 import pytest
 import torch
 from tests.fakes.model_folders import CONFIG, tensors, write_model
+from tests.fakes.ranks import run_ranks
+from tests.shard.hostile_loads import KINDS
 
-from kagami_proto.errors import InvalidCheckpoint
+from kagami_proto.errors import InvalidCheckpoint, KagamiError
 from kagami_shard.backends.torch.load import load_torch
+from kagami_shard.machine.distributed import TensorParallel
 
 # name -> a shape that it must not have
 WRONG: list[tuple[str, tuple[int, ...]]] = [
@@ -65,6 +68,59 @@ def test_a_wrong_shape_is_refused_by_name(
     words = f"{tmp_path}/model.safetensors: {name} has the shape {list(shape)}, "
     with pytest.raises(InvalidCheckpoint, match=re.escape(f"{words}config.json says {right}")):
         load(tmp_path, **LOADING[way])
+
+
+@pytest.mark.parametrize(("name", "shape"), WRONG[::4])
+def test_every_rank_refuses_before_it_waits_for_the_others(
+    name: str, shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    write_model(tmp_path, weights=tensors() | {name: torch.zeros(shape)})
+
+    def refusal(group: TensorParallel) -> str:
+        with pytest.raises(InvalidCheckpoint) as raised:
+            load(tmp_path, dtype=torch.float32, parallel=group)
+        return str(raised.value)
+
+    words = f"{name} has the shape {list(shape)}"
+    assert [words in text for text in run_ranks(2, refusal)] == [True, True]
+
+
+@pytest.mark.parametrize("kind", ["gptq", "awq", "compressed-tensors", "fp8"])
+def test_the_tensors_of_a_quantized_matrix_must_fit_it(kind: str, tmp_path: Path) -> None:
+    config, weights = KINDS[kind][0]()
+    module = "model.layers.1.mlp.down_proj."
+    parts = [name for name in weights if name.startswith(module) and "input_scale" not in name]
+    assert len(parts) >= 2
+    for name in parts:
+        for dimension in range(weights[name].ndim):
+            wrong = weights[name].repeat_interleave(2, dimension)
+            write_model(tmp_path, config, weights | {name: wrong})
+            with pytest.raises(KagamiError, match=re.escape(module.removesuffix("."))):
+                load(tmp_path, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("kind", ["gptq", "compressed-tensors"])
+@pytest.mark.parametrize("group", [-1, 3, 2**31 - 1])
+def test_a_column_of_a_group_that_is_not_there_is_refused(
+    group: int, kind: str, tmp_path: Path
+) -> None:
+    config, weights = KINDS[kind][0]()
+    name = next(name for name in weights if name.endswith("g_idx"))
+    changed = weights[name].clone()
+    changed[5] = group
+    write_model(tmp_path, config, weights | {name: changed})
+    with pytest.raises(InvalidCheckpoint, match=f"{re.escape(name)} .* names groups"):
+        load(tmp_path, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("size", [0, -2, 2**40, "16", 1.5, True])
+@pytest.mark.parametrize("kind", ["gptq", "awq"])
+def test_a_group_size_that_is_none_is_refused(size: object, kind: str, tmp_path: Path) -> None:
+    config, weights = KINDS[kind][0]()
+    config["quantization_config"] = config["quantization_config"] | {"group_size": size}
+    write_model(tmp_path, config, weights)
+    with pytest.raises(KagamiError, match="group_size"):
+        load(tmp_path, dtype=torch.bfloat16)
 
 
 def test_tensors_that_agree_with_each_other_must_agree_with_the_config(tmp_path: Path) -> None:
