@@ -43,6 +43,8 @@ from kagami_launcher.convert.gguf_tokenizer import (
 
 log = logging.getLogger(__name__)
 
+_NUMBERS_AT_ONCE = 1 << 22
+
 
 def unpermute(weight: Any, num_heads: int) -> Any:
     """Undo llama.cpp's order of q and k rows: it rotates neighbours, checkpoints rotate halves."""
@@ -77,16 +79,26 @@ class _Placed:
         dequantized(replace(self.source, data=self.source.data[:1]))
 
     def to_bfloat16(self, config: Mapping[str, Any]) -> Any:
-        weight = dequantized(self.source).reshape(self.source.shape)
+        """The weight of a checkpoint; few rows at a time are in memory as float32."""
+        rows = self.source.data
+        result = np.empty((len(rows), self.source.shape[-1]), "<u2")
+        step = max(1, _NUMBERS_AT_ONCE // result.shape[1])
+        for start in range(0, len(rows), step):
+            part = replace(self.source, data=rows[start : start + step])
+            result[start : start + step] = self._rounded(dequantized(part))
+        weight = result.reshape(self.source.shape)
         if self.family.swaps_rotary_rows and ".q_proj." in self.name:
-            weight = unpermute(weight, config["num_attention_heads"])
-        elif self.family.swaps_rotary_rows and ".k_proj." in self.name:
-            weight = unpermute(weight, config["num_key_value_heads"])
-        elif self.family.adds_one_to_norms and self.name.endswith("norm.weight"):
+            return unpermute(weight, config["num_attention_heads"])
+        if self.family.swaps_rotary_rows and ".k_proj." in self.name:
+            return unpermute(weight, config["num_key_value_heads"])
+        return weight
+
+    def _rounded(self, weight: Any) -> Any:
+        """The bits of bfloat16 numbers: to nearest, ties to even."""
+        if self.family.adds_one_to_norms and self.name.endswith("norm.weight"):
             weight = weight - 1
         bits = np.ascontiguousarray(weight, dtype=np.float32).view(np.uint32)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16  # to nearest, ties to even
-        return rounded.astype("<u2")
+        return (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
 
 
 def write_weights(
