@@ -46,7 +46,12 @@ def _open_lock(path: str) -> int:
         descriptor = os.open(path, os.O_RDONLY | os.O_CREAT | os.O_EXCL, 0o600)
         os.fchmod(descriptor, 0o644)  # whatever the umask
         return descriptor
-    return os.open(path, os.O_RDONLY)
+    # A pipe under the lock's name would be waited for.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is no regular file")
+    return descriptor
 
 
 def _cannot_use(path: str, error: OSError) -> LaunchFailed:

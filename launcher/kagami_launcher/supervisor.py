@@ -23,6 +23,9 @@ from kagami_launcher.child import Child, ChildEnded, HeldOutput, LogStyle, Outpu
 
 log = logging.getLogger(__name__)
 
+# A call that never returns (a pipe that nobody reads, a file system that is gone) keeps the main
+# thread from a signal; for so long it is waited for.
+_PATIENCE_S = 10.0
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -44,7 +47,7 @@ class Supervisor:
         self._events: SimpleQueue[Event] = SimpleQueue()
         self._backlog: deque[Event] = deque()
         self._children: list[Child] = []
-        self._is_stopping = False
+        self._num_taken = 0  # times that the main thread took an event, or none
 
     def __enter__(self) -> Self:
         return self
@@ -86,6 +89,14 @@ class Supervisor:
         while numbers := os.read(pipe, 64):
             for number in numbers:
                 self._events.put(StopAsked(number))
+            watch = threading.Timer(_PATIENCE_S, self._end_if_stuck, (self._num_taken,))
+            watch.daemon = True
+            watch.start()
+
+    def _end_if_stuck(self, num_taken: int) -> None:
+        if self._num_taken == num_taken:
+            self.__exit__()
+            os._exit(1)
 
     def held_output(self) -> HeldOutput:
         """An output for a child whose lines have to wait until `release`."""
@@ -107,12 +118,14 @@ class Supervisor:
 
     def next_event(self, timeout_s: float | None) -> Event | None:
         """The next event, or None after the time."""
-        if self._backlog:
-            return self._backlog.popleft()
         try:
+            if self._backlog:
+                return self._backlog.popleft()
             return self._events.get(timeout=timeout_s)
         except Empty:
             return None
+        finally:
+            self._num_taken += 1
 
     def stop(self, children: Sequence[Child], grace_s: float) -> None:
         """End these children: SIGTERM, up to `grace_s` of patience, SIGKILL. Logs as TGI does.
@@ -150,5 +163,6 @@ class Supervisor:
         child.signal_group(signal.SIGKILL)
         while child.is_running:
             event = self._events.get()
+            self._num_taken += 1
             if event != ChildEnded(child):
                 self._backlog.append(event)

@@ -84,6 +84,8 @@ def _is_inside(name: str) -> bool:
 def check_header(path: Path) -> None:
     """Refuse a .safetensors file whose header is said to be longer than any model's."""
     try:
+        if not path.is_file():  # a pipe would be waited for
+            raise BrokenFile(f"cannot read {path}: it is no regular file")
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
     except OSError as error:

@@ -1,6 +1,7 @@
 """The launcher as a process, with fake children that are processes too."""
 
 import json
+import os
 import re
 import signal
 import socket
@@ -253,6 +254,18 @@ def test_a_broken_index_is_one_clear_line(launch: Launch, model_folder: Path) ->
     why = f"cannot read {index}: no weight_map of tensors to files: "
     assert (code, stderr.count("\n")) == (1, 1)
     assert stderr.startswith(f'Error: DownloadError("{why}')
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(
+    launch: Launch, model_folder: Path, name: str
+) -> None:
+    (model_folder / name).unlink()
+    os.mkfifo(model_folder / name)
+    code, _, stderr = launch().finish()
+    assert code == 1
+    assert stderr.count("\n") == 1
+    assert str(model_folder) in stderr
 
 
 def test_the_report_comes_before_the_arguments(launch: Launch) -> None:

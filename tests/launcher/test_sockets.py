@@ -77,3 +77,17 @@ def test_a_file_that_is_no_socket_is_left_alone(tmp_path: Path) -> None:
 def test_an_impossible_socket_is_refused(path: str) -> None:
     with pytest.raises(LaunchFailed, match=re.escape(path)):
         sockets.claim(path)
+
+
+def test_what_is_no_file_under_the_name_of_the_lock_is_refused_and_not_waited_for(
+    tmp_path: Path,
+) -> None:
+    def listen(path: Path) -> None:
+        with socket.socket(socket.AF_UNIX) as other:
+            other.bind(str(path))
+
+    kinds = (os.mkfifo, os.mkdir, listen, lambda path: path.symlink_to("/dev/zero"))
+    for number, make in enumerate(kinds):
+        make(tmp_path / f"uds-{number}.lock")
+        with pytest.raises(LaunchFailed, match=rf"cannot use .*uds-{number}\.lock: "):
+            sockets.claim(str(tmp_path / f"uds-{number}"))

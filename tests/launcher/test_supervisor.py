@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -67,3 +68,36 @@ def test_a_killed_child_is_gone_and_the_ends_of_others_are_not_lost(supervisor: 
     supervisor.kill(child)
     assert child.exit_code == -signal.SIGKILL
     assert supervisor.next_event(20.0) == ChildEnded(other)
+
+
+# A launcher whose main thread opens a pipe that nobody writes to.
+STUCK = """
+import os, sys
+from kagami_launcher import supervisor
+from kagami_launcher.child import LogStyle, Output
+
+supervisor._PATIENCE_S = 0.1
+with supervisor.Supervisor(Output(1)) as tree, tree.signals():
+    style = LogStyle("fake", 20, json_output=False)
+    child = tree.start("fake", ["sleep", "60"], dict(os.environ), style)
+    print(child.process.pid, flush=True)
+    os.open(sys.argv[1], os.O_RDONLY)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_launcher_that_is_stuck(tmp_path: Path, number: int) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", STUCK, str(pipe)], stdout=subprocess.PIPE, text=True
+    )
+    with launcher:
+        assert launcher.stdout is not None
+        child = int(launcher.stdout.readline())
+        launcher.send_signal(number)
+        assert launcher.wait(20) == 1
+        deadline = time.monotonic() + 20
+        while Path(f"/proc/{child}").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert not Path(f"/proc/{child}").exists()

@@ -51,6 +51,8 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "config.json")
     with pytest.raises(BrokenFile, match=r"config\.json: there is no such file"):
         read_object(tmp_path / "config.json")
+    with pytest.raises(BrokenFile, match=r"config\.json: it is no regular file"):
+        check_header(tmp_path / "config.json")
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:

@@ -105,5 +105,7 @@ def _weights(folder: Path, pattern: str) -> list[Path]:
     return sorted(
         file
         for file in folder.glob(pattern)
-        if not any(word in file.name for word in _NOT_WEIGHTS) and not file.name.startswith(".")
+        if not any(word in file.name for word in _NOT_WEIGHTS)
+        and not file.name.startswith(".")
+        and file.is_file()  # a pipe would be waited for
     )

@@ -75,6 +75,8 @@ def weight_files(folder: Path) -> list[Path]:
         raise InvalidCheckpoint(f"{folder} has no weights: no .safetensors file")
     for file in files:
         if not file.is_file():
+            if file.exists():
+                raise InvalidCheckpoint(f"{file} is no regular file")
             raise InvalidCheckpoint(f"{file} does not exist, but {index} names it")
     return files
 
