@@ -72,14 +72,14 @@ def test_a_killed_child_is_gone_and_the_ends_of_others_are_not_lost(supervisor: 
 
 # A launcher whose main thread opens a pipe that nobody writes to.
 STUCK = """
-import os, sys
+import os, shutil, sys
 from kagami_launcher import supervisor
 from kagami_launcher.child import LogStyle, Output
 
 supervisor._PATIENCE_S = 0.1
 with supervisor.Supervisor(Output(1)) as tree, tree.signals():
     style = LogStyle("fake", 20, json_output=False)
-    child = tree.start("fake", ["sleep", "60"], dict(os.environ), style)
+    child = tree.start("fake", [shutil.which("sleep"), "60"], dict(os.environ), style)
     print(child.process.pid, flush=True)
     os.open(sys.argv[1], os.O_RDONLY)
 """
