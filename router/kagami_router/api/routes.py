@@ -60,6 +60,7 @@ from kagami_router.api.schemas.responses import (
 )
 from kagami_router.api.web import sse
 from kagami_router.api.web.app_state import READINESS, TGI_VERSION, Readiness
+from kagami_router.api.web.body_room import ROOM, BodyRoom
 from kagami_router.api.web.call import TRACES_CONTENT
 from kagami_router.api.web.caller import CALLER_HEADER
 from kagami_router.api.web.errors import Families, Family
@@ -279,6 +280,7 @@ def make_app(
     app[TRACES_CONTENT] = traces_content
     app[CALLER_HEADER] = caller_header
     app[sse.OUTBOX] = sse.Outbox()
+    app[ROOM] = BodyRoom(payload_limit)
     app.on_response_prepare.append(cors(allowed_origins, FAMILIES_OF_ROUTES))
     for route in routes:
         add = app.router.add_get if route.method == "GET" else app.router.add_post

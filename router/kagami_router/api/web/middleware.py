@@ -34,7 +34,8 @@ from kagami_proto.errors import (
 from kagami_proto.panics import exception_of
 from kagami_proto.span_names import EventName, Key
 from kagami_proto.tracing import mark_failed
-from kagami_router.api.web.body_rules import SlowBody, ask_for_body, too_large, without_body
+from kagami_router.api.web.body_room import ROOM, CrowdedOut
+from kagami_router.api.web.body_rules import SlowBody, ask_for_body, without_body
 from kagami_router.api.web.call_log import brought_until_now, origin_of
 from kagami_router.api.web.errors import (
     Families,
@@ -240,9 +241,9 @@ async def read_body(request: web.Request, decoder: msgspec.json.Decoder[_Body]) 
         raise UnsupportedMediaType("Expected request with `Content-Type: application/json`")
     await ask_for_body(request)
     try:
-        body = await request.read()
-    except web.HTTPRequestEntityTooLarge as error:
-        raise too_large(request) from error
+        body = await request.app[ROOM].read(request)
+    except CrowdedOut as error:
+        raise Overloaded("Too many long request bodies are coming at once") from error
     except SlowBody as error:
         raise BodyTooSlow(
             "Failed to buffer the request body: it came too slowly (see --body-timeout)"

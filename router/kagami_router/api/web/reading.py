@@ -93,6 +93,8 @@ class SlicedReader(RequestHandler):
         num_messages = self._request_count
         body = self._body
         is_in_head = body is None or body.is_eof()
+        if is_in_head and self._is_chunked:  # the body has ended: what follows is another head
+            self._is_chunked, self._num_framing = False, 0
         num_content = 0 if body is None else body.total_bytes
         super().data_received(data)
         if self._request_count != num_messages and self._messages:
@@ -136,7 +138,7 @@ class SlicedReader(RequestHandler):
     def _break_body(self, reason: str) -> None:
         """Whoever waits for the rest of the body hears why it does not come."""
         self._read_no_more()
-        if self._body is not None and not self._body.is_eof():
+        if self._body is not None and not self._body.is_eof() and self._body.exception() is None:
             self._body.set_exception(web.RequestPayloadError(reason))
 
     def _read_no_more(self) -> None:

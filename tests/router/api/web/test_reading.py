@@ -76,6 +76,21 @@ async def test_a_long_body_is_parsed_in_slices_and_comes_whole(
     assert sum(parsed) == len(two)
 
 
+async def test_another_request_follows_a_body_with_much_framing() -> None:
+    content = CONTENT + b" " * 1_000_000
+    request = GENERATE + CHUNKED + chunks(content, 100)
+    async with serving() as server:
+        reader, writer = await connect(server)
+        async with asyncio.timeout(PATIENCE_S):
+            for message in (request, request, GENERATE + b"content-length: 14\r\n\r\n" + CONTENT):
+                for part in (message[:-9], message[-9:]):
+                    writer.write(part)
+                    await writer.drain()
+                assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200 ")
+                await reader.readuntil(b"}")
+        writer.close()
+
+
 async def test_a_few_thousand_small_chunks_are_a_body() -> None:
     content = CONTENT + b" " * 4000
     async with serving() as server:
