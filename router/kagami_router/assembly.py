@@ -29,7 +29,10 @@ from kagami_router.shards.messages import Pool, ShardInfo
 from kagami_router.shards.session import ShardSession, WarmupLimits
 from kagami_router.telemetry.metrics import Capacity, Metrics
 from kagami_router.text import chat_template, tokenizer
+from kagami_router.text.chat_template import ChatTemplate, MissingTemplate
 from kagami_router.text.encode_queue import EncodeQueue
+from kagami_router.text.tokenizer import SpecialTokens, Tokenizer
+from kagami_router.text.turn_end import turn_end_ids
 from kagami_router.tools.chat_format import ChatFormat
 from kagami_router.tools.formats import find_format
 
@@ -82,7 +85,7 @@ async def assemble(
     loop = BatchingLoop(
         session,
         tokenizer=encoder.backend,
-        eos_token_ids=facts.eos_token_ids,
+        eos_token_ids=await _eos_token_ids(facts, tokens, template, encoder),
         metrics=metrics,
         tracing=tracing,
     )
@@ -103,6 +106,23 @@ async def assemble(
         is_healthy=lambda: loop.is_healthy,
     )
     return loop, state
+
+
+async def _eos_token_ids(
+    facts: ShardInfo,
+    tokens: SpecialTokens,
+    template: ChatTemplate | MissingTemplate,
+    encoder: Tokenizer,
+) -> frozenset[int]:
+    """The ids that end a text: the shard read the model's files; the tokenizer's ids are added."""
+    ids = facts.eos_token_ids | await turn_end_ids(tokens.eos, template, encoder.backend)
+    texts = {token_id: encoder.backend.id_to_token(token_id) for token_id in sorted(ids)}
+    if ids:
+        shown = ", ".join(f"{token_id} {text}" for token_id, text in texts.items())
+        logger.info("A text ends with one of these tokens: %s", shown)
+    else:
+        logger.warning("No token ends a text: every answer takes `max_new_tokens`")
+    return ids
 
 
 async def _open_session(

@@ -19,7 +19,7 @@ import uvloop
 
 from kagami_proto import generate_pb2 as pb
 from kagami_proto import local_channel
-from kagami_proto.errors import InvalidCheckpoint, KagamiError, RankLost
+from kagami_proto.errors import KagamiError, RankLost
 from kagami_proto.generate_pb2_grpc import add_TextGenerationServiceServicer_to_server
 from kagami_proto.open_tracing import open_tracing
 from kagami_proto.panics import exception_of
@@ -38,11 +38,11 @@ from kagami_shard.machine.bandwidth import read_bandwidth
 from kagami_shard.machine.device import device_kind, find_device
 from kagami_shard.machine.distributed import connect
 from kagami_shard.machine.memory import is_out_of_memory
+from kagami_shard.models.eos import eos_token_ids
 from kagami_shard.sampling.grammar import Grammars
 from kagami_shard.sampling.watermark import Watermark
 from kagami_shard.service import TextGenerationService
 from kagami_shard.weights.finite import why_not_finite
-from kagami_shard.weights.json_files import read_object, shown
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,6 @@ _GRACE_S = 2.0
 # Objects that outlive their step are those of a sequence.
 _COLLECT_AFTER = 50_000
 _MAX_REASON = 1000
-_MAX_EOS = 1024
 
 
 def serve(args: ServeArgs) -> int:
@@ -212,30 +211,6 @@ def _facts(args: ServeArgs, backend: Backend) -> pb.InfoResponse:
         quantization=model.quantization,
         policy=policy_to_pb(backend.policy),
     )
-
-
-def eos_token_ids(folder: Path) -> list[int]:
-    """The ids that end a text: from generation_config.json, else config.json; empty if unknown.
-
-    Raises `InvalidCheckpoint`.
-    """
-    for name in ("generation_config.json", "config.json"):
-        path = folder / name
-        if path.is_file():
-            config = read_object(path)
-            text_config = config.get("text_config")
-            inner = text_config.get("eos_token_id") if isinstance(text_config, dict) else None
-            value = config.get("eos_token_id", inner)
-            if value is not None:
-                ids = value if isinstance(value, list) else [value]
-                if len(ids) > _MAX_EOS or not all(map(_is_id, ids)):
-                    raise InvalidCheckpoint(f"{path}: eos_token_id {shown(value)} is no token id")
-                return list(ids)
-    return []
-
-
-def _is_id(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 32
 
 
 async def _serve(socket: Path, service: TextGenerationService, worker: Worker) -> int:

@@ -22,7 +22,7 @@ from kagami_shard.backends.select import load_backend
 from kagami_shard.engine.engine import Engine
 from kagami_shard.engine.warmup import WarmupLimits
 from kagami_shard.machine.distributed import Alone
-from kagami_shard.server import eos_token_ids
+from kagami_shard.models.eos import eos_token_ids
 from kagami_shard.weights.finite import why_not_finite
 
 _GPT2: Mapping[str, Any] = {
