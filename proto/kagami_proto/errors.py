@@ -9,6 +9,7 @@ KagamiError
 │  ├─ UnsupportedMediaType   Content-Type is not JSON
 │  │  └─ CodedBody           Content-Encoding is not `identity`
 │  ├─ BodyTooSlow            the body made no progress for --body-timeout
+│  ├─ ContextOverflow        prompt, or prompt and answer, are longer than the model's context
 │  ├─ TemplateError          the chat template is missing or refuses the messages
 │  ├─ ToolError              the tools cannot be served
 │  ├─ SuffixNotSupported     `suffix` of the completions route
@@ -76,6 +77,32 @@ class CodedBody(UnsupportedMediaType):
 
 class BodyTooSlow(InvalidRequest):
     """The body made no progress for too long."""
+
+
+class ContextOverflow(InvalidRequest):
+    """The prompt, or the prompt with the answer, has more tokens than the limit.
+
+    Each family of clients waits for words of its own, with the numbers in them.
+    """
+
+    def __init__(
+        self,
+        text: str,
+        *,
+        num_prompt: int,
+        num_answer: int,
+        limit: int,
+        is_exact: bool,
+    ) -> None:
+        """`limit` is that of the prompt, or of both; `num_answer` is 0 if the prompt alone is over.
+
+        Not `is_exact`: the prompt was not tokenized, and has at least `num_prompt`.
+        """
+        super().__init__(text, field="inputs")
+        self.num_prompt = num_prompt
+        self.num_answer = num_answer
+        self.limit = limit
+        self.is_exact = is_exact
 
 
 class TemplateError(InvalidRequest):

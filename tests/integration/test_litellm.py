@@ -23,8 +23,16 @@ try:
     litellm.completion(**arguments, top_p=7, num_retries=0)
 except litellm.exceptions.BadRequestError as error:
     refused = str(error)
+full = 0
+for model, base in (("openai/tgi", url + "/v1"), ("anthropic/tgi", url)):
+    try:
+        litellm.completion(model=model, api_base=base, api_key="-", num_retries=0, max_tokens=12,
+                           messages=[dict(role="user", content="word " * 20_000)])
+    except litellm.exceptions.ContextWindowExceededError:
+        full += 1
 show(text=whole.choices[0].message.content, prompt_tokens=whole.usage.prompt_tokens,
-     streamed="".join(chunk.choices[0].delta.content or "" for chunk in chunks), refused=refused)
+     streamed="".join(chunk.choices[0].delta.content or "" for chunk in chunks), refused=refused,
+     full=full)
 """
 NATIVE = """
 answer = litellm.completion(model="huggingface/tgi", api_base=url, api_key="-", max_tokens=12,
@@ -79,6 +87,7 @@ def shown(server: Server) -> dict[str, dict[str, Any]]:
 def test_over_the_openai_routes(shown: dict[str, dict[str, Any]]) -> None:
     values = shown["completions"]
     assert "traceback" not in values
+    assert values["full"] == 2
     assert "Paris" in values["text"]
     assert values["streamed"] == values["text"]
     assert values["prompt_tokens"] > 10

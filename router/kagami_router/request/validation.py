@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from opentelemetry import trace
 
-from kagami_proto.errors import InvalidRequest, MalformedBody
+from kagami_proto.errors import ContextOverflow, InvalidRequest, MalformedBody
 from kagami_proto.span_names import Key, SpanName
 from kagami_proto.tracing import NO_TRACING, span
 from kagami_proto.values import (
@@ -236,7 +236,7 @@ class Validation:
         self._check_truncate(params.truncate)
         if given_ids is None and params.truncate is None and len(text) > INLINE_CHARACTERS:
             # Refused before it is tokenized, if it surely is too long.
-            self._max_new_tokens(self._tokenizer.at_least(text), params, "at least ")
+            self._max_new_tokens(self._tokenizer.at_least(text), params, is_exact=False)
         prompt_ids = given_ids or await self._encode(text, params.truncate, add_special_tokens)
         max_new_tokens = self._max_new_tokens(len(prompt_ids), params)
         if params.grammar is not None:
@@ -379,7 +379,9 @@ class Validation:
             raise InvalidRequest("`inputs` has no tokens", field="inputs")
         return prompt_ids if truncate is None else prompt_ids[-truncate:]
 
-    def _max_new_tokens(self, num_input: int, params: GenerationParams, about: str = "") -> int:
+    def _max_new_tokens(
+        self, num_input: int, params: GenerationParams, *, is_exact: bool = True
+    ) -> int:
         """How many tokens it may get; the rest of the context if nobody says."""
         limits = self.limits
         rest = max(0, limits.max_total_tokens - num_input)
@@ -387,13 +389,17 @@ class Validation:
         if params.may_be_shortened:
             max_new = min(max_new, rest)
         if num_input + max_new > limits.max_total_tokens:
-            raise InvalidRequest(
-                f"`inputs` tokens + `max_new_tokens` must be <= {limits.max_total_tokens}."
-                f" Given: {about}{num_input} `inputs` tokens and {max_new} `max_new_tokens`",
-                field="inputs",
+            is_prompt = num_input > limits.max_input_tokens
+            raise ContextOverflow(
+                f"`inputs` tokens + `max_new_tokens` must be <= {limits.max_total_tokens}. Given:"
+                f" {_at_least(is_exact)}{num_input} `inputs` tokens and {max_new} `max_new_tokens`",
+                num_prompt=num_input,
+                num_answer=0 if is_prompt else max_new,
+                limit=limits.max_input_tokens if is_prompt else limits.max_total_tokens,
+                is_exact=is_exact,
             )
         if num_input > limits.max_input_tokens:
-            raise _too_many_tokens(limits, num_input, about)
+            raise _too_many_tokens(limits, num_input, is_exact=is_exact)
         return max_new
 
 
@@ -411,11 +417,21 @@ def samples(request: ValidRequest, count: int) -> list[ValidRequest]:
     ]
 
 
-def _too_many_tokens(limits: RequestLimits, count: int, about: str = "") -> InvalidRequest:
-    return InvalidRequest(
-        f"`inputs` must have less than {limits.max_input_tokens} tokens. Given: {about}{count}",
-        field="inputs",
+def _too_many_tokens(
+    limits: RequestLimits, count: int, *, is_exact: bool = True
+) -> ContextOverflow:
+    limit = limits.max_input_tokens
+    return ContextOverflow(
+        f"`inputs` must have less than {limit} tokens. Given: {_at_least(is_exact)}{count}",
+        num_prompt=count,
+        num_answer=0,
+        limit=limit,
+        is_exact=is_exact,
     )
+
+
+def _at_least(is_exact: bool) -> str:
+    return "" if is_exact else "at least "
 
 
 def _check_supported(params: GenerationParams) -> None:

@@ -31,7 +31,7 @@ _UNREADABLE = (400, 413, 415, 422)
 _GENERATING = (424, 429, 500)
 _ALWAYS = (401, 503)
 _DESCRIPTIONS: Mapping[int, str] = {
-    400: "The body is not JSON.",
+    400: "The body is not JSON; /v1: or the prompt is longer than the context.",
     401: "The API key is missing or wrong.",
     404: "What the path names is not here.",
     413: "The body is longer than --payload-limit.",

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from http import HTTPStatus
 from typing import NamedTuple
 
-from kagami_proto.errors import InvalidRequest, KagamiError, row_of
+from kagami_proto.errors import ContextOverflow, InvalidRequest, KagamiError, row_of
 from kagami_router.api.schemas.encoding import encode
 from kagami_router.api.schemas.errors import (
     AnthropicError,
@@ -35,6 +35,8 @@ _ANTHROPIC_TYPES: Mapping[HTTPStatus, str] = {
     HTTPStatus.SERVICE_UNAVAILABLE: "overloaded_error",
     HTTPStatus.FAILED_DEPENDENCY: "api_error",
 }
+
+_OVERFLOW_CODE = "context_length_exceeded"
 
 
 class Family(enum.Enum):
@@ -70,13 +72,15 @@ class Families:
 
 
 def error_text(error: KagamiError) -> str:
-    """The message that the client reads."""
+    """The message, in TGI's words."""
     row = row_of(error)
     return f"{row.prefix if row else ''}{error}"
 
 
-def error_status(error: KagamiError) -> HTTPStatus:
+def error_status(error: KagamiError, family: Family = Family.NATIVE) -> HTTPStatus:
     """The HTTP status of an error."""
+    if isinstance(error, ContextOverflow) and family is not Family.NATIVE:
+        return HTTPStatus.BAD_REQUEST  # clients look for their words in errors of this status only
     row = row_of(error)
     return row.status if row else HTTPStatus.INTERNAL_SERVER_ERROR
 
@@ -107,17 +111,19 @@ def _native(error: KagamiError) -> bytes:
 
 
 def _openai(error: KagamiError) -> bytes:
-    inner = OpenAIError(error_text(error), _openai_type(error), _field_of(error), error_kind(error))
+    inner = OpenAIError(
+        _openai_text(error), _openai_type(error), _field_of(error), _openai_code(error)
+    )
     return encode(OpenAIErrorResponse(inner, error_kind(error)))
 
 
 def _openai_event(error: KagamiError) -> bytes:
     inner = OpenAIStreamError(
-        error_text(error),
-        error_status(error).value,
+        _openai_text(error),
+        error_status(error, Family.OPENAI).value,
         _openai_type(error),
         _field_of(error),
-        error_kind(error),
+        _openai_code(error),
     )
     return b"data: %b\n\ndata: [DONE]\n\n" % encode(OpenAIStreamErrorEvent(inner))
 
@@ -125,8 +131,46 @@ def _openai_event(error: KagamiError) -> bytes:
 def _anthropic(error: KagamiError) -> bytes:
     status = error_status(error)
     default = "api_error" if status >= _SERVER_ERROR else "invalid_request_error"
-    inner = AnthropicError(_ANTHROPIC_TYPES.get(status, default), error_text(error))
+    inner = AnthropicError(_ANTHROPIC_TYPES.get(status, default), _anthropic_text(error))
     return encode(AnthropicErrorResponse("error", inner))
+
+
+def _openai_text(error: KagamiError) -> str:
+    """The message; clients shorten the conversation when they read OpenAI's sentence."""
+    if not isinstance(error, ContextOverflow):
+        return error_text(error)
+    limit = f"This model's maximum context length is {error.limit} tokens."
+    prompt, answer = error.num_prompt, error.num_answer
+    if answer:
+        given = (
+            f"you requested {prompt + answer} tokens ({prompt} in the messages, {answer} in the"
+            " completion). Please reduce the length of the messages or completion."
+        )
+    else:
+        given = (
+            f"your messages resulted in {prompt} tokens. Please reduce the length of the messages."
+        )
+    # Also in the text: newer openai clients show langchain the text alone, and it looks for this.
+    return f"{limit} However, {given} ({_OVERFLOW_CODE}{_estimate_note(error)})"
+
+
+def _anthropic_text(error: KagamiError) -> str:
+    """The message; Anthropic's agents shorten the conversation when they read these words."""
+    if not isinstance(error, ContextOverflow):
+        return error_text(error)
+    return (  # an answer that would not fit is shortened there
+        f"prompt is too long: {error.num_prompt} tokens > {error.limit} maximum"
+        f"{_estimate_note(error)}"
+    )
+
+
+def _estimate_note(error: ContextOverflow) -> str:
+    """Stands behind the sentence: clients read the numbers out of its exact words."""
+    return "" if error.is_exact else f"; the prompt has at least {error.num_prompt} tokens"
+
+
+def _openai_code(error: KagamiError) -> str:
+    return _OVERFLOW_CODE if isinstance(error, ContextOverflow) else error_kind(error)
 
 
 def _openai_type(error: KagamiError) -> str:

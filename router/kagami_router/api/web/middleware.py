@@ -114,9 +114,10 @@ def failure_cause(error: BaseException) -> str:
 
 def error_response(request: web.Request, error: KagamiError) -> web.Response:
     """A whole error answer, in the format of the route's family."""
+    family = family_of(request)
     response = web.Response(
-        body=error_body(error, family_of(request)),
-        status=error_status(error),
+        body=error_body(error, family),
+        status=error_status(error, family),
         content_type="application/json",
     )
     if isinstance(error, Overloaded | Unavailable):

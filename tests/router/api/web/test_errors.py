@@ -9,10 +9,13 @@ from dataclasses import replace
 from typing import Any
 
 import huggingface_hub.errors
+import langchain_core.exceptions
 import openai
 import pytest
 import text_generation.errors
 from huggingface_hub import AsyncInferenceClient
+from langchain_openai import ChatOpenAI
+from pydantic import SecretStr
 from tests.fakes.fake_loop import FAILED, FakeLoop, step_events_of
 from tests.fakes.fake_server import FakeServer, events_of, flat_error, serving
 from text_generation import AsyncClient
@@ -106,6 +109,89 @@ async def test_below_v1_what_is_not_there_is_said_in_json(
         assert response.status == status
         assert f"There is no {method} {path}" in (await flat_error(response))["error"]
         assert response.headers.get("allow") == ("POST" if status == 405 else None)
+
+
+# ---------------------------------------------------------------------- a full context
+
+LIMIT = "This model's maximum context length is"
+LONG = [{"role": "user", "content": "a" * 100}]
+VERY_LONG = [{"role": "user", "content": "1" * 3000}]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "text"),
+    [
+        ("/v1/completions", {"prompt": [7] * 64},
+         f"{LIMIT} 63 tokens. However, your messages resulted in 64 tokens."
+         " Please reduce the length of the messages. (context_length_exceeded)"),
+        ("/v1/completions", {"prompt": [7] * 60, "max_tokens": 5},
+         f"{LIMIT} 64 tokens. However, you requested 65 tokens (60 in the messages, 5 in the"
+         " completion). Please reduce the length of the messages or completion."
+         " (context_length_exceeded)"),
+        ("/v1/completions", {"prompt": "a" * 100, "stream": True},
+         f"{LIMIT} 63 tokens. However, your messages resulted in 101 tokens."
+         " Please reduce the length of the messages. (context_length_exceeded)"),
+        (CHAT_PATH, {"messages": LONG, "max_tokens": 4, "stream": True},
+         f"{LIMIT} 63 tokens. However, your messages resulted in 122 tokens."
+         " Please reduce the length of the messages. (context_length_exceeded)"),
+        (CHAT_PATH, {"messages": VERY_LONG},
+         f"{LIMIT} 63 tokens. However, your messages resulted in 3000 tokens."
+         " Please reduce the length of the messages."
+         " (context_length_exceeded; the prompt has at least 3000 tokens)"),
+        ("/v1/responses", {"input": "a" * 100},
+         f"{LIMIT} 63 tokens. However, your messages resulted in 122 tokens."
+         " Please reduce the length of the messages. (context_length_exceeded)"),
+    ],
+)  # fmt: skip
+async def test_openais_clients_read_that_the_context_is_full(
+    path: str, body: dict[str, Any], text: str
+) -> None:
+    async with serving() as server, server.post(path, {"model": "tgi"} | body) as response:
+        assert response.status == 400
+        answer = await response.json()
+        assert answer["error_type"] == "validation"
+        assert answer["error"]["code"] == "context_length_exceeded"
+        assert answer["error"]["type"] == "invalid_request_error"
+        assert answer["error"]["message"] == text
+        assert server.loop.requests == []
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+@pytest.mark.parametrize(
+    ("messages", "text"),
+    [
+        (LONG, "prompt is too long: 122 tokens > 63 maximum"),
+        (VERY_LONG, "prompt is too long: 3000 tokens > 63 maximum"
+         "; the prompt has at least 3000 tokens"),
+    ],
+)  # fmt: skip
+async def test_anthropics_clients_read_that_the_context_is_full(
+    messages: list[dict[str, str]], text: str, is_stream: bool
+) -> None:
+    body = {"model": "tgi", "max_tokens": 9, "messages": messages, "stream": is_stream}
+    async with serving() as server, server.post("/v1/messages", body) as response:
+        assert response.status == 400
+        error = {"type": "invalid_request_error", "message": text}
+        assert await response.json() == {"type": "error", "error": error}
+
+
+@pytest.mark.parametrize("path", ["/generate", "/generate_stream", "/"])
+async def test_native_clients_read_tgis_text_for_a_full_context(path: str) -> None:
+    async with serving() as server, server.post(path, {"inputs": "a" * 63}) as response:
+        assert response.status == 422
+        assert (await flat_error(response)) == {
+            "error": "Input validation error: `inputs` must have less than 63 tokens. Given: 64",
+            "error_type": "validation",
+        }
+
+
+@pytest.mark.parametrize("text", ["a" * 100, "1" * 3000])
+async def test_langchain_raises_its_own_type_for_a_full_context(text: str) -> None:
+    async with serving() as server:
+        base = f"{server.url}/v1"
+        chat = ChatOpenAI(model="tgi", base_url=base, api_key=SecretStr("k"), max_retries=0)
+        with pytest.raises(langchain_core.exceptions.ContextOverflowError):
+            await chat.ainvoke(text)
 
 
 # ---------------------------------------------------------------------- clients
