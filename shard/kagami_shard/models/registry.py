@@ -16,7 +16,9 @@ from kagami_shard.models.decoder import Decoder
 from kagami_shard.models.families import FAMILIES
 from kagami_shard.quantization.select import select_scheme
 from kagami_shard.weights.checkpoint import Checkpoint
-from kagami_shard.weights.json_files import read_object, shown
+from kagami_shard.weights.json_files import read_object
+
+_MAX_TEXT = 300
 
 
 def read_config(folder: Path, *, trust_remote_code: bool = False) -> Config:
@@ -72,7 +74,7 @@ def _says_config(folder: Path) -> Iterator[None]:
     try:
         yield
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        line = shown(f"{type(error).__name__}: {error}")
+        line = " ".join(f"{type(error).__name__}: {error}".split())[:_MAX_TEXT]
         raise UnsupportedModel(f"{folder / 'config.json'} cannot be used: {line}") from error
 
 

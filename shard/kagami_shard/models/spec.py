@@ -166,9 +166,14 @@ _NUMBERS: Mapping[str, type | tuple[type, ...]] = MappingProxyType(
 
 def head_dim_of(config: Config) -> int:
     """`head_dim` where config.json gives it, else hidden size over heads."""
-    return int(
-        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    )
+    if given := getattr(config, "head_dim", None):
+        return int(given)
+    if config.hidden_size < config.num_attention_heads:
+        raise UnsupportedModel(
+            f"model type {config.model_type}: config.json: hidden_size {config.hidden_size} is "
+            f"less than num_attention_heads {config.num_attention_heads}"
+        )
+    return int(config.hidden_size // config.num_attention_heads)
 
 
 def rope_of(config: Config, max_length: int, layer_type: str | None = None) -> RopeSpec:

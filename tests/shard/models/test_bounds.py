@@ -86,6 +86,7 @@ def test_a_rope_that_makes_no_frequencies_is_refused(rope: object, tmp_path: Pat
         {"num_attention_heads": 4, "num_key_value_heads": 3},
         {"num_attention_heads": 3, "num_key_value_heads": 3},
         {"head_dim": 7},
+        {"hidden_size": 3},
         {"head_dim": 1},
         {"model_type": "mistral", "sliding_window": 0},
         {"model_type": "mistral", "sliding_window": -4},
