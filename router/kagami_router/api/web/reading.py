@@ -90,6 +90,8 @@ class SlicedReader(RequestHandler):
             super()._resume_reading_if_drained()
 
     def _parse(self, data: bytes) -> None:
+        if self._close or self._force_close:  # aiohttp parses nothing, either: it is no framing
+            return
         num_messages = self._request_count
         body = self._body
         is_in_head = body is None or body.is_eof()
