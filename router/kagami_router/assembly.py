@@ -71,6 +71,7 @@ async def assemble(
             given = Path(args.tokenizer_config_path) if args.tokenizer_config_path else None
             tokens = tokenizer.special_tokens(folder, given)
             template = chat_template.load(folder, tokens, given)
+            stack.callback(template.close)
     except (OSError, ValueError) as error:
         raise StartError(str(error)) from error
     session = await _open_session(stack, args, tracing, metrics)

@@ -44,15 +44,19 @@ class Turns:
     @asynccontextmanager
     async def turn(self, caller: str, size: int) -> AsyncIterator[None]:
         """Wait for a turn of `size`, and hold it; raises `Overloaded` where too many wait."""
+        await self.take(caller, size)
+        try:
+            yield
+        finally:
+            self.pass_on()
+
+    async def take(self, caller: str, size: int) -> None:
+        """As `turn`, for who ends it with `pass_on`."""
         if self._is_taken:
             await self._wait(caller, size)
         else:
             self._is_taken = True
             self._begin(caller, size)
-        try:
-            yield
-        finally:
-            self._pass_on()
 
     async def _wait(self, caller: str, size: int) -> None:
         self._check_room(caller, size)
@@ -66,7 +70,7 @@ class Turns:
         except asyncio.CancelledError:
             self._leave(caller, waiting)
             if not waiting.place.cancelled():
-                self._pass_on()  # it was this one's turn already
+                self.pass_on()  # it was this one's turn already
             raise
 
     def _check_room(self, caller: str, size: int) -> None:
@@ -82,7 +86,8 @@ class Turns:
                     f" {self._max_waiting * times} and {self._max_size * times} bytes may"
                 )
 
-    def _pass_on(self) -> None:
+    def pass_on(self) -> None:
+        """End a turn; the next begins."""
         while self._lines:
             caller = min(self._lines, key=self._next_end)
             waiting = self._lines[caller][0]

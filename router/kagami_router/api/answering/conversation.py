@@ -18,6 +18,7 @@ from kagami_router.request.validation import Validation
 from kagami_router.request.values import FinishReason
 from kagami_router.serving.infer import Generation
 from kagami_router.text.chat_template import PromptOptions
+from kagami_router.text.templates.values import Arguments
 from kagami_router.tools.chat_format import ChatFormat
 from kagami_router.tools.formats import ToolForm, ToolFormat, arguments_schema
 from kagami_router.tools.offers import AUTO, AllowedCalls, Tool, ToolChoice, allowed_calls
@@ -81,11 +82,12 @@ class Answer:
     calls: tuple[ToolCall, ...]
 
 
-async def prompt(chat_format: ChatFormat, conversation: Conversation) -> str:
+async def prompt(chat_format: ChatFormat, conversation: Conversation, caller: str = "") -> str:
     """The prompt text; raises `ToolError`, or `TemplateError` for the messages."""
     is_shown = _calls_of(conversation) is not None
     with span(chat_format.tracer, SpanName.TEMPLATE):
-        return await _render(chat_format, conversation, conversation.tools if is_shown else ())
+        tools = conversation.tools if is_shown else ()
+        return await _render(chat_format, conversation, tools, caller)
 
 
 async def prepare(
@@ -101,7 +103,7 @@ async def prepare(
     """
     calls = _calls_of(conversation)
     if calls is None:
-        text = await prompt(chat_format, conversation)
+        text = await prompt(chat_format, conversation, caller)
         return Prepared(text, conversation.grammar, False, TextOnly)
     if conversation.grammar is not None:
         raise ToolError("Grammar and tools are mutually exclusive")
@@ -111,7 +113,7 @@ async def prepare(
         grammar = tool_format.grammar(calls)
     elif calls.is_required:
         raise InvalidRequest("grammar is not supported")
-    text = await prompt(chat_format, conversation)
+    text = await prompt(chat_format, conversation, caller)
     if grammar is not None:
         await _check_grammar(validation, grammar, calls, caller)
     return Prepared(
@@ -171,7 +173,7 @@ async def _check_grammar(
 
 
 async def _render(
-    chat_format: ChatFormat, conversation: Conversation, tools: Sequence[Tool]
+    chat_format: ChatFormat, conversation: Conversation, tools: Sequence[Tool], caller: str
 ) -> str:
     """The prompt; it shows `tools` in the way that this template knows."""
     template, tool_format = chat_format.template, chat_format.tool_format
@@ -187,28 +189,7 @@ async def _render(
             messages = _with_note(messages, conversation.tool_prompt)
     elif tools:
         messages = _with_note(messages, _tools_note(tools, tool_format, conversation.tool_prompt))
-    return await template.prompt(messages, options)
-
-
-class _Arguments(dict[str, Any]):
-    """A call's arguments, as an object and as text.
-
-    Most templates read an object. Some (DeepSeek's) concatenate the arguments with text; they get
-    the JSON text that the client sent.
-    """
-
-    def __init__(self, text: str, value: Mapping[str, Any]) -> None:
-        super().__init__(value)
-        self._text = text
-
-    def __str__(self) -> str:
-        return self._text
-
-    def __radd__(self, before: str) -> str:
-        return before + self._text
-
-    def __add__(self, after: str) -> str:
-        return self._text + after
+    return await template.prompt(messages, options, caller)
 
 
 def _with_objects(message: Message) -> Message:
@@ -230,7 +211,7 @@ def _call_with_object(call: Any) -> Any:
         except (ValueError, RecursionError):
             value = None
         if isinstance(value, dict):
-            arguments = _Arguments(arguments or "{}", value)
+            arguments = Arguments(arguments or "{}", value)
     return {**call, "function": {**function, "arguments": arguments}}
 
 
@@ -258,7 +239,7 @@ def _written(calls: Sequence[Any], form: ToolForm) -> str:
         function = call.get("function") if isinstance(call, Mapping) else None
         function = function if isinstance(function, Mapping) else {}
         arguments = function.get("arguments")
-        text = str(arguments) if isinstance(arguments, _Arguments) else json.dumps(arguments or {})
+        text = str(arguments) if isinstance(arguments, Arguments) else json.dumps(arguments or {})
         heads.append(f"{form.before}{function.get('name')}{form.after}{text}{form.foot}")
     return form.opener + form.lead + form.between.join(heads) + form.closer
 

@@ -46,11 +46,16 @@ def _takes_chunks(node: nodes.Node, names: frozenset[str]) -> bool:
         chunk = node.node
         return (
             isinstance(chunk, nodes.Getitem)
-            and isinstance(chunk.arg, nodes.Const)
-            and isinstance(chunk.arg.value, int)
+            and _is_index(chunk.arg)
             and _is_content(chunk.node, names)
         )
     return False
+
+
+def _is_index(node: nodes.Node) -> bool:
+    """Whether the node is a number: 0 or -1."""
+    number = node.node if isinstance(node, nodes.Neg) else node
+    return isinstance(number, nodes.Const) and isinstance(number.value, int)
 
 
 def _member(node: nodes.Node) -> object:

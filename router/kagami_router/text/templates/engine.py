@@ -1,12 +1,11 @@
-"""Jinja for chat templates: the environment of `transformers`, and limits on a run.
+"""Jinja for chat templates: the environment of `transformers`, and errors that a client may read.
 
 A template is a program that comes with the model, and its messages come with a request. Neither may
-block the server. A `Meter` counts every iteration of a loop and every call of a macro, and ends the
-run when it takes too long. The length of text is limited too.
+block the server: in the event loop a template runs metered (metered.py), else in a process with
+limits of its own (worker.py).
 """
 
 import json
-import time
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from typing import Any, NoReturn
@@ -21,18 +20,15 @@ import jinja2.utils
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from kagami_proto.errors import TemplateError
+from kagami_router.text.templates.values import NoContent
 
-# The clock is read once in so many iterations: 50 us of a normal template, at worst some 50 ms
-# (each iteration may make a list of 100,000, the sandbox's limit of `range`).
-_ITERATIONS_PER_CHECK = 16
 # The longest prompt, and the longest result of `*`, in characters: ten times the usual limit of a
 # body.
 MAX_CHARACTERS = 20_000_000
 # The longest result of `**`: 9**9**9 would have 1.2 billion bits.
 _MAX_BITS = 4096
-# Not a valid name in a template: a template can neither read nor replace its meter.
-_METER = "the run's meter"
-_COUNT = "_count_iteration"
+# The longest template, in characters: real ones have up to 30,000.
+MAX_SOURCE = 500_000
 
 # The Python errors that a faulty template raises.
 _FAULTS = (
@@ -43,67 +39,38 @@ _FAULTS = (
     ArithmeticError,
     RecursionError,
     MemoryError,
+    SyntaxError,  # Python's own limits: 20 nested blocks, 100 nested brackets
 )
-
-
-class TooLong(Exception):
-    """A run was ended by its meter."""
-
-
-class Meter:
-    """Ends a run with `TooLong`: `max_seconds` after the meter was made, or after `stop`."""
-
-    __slots__ = ("_deadline", "_is_stopped", "_left")
-
-    def __init__(self, max_seconds: float) -> None:
-        self._left = _ITERATIONS_PER_CHECK
-        self._deadline = time.monotonic() + max_seconds
-        self._is_stopped = False
-
-    def stop(self) -> None:
-        """End the run soon; may be called from any thread."""
-        self._is_stopped = True
-
-    def count(self) -> None:
-        """Count one iteration; raises `TooLong`."""
-        self._left -= 1
-        if self._left < 0:
-            self._check()
-
-    def _check(self) -> None:
-        if self._is_stopped or time.monotonic() > self._deadline:
-            raise TooLong
-        self._left = _ITERATIONS_PER_CHECK
 
 
 class Program:
     """One compiled template."""
 
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: str, environment: "Environment | None" = None) -> None:
         """Raises `TemplateError` if `source` does not compile."""
-        environment = _Environment(
-            trim_blocks=True,
-            lstrip_blocks=True,
-            extensions=[_GenerationTag, jinja2.ext.loopcontrols],
-        )
+        environment = environment or Environment()
+        if len(source) > MAX_SOURCE:
+            raise TemplateError(
+                f"the template has {len(source)} characters, more than {MAX_SOURCE}"
+            )
         try:
             self.tree = environment.parse(source)
             # Names that it reads and does not set: `tools`, `documents`, `enable_thinking`, …
-            self.variables = frozenset(jinja2.meta.find_undeclared_variables(self.tree))
-            self._template = environment.from_string(_metered(environment, source))
+            self.variables = _read_variables(self.tree, environment)
+            self._template = environment.from_string(environment.prepared(source))
         except jinja2.TemplateError as error:
             raise TemplateError(_describe(error)) from error
-        except _FAULTS as error:  # constants are computed while compiling
+        except _FAULTS as error:
             raise TemplateError(
                 f"{type(error).__name__}: {error}", field=f"{type(error).__name__}"
             ) from error
         self.source = source
 
-    def run(self, variables: Mapping[str, Any], meter: Meter) -> str:
-        """The text; raises `TemplateError` if the template fails, `TooLong` when time is up."""
+    def run(self, variables: Mapping[str, Any]) -> str:
+        """The text; raises `TemplateError` if the template fails."""
         pieces, size = [], 0
         try:
-            for piece in self._template.generate({**variables, _METER: meter}):
+            for piece in self._template.generate(variables):
                 pieces.append(piece)
                 size += len(piece)
                 if size > MAX_CHARACTERS:
@@ -118,6 +85,14 @@ class Program:
         return "".join(pieces)
 
 
+def _read_variables(tree: jinja2.nodes.Template, environment: "Environment") -> frozenset[str]:
+    """As `jinja2.meta.find_undeclared_variables`, which computes constants."""
+    tracker = jinja2.meta.TrackingCodeGenerator(environment)
+    tracker.optimizer = None
+    tracker.visit(tree)
+    return frozenset(tracker.undeclared_identifiers)
+
+
 def _describe(error: jinja2.TemplateError) -> str:
     kind = {
         jinja2.TemplateSyntaxError: "syntax error",
@@ -126,29 +101,7 @@ def _describe(error: jinja2.TemplateError) -> str:
     return f"{kind}: {error.message}" if kind else str(error.message or error)
 
 
-def _metered(environment: jinja2.Environment, source: str) -> jinja2.nodes.Template:
-    """Insert a call of the meter at the start of the body of every loop and macro.
-
-    The call is a filter: filters, unlike functions, do not pass through the sandbox (0.2 us).
-    """
-    tree = environment.parse(source)
-    loops = [node.body for node in tree.find_all(jinja2.nodes.For)]
-    macros = [node.body for node in tree.find_all(jinja2.nodes.Macro)]
-    for body in (*loops, *macros):
-        nothing = jinja2.nodes.Const(None)
-        count = jinja2.nodes.Filter(nothing, _COUNT, [], [], None, None)
-        body.insert(0, jinja2.nodes.ExprStmt(count).set_lineno(tree.lineno))
-    tree.set_environment(environment)
-    return tree
-
-
-@jinja2.pass_context
-def _count(context: jinja2.runtime.Context, _: None) -> None:
-    meter: Meter = context.parent[_METER]
-    meter.count()
-
-
-class _GenerationTag(jinja2.ext.Extension):
+class GenerationTag(jinja2.ext.Extension):
     """`{% generation %}` marks text for training scripts; here its body is ordinary text."""
 
     tags = {"generation"}  # noqa: RUF012 - declared by jinja2
@@ -164,20 +117,41 @@ class _GenerationTag(jinja2.ext.Extension):
         return caller()
 
 
-class _Environment(ImmutableSandboxedEnvironment):
+class Environment(ImmutableSandboxedEnvironment):
     """The environment of `transformers` (`_compile_jinja_template`): prompts match training."""
 
     intercepted_binops = frozenset(("*", "**"))
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
+        super().__init__(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=[GenerationTag, jinja2.ext.loopcontrols],
+            # Constants are not computed while compiling: `'x' | center(10**9)` is work of a run.
+            # Only what depends on a run's context is left alone by the compiler.
+            optimized=False,
+            finalize=_finalize,
+            **options,
+        )
         self.filters["tojson"] = to_json
-        self.filters[_COUNT] = _count
         self.tests["none"] = is_none
-        self.globals["raise_exception"] = _raise_exception
-        self.globals["strftime_now"] = _strftime_now
-        self.globals["dict"] = _Dict()
-        self.globals["namespace"] = _Namespace
+        self.globals["raise_exception"] = raise_exception
+        self.globals["strftime_now"] = strftime_now
+        self.globals["dict"] = DictMaker()
+        self.globals["namespace"] = Namespace
+
+    def prepared(self, source: str) -> jinja2.nodes.Template:
+        """The tree that is compiled; constants are printed as the texts they are."""
+        tree = self.parse(source)
+        for output in tree.find_all(jinja2.nodes.Output):
+            output.nodes = [
+                jinja2.nodes.TemplateData(node.value, lineno=node.lineno)
+                if isinstance(node, jinja2.nodes.Const) and isinstance(node.value, str)
+                else node
+                for node in output.nodes
+            ]
+        tree.set_environment(self)
+        return tree
 
     def call_binop(
         self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any
@@ -199,7 +173,12 @@ def _check_product(value: object, times: object) -> None:
         raise jinja2.TemplateRuntimeError(f"a product of more than {MAX_CHARACTERS} parts")
 
 
-class _Dict:
+@jinja2.pass_context
+def _finalize(context: jinja2.runtime.Context, value: object) -> object:
+    return value
+
+
+class DictMaker:
     """`dict` for templates, without the other attributes of the type."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
@@ -210,7 +189,7 @@ class _Dict:
         return dict.fromkeys(*args)
 
 
-class _Namespace(jinja2.utils.Namespace):
+class Namespace(jinja2.utils.Namespace):
     """`namespace()`; it refuses names that begin with an underscore."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:
@@ -228,16 +207,6 @@ class _Namespace(jinja2.utils.Namespace):
 def _check_name(name: object) -> None:
     if isinstance(name, str) and name.startswith("_"):
         raise jinja2.exceptions.SecurityError(f"a namespace cannot hold {name!r}")
-
-
-class NoContent(str):
-    """The content of a message without content: an empty text that also `is none`.
-
-    Most templates concatenate the content with texts, where None raises or prints "None". Some
-    (DeepSeek's) ask whether it `is none` to find the messages with tool calls.
-    """
-
-    __slots__ = ()
 
 
 def is_none(value: object) -> bool:
@@ -262,9 +231,11 @@ def to_json(
     )
 
 
-def _raise_exception(message: str) -> NoReturn:
+def raise_exception(message: str) -> NoReturn:
+    """How a template refuses messages."""
     raise jinja2.TemplateError(message)
 
 
-def _strftime_now(form: str) -> str:
+def strftime_now(form: str) -> str:
+    """The time now."""
     return datetime.now().strftime(form)

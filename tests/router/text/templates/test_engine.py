@@ -1,36 +1,15 @@
 import pytest
+from jinja2.defaults import DEFAULT_FILTERS as FILTERS
 
 from kagami_proto.errors import TemplateError
 from kagami_router.text.templates import engine
-from kagami_router.text.templates.engine import Meter, Program, TooLong
+from kagami_router.text.templates.engine import MAX_SOURCE, Program
 
-MILLIONS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
-DOUBLING = (
-    "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}"
-)
-LISTS = "{% for a in range(99999) %}{% set b = range(99999) | list %}{% endfor %}"
 RECURSIVE = "{% for a in [[1] * 9] * 9 recursive %}{{ loop([a] * 99) }}{% endfor %}"
-CALLER = (
-    "{% macro f() %}{{ caller() }}{% endmacro %}{% for a in range(99999) %}{% for b in range(99999)"
-    " %}{% call f() %}{% endcall %}{% endfor %}{% endfor %}"
-)
 
 
 def run(source: str, **variables: object) -> str:
-    return Program(source).run(variables, Meter(5))
-
-
-@pytest.mark.parametrize("source", [MILLIONS, DOUBLING, LISTS, CALLER])
-def test_the_meter_ends_a_run(source: str) -> None:
-    with pytest.raises(TooLong):
-        Program(source).run({}, Meter(0.01))
-
-
-def test_a_run_can_be_stopped_from_outside() -> None:
-    meter = Meter(60)
-    meter.stop()
-    with pytest.raises(TooLong):
-        Program(MILLIONS).run({}, meter)
+    return Program(source).run(variables)
 
 
 def test_endless_recursion_is_the_templates_fault() -> None:
@@ -97,6 +76,35 @@ def test_the_variables_a_template_reads_are_known() -> None:
     assert {"tools", "x"} <= Program("{% if tools %}{% set y = x %}{{ y }}{% endif %}").variables
 
 
-def test_a_template_cannot_reach_its_meter() -> None:
-    source = "{{ the }}{{ meter }}{% for a in [1] %}{{ a }}{% endfor %}"
-    assert run(source) == "1"
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ 'x' | center(10000000000) }}",
+        "{{ '%10000000000d' | format(1) }}",
+        "{{ 'x'.ljust(10000000000) }}",
+        "{% set x = 'x' | center(10000000000) %}",
+        "{% if 'x' | center(10000000000) %}{% endif %}",
+        "{% for a in 'x' | center(10000000000) %}{% endfor %}",
+        "{{ {'a': 'x' | center(10000000000)} ~ 'x' }}",
+    ],
+)
+def test_compiling_computes_nothing(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    computed: list[str] = []
+    for name in ("center", "format"):
+        monkeypatch.setitem(FILTERS, name, lambda *_: computed.append("x"))
+    Program(source)
+    assert not computed
+
+
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [
+        ("x" * (MAX_SOURCE + 1), f"characters, more than {MAX_SOURCE}"),
+        ("{% for a in b %}" * 30 + "{% endfor %}" * 30, "SyntaxError"),
+        ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "RecursionError"),
+        ("{{ " + "[" * 250 + "1" + "]" * 250 + " }}", "Recursion"),
+    ],
+)
+def test_what_does_not_compile_is_an_error_of_the_template(source: str, text: str) -> None:
+    with pytest.raises(TemplateError, match=text):
+        Program(source)
