@@ -58,7 +58,7 @@ from kagami_router.api.schemas.responses import (
     ResponseObject,
     ResponsesRequest,
 )
-from kagami_router.api.web import sse
+from kagami_router.api.web import sending, sse
 from kagami_router.api.web.app_state import READINESS, TGI_VERSION, Readiness
 from kagami_router.api.web.body_room import ROOM, BodyRoom
 from kagami_router.api.web.call import TRACES_CONTENT
@@ -281,6 +281,7 @@ def make_app(
     app[CALLER_HEADER] = caller_header
     app[sse.OUTBOX] = sse.Outbox()
     app[ROOM] = BodyRoom(payload_limit)
+    app[sending.UNREAD] = sending.Unread()
     app.on_response_prepare.append(cors(allowed_origins, FAMILIES_OF_ROUTES))
     for route in routes:
         add = app.router.add_get if route.method == "GET" else app.router.add_post

@@ -7,7 +7,7 @@ import pytest
 from aiohttp import ClientSession, web
 from aiohttp.test_utils import TestServer
 
-from kagami_router.api.web.sending import PIECE_BYTES, sent
+from kagami_router.api.web.sending import PIECE_BYTES, UNREAD, Unread, sent
 
 BODY = bytes(range(256)) * PIECE_BYTES  # 16 MiB: more than sockets hold
 
@@ -28,8 +28,9 @@ class Handler:
 
 
 @asynccontextmanager
-async def served(handler: Handler) -> AsyncIterator[TestServer]:
+async def served(handler: Handler, unread: Unread | None = None) -> AsyncIterator[TestServer]:
     app = web.Application()
+    app[UNREAD] = unread or Unread()
     app.router.add_get("/", handler.answer)
     async with TestServer(app) as server:
         yield server
@@ -84,3 +85,39 @@ async def test_a_client_that_takes_nothing_loses_its_connection() -> None:
                 while chunk := await loop.sock_recv(client, 65_536):
                     received += chunk
         assert len(received) < len(BODY)
+
+
+async def test_the_answer_that_waits_for_longest_goes_where_a_new_one_has_no_room() -> None:
+    handler = Handler(60)
+    async with served(handler, Unread(len(BODY))) as server, silent_client(server) as silent:
+        loop = asyncio.get_running_loop()
+        assert (await loop.sock_recv(silent, 4096)).startswith(b"HTTP/1.1 200")
+        async with ClientSession() as http, http.get(server.make_url("/")) as response:
+            assert await response.read() == BODY
+        received = 4096
+        async with asyncio.timeout(10):
+            with suppress(ConnectionError):
+                while chunk := await loop.sock_recv(silent, 65_536):
+                    received += len(chunk)
+        assert received < len(BODY)
+
+
+def test_whoever_takes_pieces_keeps_its_answer() -> None:
+    unread = Unread(100)
+    dropped: list[str] = []
+    with (
+        unread.held(40, lambda: dropped.append("first")) as took,
+        unread.held(40, lambda: dropped.append("second")),
+    ):
+        took()
+        with unread.held(50, lambda: dropped.append("third")):
+            assert dropped == ["second"]
+    with unread.held(100, lambda: dropped.append("fourth")):
+        assert dropped == ["second"]
+
+
+def test_an_answer_larger_than_the_room_is_sent_alone() -> None:
+    unread = Unread(100)
+    dropped: list[int] = []
+    with unread.held(50, lambda: dropped.append(50)), unread.held(500, lambda: dropped.append(500)):
+        assert dropped == [50]
