@@ -5,8 +5,10 @@ import signal
 import sys
 
 from kagami_launcher import cli
+from kagami_proto.process_border import process_border
 
 
+@process_border
 def main() -> int:
     """Run the launcher; the exit code is TGI's: 0 stopped, 1 failed, 2 usage error."""
     for number in (signal.SIGINT, signal.SIGTERM):  # nothing has been started yet

@@ -174,6 +174,13 @@ class LineSink(Protocol):
     def flush(self) -> object: ...
 
 
+class _Handler(logging.StreamHandler[LineSink]):
+    def handleError(self, record: logging.LogRecord) -> None:
+        """A full disk or a reader that is gone is no reason for a traceback at each line."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+
 def configure(
     target: str, *, level: str, json_output: bool, stream: LineSink | None = None
 ) -> None:
@@ -182,7 +189,7 @@ def configure(
     `level` is a LOG_LEVEL value (`info`, `warn`, …); for a filter expression such as
     `text_generation_router=debug,h2=off` the last plain or matching level counts.
     """
-    handler = logging.StreamHandler(stream or sys.stdout)
+    handler = _Handler(stream or sys.stdout)
     handler.setFormatter(_Formatter(target, json_output))
     root = logging.getLogger()
     root.handlers[:] = [handler]

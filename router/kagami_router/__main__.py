@@ -2,9 +2,11 @@
 
 import sys
 
+from kagami_proto.process_border import process_border
 from kagami_router.cli import parse
 
 
+@process_border
 def main() -> None:
     """Serve until a signal; the exit code says how it ended."""
     if sys.argv[1:] == ["print-schema"]:

@@ -7,9 +7,11 @@ import sys
 import time
 
 from kagami_proto import logs
+from kagami_proto.process_border import process_border
 from kagami_shard import cli
 
 
+@process_border
 def main() -> None:
     """Parse, then import what is heavy. Downloads are the launcher's, reached by its command."""
     if sys.argv[1:2] == ["download-weights"]:

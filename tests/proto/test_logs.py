@@ -1,3 +1,4 @@
+import errno
 import io
 import json
 import logging
@@ -157,3 +158,15 @@ def test_a_long_text_is_cut_and_its_length_named() -> None:
     forwarded = parse(line.to_json())
     assert forwarded is not None
     assert parse(forwarded.to_json()) == forwarded
+
+
+class _FullDisk(io.StringIO):
+    def write(self, text: str, /) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.usefixtures("stream")
+def test_a_full_disk_under_the_log_is_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    logs.configure("test", level="info", json_output=False, stream=_FullDisk())
+    logging.getLogger("kagami_router").error("lost")
+    assert capsys.readouterr().err == ""

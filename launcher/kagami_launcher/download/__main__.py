@@ -6,8 +6,10 @@ import sys
 
 from kagami_launcher.download import cli
 from kagami_proto import logs
+from kagami_proto.process_border import process_border
 
 
+@process_border
 def main() -> int:
     """Download; a refusal is one ERROR line and exit code 1."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # transfers are threads: end them at once
