@@ -18,7 +18,6 @@ from kagami_router.request.validation import Validation
 from kagami_router.request.values import FinishReason
 from kagami_router.serving.infer import Generation
 from kagami_router.text.chat_template import PromptOptions
-from kagami_router.text.templates.values import Arguments
 from kagami_router.tools.chat_format import ChatFormat
 from kagami_router.tools.formats import ToolForm, ToolFormat, arguments_schema
 from kagami_router.tools.offers import AUTO, AllowedCalls, Tool, ToolChoice, allowed_calls
@@ -41,7 +40,7 @@ _TOOL_ROLE = ("'tool'", '"tool"', "tool_call_id")
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """What a client asks; `messages` are in OpenAI's form and already checked."""
+    """What a client asks; `messages` are in OpenAI's form and read by history.py."""
 
     messages: Sequence[Message]
     tools: tuple[Tool, ...] = ()
@@ -177,7 +176,7 @@ async def _render(
 ) -> str:
     """The prompt; it shows `tools` in the way that this template knows."""
     template, tool_format = chat_format.template, chat_format.tool_format
-    messages = [_with_objects(message) for message in conversation.messages]
+    messages = list(conversation.messages)
     if "tool_calls" not in template.source:
         messages = _calls_as_text(messages, tool_format.form)
     if not any(sign in template.source for sign in _TOOL_ROLE):
@@ -190,29 +189,6 @@ async def _render(
     elif tools:
         messages = _with_note(messages, _tools_note(tools, tool_format, conversation.tool_prompt))
     return await template.prompt(messages, options, caller)
-
-
-def _with_objects(message: Message) -> Message:
-    """Arguments of calls as objects: OpenAI sends JSON text, templates read objects."""
-    calls = message.get("tool_calls")
-    if not isinstance(calls, list):
-        return message
-    return {**message, "tool_calls": [_call_with_object(call) for call in calls]}
-
-
-def _call_with_object(call: Any) -> Any:
-    function = call.get("function") if isinstance(call, Mapping) else None
-    if not isinstance(function, Mapping):
-        return call
-    arguments = function.get("arguments", function.get("parameters"))
-    if isinstance(arguments, str):
-        try:
-            value = json.loads(arguments) if arguments.strip() else {}
-        except (ValueError, RecursionError):
-            value = None
-        if isinstance(value, dict):
-            arguments = Arguments(arguments or "{}", value)
-    return {**call, "function": {**function, "arguments": arguments}}
 
 
 def _calls_as_text(messages: Sequence[Message], form: ToolForm) -> list[Message]:
@@ -236,11 +212,10 @@ def _written(calls: Sequence[Any], form: ToolForm) -> str:
     """Calls as the model writes them."""
     heads = []
     for call in calls:
-        function = call.get("function") if isinstance(call, Mapping) else None
-        function = function if isinstance(function, Mapping) else {}
-        arguments = function.get("arguments")
-        text = str(arguments) if isinstance(arguments, Arguments) else json.dumps(arguments or {})
-        heads.append(f"{form.before}{function.get('name')}{form.after}{text}{form.foot}")
+        function = call["function"]
+        heads.append(
+            f"{form.before}{function.get('name')}{form.after}{function['arguments']}{form.foot}"
+        )
     return form.opener + form.lead + form.between.join(heads) + form.closer
 
 

@@ -4,7 +4,6 @@ Converts Anthropic's messages, tools and tool choice to OpenAI's form, which
 answering/conversation.py takes. message_blocks.py writes the answers.
 """
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import groupby
@@ -17,6 +16,7 @@ from kagami_proto.errors import InvalidRequest, ToolError
 from kagami_proto.values import Grammar
 from kagami_router.api.answering import conversation, grammars
 from kagami_router.api.answering.conversation import Conversation
+from kagami_router.api.answering.history import read_arguments
 from kagami_router.api.answering.respond import Asked, respond
 from kagami_router.api.answering.tokenizing import respond_tokens
 from kagami_router.api.anthropic.message_blocks import MessageWriter
@@ -203,7 +203,8 @@ def _assistant(blocks: Iterable[tuple[str, schema.Block]]) -> _Json:
             case schema.TextBlock(text):
                 texts.append(text)
             case schema.ToolUseBlock(call_id, name, given):
-                function = {"name": name, "arguments": json.dumps(given or {})}
+                arguments = read_arguments(f"{place}.input", given)
+                function = {"name": name, "arguments": arguments}
                 calls.append({"id": call_id, "type": "function", "function": function})
             case schema.ThinkingBlock() | schema.RedactedThinkingBlock():
                 pass

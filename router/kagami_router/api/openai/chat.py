@@ -9,7 +9,7 @@ from aiohttp import web
 
 from kagami_proto.errors import InvalidRequest, MalformedBody
 from kagami_proto.values import Grammar
-from kagami_router.api.answering import conversation, grammars
+from kagami_router.api.answering import conversation, grammars, history
 from kagami_router.api.answering.conversation import Conversation, Prepared
 from kagami_router.api.answering.openai_params import max_tokens_of, read_num_choices, read_params
 from kagami_router.api.answering.respond import Asked, respond
@@ -122,29 +122,32 @@ def _prompt_options(body: ChatRequest) -> PromptOptions:
 
 
 def _message(index: int, message: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The message, unchanged; raises `MalformedBody` if its shape is wrong."""
+    """The message with its calls and parts read; raises `InvalidRequest` if its shape is wrong."""
     place = f"messages[{index}]"
     if not isinstance(message.get("role"), str):
         raise MalformedBody(f"{place}: missing field `role`", field=place)
-    content = message.get("content")
-    if content is None and not message.get("tool_calls"):
+    changed: dict[str, Any] = {}
+    calls, content = message.get("tool_calls"), message.get("content")
+    if calls is not None:
+        changed["tool_calls"] = history.read_calls(f"{place}.tool_calls", calls)
+    if content is None and isinstance(message.get("refusal"), str):
+        changed["content"] = message["refusal"]  # an answer of OpenAI's that comes back
+    elif content is None and not calls:
         raise MalformedBody(f"{place}: needs `content` or `tool_calls`", field=place)
-    if isinstance(content, list):
-        for number, chunk in enumerate(content):
-            _check_chunk(f"{place}.content[{number}]", chunk)
+    elif isinstance(content, list):
+        changed["content"] = [
+            _chunk(f"{place}.content[{number}]", chunk) for number, chunk in enumerate(content)
+        ]
     elif content is not None and not isinstance(content, str):
         raise MalformedBody(
             f"{place}.content: expected a text or a list of chunks", field=f"{place}.content"
         )
-    return message
+    return {**message, **changed}
 
 
-def _check_chunk(place: str, chunk: object) -> None:
-    if isinstance(chunk, dict):
-        if chunk.get("type") == "text" and isinstance(chunk.get("text"), str):
-            return
-        if chunk.get("type") == "image_url":
-            raise InvalidRequest(
-                f"`{place}` is an image, and this model reads text only", field=place
-            )
-    raise MalformedBody(f'{place}: expected {{"type":"text","text":…}}', field=place)
+def _chunk(place: str, chunk: object) -> Mapping[str, Any]:
+    """A part as templates know it: with the type `text`."""
+    text = history.read_part(place, chunk)
+    if isinstance(chunk, dict) and chunk["type"] == "text":
+        return chunk
+    return {"type": "text", "text": text}

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kagami_proto.errors import InvalidRequest, MalformedBody, ToolError
+from kagami_router.api.answering.history import read_arguments, read_part
 from kagami_router.api.schemas.responses import ResponsesRequest
 from kagami_router.tools import offers
 from kagami_router.tools.offers import Tool, ToolChoice
@@ -20,13 +21,6 @@ _ROLES: Mapping[str, str] = {
     "system": "system",
     "developer": "system",
 }
-_TEXT_PARTS: Mapping[str, str] = {  # type of a part -> the member that has its text
-    "input_text": "text",
-    "output_text": "text",
-    "text": "text",
-    "refusal": "refusal",
-}
-_OTHER_PARTS = ("input_image", "input_file", "input_audio")
 _QUOTED = 80  # characters of a value that an error shows
 
 
@@ -101,7 +95,7 @@ def _add_call(messages: list[Message], place: str, item: Mapping[str, Any]) -> N
         "type": "function",
         "function": {
             "name": _text(place, item, "name"),
-            "arguments": _text(place, item, "arguments"),
+            "arguments": read_arguments(f"{place}.arguments", item.get("arguments")),
         },
     }
     if not messages or messages[-1]["role"] != "assistant":
@@ -115,19 +109,7 @@ def _content(place: str, content: object) -> str:
         return content
     if not isinstance(content, list):
         raise MalformedBody(f"{place}: expected a text or a list of parts", field=place)
-    return "".join(_part(f"{place}[{number}]", part) for number, part in enumerate(content))
-
-
-def _part(place: str, part: object) -> str:
-    kind = part.get("type") if isinstance(part, Mapping) else None
-    if isinstance(part, Mapping) and isinstance(kind, str):
-        if kind in _TEXT_PARTS:
-            return _text(place, part, _TEXT_PARTS[kind])
-        if kind in _OTHER_PARTS:
-            raise InvalidRequest(
-                f"`{place}` is an {kind}, and this model reads text only", field=place
-            )
-    raise MalformedBody(f'{place}: expected {{"type":"input_text","text":…}}', field=place)
+    return "".join(read_part(f"{place}[{number}]", part) for number, part in enumerate(content))
 
 
 def _text(place: str, item: Mapping[str, Any], name: str) -> str:

@@ -24,7 +24,7 @@ class ToolUseBlock(Struct, frozen=True, tag="tool_use"):
 
     id: str
     name: str
-    input: dict[str, Any] | None = None
+    input: Any = None
 
 
 class ThinkingBlock(Struct, frozen=True, tag="thinking"):

@@ -318,6 +318,8 @@ async def test_neutral_values_are_accepted(fields: dict[str, Any]) -> None:
         ({"role": "user", "content": None}, "messages[0]: needs `content` or `tool_calls`"),
         ({"role": "user", "content": 3}, "messages[0].content: expected a text or a list"),
         ({"role": "user", "content": [{"type": "audio"}]}, "messages[0].content[0]: expected"),
+        ({"role": "user", "content": None, "tool_calls": {}}, "messages[0].tool_calls: expected"),
+        ({"role": "user", "tool_calls": [1]}, "messages[0].tool_calls[0]: expected"),
         (
             {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]},
             "`messages[0].content[0]` is an image",
