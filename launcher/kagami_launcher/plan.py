@@ -65,7 +65,7 @@ def socket_prefix(args: LauncherArgs) -> str:
 def conversion(invocation: Invocation, source: ModelSource) -> list[str]:
     """The module and arguments that make the model's folder."""
     args = invocation.args
-    argv = ["kagami_launcher.convert.run", str(source.origin), str(source.folder)]
+    argv = ["kagami_launcher.convert", str(source.origin), str(source.folder)]
     argv += ["--model-id", args.model_id, *_optional("--revision", args.revision)]
     argv += _optional("--base", source.base)
     argv += ["--trust-remote-code"] if args.trust_remote_code else []

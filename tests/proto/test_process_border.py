@@ -73,6 +73,28 @@ def test_a_closed_stdout_is_one_line() -> None:
         assert ended.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "part",
+    [
+        *("kagami_launcher", "kagami_router", "kagami_shard"),
+        *("kagami_launcher.download", "kagami_launcher.convert"),
+    ],
+)
+def test_each_process_has_the_border(part: str) -> None:
+    ended = subprocess.run(
+        ["sh", "-c", f'exec "$0" -m {part} >&-', sys.executable],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert ended.returncode == 1
+    assert ended.stderr == (
+        f"Error: {part.rpartition('.')[2]}: standard output is closed: the log needs it "
+        "(for none: >/dev/null)\n"
+    )
+
+
 def test_no_file_gets_the_number_of_a_closed_stream() -> None:
     for closed in ("2>&-", "<&-", "<&- 2>&-"):
         ended = run("print(os.open(os.devnull, os.O_RDONLY))", closed=closed)

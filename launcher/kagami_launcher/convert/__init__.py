@@ -1,1 +1,1 @@
-"""Conversions to safetensors and tokenizer.json: `python -m kagami_launcher.convert.run`."""
+"""Conversions to safetensors and tokenizer.json: `python -m kagami_launcher.convert`."""

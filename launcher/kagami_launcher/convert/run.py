@@ -1,4 +1,4 @@
-"""The conversion child: `python -m kagami_launcher.convert.run SOURCE DESTINATION`.
+"""The conversion child: `python -m kagami_launcher.convert SOURCE DESTINATION`.
 
 Makes DESTINATION a folder that the shard and the router can read:
 
@@ -14,7 +14,6 @@ kill leaves nothing that looks finished. torch is imported only where pickles or
 import argparse
 import logging
 import shutil
-import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from kagami_launcher.model import folder as model_folder
 from kagami_proto import logs
 from kagami_proto.panics import exception_of
 
-log = logging.getLogger("kagami_launcher.convert.run")  # __name__ is "__main__" in the child
+log = logging.getLogger(__name__)
 
 # TGI 2.0's, word for word: operators grep for it.
 _UNSAFE = (
@@ -120,7 +119,7 @@ def _reason(error: Exception) -> str:
 
 
 def _parse(arguments: Sequence[str]) -> Task:
-    parser = argparse.ArgumentParser(prog="python -m kagami_launcher.convert.run")
+    parser = argparse.ArgumentParser(prog="python -m kagami_launcher.convert")
     parser.add_argument("source", type=Path)
     parser.add_argument("destination", type=Path)
     parser.add_argument("--base", type=Path)
@@ -128,7 +127,3 @@ def _parse(arguments: Sequence[str]) -> Task:
     parser.add_argument("--revision")
     parser.add_argument("--trust-remote-code", action="store_true")
     return Task(**vars(parser.parse_args(arguments)))
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

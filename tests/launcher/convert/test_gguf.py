@@ -234,7 +234,7 @@ def run_child(source: Path, destination: Path) -> subprocess.Popen[str]:
         sys.executable,
         "-P",
         "-m",
-        "kagami_launcher.convert.run",
+        "kagami_launcher.convert",
         str(source),
         str(destination),
     ]

@@ -168,7 +168,7 @@ def refusal(
 
 
 def run_child(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    argv = [sys.executable, "-P", "-m", "kagami_launcher.convert.run", str(folder), str(folder)]
+    argv = [sys.executable, "-P", "-m", "kagami_launcher.convert", str(folder), str(folder)]
     argv += ["--model-id", "org/name", *flags]
     return subprocess.run(argv, capture_output=True, text=True, timeout=60)
 

@@ -1,4 +1,5 @@
 import json
+import os
 import re
 from pathlib import Path
 
@@ -226,3 +227,12 @@ def test_rows_that_are_not_there_are_refused(tmp_path: Path) -> None:
         pytest.raises(InvalidCheckpoint, match="weights a have no rows"),
     ):
         checkpoint.load_rows(["a"], dtype=torch.float32, device=CPU, rows=[(1, 3)])
+
+
+@pytest.mark.parametrize("is_indexed", [True, False])
+def test_a_pipe_in_the_place_of_weights_is_not_waited_for(tmp_path: Path, is_indexed: bool) -> None:
+    os.mkfifo(tmp_path / "model.safetensors")
+    if is_indexed:
+        (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": "model.safetensors"}}))
+    with pytest.raises(InvalidCheckpoint, match=r"model\.safetensors is no regular file"):
+        Checkpoint(tmp_path)
