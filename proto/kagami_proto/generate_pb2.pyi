@@ -499,6 +499,7 @@ class SamplingParams(_message.Message):
     PRESENCE_PENALTY_FIELD_NUMBER: _builtins.int
     BIAS_IDS_FIELD_NUMBER: _builtins.int
     BIASES_FIELD_NUMBER: _builtins.int
+    MIN_P_FIELD_NUMBER: _builtins.int
     WATERMARK_FIELD_NUMBER: _builtins.int
     do_sample: _builtins.bool
     """false: the most likely token"""
@@ -518,6 +519,8 @@ class SamplingParams(_message.Message):
     """subtracted per occurrence in the output; 0 = off"""
     presence_penalty: _builtins.float
     """subtracted once if in the output; 0 = off"""
+    min_p: _builtins.float
+    """of the likeliest token's probability, at least; 0 = off"""
     watermark: _builtins.bool
     """mark the output, as arXiv:2301.10226 does"""
     @_builtins.property
@@ -540,11 +543,12 @@ class SamplingParams(_message.Message):
         presence_penalty: _builtins.float = ...,
         bias_ids: _abc.Iterable[_builtins.int] | None = ...,
         biases: _abc.Iterable[_builtins.float] | None = ...,
+        min_p: _builtins.float = ...,
         watermark: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bias_ids", b"bias_ids", "biases", b"biases", "do_sample", b"do_sample", "frequency_penalty", b"frequency_penalty", "presence_penalty", b"presence_penalty", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p", "typical_p", b"typical_p", "watermark", b"watermark"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bias_ids", b"bias_ids", "biases", b"biases", "do_sample", b"do_sample", "frequency_penalty", b"frequency_penalty", "min_p", b"min_p", "presence_penalty", b"presence_penalty", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p", "typical_p", b"typical_p", "watermark", b"watermark"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -22,6 +22,7 @@ class SamplingParams:
     """0: all tokens"""
     top_p: float = 1.0
     typical_p: float = 1.0
+    min_p: float = 0.0
     repetition_penalty: float = 1.0
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0

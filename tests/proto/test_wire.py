@@ -23,6 +23,7 @@ UNUSUAL = SamplingParams(
     top_k=7,
     top_p=0.25,
     typical_p=0.75,
+    min_p=0.125,
     repetition_penalty=1.5,
     frequency_penalty=-0.5,
     presence_penalty=0.125,

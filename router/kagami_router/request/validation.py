@@ -72,6 +72,7 @@ class GenerationParams:
     top_k: int | None = None
     top_p: float | None = None
     typical_p: float | None = None
+    min_p: float | None = None
     max_new_tokens: int | None = None
     may_be_shortened: bool = False
     """More `max_new_tokens` than the context leaves are not refused: the answer ends there."""
@@ -93,7 +94,7 @@ class GenerationParams:
         """Any of the parameters is there that go with sampling, whatever its value."""
         return self.do_sample or any(
             value is not None
-            for value in (self.temperature, self.top_k, self.top_p, self.typical_p)
+            for value in (self.temperature, self.top_k, self.top_p, self.typical_p, self.min_p)
         )
 
     @property
@@ -299,12 +300,18 @@ class Validation:
         presence_penalty = _additive_penalty("presence_penalty", params.presence_penalty)
         top_p = _share("top_p", params.top_p)
         typical_p = _share("typical_p", params.typical_p)
+        min_p = _float32("min_p", params.min_p, 0.0)
+        if not 0.0 <= min_p <= 1.0:
+            raise InvalidRequest(
+                f"`min_p` must be >= 0.0 and <= 1.0. Given: {params.min_p}", field="min_p"
+            )
         if params.top_k is not None and params.top_k <= 0:
             raise InvalidRequest("`top_k` must be strictly positive", field="top_k")
         do_sample = (
             params.do_sample
             or temperature != 1.0
             or any(value is not None for value in (params.top_k, params.top_p, params.typical_p))
+            or min_p > 0.0
         )
         return SamplingParams(
             do_sample=do_sample,
@@ -313,6 +320,7 @@ class Validation:
             top_k=params.top_k or 0,
             top_p=top_p,
             typical_p=typical_p,
+            min_p=min_p,
             repetition_penalty=min(
                 max(repetition_penalty, MIN_REPETITION_PENALTY), MAX_REPETITION_PENALTY
             ),

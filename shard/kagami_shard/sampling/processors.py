@@ -1,6 +1,7 @@
 """What is done to logits before a token is drawn, vectorised over rows with their own parameters.
 
 The order is TGI's: watermark, penalties, bias, grammar, temperature, top-k, top-p, typical-p.
+Min-p, which TGI does not have, comes before top-k, as in vLLM.
 Every function works row by row, so a row's result does not depend on its neighbours.
 """
 
@@ -130,6 +131,14 @@ def _keep_among(logits: Tensor, top_k: Tensor, top_p: Tensor, width: int) -> tup
     keep = torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, ids, among_k & nucleus)
     enough = (is_limited & (top_k <= width)) | ((top_p < 1) & (running[:, -1] >= top_p))
     return keep, enough | (width == logits.shape[-1])
+
+
+def keep_likely(logits: Tensor, min_p: Tensor) -> Tensor:
+    """Mask of the tokens that min-p (arXiv:2407.01082) leaves.
+
+    Those with at least `min_p`, `[num_rows]`, 0 to 1, of the likeliest token's probability.
+    """
+    return logits >= logits.amax(-1, keepdim=True) + min_p.log()[:, None]
 
 
 def keep_typical(logits: Tensor, typical_p: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from kagami_shard.sampling.processors import (
     History,
     add_bias,
     ban,
+    keep_likely,
     keep_top,
     keep_typical,
     penalize,
@@ -128,6 +129,11 @@ def _draw_sampled(logits: Tensor, rows: Sequence[SamplingRow]) -> tuple[Tensor, 
         return to_device(values, dtype=dtype, device=device)
 
     logits = logits / column([each.temperature for each in parameters])[:, None]
+    likely = [i for i, each in enumerate(parameters) if each.min_p > 0]
+    if likely:
+        index = column(likely, torch.int64)
+        keep = keep_likely(logits[index], column([parameters[i].min_p for i in likely]))
+        logits[index] = logits[index].masked_fill_(~keep, float("-inf"))
     filtered = [i for i, each in enumerate(parameters) if each.top_k or each.top_p < 1]
     if filtered:
         index = column(filtered, torch.int64)

@@ -193,6 +193,8 @@ async def test_truncate_keeps_the_last_tokens(validation: Validation) -> None:
         (P(top_k=10), True),
         (P(top_p=0.95), True),
         (P(typical_p=0.95), True),
+        (P(min_p=0.05), True),
+        (P(min_p=0.0), False),
         (P(repetition_penalty=1.2), False),
     ],
 )
@@ -320,3 +322,10 @@ async def test_a_grammar_that_is_too_large_is_refused_before_a_shard_sees_it() -
         validation = Validation(tokenizer, LIMITS, compiles)
         with pytest.raises(InvalidRequest, match=f"65537 bytes, more than {MAX_GRAMMAR_BYTES}"):
             await validation.ready_grammar(regex(MAX_GRAMMAR_BYTES + 1))
+
+
+@pytest.mark.parametrize("min_p", [-0.1, 1.5])
+async def test_min_p_is_a_share(validation: Validation, min_p: float) -> None:
+    error = re.escape(f"`min_p` must be >= 0.0 and <= 1.0. Given: {min_p}")
+    with pytest.raises(InvalidRequest, match=error):
+        await validation.validate("a", P(min_p=min_p), add_special_tokens=True)

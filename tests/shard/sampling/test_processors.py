@@ -3,7 +3,7 @@
 import torch
 from transformers import generation
 
-from kagami_shard.sampling.processors import History, keep_top, keep_typical, penalize
+from kagami_shard.sampling.processors import History, keep_likely, keep_top, keep_typical, penalize
 
 VOCAB = 3000
 
@@ -46,6 +46,17 @@ def test_keep_top_keeps_one_token_at_a_tiny_top_p() -> None:
 
     assert keep.sum() == 1
     assert keep[0, logits.argmax()]
+
+
+def test_keep_likely_is_transformers() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(5, 1000) * 4
+    shares = torch.tensor([0.01, 0.05, 0.3, 0.9, 1.0])
+    keep = keep_likely(logits, shares)
+    for row in range(5):
+        warper = generation.MinPLogitsWarper(float(shares[row]))
+        assert torch.equal(keep[row], kept_by(warper, logits[row : row + 1])[0])
+    assert keep[4].sum() == 1
 
 
 def test_keep_typical_is_transformers() -> None:

@@ -30,6 +30,7 @@ def read_params(
         temperature=body.temperature or None,
         top_p=None if body.top_p in (0, 1) else body.top_p,
         top_k=None if (body.top_k or 0) < 1 else body.top_k,
+        min_p=body.min_p,
         repetition_penalty=body.repetition_penalty,
         frequency_penalty=body.frequency_penalty,
         presence_penalty=body.presence_penalty,
@@ -43,7 +44,9 @@ def read_params(
     )
     validation.check_params(params)
     if body.temperature == 0 or body.top_p == 0:
-        return replace(params, do_sample=False, temperature=None, top_p=None, top_k=None)
+        return replace(
+            params, do_sample=False, temperature=None, top_p=None, top_k=None, min_p=None
+        )
     return params
 
 

@@ -9,6 +9,7 @@ _SAMPLED = {
     "temperature": "Divides the logits before sampling.",
     "top_k": "Sample among this many tokens, the likeliest.",
     "top_p": "Sample among the likeliest tokens that together have this probability.",
+    "min_p": "Sample among the tokens with at least this share of the likeliest one's probability.",
     "repetition_penalty": "Above 1.0, tokens of the prompt and the answer become less likely.",
     "frequency_penalty": "Taken from a token's logit for each time it is in the answer.",
     "seed": "The same seed gives the same answer; up to 2^64-1. None: a random one.",
@@ -42,8 +43,8 @@ FIELD_TEXTS: Mapping[str, Mapping[str, str]] = {
         **_SAMPLED,
         "best_of": "Generate this many answers and give the one with the best mean logprob.",
         "typical_p": "Sample among the most typical tokens that together have this probability.",
-        "do_sample": "Sample; any of `temperature` other than 1, `top_k`, `top_p` and `typical_p`"
-        " does so too.",
+        "do_sample": "Sample; any of `temperature` other than 1, `top_k`, `top_p`, `typical_p`"
+        " and `min_p` does so too.",
         "max_new_tokens": "Tokens of the answer at most; none: the rest of the context.",
         "return_full_text": "Put the prompt in front of the text. None: only on `/`.",
         "stop": "The answer ends behind the first of these texts, which stays in it;"

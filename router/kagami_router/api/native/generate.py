@@ -104,6 +104,7 @@ def params_of(given: GenerateParameters) -> GenerationParams:
         top_k=given.top_k,
         top_p=given.top_p,
         typical_p=given.typical_p,
+        min_p=given.min_p,
         max_new_tokens=given.max_new_tokens,
         stop=tuple(given.stop),
         ignore_eos=bool(given.ignore_eos),

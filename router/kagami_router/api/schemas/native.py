@@ -30,6 +30,7 @@ class GenerateParameters(Struct, frozen=True):
     top_k: Int32 | None = None
     top_p: float | None = None
     typical_p: float | None = None
+    min_p: float | None = None
     do_sample: bool = False
     max_new_tokens: UInt32 | None = None
     return_full_text: bool | None = None

@@ -29,6 +29,7 @@ class OpenAIRequest(Struct, frozen=True, kw_only=True):
     max_completion_tokens: UInt32 | None = None
     temperature: float | None = None
     top_p: float | None = None
+    min_p: float | None = None
     top_k: Int32 | None = None
     frequency_penalty: float | None = None
     presence_penalty: float | None = None

@@ -488,3 +488,12 @@ async def test_chat_tokenize_shows_the_prompt() -> None:
         answer = await response.json()
         assert answer["templated_text"] == "<|user|>Say hi\n<|assistant|>"
         assert answer["tokenize_response"][0]["text"] == "<"
+
+
+@pytest.mark.parametrize(("fields", "min_p"), [({}, 0.05), ({"temperature": 0}, 0.0)])
+async def test_min_p_reaches_the_shard_unless_the_answer_is_greedy(
+    fields: dict[str, object], min_p: float
+) -> None:
+    async with serving(hi_loop()) as server:
+        await server.post(PATH, CHAT | {"min_p": 0.05} | fields)
+        assert server.loop.requests[0].sampling.min_p == pytest.approx(min_p)
