@@ -49,7 +49,8 @@ async def talk(server: FakeServer, number: int) -> Counter[bytes]:
 
 def num_requests() -> int:
     gc.collect()
-    return sum(isinstance(one, web.Request) for one in gc.get_objects())
+    # Not isinstance: it asks `__class__`, which some objects of torch answer with a warning.
+    return sum(issubclass(type(one), web.Request) for one in gc.get_objects())
 
 
 @pytest.mark.parametrize("seed", [0, 1])
