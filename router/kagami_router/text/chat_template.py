@@ -11,6 +11,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from kagami_proto.errors import InvalidRequest, TemplateError
+from kagami_router.text.system_messages import (
+    LATE,
+    SEVERAL,
+    SystemRule,
+    are_shown,
+    is_usual,
+    placed,
+)
 from kagami_router.text.templates.engine import Program
 from kagami_router.text.templates.files import DEFAULT, TOOL_USE, sources
 from kagami_router.text.templates.metered import METER, Meter, MeteredProgram, TooLong, weigh
@@ -73,6 +81,7 @@ class ChatTemplate:
         self._programs = {name: ModelTemplate(MeteredProgram(one)) for name, one in named.items()}
         self._tokens = tokens.named()
         self._process = RenderProcess(named)
+        self._system_rules: dict[str, SystemRule] = {}
         self._turns = Turns("long chats", max_waiting=MAX_WAITING, max_size=MAX_WAITING_PARTS)
 
     def close(self) -> None:
@@ -97,11 +106,32 @@ class ChatTemplate:
         options: PromptOptions = _DEFAULTS,
         caller: str = "",
     ) -> str:
-        """As `render`. What is not surely small is rendered outside of the event loop.
+        """As `render`, with system messages where the template takes them.
 
-        There callers take turns, and a job that was begun ends: `Overloaded` where too many wait.
+        What is not surely small is rendered outside of the event loop. There callers take turns,
+        and a job that was begun ends: `Overloaded` where too many wait.
         """
-        job = self._job(messages, options)
+        if not is_usual(messages):
+            messages = placed(messages, await self._system_rule(self._name_for(options), caller))
+        return await self._prompt(self._job(messages, options), caller)
+
+    async def _system_rule(self, name: str, caller: str) -> SystemRule:
+        """What the template `name` does with system messages: found out once, when asked first."""
+        rule = self._system_rules.get(name)
+        if rule is None:
+            takes_several = await self._takes(SEVERAL, name, caller)
+            rule = SystemRule(takes_several, await self._takes(LATE, name, caller))
+            self._system_rules[name] = rule
+        return rule
+
+    async def _takes(self, probe: Sequence[Message], name: str, caller: str) -> bool:
+        job = self._job(probe, PromptOptions(template=name))
+        try:
+            return are_shown(probe, await self._prompt(job, caller))
+        except TemplateError:
+            return False
+
+    async def _prompt(self, job: Job, caller: str) -> str:
         try:
             return self._inline(job)
         except TooLong:

@@ -127,6 +127,8 @@ def _message(index: int, message: Mapping[str, Any]) -> Mapping[str, Any]:
     if not isinstance(message.get("role"), str):
         raise MalformedBody(f"{place}: missing field `role`", field=place)
     changed: dict[str, Any] = {}
+    if message["role"] == "developer":
+        changed["role"] = "system"  # OpenAI's newer name for it
     calls, content = message.get("tool_calls"), message.get("content")
     if calls is not None:
         changed["tool_calls"] = history.read_calls(f"{place}.tool_calls", calls)

@@ -81,11 +81,7 @@ def _add_message(messages: list[Message], place: str, item: Mapping[str, Any]) -
             f"`{place}.role` must be one of {', '.join(_ROLES)}. Given: {_quote(item['role'])}",
             field=f"{place}.role",
         )
-    content = _content(f"{place}.content", item.get("content"))
-    if role == "system" and messages and messages[-1]["role"] == "system":
-        # Many templates take only one system message, the first.
-        content = f"{messages.pop()['content']}\n\n{content}"
-    messages.append({"role": role, "content": content})
+    messages.append({"role": role, "content": _content(f"{place}.content", item.get("content"))})
 
 
 def _add_call(messages: list[Message], place: str, item: Mapping[str, Any]) -> None:

@@ -148,3 +148,17 @@ async def test_parts_without_a_text_are_refused_by_name_and_place(
     refused = await refusal(path, with_part(path, "user", part))
     assert f"{name}[0].content[0]" in refused
     assert text in refused
+
+
+@pytest.mark.parametrize("role", ["system", "developer"])
+@pytest.mark.parametrize("path", [CHAT, RESPONSES])
+async def test_a_developer_is_the_system(path: str, role: str) -> None:
+    name = "input" if path == RESPONSES else "messages"
+    turns = [{"role": role, "content": "a"}, {"role": role, "content": "b"}]
+    body = {name: [*turns, {"role": "user", "content": "c"}]}
+    async with serving_tools(saying("Hi")) as server:
+        said = await prompt(server, path, body)
+    assert said == "<|system|>a\n<|system|>b\n<|user|>c\n<|assistant|>"
+    one = ChatTemplate("{{ messages[0].role }}={{ messages[0].content }}", TOKENS)
+    async with serving_tools(saying("Hi"), template=one) as server:
+        assert await prompt(server, path, body) == "system=a\n\nb"

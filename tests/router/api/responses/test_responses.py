@@ -216,7 +216,8 @@ async def test_instructions_and_items_become_the_prompt() -> None:
             ],
         )
     assert prompt_of(loop) == (
-        "<|system|>Be kind\n\nBe short\n<|user|>Hi\n<|assistant|>Yes?\n<|user|>Why?\n<|assistant|>"
+        "<|system|>Be kind\n<|system|>Be short\n"
+        "<|user|>Hi\n<|assistant|>Yes?\n<|user|>Why?\n<|assistant|>"
     )
 
 
