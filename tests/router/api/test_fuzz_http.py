@@ -8,6 +8,7 @@ from random import Random
 
 import pytest
 from aiohttp import web
+from tests.fakes.alive import num_alive
 from tests.fakes.fake_server import FakeServer, serving
 from tests.fakes.http_bytes import connection_bytes
 from tests.fakes.traced import Traced
@@ -49,8 +50,7 @@ async def talk(server: FakeServer, number: int) -> Counter[bytes]:
 
 def num_requests() -> int:
     gc.collect()
-    # Not isinstance: it asks `__class__`, which some objects of torch answer with a warning.
-    return sum(issubclass(type(one), web.Request) for one in gc.get_objects())
+    return num_alive(web.Request)
 
 
 @pytest.mark.parametrize("seed", [0, 1])

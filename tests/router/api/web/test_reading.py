@@ -6,6 +6,7 @@ import gc
 import pytest
 from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
+from tests.fakes.alive import num_alive
 from tests.fakes.fake_loop import FakeLoop
 from tests.fakes.fake_server import FakeServer, serving
 
@@ -210,12 +211,8 @@ async def test_no_request_waits_for_the_garbage_collector(message: bytes) -> Non
             await asyncio.wait((asyncio.ensure_future(reader.read(100)),), timeout=0.1)
             writer.close()
             async with asyncio.timeout(PATIENCE_S):
-                while _num_alive():  # noqa: ASYNC110 - the connection ends soon
+                while num_alive(web.Request, RequestHandler):  # noqa: ASYNC110 - the connection ends soon
                     await asyncio.sleep(0.01)
         finally:
             gc.enable()
             gc.unfreeze()
-
-
-def _num_alive() -> int:
-    return sum(isinstance(one, web.Request | RequestHandler) for one in gc.get_objects())
