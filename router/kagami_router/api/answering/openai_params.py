@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from kagami_proto.errors import InvalidRequest
 from kagami_router.api.schemas.openai import OpenAIRequest
-from kagami_router.request.validation import GenerationParams, Validation
+from kagami_router.request.validation import MAX_SEED, GenerationParams, Validation
 
 _MAX_ID_DIGITS = 10  # of 2**32
 # OpenAI's limit. The biases are sent again each time a sequence is replayed to a shard.
@@ -15,6 +15,11 @@ MAX_BIASED_IDS = 1024
 def max_tokens_of(body: OpenAIRequest) -> int | None:
     """`max_completion_tokens`, or `max_tokens`, its older name, without it."""
     return body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+
+
+def seed_of(given: int | None) -> int | None:
+    """A signed seed as the unsigned one with the same 64 bits."""
+    return given if given is None or given >= 0 else given & MAX_SEED
 
 
 def read_params(
@@ -38,7 +43,7 @@ def read_params(
         stop=tuple(stop),
         keep_stop=False,
         ignore_eos=bool(body.ignore_eos),
-        seed=body.seed,
+        seed=seed_of(body.seed),
         top_n_tokens=top_n_tokens,
         logit_bias=_logit_bias(body.logit_bias),
     )

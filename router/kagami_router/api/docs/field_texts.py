@@ -25,6 +25,7 @@ _OPENAI = {
     "temperature": "Divides the logits before sampling; 0 is greedy, 1 the default.",
     "top_p": f"{_SAMPLED['top_p']} 1 is off, 0 is greedy.",
     "top_k": f"{_SAMPLED['top_k']} Below 1 is off.",
+    "seed": "The same seed gives the same answer; -2^63 to 2^64-1. None: a random one.",
     "presence_penalty": "Taken from the logit of a token that is in the answer, once.",
     "model": "Echoed in the answer; `tgi` or none stands for the model that is served.",
     "max_tokens": "Tokens of the answer at most; none: the rest of the context.",

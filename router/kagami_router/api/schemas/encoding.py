@@ -15,6 +15,8 @@ UInt32 = Annotated[int, Meta(ge=0, le=2**32 - 1)]
 Int32 = Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)]
 # 64 bits do not fit into a Meta limit; validation.py has the upper bound.
 UInt64 = Annotated[int, Meta(ge=0)]
+# OpenAI's seeds are signed; TGI's, up to 2**64 - 1, are taken as well.
+Seed = Annotated[int, Meta(ge=-(2**63))]
 
 encode = msgspec.json.Encoder().encode
 

@@ -8,7 +8,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 from msgspec import UNSET, Struct, UnsetType
 
-from kagami_router.api.schemas.encoding import Int32, UInt32, UInt64
+from kagami_router.api.schemas.encoding import Int32, Seed, UInt32
 
 _Choice = TypeVar("_Choice")
 
@@ -37,7 +37,7 @@ class OpenAIRequest(Struct, frozen=True, kw_only=True):
     stop: str | list[str | None] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    seed: UInt64 | None = None
+    seed: Seed | None = None
     n: UInt32 | None = None
     logit_bias: dict[str, float] | list[float] | None = None
     """OpenAI's object; TGI's list of floats has no meaning there either and is ignored."""

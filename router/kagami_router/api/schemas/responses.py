@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
-from kagami_router.api.schemas.encoding import Int32, UInt32, UInt64
+from kagami_router.api.schemas.encoding import Int32, Seed, UInt32
 from kagami_router.api.schemas.openai import ChatLogprob
 
 Metadata = Annotated[dict[str, str], Meta(max_length=16)]
@@ -71,7 +71,7 @@ class ResponsesRequest(Struct, frozen=True, kw_only=True):
     previous_response_id: Any = None
     prompt: Any = None
     # Fields that OpenAI's own route does not have; its other routes have them.
-    seed: UInt64 | None = None
+    seed: Seed | None = None
     stop: str | list[str | None] | None = None
     top_k: Int32 | None = None
     frequency_penalty: float | None = None
