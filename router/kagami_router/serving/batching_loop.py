@@ -103,10 +103,14 @@ class BatchingLoop:
             return _nothing_to_cancel
         now = self._clock()
         sequence = self._scheduler.add(request, now)
+        try:
+            self._writer.open(sequence, stream)
+        except BaseException:  # the library may panic over the prompt's ids
+            self._scheduler.cancel(sequence.id)
+            raise
         if trace.get_current_span().is_recording():
             ahead = self._scheduler.stats().waiting - 1
             self._traces[sequence.id] = SequenceTrace(self._tracing, sequence, now, ahead=ahead)
-        self._writer.open(sequence, stream)
         self._wake.set()
         return partial(self._cancel, sequence.id)
 

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import tokenizers
 from tests.fakes.byte_tokenizer import byte_tokenizer
 from tests.fakes.fake_shard import FakeShard, Request, generated
+from tests.fakes.panics import panicking_tokenizer
 from tests.fakes.submitted import Submitted
 
 from kagami_proto.errors import GenerationFailed, ShardLost
@@ -100,6 +102,7 @@ async def serving(
     eos_every: int = 0,
     tracing: Tracing = NO_TRACING,
     reopened: Callable[[], None] | None = None,
+    tokenizer: tokenizers.Tokenizer | None = None,
 ) -> AsyncIterator[Served]:
     path = str(folder / "s")
     async with (
@@ -109,7 +112,7 @@ async def serving(
         metrics = RecordingMetrics()
         loop = BatchingLoop(
             session,
-            tokenizer=byte_tokenizer(),
+            tokenizer=tokenizer or byte_tokenizer(),
             eos_token_ids=session.facts.eos_token_ids,
             metrics=metrics,
             tracing=tracing,
@@ -349,3 +352,12 @@ async def test_a_sink_that_raises_ends_its_own_stream_only(tmp_path: Path) -> No
             with pytest.raises(ZeroDivisionError):
                 await anext(stream)
         assert end_of(await other).num_generated == 8
+
+
+async def test_a_prompt_that_the_tokenizer_panics_over_leaves_nothing_behind(
+    tmp_path: Path,
+) -> None:
+    async with serving(tmp_path, tokenizer=panicking_tokenizer()) as served:
+        with pytest.raises(BaseException, match="slice index"):
+            Submitted(served.loop, new_request(b"a"))
+        assert served.session.scheduler.stats().waiting == 0
