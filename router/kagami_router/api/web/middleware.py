@@ -253,6 +253,8 @@ async def read_body(request: web.Request, decoder: msgspec.json.Decoder[_Body]) 
         cause = on_one_line(error.__cause__ or error)
         raise UnreadableBody(f"Failed to buffer the request body: {cause}") from error
     try:
+        if not body.isascii():
+            body.decode()  # the decoder skips unknown members without a look at their bytes
         return decoder.decode(body)
     except msgspec.ValidationError as error:
         place, reason = reason_of(error)

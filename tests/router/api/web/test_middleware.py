@@ -58,6 +58,41 @@ async def test_a_bad_body_is_refused_with_the_path(body: bytes, status: int, tex
             assert text in answer["error"]
 
 
+BODIES: dict[str, bytes] = {
+    "/generate": b'{"inputs":"a"',
+    "/tokenize": b'{"inputs":"a"',
+    "/v1/chat/completions": b'{"messages":[{"role":"user","content":"a"}]',
+    "/v1/completions": b'{"prompt":"a"',
+    "/v1/responses": b'{"input":"a"',
+    "/v1/messages": b'{"max_tokens":5,"messages":[{"role":"user","content":"a"}]',
+    "/v1/messages/count_tokens": b'{"messages":[{"role":"user","content":"a"}]',
+    "/invocations": b'{"inputs":"a"',
+    "/vertex": b'{"instances":[{"inputs":"a","x":"\xc3\xa4"}]',
+}
+
+
+@pytest.mark.parametrize("path", BODIES)
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        b'"user_note":"\xff"',
+        b'"a\xc3":1',
+        b'"x":{"y":[1,"\xed\xa0\x80"]}',  # a surrogate
+        b'"x":"\xc3\xa4\xc0\xaf"',  # an overlong form, behind a good character
+        b'"x":"\xf5\x80\x80\x80"',
+    ],
+)
+async def test_bytes_that_are_no_utf_8_are_refused_in_members_that_are_skipped(
+    path: str, wrong: bytes
+) -> None:
+    async with serving() as server:
+        body = BODIES[path] + b"," + wrong + b"}"
+        async with server.http.post(path, data=body, headers=JSON) as response:
+            assert response.status == 400, await response.text()
+            assert "Failed to parse the request body as JSON: 'utf-8'" in await response.text()
+        assert server.loop.requests == []
+
+
 @pytest.mark.parametrize("path", ["/generate", "/v1/chat/completions"])
 async def test_json_that_is_nested_too_deeply_is_refused(path: str) -> None:
     body = b'{"x":' + b"[" * 100_000 + b"]" * 100_000 + b"}"
