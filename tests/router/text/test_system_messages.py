@@ -1,9 +1,12 @@
 """Several and late system messages, with templates that take one, and with those that take all."""
 
+from pathlib import Path
+
 import pytest
 from tests.fakes.fake_server import TEMPLATE, TOKENS
 
-from kagami_router.text.chat_template import ChatTemplate
+from kagami_proto.errors import TemplateError
+from kagami_router.text.chat_template import ChatTemplate, load
 
 # The kinds that published templates are of.
 REFUSES_LATE = (
@@ -29,6 +32,9 @@ ALTERNATES = (
     "<|{{ m.role }}|>{{ m.content }}\n{% endfor %}"
 )
 TAKE_ONE = [REFUSES_LATE, LEAVES_OUT_LATE, KEEPS_THE_LAST, ALTERNATES]
+FAMILIES = sorted((Path(__file__).parent / "templates" / "families").iterdir())
+# Not even a first one: said as TGI says it.
+TAKE_NONE = ("gemma_2", "mistral_v1")
 ROLES = {"s": "system", "u": "user", "a": "assistant", "t": "tool"}
 
 
@@ -104,3 +110,19 @@ async def test_a_template_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None
     for _ in range(3):
         await prompt("", "ssu", template)
     assert len(jobs) == 1 + 2 + 3
+
+
+@pytest.mark.parametrize("folder", FAMILIES, ids=lambda folder: folder.name)
+@pytest.mark.parametrize("roles", ["ssu", "us", "suasu", "uassu", "suas"])
+async def test_each_family_shows_all_that_was_said(folder: Path, roles: str) -> None:
+    template = load(folder, TOKENS)
+    assert isinstance(template, ChatTemplate)
+    try:
+        if folder.name in TAKE_NONE and roles.startswith("s"):
+            with pytest.raises(TemplateError):
+                await prompt("", roles, template)
+        else:
+            shown = await prompt("", roles, template)
+            assert all(f"{role}{number}" in shown for number, role in enumerate(roles))
+    finally:
+        template.close()

@@ -252,6 +252,18 @@ async def test_a_system_prompt_may_have_blocks() -> None:
     assert prompt == "<|system|>Be brief.\nBe kind.\n<|user|>Say hi\n<|assistant|>"
 
 
+async def test_a_late_system_message_joins_the_users_if_the_template_takes_one_first() -> None:
+    one_first = ChatTemplate(
+        "{% for m in messages %}{% if m.role == 'system' and loop.index0 %}"
+        "{{ raise_exception('only first') }}{% endif %}<|{{ m.role }}|>{{ m.content }}{% endfor %}",
+        TOKENS,
+    )
+    messages = [USER, {"role": "system", "content": "Now short"}]
+    said = await prompt_of(messages, system="Be kind", template=one_first)
+    assert said == f"<|system|>Be kind<|user|>{USER['content']}\n\nNow short"
+    assert "<|system|>Now short" in await prompt_of(messages, system="Be kind")
+
+
 async def test_neighbours_of_one_role_are_one_message() -> None:
     prompt = await prompt_of([USER, {"role": "user", "content": "now"}])
     assert prompt == "<|user|>Say hi\nnow\n<|assistant|>"
