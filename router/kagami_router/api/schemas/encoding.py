@@ -18,6 +18,10 @@ UInt64 = Annotated[int, Meta(ge=0)]
 # OpenAI's seeds are signed; TGI's, up to 2**64 - 1, are taken as well.
 Seed = Annotated[int, Meta(ge=-(2**63))]
 
+# Reading a message takes some 25 us on the event loop; agents send a few hundred of them.
+MAX_MESSAGES = 8192
+FewMessages = Meta(max_length=MAX_MESSAGES)
+
 encode = msgspec.json.Encoder().encode
 
 

@@ -4,11 +4,11 @@ Types, defaults and key order, as in native.py; the tag `type` distinguishes the
 Null means absent, and unknown fields (`cache_control`, `metadata`, `citations`, ...) are ignored.
 """
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from msgspec import Raw, Struct
 
-from kagami_router.api.schemas.encoding import Int32, UInt32
+from kagami_router.api.schemas.encoding import FewMessages, Int32, UInt32
 
 # --- requests ---
 
@@ -110,7 +110,7 @@ class CountTokensRequest(Struct, frozen=True, kw_only=True):
     """Body of /v1/messages/count_tokens."""
 
     model: str | None = None
-    messages: list[Message]
+    messages: Annotated[list[Message], FewMessages]
     system: str | list[TextBlock] | None = None
     tools: list[ToolDefinition] | None = None
     tool_choice: Choice | None = None

@@ -4,11 +4,11 @@ Types, defaults and key order. Unknown fields are ignored, as TGI does. A field 
 that this server only looks at to refuse it by name.
 """
 
-from typing import Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from msgspec import UNSET, Struct, UnsetType
 
-from kagami_router.api.schemas.encoding import Int32, Seed, UInt32
+from kagami_router.api.schemas.encoding import FewMessages, Int32, Seed, UInt32
 
 _Choice = TypeVar("_Choice")
 
@@ -64,7 +64,7 @@ class ResponseFormat(Struct, frozen=True):
 class ChatRequest(OpenAIRequest, frozen=True, kw_only=True):
     """Body of /v1/chat/completions and /chat_tokenize; messages go to the template as they are."""
 
-    messages: list[dict[str, Any]]
+    messages: Annotated[list[dict[str, Any]], FewMessages]
     logprobs: bool | None = None
     top_logprobs: UInt32 | None = None
     tools: list[Any] | None = None

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
-from kagami_router.api.schemas.encoding import Int32, Seed, UInt32
+from kagami_router.api.schemas.encoding import FewMessages, Int32, Seed, UInt32
 from kagami_router.api.schemas.openai import ChatLogprob
 
 Metadata = Annotated[dict[str, str], Meta(max_length=16)]
@@ -45,7 +45,7 @@ class ResponsesRequest(Struct, frozen=True, kw_only=True):
     """Body of /v1/responses; null means absent."""
 
     model: str | None = None
-    input: str | list[dict[str, Any]] | None = None
+    input: str | Annotated[list[dict[str, Any]], FewMessages] | None = None
     instructions: str | None = None
     max_output_tokens: UInt32 | None = None
     temperature: float | None = None

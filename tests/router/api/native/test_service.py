@@ -6,6 +6,7 @@ from tests.fakes.byte_tokenizer import byte_tokenizer_with_start
 from tests.fakes.fake_loop import FakeLoop
 from tests.fakes.fake_server import flat_error, serving
 
+from kagami_router.api.schemas.encoding import MAX_MESSAGES
 from kagami_router.api.web.app_state import TGI_VERSION
 from kagami_router.request.validation import MIN_TEXT_TOKENS
 from kagami_router.text.tokenizer import Tokenizer
@@ -194,3 +195,24 @@ async def test_metrics_are_prometheus_text() -> None:
     assert "\ntgi_request_success 1\n" in text
     assert "\ntgi_request_generated_tokens_sum 2\n" in text
     assert "\ntgi_request_input_length_sum 2\n" in text
+
+
+@pytest.mark.parametrize(
+    ("path", "field"),
+    [
+        ("/v1/chat/completions", "messages"),
+        ("/chat_tokenize", "messages"),
+        ("/v1/messages", "messages"),
+        ("/v1/messages/count_tokens", "messages"),
+        ("/v1/responses", "input"),
+        ("/v1/responses/input_tokens", "input"),
+    ],
+)
+async def test_a_conversation_has_so_many_messages_at_most(path: str, field: str) -> None:
+    messages = [{"role": "user", "content": "a"}] * (MAX_MESSAGES + 1)
+    async with serving() as server:
+        body = {field: messages, "max_tokens": 1, "model": "m"}
+        async with server.post(path, body) as response:
+            assert response.status in (400, 422)
+            text = await response.text()
+    assert f"{field}: Expected `array` of length <= {MAX_MESSAGES}" in text
