@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
+from kagami_proto.errors import UnsupportedModel
 from kagami_shard.models.config import plain_config
 from kagami_shard.models.families import FAMILIES
 from kagami_shard.models.registry import read_config
@@ -85,3 +86,13 @@ def test_what_a_plain_config_lacks_is_no_attribute(tmp_path: Path) -> None:
     written(tmp_path, LLAMA)
     config = read_config(tmp_path)
     assert not hasattr(config, "quantization_config")
+
+
+def test_a_config_that_transformers_cannot_read_is_an_error_and_no_dump(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    config = LLAMA | {"model_type": "falcon", "head_dim": 16}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedModel, match="head_dim"):
+        read_config(tmp_path)
+    assert "hidden_size" not in "".join((*capfd.readouterr(), caplog.text))
