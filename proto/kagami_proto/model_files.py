@@ -70,6 +70,13 @@ def read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
+def special_token_text(value: object) -> str | None:
+    """A special token's text: a file has it as text, or as `{"content": text, …}`."""
+    if isinstance(value, dict):
+        value = value.get("content")
+    return value if isinstance(value, str) else None
+
+
 def _is_inside(name: str) -> bool:
     parts = PurePosixPath(name).parts
     return (

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import tokenizers
 
 from kagami_proto.errors import InvalidRequest
-from kagami_proto.model_files import read_optional_object
+from kagami_proto.model_files import read_optional_object, special_token_text
 from kagami_proto.panics import exception_of
 from kagami_router.text.encode_queue import EncodeQueue
 from kagami_router.text.growth import check_growth
@@ -145,34 +145,22 @@ def load(folder: Path, queue: EncodeQueue) -> Tokenizer:
         raise ValueError(f"{path} is no tokenizer: {exception_of(error)}") from error
 
 
-def read_json(path: Path) -> Mapping[str, Any]:
-    """A JSON object from a file; empty if the file does not exist. Raises `ValueError`."""
-    return read_optional_object(path)
-
-
 def special_tokens(folder: Path, given: Path | None = None) -> SpecialTokens:
     """The special tokens that a model's files name, as `transformers` reads them.
 
     `given` is --tokenizer-config-path. Older checkpoints have special_tokens_map.json: it has
     precedence over a tokenizer_config.json without `added_tokens_decoder`.
     """
-    config = read_json(folder / "tokenizer_config.json")
+    config = read_optional_object(folder / "tokenizer_config.json")
     if given is not None and given.suffix != ".jinja":
-        config = {**config, **read_json(given)}
+        config = {**config, **read_optional_object(given)}
     if "added_tokens_decoder" not in config:
-        older = read_json(folder / "special_tokens_map.json")
+        older = read_optional_object(folder / "special_tokens_map.json")
         config = {**config, **{name: value for name, value in older.items() if value is not None}}
     extra = config.get("extra_special_tokens")
     named = {
         key: text
         for key, value in {**(extra if isinstance(extra, dict) else {}), **config}.items()
-        if key.endswith("_token") and (text := _text_of(value)) is not None
+        if key.endswith("_token") and (text := special_token_text(value)) is not None
     }
     return SpecialTokens(named.pop("bos_token", None), named.pop("eos_token", None), named)
-
-
-def _text_of(value: object) -> str | None:
-    """A special token is written as text or as `{"content": text, …}`."""
-    if isinstance(value, dict):
-        value = value.get("content")
-    return value if isinstance(value, str) else None

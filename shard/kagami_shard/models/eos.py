@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kagami_proto.errors import InvalidCheckpoint
+from kagami_proto.model_files import special_token_text
 from kagami_shard.weights.json_files import read_object, shown
 
 _MAX_IDS = 1024
@@ -50,17 +51,10 @@ def _is_id(value: object) -> bool:
 
 def _of_tokenizer(config: Mapping[str, Any]) -> Iterator[int]:
     added = config.get("added_tokens_decoder")
-    text = _text_of(config.get("eos_token"))
+    text = special_token_text(config.get("eos_token"))
     if text is None or not isinstance(added, dict):
         return
     for number, token in added.items():
-        if _text_of(token) == text and number.isascii() and number.isdecimal():
+        if special_token_text(token) == text and number.isascii() and number.isdecimal():
             if len(number) <= 10 and _is_id(int(number)):
                 yield int(number)
-
-
-def _text_of(value: object) -> str | None:
-    """A special token is written as text or as `{"content": text, …}`."""
-    if isinstance(value, dict):
-        value = value.get("content")
-    return value if isinstance(value, str) else None

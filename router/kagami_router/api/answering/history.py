@@ -91,9 +91,14 @@ def read_part(place: str, part: object) -> str:
             f" Given: {kind[:_QUOTED]!r}",
             field=place,
         )
-    text = part.get(member)
-    if text is None:
-        raise MalformedBody(f"{place}: missing field `{member}`", field=place)
-    if not isinstance(text, str):
-        raise MalformedBody(f"{place}.{member}: expected a string", field=f"{place}.{member}")
-    return text
+    return read_text(place, part, member)
+
+
+def read_text(place: str, item: Mapping[str, Any], name: str) -> str:
+    """The text that `item` has under `name`; raises `MalformedBody`."""
+    value = item.get(name)
+    if value is None:
+        raise MalformedBody(f"{place}: missing field `{name}`", field=place)
+    if not isinstance(value, str):
+        raise MalformedBody(f"{place}.{name}: expected a string", field=f"{place}.{name}")
+    return value

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kagami_proto.errors import InvalidRequest, MalformedBody, ToolError
-from kagami_router.api.answering.history import read_arguments, read_part
+from kagami_router.api.answering.history import read_arguments, read_part, read_text
 from kagami_router.api.schemas.responses import ResponsesRequest
 from kagami_router.tools import offers
 from kagami_router.tools.offers import Tool, ToolChoice
@@ -55,7 +55,7 @@ def _add_item(messages: list[Message], place: str, item: Mapping[str, Any]) -> N
             messages.append(
                 {
                     "role": "tool",
-                    "tool_call_id": _text(place, item, "call_id"),
+                    "tool_call_id": read_text(place, item, "call_id"),
                     "content": _content(f"{place}.output", item.get("output")),
                 }
             )
@@ -75,7 +75,7 @@ def _add_item(messages: list[Message], place: str, item: Mapping[str, Any]) -> N
 
 
 def _add_message(messages: list[Message], place: str, item: Mapping[str, Any]) -> None:
-    role = _ROLES.get(_text(place, item, "role"))
+    role = _ROLES.get(read_text(place, item, "role"))
     if role is None:
         raise InvalidRequest(
             f"`{place}.role` must be one of {', '.join(_ROLES)}. Given: {_quote(item['role'])}",
@@ -87,10 +87,10 @@ def _add_message(messages: list[Message], place: str, item: Mapping[str, Any]) -
 def _add_call(messages: list[Message], place: str, item: Mapping[str, Any]) -> None:
     """Add a call to the assistant's message before it, or to a new message."""
     call = {
-        "id": _text(place, item, "call_id"),
+        "id": read_text(place, item, "call_id"),
         "type": "function",
         "function": {
-            "name": _text(place, item, "name"),
+            "name": read_text(place, item, "name"),
             "arguments": read_arguments(f"{place}.arguments", item.get("arguments")),
         },
     }
@@ -106,15 +106,6 @@ def _content(place: str, content: object) -> str:
     if not isinstance(content, list):
         raise MalformedBody(f"{place}: expected a text or a list of parts", field=place)
     return "".join(read_part(f"{place}[{number}]", part) for number, part in enumerate(content))
-
-
-def _text(place: str, item: Mapping[str, Any], name: str) -> str:
-    value = item.get(name)
-    if value is None:
-        raise MalformedBody(f"{place}: missing field `{name}`", field=place)
-    if not isinstance(value, str):
-        raise MalformedBody(f"{place}.{name}: expected a string", field=f"{place}.{name}")
-    return value
 
 
 def read_tools(given: Sequence[object]) -> tuple[Tool, ...]:

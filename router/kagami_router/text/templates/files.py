@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from kagami_router.text.tokenizer import read_json
+from kagami_proto.model_files import read_optional_object
 
 # The names of the template for requests without tools, and of the one for requests with tools.
 DEFAULT, TOOL_USE = "default", "tool_use"
@@ -55,7 +55,7 @@ def _sources_in(path: Path) -> Iterator[tuple[str, Source]]:
         if path.is_file():
             yield DEFAULT, Source(_text_in(path), path)
     else:
-        for name, text in _in_config(read_json(path).get("chat_template")):
+        for name, text in _in_config(read_optional_object(path).get("chat_template")):
             yield name, Source(text, path)
 
 
