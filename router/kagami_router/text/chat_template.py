@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from kagami_proto.errors import InvalidRequest, TemplateError
+from kagami_router.text.call_ids import PROBE_IDS, IdForm, form_of, has_calls, probe, with_ids
 from kagami_router.text.system_messages import (
     LATE,
     SEVERAL,
@@ -82,6 +83,7 @@ class ChatTemplate:
         self._tokens = tokens.named()
         self._process = RenderProcess(named)
         self._system_rules: dict[str, SystemRule] = {}
+        self._id_forms: dict[str, IdForm] = {}
         self._turns = Turns("long chats", max_waiting=MAX_WAITING, max_size=MAX_WAITING_PARTS)
 
     def close(self) -> None:
@@ -106,13 +108,16 @@ class ChatTemplate:
         options: PromptOptions = _DEFAULTS,
         caller: str = "",
     ) -> str:
-        """As `render`, with system messages where the template takes them.
+        """As `render`, with system messages and ids of calls as the template takes them.
 
         What is not surely small is rendered outside of the event loop. There callers take turns,
         and a job that was begun ends: `Overloaded` where too many wait.
         """
         if not is_usual(messages):
             messages = placed(messages, await self._system_rule(self._name_for(options), caller))
+        if has_calls(messages):
+            form = await self._id_form(self._name_for(options), caller)
+            messages = messages if form is IdForm.ANY else with_ids(messages, form)
         return await self._prompt(self._job(messages, options), caller)
 
     async def _system_rule(self, name: str, caller: str) -> SystemRule:
@@ -124,12 +129,24 @@ class ChatTemplate:
             self._system_rules[name] = rule
         return rule
 
-    async def _takes(self, probe: Sequence[Message], name: str, caller: str) -> bool:
-        job = self._job(probe, PromptOptions(template=name))
+    async def _takes(self, messages: Sequence[Message], name: str, caller: str) -> bool:
+        prompt = await self._probed(messages, name, caller)
+        return prompt is not None and are_shown(messages, prompt)
+
+    async def _id_form(self, name: str, caller: str) -> IdForm:
+        """Which ids of calls the template `name` takes: found out once, when asked first."""
+        form = self._id_forms.get(name)
+        if form is None:
+            form = form_of([await self._probed(probe(one), name, caller) for one in PROBE_IDS])
+            self._id_forms[name] = form
+        return form
+
+    async def _probed(self, messages: Sequence[Message], name: str, caller: str) -> str | None:
+        """The prompt; None = the template `name` refuses these messages."""
         try:
-            return are_shown(probe, await self._prompt(job, caller))
+            return await self._prompt(self._job(messages, PromptOptions(template=name)), caller)
         except TemplateError:
-            return False
+            return None
 
     async def _prompt(self, job: Job, caller: str) -> str:
         try:

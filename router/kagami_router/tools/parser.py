@@ -8,6 +8,7 @@ call is sent as text.
 import enum
 import json
 import secrets
+import string
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -16,6 +17,8 @@ from kagami_router.request.values import Token
 from kagami_router.tools.call_patterns import ObjectScan, Pattern, overlap, patterns_of
 from kagami_router.tools.formats import PYTHON_TAG, ToolFormat
 from kagami_router.tools.offers import AllowedCalls
+
+_ID_CHARACTERS = string.ascii_letters + string.digits
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +49,11 @@ Delta = TextDelta | CallStart | CallArguments
 
 
 def new_call_id() -> str:
-    """A random id, unique among all calls of all answers."""
-    return f"call_{secrets.token_hex(12)}"
+    """A random id of nine letters and digits.
+
+    Templates of Mistral's kind refuse all others, and for clients an id has no form.
+    """
+    return "".join(secrets.choice(_ID_CHARACTERS) for _ in range(9))
 
 
 class TextOnly:

@@ -1,4 +1,5 @@
 import json
+import re
 from collections.abc import Iterable
 from itertools import pairwise
 
@@ -211,9 +212,10 @@ def test_other_special_tokens_are_no_text() -> None:
     assert TextOnly().push(eos, "held") == [TextDelta("held")]
 
 
-def test_ids_are_unique() -> None:
-    assert len({new_call_id() for _ in range(1000)}) == 1000
-    assert new_call_id().startswith("call_")
+def test_ids_are_unique_and_have_nine_letters_and_digits() -> None:
+    ids = {new_call_id() for _ in range(1000)}
+    assert len(ids) == 1000
+    assert all(re.fullmatch("[A-Za-z0-9]{9}", one) for one in ids)
 
 
 @pytest.mark.parametrize("model", MODELS)

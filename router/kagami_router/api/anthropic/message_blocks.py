@@ -161,7 +161,7 @@ def _input(text: str) -> Raw:
 
 
 def _call_id(call_id: str) -> str:
-    return f"toolu_{call_id.removeprefix('call_')}"
+    return f"toolu_{call_id}"
 
 
 def _usage(request: ValidRequest, end: End | None) -> schema.MessageUsage:

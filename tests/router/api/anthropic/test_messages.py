@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -13,6 +14,7 @@ from pydantic import BaseModel
 from tests.fakes.fake_loop import EOS, FakeLoop, step_events_of
 from tests.fakes.fake_server import TEMPLATE, TOKENS, FakeServer, serving
 from tests.router.api.openai.test_chat_tools import CALL, QWEN, WIDE, compiles, saying
+from tests.router.text.test_call_ids import WITH_CALL_ID
 
 from kagami_proto.errors import GenerationFailed
 from kagami_proto.values import GrammarKind
@@ -296,6 +298,15 @@ async def test_a_result_that_is_an_error_says_so() -> None:
     ]
     prompt = await prompt_of([USER, *turns], template=template)
     assert prompt.endswith("tool:weather:toolu_1:Error: no net;user:::So?;")
+
+
+async def test_ids_of_calls_have_the_form_that_the_template_takes() -> None:
+    used = {"type": "tool_use", "id": "toolu_1", "name": "weather", "input": {"city": "Rome"}}
+    result = {"type": "tool_result", "tool_use_id": "toolu_1", "content": "Sun"}
+    turns = [{"role": "assistant", "content": [used]}, {"role": "user", "content": [result]}]
+    prompt = await prompt_of([USER, *turns], template=ChatTemplate(WITH_CALL_ID, TOKENS))
+    ids = re.findall(r"CALL_ID\](\w{9})\[ARGS|RESULTS\](\w{9})\[", prompt)
+    assert ids[0][0] == ids[1][1]
 
 
 async def test_thinking_that_is_disabled_reaches_the_template() -> None:

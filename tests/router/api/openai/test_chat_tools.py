@@ -12,6 +12,7 @@ from tests.fakes.fake_server import (
     flat_error,
     serving,
 )
+from tests.router.text.test_call_ids import WITH_CALL_ID
 
 from kagami_proto.errors import InvalidRequest
 from kagami_proto.values import Grammar, GrammarKind
@@ -87,7 +88,7 @@ async def test_a_call_is_answered_as_openai_answers_it() -> None:
     (call,) = choice["message"].pop("tool_calls")
     assert choice["message"] == {"role": "assistant", "content": None}
     assert choice["finish_reason"] == "tool_calls"
-    assert call.pop("id").startswith("call_")
+    assert len(call.pop("id")) == 9
     assert call == {
         "type": "function",
         "function": {"name": "weather", "arguments": ARGUMENTS},
@@ -115,7 +116,7 @@ async def test_a_stream_has_the_name_once_then_arguments_then_the_reason() -> No
     first, *middle, last = said
     (call,) = first["delta"].pop("tool_calls")
     assert first["delta"] == {"role": "assistant", "content": None}
-    assert call.pop("id").startswith("call_")
+    assert len(call.pop("id")) == 9
     assert call == {
         "index": 0,
         "type": "function",
@@ -249,6 +250,18 @@ async def test_a_message_of_calls_is_seen_whatever_its_content(content: dict[str
     assert f"<|assistant|>{CALL}\n" in prompt
     results = "<tool_response>\nSun\n</tool_response>\n<tool_response>\nRain\n</tool_response>"
     assert f"<|user|>{results}\n" in prompt
+
+
+async def test_a_call_of_ours_comes_back_to_mistrals_template_with_its_own_id() -> None:
+    loop = saying(CALL)
+    async with serving_tools(loop, template=ChatTemplate(WITH_CALL_ID, TOKENS)) as server:
+        message = (await answer(server, CHAT))["choices"][0]["message"]
+        call_id = message["tool_calls"][0]["id"]
+        result = {"role": "tool", "tool_call_id": call_id, "content": "Sun"}
+        await answer(server, CHAT | {"messages": [*MESSAGES, message, result]})
+    called, behind = loop.requests[-1].prompt_text.split("[ARGS]")
+    assert called.endswith(f"weather[CALL_ID]{call_id}")
+    assert f"[TOOL_RESULTS]{call_id}[TOOL_CONTENT]Sun" in behind
 
 
 @pytest.mark.parametrize(

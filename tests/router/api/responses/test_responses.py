@@ -1,6 +1,7 @@
 """/v1/responses over a scripted model: the JSON of its answers, streams and refusals."""
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from pydantic import TypeAdapter
 from tests.fakes.fake_loop import EOS, FakeLoop, step_events_of
 from tests.fakes.fake_server import TOKENS, FakeServer, flat_error
 from tests.router.api.openai.test_chat_tools import ARGUMENTS, CALL, serving_tools
+from tests.router.text.test_call_ids import WITH_CALL_ID
 
 from kagami_proto.errors import GenerationFailed
 from kagami_proto.values import Grammar, GrammarKind
@@ -259,6 +261,21 @@ async def test_calls_and_their_outputs_go_back_to_the_model() -> None:
     assert "<|assistant|>I look.\n" in prompt
     assert ARGUMENTS in prompt
     assert "<tool_response>\nhot\n</tool_response>" in prompt
+
+
+async def test_ids_of_calls_have_the_form_that_the_template_takes() -> None:
+    loop = saying(CALL)
+    async with serving_tools(loop, template=ChatTemplate(WITH_CALL_ID, TOKENS)) as server:
+        (own,) = (await answer(server, tools=[TOOL]))["output"]
+        foreign = own | {"call_id": "call_1", "id": "fc_1"}
+        results = [
+            {"type": "function_call_output", "call_id": one["call_id"], "output": "hot"}
+            for one in (own, foreign)
+        ]
+        await answer(server, tools=[TOOL], input=[USER, own, foreign, *results])
+    called = re.findall(r"CALL_ID\](\w{9})\[ARGS", prompt_of(loop))
+    assert called[0] == own["call_id"]
+    assert re.findall(r"RESULTS\](\w{9})\[", prompt_of(loop)) == called
 
 
 async def test_text_and_calls_are_items_in_their_order() -> None:
