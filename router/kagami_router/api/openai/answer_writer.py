@@ -65,6 +65,7 @@ class Form:
     """Without `stream_options`, the last chunk of each choice has its usage, as in TGI."""
     shows_output: bool = True
     """False: only the prompt's logprobs are wanted; the output is neither shown nor counted."""
+    end_marker: bytes = DONE
 
 
 class ChoiceWriter(Protocol):
@@ -153,9 +154,10 @@ class OpenAIWriter:
     def end(self, finished: Sequence[Finished], comment: bytes) -> bytes:
         """Usage if wanted, then the end marker, where clients stop reading."""
         if not self._form.wants_usage:
-            return comment + DONE
+            return comment + self._form.end_marker
         usage = encode(_usage_of(finished, self._form.num_samples))
-        return self._head + b'"choices":[],"usage":%b}\n\n' % usage + comment + DONE
+        usage_chunk = self._head + b'"choices":[],"usage":%b}\n\n' % usage
+        return usage_chunk + comment + self._form.end_marker
 
     def failed(self, error: KagamiError) -> bytes:
         """The error in OpenAI's format, and the end marker."""

@@ -17,12 +17,15 @@ from kagami_router.api.answering.token_lists import simple_tokens
 from kagami_router.api.answering.tokenizing import respond_tokens
 from kagami_router.api.openai.answer_writer import Form, Identity, OpenAIWriter, wants_usage
 from kagami_router.api.openai.chat_writer import ChatChoices
+from kagami_router.api.openai.tgi_client import TgiDeltas, is_tgi_client
 from kagami_router.api.schemas.native import ChatTokenizeResponse
 from kagami_router.api.schemas.openai import ChatRequest
 from kagami_router.api.web.app_state import AppState, state_of
+from kagami_router.api.web.body_room import ROOM
 from kagami_router.api.web.call import HttpCall
 from kagami_router.api.web.caller import caller_of
 from kagami_router.api.web.middleware import read_body
+from kagami_router.api.web.sse import DONE
 from kagami_router.request.validation import GenerationParams, Validation
 from kagami_router.text.chat_template import PromptOptions
 from kagami_router.tools import offers
@@ -48,17 +51,20 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     body = await read_body(request, _CHAT)
     state, call = state_of(request), HttpCall.of(request)
     asked, prepared = await ask(state.validation, state.chat_format, body, caller_of(request))
+    raw = await request.app[ROOM].read(request)
+    tgi = TgiDeltas() if is_tgi_client(raw) else None
     form = Form(
         kind="chat.completion",
         chunk_kind="chat.completion.chunk",
         num_samples=asked.num_samples,
         wants_usage=wants_usage(body),
         has_own_usage=False,
+        end_marker=b"" if tgi else DONE,
     )
     writer = OpenAIWriter(
         Identity.of("chatcmpl", call, state, body.model),
         form,
-        ChatChoices(prepared, state.decoder if body.logprobs else None),
+        ChatChoices(prepared, state.decoder if body.logprobs else None, tgi),
     )
     return await respond(request, call, [asked], writer, is_stream=bool(body.stream))
 

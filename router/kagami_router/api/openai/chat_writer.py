@@ -8,6 +8,7 @@ from msgspec.structs import replace
 from kagami_router.api.answering.conversation import AnswerParser, Prepared, read_answer
 from kagami_router.api.answering.logprobs import chat_logprobs
 from kagami_router.api.openai.answer_writer import FINISH_REASON, text_of
+from kagami_router.api.openai.tgi_client import TgiDeltas
 from kagami_router.api.schemas.encoding import encode
 from kagami_router.api.schemas.openai import (
     ChatChoice,
@@ -24,7 +25,7 @@ from kagami_router.text.detokenize import TextDecoder
 from kagami_router.tools.parser import CallArguments, CallStart, Delta, TextDelta
 
 _NULL = b"null"
-_TEXT_CHOICE = (b'{"index":%d,"delta":{"content":', b'},"logprobs":null,"finish_reason":null}')
+_DELTA = (b'{"content":', b"}")
 _TOOL_CALLS = "tool_calls"
 _TOOL_CALLS_JSON = encode(_TOOL_CALLS)
 
@@ -36,16 +37,23 @@ class ChatChoices:
     an answer with calls ends with one more chunk for the finish reason.
     """
 
-    def __init__(self, prepared: Prepared, decoder: TextDecoder | None) -> None:
+    def __init__(
+        self, prepared: Prepared, decoder: TextDecoder | None, tgi: TgiDeltas | None = None
+    ) -> None:
+        """Without `decoder` there are no logprobs; `tgi` writes the deltas of TGI's clients."""
         self._prepared = prepared
-        self._decoder = decoder  # None: no logprobs
+        self._decoder = decoder
+        self._tgi = tgi
         self._parsers: dict[int, AnswerParser] = {}
         self._started: set[int] = set()
 
     @property
     def text_choice(self) -> tuple[bytes, bytes] | None:
         """As `ChoiceWriter` says."""
-        return None if self._decoder is not None or self._prepared.has_tools else _TEXT_CHOICE
+        if self._decoder is not None or self._prepared.has_tools:
+            return None
+        before, behind = self._tgi.text if self._tgi else _DELTA
+        return b'{"index":%d,"delta":' + before, behind + b',"logprobs":null,"finish_reason":null}'
 
     def choices(self, generations: Sequence[Generation]) -> list[ChatChoice]:
         """The choices of a whole answer."""
@@ -96,7 +104,7 @@ class ChatChoices:
             b'{"index":%d,"delta":%b,"logprobs":%b,"finish_reason":%b}'
             % (
                 index,
-                encode(delta),
+                self._tgi.written(index, delta) if self._tgi else encode(delta),
                 _NULL if number else logprobs,
                 finish_reason if number == last else _NULL,
             )
