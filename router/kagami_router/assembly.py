@@ -35,6 +35,7 @@ from kagami_router.text.tokenizer import SpecialTokens, Tokenizer
 from kagami_router.text.turn_end import turn_end_ids
 from kagami_router.tools.chat_format import ChatFormat
 from kagami_router.tools.formats import find_format
+from kagami_router.tools.reasoning import find_reasoning
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +101,12 @@ async def assemble(
             None if args.disable_grammar_support else session.compile_grammar,
             tracer=tracing.tracer,
         ),
-        chat_format=ChatFormat(template, find_format(template, encoder.backend), tracing.tracer),
+        chat_format=ChatFormat(
+            template,
+            find_format(template, encoder.backend),
+            find_reasoning(template, encoder.backend),
+            tracing.tracer,
+        ),
         info=_info(args, limits, facts, pool_tokens),
         decoder=loop.decoder,
         compute_type=args.compute_type,

@@ -26,6 +26,7 @@ from kagami_router.text.encode_queue import EncodeQueue
 from kagami_router.text.tokenizer import SpecialTokens, Tokenizer
 from kagami_router.tools.chat_format import ChatFormat
 from kagami_router.tools.formats import find_format
+from kagami_router.tools.reasoning import find_reasoning
 
 LIMITS = RequestLimits(
     max_best_of=2,
@@ -129,7 +130,10 @@ async def serving(
             tokenize_permits=Permits(max_concurrent_requests),
             decoder=ScriptedDecoder(tokenizer.backend, frozenset({1})),
             chat_format=ChatFormat(
-                template, find_format(template, tokenizer.backend), tracing.tracer
+                template,
+                find_format(template, tokenizer.backend),
+                find_reasoning(template, tokenizer.backend),
+                tracing.tracer,
             ),
             info=info(limits),
             compute_type="1-fake",

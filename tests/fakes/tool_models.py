@@ -8,6 +8,7 @@ from tokenizers import AddedToken
 
 from kagami_router.request.values import Token
 from kagami_router.tools.formats import ToolFormat, find_format
+from kagami_router.tools.tool_forms import FORMS
 
 
 class Described(NamedTuple):
@@ -17,10 +18,22 @@ class Described(NamedTuple):
     reads_tools: bool = True
 
 
+BY_NAME = {one.name: one for one in FORMS}
 QWEN = Described("{{ tools }}<tool_call>")
 LLAMA = Described('{{ tools }}Respond in the format {"name": function name, "parameters": …')
 MISTRAL = Described("{{ tools }}[TOOL_CALLS] [")
 MISTRAL_ARGS = Described("{{ tools }}[TOOL_CALLS]name[ARGS]")
+# Forms that are tried with the markers that their models have as special tokens, as other added
+# tokens, or as no tokens.
+SPECIAL = (
+    *("deepseek_v3", "deepseek_v31", "kimi_k2", "mistral_call_id", "phi4_mini", "granite"),
+    *("cohere", "gemma4", "functiongemma", "lfm2", "pythonic"),
+)
+PLAIN = ("qwen3_coder", "glm45", "minimax_m2", "seed_oss", "deepseek_v32", "nemotron", "olmo3")
+TOKENLESS = (
+    *("qwen3_coder", "glm45", "minimax_m2", "seed_oss", "nemotron", "command_r", "granite"),
+    *("functiongemma", "olmo3", "pythonic"),
+)
 UNAWARE = Described("{{ messages }}", reads_tools=False)
 
 
@@ -34,6 +47,11 @@ def vocabulary(*special: str, plain: tuple[str, ...] = ()) -> tokenizers.Tokeniz
     return tokenizer
 
 
+def described(form: str) -> Described:
+    """A template with the signs of a form."""
+    return Described("{{ tools }}" + " ".join(BY_NAME[form].signs))
+
+
 MODELS: dict[str, tuple[Described, tokenizers.Tokenizer]] = {
     "unaware": (UNAWARE, vocabulary()),
     "qwen": (QWEN, vocabulary(plain=("<tool_call>", "</tool_call>"))),
@@ -43,7 +61,12 @@ MODELS: dict[str, tuple[Described, tokenizers.Tokenizer]] = {
     "mistral": (MISTRAL, vocabulary("[TOOL_CALLS]")),
     "mistral-plain": (MISTRAL, vocabulary()),
     "mistral-args": (MISTRAL_ARGS, vocabulary("[TOOL_CALLS]", "[ARGS]")),
+    **{one: (described(one), vocabulary(*BY_NAME[one].markers)) for one in SPECIAL},
+    **{f"{one}-added": (described(one), vocabulary(plain=BY_NAME[one].markers)) for one in PLAIN},
+    **{f"{one}-text": (described(one), vocabulary()) for one in TOKENLESS},
 }
+# Their calls begin like a text.
+BARE = tuple(one for one in MODELS if not find_format(*MODELS[one]).form.opener)
 
 
 def format_of(name: str) -> ToolFormat:

@@ -3,42 +3,12 @@
 import re
 from collections.abc import Iterable
 
-from kagami_router.tools.formats import ToolForm
 from kagami_router.tools.offers import NAME
+from kagami_router.tools.tool_forms import FILLINGS, PLACEHOLDER, ToolForm
 
 # Without a grammar, white space is unbounded. A text longer than this, in characters, is no head.
 _MAX_HEAD = 512
-
-
-class ObjectScan:
-    """Finds the end of a JSON object."""
-
-    def __init__(self) -> None:
-        self._depth = 0
-        self._is_in_text = False
-        self._is_escaped = False
-
-    @property
-    def is_over(self) -> bool:
-        """Whether the object has ended; valid after the first character."""
-        return self._depth == 0
-
-    def feed(self, text: str) -> int:
-        """How many characters of `text` belong to the object."""
-        for index, character in enumerate(text):
-            if self._is_escaped:
-                self._is_escaped = False
-            elif character == "\\":
-                self._is_escaped = self._is_in_text
-            elif character == '"':
-                self._is_in_text = not self._is_in_text
-            elif not self._is_in_text and character in "{[":
-                self._depth += 1
-            elif not self._is_in_text and character in "}]":
-                self._depth -= 1
-                if self._depth == 0:
-                    return index + 1
-        return len(text)
+_SPACE = r"\s*"
 
 
 class Pattern:
@@ -70,36 +40,39 @@ class Pattern:
 
 
 def patterns_of(form: ToolForm) -> tuple[Pattern, Pattern, Pattern]:
-    """The head of the first call, the head of a further call in a list, and the foot."""
-    space = r"\s*"
-    head = [*_units(form.before), f"(?P<name>{NAME})", *_units(form.after)]
-    object_follows = r"(?=\{)"
+    """The head of the first call, that of a further call in a list, and the foot."""
+    name = f"(?P<name>{NAME})"
+    begin = form.style.begin
+    arguments_follow = f"(?={begin})" if begin else ""
+    lead = form.lead if form.lead.isspace() else f"{form.lead} "
     return (
-        Pattern(
-            [*_units(form.lead), *([] if form.lead.isspace() else [space]), *head], object_follows
-        ),
-        Pattern([space, *head], object_follows),
-        Pattern([space, *_units(form.foot)] if form.foot else []),
+        Pattern(_units(lead + form.before, name, form.after), arguments_follow),
+        Pattern(_units(f" {form.between} {form.before}", name, form.after), arguments_follow),
+        Pattern(_units(f" {form.foot}") if form.foot else []),
     )
 
 
-def _units(text: str) -> list[str]:
-    """Regex parts of a form's text; white space is optional where JSON allows it."""
+def _units(text: str, *more: str) -> list[str]:
+    """Regex parts of a form's text; white space is optional where JSON allows it.
+
+    Behind `text` may stand a regex, and a text again.
+    """
     units: list[str] = []
-    for character in text:
-        if character.isspace() or character in "{,:[":
-            parts = [r"\s*", re.escape(character), r"\s*"] if not character.isspace() else [r"\s*"]
+    for part in re.split(rf"{PLACEHOLDER.pattern}|(\s+|[{{,:\[])", text):
+        if not part:
+            continue
+        if part in FILLINGS:
+            units.append(FILLINGS[part].read)
+        elif part.isspace():
+            units.append(_SPACE)
+        elif part in ("{", ",", ":", "["):
+            units += [_SPACE, re.escape(part), _SPACE]
         else:
-            parts = [re.escape(character)]
-        for part in parts:
-            if part != r"\s*" or units[-1:] != [part]:
-                units.append(part)
-    return units
-
-
-def overlap(text: str, marker: str) -> int:
-    """Length of the longest end of `text` that `marker` begins with."""
-    for length in range(min(len(text), len(marker) - 1), 0, -1):
-        if marker.startswith(text[-length:]):
-            return length
-    return 0
+            units += map(re.escape, part)
+    if more:
+        units += [more[0], *_units(*more[1:])]
+    return [
+        one
+        for one, before in zip(units, ["", *units], strict=False)
+        if (one, before) != (_SPACE, _SPACE)
+    ]

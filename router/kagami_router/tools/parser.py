@@ -7,68 +7,23 @@ call is sent as text.
 
 import enum
 import json
-import secrets
-import string
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from kagami_router.request.values import Token
-from kagami_router.tools.call_patterns import ObjectScan, Pattern, overlap, patterns_of
-from kagami_router.tools.formats import PYTHON_TAG, ToolFormat
+from kagami_router.tools.call_arguments import ArgumentReader, NotArguments
+from kagami_router.tools.call_patterns import Pattern, patterns_of
+from kagami_router.tools.deltas import (
+    CallArguments,
+    CallStart,
+    Delta,
+    TextDelta,
+    merged,
+    new_call_id,
+    overlap,
+)
+from kagami_router.tools.formats import ToolFormat
 from kagami_router.tools.offers import AllowedCalls
-
-_ID_CHARACTERS = string.ascii_letters + string.digits
-
-
-@dataclass(frozen=True, slots=True)
-class TextDelta:
-    """More of the answer's text."""
-
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class CallStart:
-    """A call begins; `index` counts the calls of an answer from 0."""
-
-    index: int
-    id: str
-    name: str
-
-
-@dataclass(frozen=True, slots=True)
-class CallArguments:
-    """More of a call's arguments: pieces of one JSON text."""
-
-    index: int
-    text: str
-
-
-Delta = TextDelta | CallStart | CallArguments
-
-
-def new_call_id() -> str:
-    """A random id of nine letters and digits.
-
-    Templates of Mistral's kind refuse all others, and for clients an id has no form.
-    """
-    return "".join(secrets.choice(_ID_CHARACTERS) for _ in range(9))
-
-
-class TextOnly:
-    """The parser of an answer that makes no calls."""
-
-    num_calls = 0
-
-    def push(self, token: Token, tail: str = "") -> list[Delta]:
-        """The text that this token shows."""
-        text = tail if token.special else token.text + tail
-        return [TextDelta(text)] if text else []
-
-    def finish(self, *, is_cut: bool) -> list[Delta]:
-        """Nothing: this parser holds no text back."""
-        return []
 
 
 class State(enum.Enum):
@@ -108,7 +63,7 @@ class CallParser:
         self._form = tool_format.form
         self._special = tool_format.special_markers
         self._first_head, self._next_head, self._foot_pattern = patterns_of(self._form)
-        self._names = frozenset(tool.name for tool in calls.tools)
+        self._tools = {tool.name: tool for tool in calls.tools}
         self._max_calls = calls.max_calls
         self._is_constrained = is_constrained
         self._new_id = new_id
@@ -118,10 +73,11 @@ class CallParser:
         self._before = ""  # the opener of the current call; it is text if this is not a call
         self._raw = ""  # the part of the current call that was taken from the buffer
         self._held: list[Delta] = []  # deltas of the current call, until it is complete
-        self._scan = ObjectScan()
+        self._reader: ArgumentReader | None = None
         self._is_blank = True  # nothing but white space came before
         self._out: list[Delta] = []
         self.num_calls = 0
+        self.num_reasoning_tokens = 0
 
     def push(self, token: Token, tail: str = "") -> list[Delta]:
         """The deltas of one token; `tail` is the text that the token released."""
@@ -149,7 +105,7 @@ class CallParser:
             self._buffer = ""
         self._put_text(self._buffer)
         self._buffer = ""
-        return _merged(deltas + self._take())
+        return merged(deltas + self._take())
 
     def _settle(self, is_cut: bool) -> None:
         """End a call that is incomplete when no more text comes."""
@@ -166,7 +122,7 @@ class CallParser:
 
     def _push_marker(self, marker: str) -> list[Delta]:
         """The deltas of a marker that is a special token; the output's text does not have it."""
-        opens = marker in (self._form.opener, PYTHON_TAG)
+        opens = marker in (self._form.opener, self._form.prelude)
         if not opens:
             return self.push_text(marker)
         if not _RULES[self._state].may_open or self.num_calls >= self._max_calls:
@@ -185,7 +141,7 @@ class CallParser:
 
     def _take(self) -> list[Delta]:
         out, self._out = self._out, []
-        return _merged(out)
+        return merged(out)
 
     # One method for each state: it takes what it can from the buffer. False = it needs more text.
 
@@ -220,24 +176,29 @@ class CallParser:
         end = self._head_pattern.end_in(self._buffer)
         if end is not None:
             name = self._head_pattern.name_in(self._buffer)
-            if name not in self._names:
+            if name not in self._tools:
                 return self._fail()
             self._consume(end)
-            self._scan = ObjectScan()
+            self._reader = self._form.style.reader(self._tools[name])
             self._put_call(CallStart(self.num_calls, self._new_id(), name))
             self._state = State.ARGUMENTS
             return True
         return self._fail() if not self._head_pattern.could_match(self._buffer) else False
 
     def _arguments(self) -> bool:
-        if not self._buffer:
+        if not self._buffer or self._reader is None:
             return False
-        piece = self._consume(self._scan.feed(self._buffer))
-        index = self.num_calls - 1 if self._is_constrained else self.num_calls
-        self._put_call(CallArguments(index, piece))
-        if self._scan.is_over:
+        try:
+            piece = self._reader.feed(self._buffer)
+        except NotArguments:
+            return self._fail()
+        self._consume(piece.length)
+        if piece.json:
+            index = self.num_calls - 1 if self._is_constrained else self.num_calls
+            self._put_call(CallArguments(index, piece.json))
+        if self._reader.is_over:
             self._state = State.FOOT
-        return self._scan.is_over
+        return self._reader.is_over
 
     def _foot(self) -> bool:
         end = self._foot_pattern.end_in(self._buffer)
@@ -252,14 +213,13 @@ class CallParser:
 
     def _close(self) -> bool:
         """Reads a closer, or the next call of a list. Models forget closers: none is required."""
-        rest = self._buffer.lstrip()
-        closer, between = self._form.closer.strip(), self._form.between.strip()
         may_follow = self._form.is_list and self.num_calls < self._max_calls
-        if may_follow and rest.startswith(between):
-            rest = rest.removeprefix(between)
-            before, self._buffer = self._buffer[: len(self._buffer) - len(rest)], rest
-            self._open(before, self._next_head)
+        if may_follow and self._next_head.could_match(self._buffer):
+            if self._next_head.end_in(self._buffer) is None:
+                return False
+            self._open("", self._next_head)
             return True
+        rest, closer = self._buffer.lstrip(), self._form.closer.strip()
         if closer and not rest.startswith(closer) and closer.startswith(rest):
             return False
         if closer and rest.startswith(closer):
@@ -345,18 +305,3 @@ def _is_json(call: Iterable[Delta]) -> bool:
     except (ValueError, RecursionError):
         return False
     return True
-
-
-def _merged(deltas: Iterable[Delta]) -> list[Delta]:
-    """The same deltas; neighbouring pieces of one text or of one call are joined."""
-    merged: list[Delta] = []
-    for delta in deltas:
-        last = merged[-1] if merged else None
-        match last, delta:
-            case TextDelta(before), TextDelta(more):
-                merged[-1] = TextDelta(before + more)
-            case CallArguments(index, before), CallArguments(same, more) if index == same:
-                merged[-1] = CallArguments(index, before + more)
-            case _:
-                merged.append(delta)
-    return merged

@@ -6,23 +6,27 @@ from itertools import pairwise
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.fakes.tool_models import MODELS, format_of, tokens_of
+from tests.fakes.tool_models import BARE, MODELS, format_of, tokens_of
 from tests.router.tools.test_formats import TOOLS, WEATHER, matcher, said
 
 from kagami_router.request.values import Token
-from kagami_router.tools.offers import AUTO, allowed_calls
-from kagami_router.tools.parser import (
+from kagami_router.tools.call_arguments import JSON
+from kagami_router.tools.deltas import (
     CallArguments,
-    CallParser,
     CallStart,
     Delta,
     TextDelta,
     TextOnly,
     new_call_id,
 )
+from kagami_router.tools.offers import AUTO, allowed_calls
+from kagami_router.tools.parser import CallParser
 
 # In these forms no marker is a special token: the whole answer is text.
-TEXT_MODELS = ("unaware", "llama-plain", "mistral-plain")
+TEXT_MODELS = (
+    *("unaware", "llama-plain", "mistral-plain"),
+    *(one for one in MODELS if one.endswith("-text")),
+)
 CALLS = (("now", "{}"), ("weather", WEATHER))
 
 
@@ -60,7 +64,7 @@ def parts(text: str, cuts: Iterable[int]) -> list[str]:
 
 
 def calls_in(model: str) -> tuple[tuple[str, str], ...]:
-    return CALLS[1:] if model.startswith("llama") else CALLS
+    return CALLS if format_of(model).form.between else CALLS[1:]
 
 
 @pytest.mark.parametrize("is_constrained", [True, False])
@@ -79,7 +83,7 @@ def test_any_split_gives_the_same(
 ) -> None:
     model = data.draw(st.sampled_from(TEXT_MODELS))
     before = data.draw(st.sampled_from(["", "\n", "I look. ", "a <tool_cal", "[TOOL_", "{"]))
-    before = "" if model.startswith("llama") else before
+    before = "" if model in BARE else before
     text = before + said(model, *calls_in(model))
     whole = summed(read(parser_of(model, is_constrained=is_constrained), [text]))
     split = summed(read(parser_of(model, is_constrained=is_constrained), parts(text, cuts)))
@@ -133,7 +137,7 @@ def test_text_stays_as_it_is(model: str, text: str) -> None:
     assert summed(deltas) == (text, [])
 
 
-@pytest.mark.parametrize("model", TEXT_MODELS)
+@pytest.mark.parametrize("model", [one for one in TEXT_MODELS if format_of(one).form.style is JSON])
 @pytest.mark.parametrize(
     ("name", "arguments"), [("unknown", "{}"), ("now", "{bad}"), ("now", "3"), ("now", '{"a": }')]
 )

@@ -6,7 +6,7 @@ and how its answer is read.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,20 +18,25 @@ from kagami_router.request.validation import Validation
 from kagami_router.request.values import FinishReason
 from kagami_router.serving.infer import Generation
 from kagami_router.text.chat_template import PromptOptions
+from kagami_router.tools.answer_grammar import Thoughts, answer_grammar
+from kagami_router.tools.call_arguments import JSON, json_term
 from kagami_router.tools.chat_format import ChatFormat
-from kagami_router.tools.formats import ToolForm, ToolFormat, arguments_schema
-from kagami_router.tools.offers import AUTO, AllowedCalls, Tool, ToolChoice, allowed_calls
-from kagami_router.tools.parser import (
+from kagami_router.tools.deltas import (
+    AnswerParser,
     CallArguments,
-    CallParser,
     CallStart,
     Delta,
+    ReasoningDelta,
     TextDelta,
     TextOnly,
 )
+from kagami_router.tools.formats import ToolFormat
+from kagami_router.tools.offers import AUTO, AllowedCalls, Tool, ToolChoice, allowed_calls
+from kagami_router.tools.parser import CallParser
+from kagami_router.tools.reasoning import Begun, ReasoningFormat, ReasoningParser
+from kagami_router.tools.tool_forms import PLACEHOLDER, ToolForm
 
 Message = Mapping[str, Any]
-AnswerParser = TextOnly | CallParser
 
 _NO_OPTIONS = PromptOptions()
 # A template that formats tool results itself contains one of these.
@@ -49,7 +54,7 @@ class Conversation:
     tool_prompt: str | None = None
     """Replaces our own note that tells the model about its tools."""
     grammar: Grammar | None = None
-    """Constrains the answer; not allowed together with tools."""
+    """Constrains the answer; with tools, an answer that is not a call."""
     options: PromptOptions = _NO_OPTIONS
     """For the template; its `tools` are set from the field above."""
 
@@ -60,8 +65,52 @@ class Prepared:
 
     prompt: str
     grammar: Grammar | None
-    has_tools: bool
-    new_parser: Callable[[], AnswerParser]
+    reader: "Reader"
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether each answer is nothing but text."""
+        return self.reader.is_plain
+
+    @property
+    def may_think(self) -> bool:
+        """Whether an answer may begin with thoughts."""
+        return self.reader.may_think
+
+    def new_parser(self) -> AnswerParser:
+        """A parser for one answer."""
+        return self.reader.parser()
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """Makes the parsers of one conversation's answers."""
+
+    chat_format: ChatFormat
+    calls: AllowedCalls | None
+    begun: Begun
+    is_constrained: bool
+
+    @property
+    def may_think(self) -> bool:
+        """Whether an answer may begin with thoughts."""
+        return self.begun is not Begun.CLOSED
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether an answer is nothing but text."""
+        return self.calls is None and not self.may_think
+
+    def parser(self) -> AnswerParser:
+        """A parser for one answer."""
+        reasoning, tool_format = self.chat_format.reasoning, self.chat_format.tool_format
+        rest: AnswerParser = TextOnly()
+        if self.calls is not None:
+            rest = CallParser(tool_format, self.calls, is_constrained=self.is_constrained)
+        if reasoning is None or not self.may_think:
+            return rest
+        ends_at = "" if self.calls is None else tool_format.form.opener
+        return ReasoningParser(reasoning.form, rest, self.begun, ends_at=ends_at)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +128,9 @@ class Answer:
 
     text: str | None
     calls: tuple[ToolCall, ...]
+    reasoning: str | None
+    """None: the model did not think"""
+    num_reasoning_tokens: int
 
 
 async def prompt(chat_format: ChatFormat, conversation: Conversation, caller: str = "") -> str:
@@ -101,26 +153,33 @@ async def prepare(
     `InvalidRequest` if calls are required and the server has no grammars.
     """
     calls = _calls_of(conversation)
-    if calls is None:
-        text = await prompt(chat_format, conversation, caller)
-        return Prepared(text, conversation.grammar, False, TextOnly)
-    if conversation.grammar is not None:
-        raise ToolError("Grammar and tools are mutually exclusive")
-    tool_format = chat_format.tool_format
-    grammar = None
-    if validation.has_grammars:
-        grammar = tool_format.grammar(calls)
-    elif calls.is_required:
+    if calls is not None and calls.is_required and not validation.has_grammars:
         raise InvalidRequest("grammar is not supported")
     text = await prompt(chat_format, conversation, caller)
-    if grammar is not None:
+    begun = _begun(chat_format.reasoning, conversation, text)
+    grammar = conversation.grammar
+    if calls is None or validation.has_grammars:
+        grammar = answer_grammar(
+            chat_format.tool_format, calls, grammar, Thoughts.behind(chat_format.reasoning, begun)
+        )
+    if conversation.grammar not in (None, grammar):
+        await validation.ready_grammar(conversation.grammar, caller)  # its errors name no tool
+    if calls is not None and grammar is not None:
         await _check_grammar(validation, grammar, calls, caller)
-    return Prepared(
-        text,
-        grammar,
-        True,
-        lambda: CallParser(tool_format, calls, is_constrained=grammar is not None),
-    )
+    reader = Reader(chat_format, calls, begun, is_constrained=grammar is not None)
+    return Prepared(text, grammar, reader)
+
+
+def _begun(reasoning: ReasoningFormat | None, conversation: Conversation, prompt: str) -> Begun:
+    """What the prompt has said of the answer's thoughts already."""
+    if reasoning is None:
+        return Begun.CLOSED
+    last, options = conversation.messages[-1], conversation.options
+    if last.get("role") != "assistant" or options.add_generation_prompt:
+        return reasoning.begun(prompt)
+    if options.continue_final_message not in (None, True, "content"):
+        return Begun.OPEN  # the member that has the thoughts is continued
+    return reasoning.begun_by(_text_of(last))
 
 
 def _calls_of(conversation: Conversation) -> AllowedCalls | None:
@@ -141,6 +200,7 @@ def read_answer(generation: Generation, parser: AnswerParser) -> Answer:
     """One whole answer as text and calls."""
     deltas = read_deltas(generation, parser)
     texts = [delta.text for delta in deltas if isinstance(delta, TextDelta)]
+    thoughts = [delta.text for delta in deltas if isinstance(delta, ReasoningDelta)]
     arguments: dict[int, list[str]] = {}
     for delta in deltas:
         if isinstance(delta, CallArguments):
@@ -150,7 +210,12 @@ def read_answer(generation: Generation, parser: AnswerParser) -> Answer:
         for delta in deltas
         if isinstance(delta, CallStart)
     )
-    return Answer("".join(texts) if texts or not calls else None, calls)
+    return Answer(
+        "".join(texts) if texts or not calls else None,
+        calls,
+        "".join(thoughts) if thoughts else None,
+        parser.num_reasoning_tokens,
+    )
 
 
 async def _check_grammar(
@@ -161,7 +226,8 @@ async def _check_grammar(
         await validation.ready_grammar(grammar, caller)
     except InvalidRequest as whole:
         for tool in calls.tools:
-            alone = Grammar(GrammarKind.LARK, f"start: %json {arguments_schema(tool)}\n")
+            term = json_term(tool.schema, is_strict=tool.is_strict)
+            alone = Grammar(GrammarKind.LARK, f"start: {term}\n")
             try:
                 await validation.ready_grammar(alone, caller)
             except InvalidRequest as error:
@@ -211,12 +277,19 @@ def _calls_as_text(messages: Sequence[Message], form: ToolForm) -> list[Message]
 def _written(calls: Sequence[Any], form: ToolForm) -> str:
     """Calls as the model writes them."""
     heads = []
-    for call in calls:
+    for number, call in enumerate(calls):
         function = call["function"]
-        heads.append(
-            f"{form.before}{function.get('name')}{form.after}{function['arguments']}{form.foot}"
-        )
+        arguments = function["arguments"]
+        if form.style is not JSON:
+            arguments = form.style.written(json.loads(arguments))
+        heads.append(_call_text(form, function.get("name"), arguments, number))
     return form.opener + form.lead + form.between.join(heads) + form.closer
+
+
+def _call_text(form: ToolForm, name: str, arguments: str, number: int = 0) -> str:
+    text = f"{form.before}{name}{form.after}"
+    text = PLACEHOLDER.sub(lambda found: "0" * 9 if found[0] == "{id}" else str(number), text)
+    return f"{text}{arguments}{form.foot}"
 
 
 def _results_as_user(messages: Sequence[Message]) -> list[Message]:
@@ -257,7 +330,8 @@ def _tools_note(tools: Sequence[Tool], tool_format: ToolFormat, tool_prompt: str
     """The tools, and how to call them, for a model whose template cannot show them."""
     listed = json.dumps([tool.definition for tool in tools], ensure_ascii=False)
     form = tool_format.form
-    example = f"{form.before}NAME{form.after}{{…}}{form.foot}"
+    shown = "{…}" if form.style is JSON else form.style.written({"ARGUMENT": "VALUE"})
+    example = _call_text(form, "NAME", shown)
     told = tool_prompt or (
         "These functions can be called. If one of them helps, call it, and write nothing but the"
         f" call:\n{form.opener}{form.lead}{example}{form.closer}\n"

@@ -8,7 +8,7 @@ from msgspec import Raw
 from msgspec.structs import replace
 
 from kagami_proto.errors import KagamiError
-from kagami_router.api.answering.conversation import AnswerParser, read_deltas
+from kagami_router.api.answering.conversation import read_deltas
 from kagami_router.api.schemas import messages as schema
 from kagami_router.api.schemas.encoding import encode
 from kagami_router.api.web.call import Finished
@@ -16,7 +16,14 @@ from kagami_router.api.web.errors import Family, error_event
 from kagami_router.api.web.sse import named_event
 from kagami_router.request.values import End, FinishReason, StreamEvent, ValidRequest
 from kagami_router.serving.infer import Generation
-from kagami_router.tools.parser import CallArguments, CallStart, Delta, TextDelta
+from kagami_router.tools.deltas import (
+    AnswerParser,
+    CallArguments,
+    CallStart,
+    Delta,
+    ReasoningDelta,
+    TextDelta,
+)
 
 OutBlock = schema.TextBlock | schema.CallBlock
 
@@ -99,6 +106,8 @@ class MessageWriter:
 
     def _said(self, delta: Delta) -> list[schema.MessageEvent]:
         match delta:
+            case ReasoningDelta():
+                return []
             case CallStart(_, call_id, name):
                 return self._opened(schema.CallBlock(_call_id(call_id), name, _NO_INPUT))
             case CallArguments(_, text):
@@ -134,6 +143,8 @@ def _blocks(deltas: Iterable[Delta]) -> list[OutBlock]:
     groups: list[tuple[CallStart | None, list[str]]] = []
     for delta in deltas:
         match delta:
+            case ReasoningDelta():
+                pass
             case CallStart():
                 groups.append((delta, []))
             case CallArguments(_, text):

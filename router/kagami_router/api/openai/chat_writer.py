@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from msgspec import UNSET
 from msgspec.structs import replace
 
-from kagami_router.api.answering.conversation import AnswerParser, Prepared, read_answer
+from kagami_router.api.answering.conversation import Prepared, read_answer
 from kagami_router.api.answering.logprobs import chat_logprobs
 from kagami_router.api.openai.answer_writer import FINISH_REASON, text_of
 from kagami_router.api.openai.tgi_client import TgiDeltas
@@ -22,7 +22,14 @@ from kagami_router.api.schemas.openai import (
 from kagami_router.request.values import FinishReason, StreamEvent
 from kagami_router.serving.infer import Generation
 from kagami_router.text.detokenize import TextDecoder
-from kagami_router.tools.parser import CallArguments, CallStart, Delta, TextDelta
+from kagami_router.tools.deltas import (
+    AnswerParser,
+    CallArguments,
+    CallStart,
+    Delta,
+    ReasoningDelta,
+    TextDelta,
+)
 
 _NULL = b"null"
 _DELTA = (b'{"content":', b"}")
@@ -50,7 +57,7 @@ class ChatChoices:
     @property
     def text_choice(self) -> tuple[bytes, bytes] | None:
         """As `ChoiceWriter` says."""
-        if self._decoder is not None or self._prepared.has_tools:
+        if self._decoder is not None or not self._prepared.is_plain:
             return None
         before, behind = self._tgi.text if self._tgi else _DELTA
         return b'{"index":%d,"delta":' + before, behind + b',"logprobs":null,"finish_reason":null}'
@@ -69,9 +76,10 @@ class ChatChoices:
             for call in answer.calls
         ]
         reason = generation.end.finish_reason
+        thought = UNSET if answer.reasoning is None else answer.reasoning
         return ChatChoice(
             index,
-            ChatMessage("assistant", answer.text, calls or UNSET),
+            ChatMessage("assistant", answer.text, calls or UNSET, thought, thought),
             logprobs,
             _TOOL_CALLS if _ends_in_calls(len(calls), reason) else FINISH_REASON[reason],
         )
@@ -81,7 +89,7 @@ class ChatChoices:
         logprobs = _NULL
         if self._decoder is not None:
             logprobs = encode(chat_logprobs(self._decoder, [(event.token, event.top_tokens)]))
-        if not self._prepared.has_tools:
+        if self._prepared.is_plain:
             deltas = [ChatDelta(content=text_of(event))]
         else:
             if index not in self._parsers:
@@ -131,6 +139,8 @@ def _deltas(parser: AnswerParser, event: StreamEvent) -> list[ChatDelta]:
 
 def _delta(said: Delta) -> ChatDelta:
     match said:
+        case ReasoningDelta(text):
+            return ChatDelta(reasoning_content=text, reasoning=text)
         case TextDelta(text):
             return ChatDelta(content=text)
         case CallStart(index, call_id, name):

@@ -7,7 +7,7 @@ import msgspec
 from aiohttp import web
 
 from kagami_proto.errors import InvalidRequest, MalformedBody
-from kagami_router.api.answering.conversation import AnswerParser, read_answer
+from kagami_router.api.answering.conversation import read_answer
 from kagami_router.api.answering.respond import Asked, respond_whole
 from kagami_router.api.native import generate
 from kagami_router.api.openai import chat, completions
@@ -21,7 +21,7 @@ from kagami_router.api.web.caller import caller_of
 from kagami_router.api.web.errors import Family
 from kagami_router.api.web.middleware import FAMILY, read_body, reason_of
 from kagami_router.serving.infer import Generation
-from kagami_router.tools.parser import TextOnly
+from kagami_router.tools.deltas import AnswerParser, TextOnly
 
 _MEMBERS = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _VERTEX = msgspec.json.Decoder(VertexRequest)

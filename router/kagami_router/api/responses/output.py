@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from kagami_router.api.answering.conversation import AnswerParser
 from kagami_router.api.answering.logprobs import chat_logprobs
 from kagami_router.api.schemas.openai import ChatLogprob
 from kagami_router.api.schemas.response_events import (
@@ -30,7 +29,14 @@ from kagami_router.api.schemas.responses import (
 )
 from kagami_router.request.values import FinishReason, StreamEvent
 from kagami_router.text.detokenize import TextDecoder
-from kagami_router.tools.parser import CallArguments, CallStart, Delta, TextDelta
+from kagami_router.tools.deltas import (
+    AnswerParser,
+    CallArguments,
+    CallStart,
+    Delta,
+    ReasoningDelta,
+    TextDelta,
+)
 
 IN_PROGRESS, COMPLETED, INCOMPLETE = "in_progress", "completed", "incomplete"
 _PART = 0  # every message has one part
@@ -90,6 +96,8 @@ class Output:
 
     def _add(self, delta: Delta) -> Iterator[ResponseEvent]:
         match delta:
+            case ReasoningDelta():
+                self._logprobs.clear()  # thoughts have none
             case TextDelta(text):
                 yield from self._add_text(text)
             case CallStart():

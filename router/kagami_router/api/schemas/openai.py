@@ -169,6 +169,10 @@ class ChatDelta(Struct, frozen=True):
     role: str | UnsetType = UNSET
     content: str | UnsetType | None = UNSET
     tool_calls: list[ToolCallDelta] | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
+    """What the model thinks before it answers"""
+    reasoning: str | UnsetType = UNSET
+    """The same under its other name"""
 
 
 class ChatMessage(Struct, frozen=True):
@@ -177,6 +181,10 @@ class ChatMessage(Struct, frozen=True):
     role: str
     content: str | None
     tool_calls: list[ToolCall] | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
+    """What the model thought before it answered"""
+    reasoning: str | UnsetType = UNSET
+    """The same under its other name"""
 
 
 class ChatChoice(Struct, frozen=True):

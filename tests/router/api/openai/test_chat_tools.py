@@ -253,7 +253,7 @@ async def test_a_message_of_calls_is_seen_whatever_its_content(content: dict[str
 
 
 async def test_a_call_of_ours_comes_back_to_mistrals_template_with_its_own_id() -> None:
-    loop = saying(CALL)
+    loop = saying(f"[TOOL_CALLS]weather[CALL_ID]a1b2c3d4e[ARGS]{ARGUMENTS}")
     async with serving_tools(loop, template=ChatTemplate(WITH_CALL_ID, TOKENS)) as server:
         message = (await answer(server, CHAT))["choices"][0]["message"]
         call_id = message["tool_calls"][0]["id"]

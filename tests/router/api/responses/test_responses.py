@@ -264,7 +264,7 @@ async def test_calls_and_their_outputs_go_back_to_the_model() -> None:
 
 
 async def test_ids_of_calls_have_the_form_that_the_template_takes() -> None:
-    loop = saying(CALL)
+    loop = saying(f"[TOOL_CALLS]weather[CALL_ID]a1b2c3d4e[ARGS]{ARGUMENTS}")
     async with serving_tools(loop, template=ChatTemplate(WITH_CALL_ID, TOKENS)) as server:
         (own,) = (await answer(server, tools=[TOOL]))["output"]
         foreign = own | {"call_id": "call_1", "id": "fc_1"}
