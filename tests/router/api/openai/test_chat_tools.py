@@ -259,7 +259,7 @@ async def test_a_call_of_ours_comes_back_to_mistrals_template_with_its_own_id() 
         call_id = message["tool_calls"][0]["id"]
         result = {"role": "tool", "tool_call_id": call_id, "content": "Sun"}
         await answer(server, CHAT | {"messages": [*MESSAGES, message, result]})
-    called, behind = loop.requests[-1].prompt_text.split("[ARGS]")
+    called, behind = loop.requests[-1].prompt_text.split("[ARGS]", 1)
     assert called.endswith(f"weather[CALL_ID]{call_id}")
     assert f"[TOOL_RESULTS]{call_id}[TOOL_CONTENT]Sun" in behind
 
