@@ -102,6 +102,30 @@ async def test_streamed_calls_are_those_of_the_whole_answer(server: Server) -> N
     assert [chunk.finish_reason for chunk in chunks][-2:] == [None, "tool_calls"]
 
 
+@pytest.mark.parametrize("is_stream", [False, True])
+async def test_a_model_that_repeats_a_call_is_ended_before_its_limit(
+    server: Server, is_stream: bool
+) -> None:
+    now = {**ASKED, "tools": TOOLS[1:], "parallel_tool_calls": True, "max_tokens": 400}
+    async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="-") as client:
+        asked: dict[str, Any] = {**now, "tool_choice": "required", "temperature": 0}
+        if is_stream:
+            stream = await client.chat.completions.create(
+                **asked, stream=True, stream_options={"include_usage": True}
+            )
+            *chunks, last = [chunk async for chunk in stream]
+            deltas = [chunk.choices[0].delta for chunk in chunks]
+            calls = [piece.id for delta in deltas for piece in delta.tool_calls or () if piece.id]
+            reason, usage = chunks[-1].choices[0].finish_reason, last.usage
+        else:
+            whole = await client.chat.completions.create(**asked)
+            calls = [call.id for call in whole.choices[0].message.tool_calls]
+            reason, usage = whole.choices[0].finish_reason, whole.usage
+    assert (len(calls), reason) == (1, "tool_calls")
+    assert usage is not None
+    assert usage.completion_tokens < 100
+
+
 async def test_auto_is_text_or_valid_calls(server: Server) -> None:
     for answer in await _many(server, max_tokens=30):
         (one,) = answer.choices

@@ -22,7 +22,7 @@ from kagami_proto.values import (
     SamplingParams,
 )
 from kagami_router.request.prompt import Prompt
-from kagami_router.request.values import StoppingParams, ValidRequest
+from kagami_router.request.values import StoppingParams, ValidRequest, Watch
 from kagami_router.text.tokenizer import INLINE_CHARACTERS, TextToken, Tokenizer
 from kagami_router.text.turns import Turns
 
@@ -79,6 +79,8 @@ class GenerationParams:
     stop: tuple[str, ...] = ()
     keep_stop: bool = True
     ignore_eos: bool = False
+    new_watch: Callable[[], Watch] | None = None
+    """As `StoppingParams` says"""
     truncate: int | None = None
     prompt_logprobs: bool = False
     seed: int | None = None
@@ -252,6 +254,7 @@ class Validation:
                 # A grammar ends by EOS: nothing else may follow it.
                 ignore_eos=params.ignore_eos and params.grammar is None,
                 keep_stop=params.keep_stop,
+                new_watch=params.new_watch,
             ),
             top_n_tokens=params.top_n_tokens or 0,
             prompt_logprobs=params.prompt_logprobs,

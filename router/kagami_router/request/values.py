@@ -5,11 +5,19 @@ here knows HTTP, protobuf or the scheduler. Times are seconds of `time.monotonic
 """
 
 import enum
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from kagami_proto.values import Grammar, SamplingParams
 from kagami_router.request.prompt import Prompt
+
+
+class Watch(Protocol):
+    """Reads what one sequence says, and sees when it has said enough."""
+
+    def is_enough(self, token: "Token", tail: str) -> bool:
+        """Whether the sequence ends with this token; `tail` is the text that it released."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +29,8 @@ class StoppingParams:
     ignore_eos: bool = False
     keep_stop: bool = True
     """Native routes leave the stop string in the text, OpenAI's cut it off."""
+    new_watch: Callable[[], Watch] | None = None
+    """Makes what watches one sequence, and ends it as a stop string would."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from kagami_router.request.values import (
     StreamEvent,
     Timings,
     Token,
+    Watch,
     text_event,
 )
 from kagami_router.scheduler.sequence import Sequence
@@ -42,6 +43,7 @@ class OpenText:
         "stop",
         "stream",
         "texts",
+        "watch",
     )
 
     def __init__(
@@ -50,11 +52,13 @@ class OpenText:
         stream: GenerationStream,
         detokenizer: Detokenizer,
         stop: StopMatcher | None,
+        watch: Watch | None,
     ) -> None:
         self.sequence = sequence
         self.stream = stream
         self.detokenizer = detokenizer
         self.stop = stop
+        self.watch = watch
         self.texts: list[str] = []
         """What each token added"""
         self.first_token: float | None = None
@@ -92,6 +96,7 @@ class TextWriter:
             stream,
             self._decoder.start(sequence.request.prompt_ids),
             StopMatcher(stopping.stop, keep_stop=stopping.keep_stop) if stopping.stop else None,
+            stopping.new_watch() if stopping.new_watch else None,
         )
 
     def close(self, sequence_id: int) -> bool:
@@ -156,7 +161,9 @@ class TextWriter:
         prefill: tuple[PrefillToken, ...] = ()
         if text.first_token is None:
             text.first_token = now
-            text.has_text_only = text.stop is None and not text.sequence.request.top_n_tokens
+            text.has_text_only = (
+                text.stop is None and text.watch is None and not event.sequence.request.top_n_tokens
+            )
             prefill = self._prefill(event.sequence)
         is_end = token_id in self._eos_token_ids and not event.sequence.request.stopping.ignore_eos
         reason = FinishReason.EOS_TOKEN if is_end else None
@@ -171,6 +178,12 @@ class TextWriter:
             )
             if is_stopped:
                 reason = FinishReason.STOP_SEQUENCE
+        if special is None:
+            token, tail = Token(token_id, shown, event.logprob, False), ""
+        else:  # what it freed goes out beside it
+            token, tail = Token(token_id, special, event.logprob, True), shown
+        if reason is None and text.watch is not None and text.watch.is_enough(token, tail):
+            reason = FinishReason.STOP_SEQUENCE
         if reason is None and event.is_last:
             reason = FinishReason.LENGTH
         top_tokens = (
@@ -178,14 +191,10 @@ class TextWriter:
             if event.top_tokens
             else ()
         )
-        tail = text.stop.rest() if reason is not None and text.stop is not None else ""
-        text.texts.append(shown + tail)
-        if special is None:
-            token = Token(token_id, shown, event.logprob, False)
-        else:  # what it freed goes out beside it
-            token, tail = Token(token_id, special, event.logprob, True), shown + tail
+        rest = text.stop.rest() if reason is not None and text.stop is not None else ""
+        text.texts.append(shown + rest)
         end = None if reason is None else self._end(text, reason, now)
-        return StreamEvent(token, top_tokens, tail, end, prefill)
+        return StreamEvent(token, top_tokens, tail + rest, end, prefill)
 
     def _top_token(self, token_id: int, logprob: float) -> Token:
         is_special = token_id in self._decoder.special

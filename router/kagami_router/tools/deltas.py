@@ -56,6 +56,10 @@ class AnswerParser(Protocol):
     def num_reasoning_tokens(self) -> int:
         """Tokens before the end of the reasoning, its markers included; 0 if there is none."""
 
+    @property
+    def is_over(self) -> bool:
+        """Whether the answer is complete, whatever follows."""
+
     def push(self, token: Token, tail: str = "") -> list[Delta]:
         """The deltas of one token; `tail` is the text that the token released."""
 
@@ -71,6 +75,7 @@ class TextOnly:
 
     num_calls = 0
     num_reasoning_tokens = 0
+    is_over = False
 
     def push(self, token: Token, tail: str = "") -> list[Delta]:
         """The text that this token shows."""

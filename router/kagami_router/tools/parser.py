@@ -2,12 +2,13 @@
 
 Text that could still become a marker is held back; nothing is lost. With a grammar, arguments are
 sent as they arrive. Without a grammar a call is held back until it is complete, because a malformed
-call is sent as text.
+call is sent as text. A call that was made before in the same answer ends the answer: small models
+that have to call repeat themselves until a limit.
 """
 
 import enum
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from kagami_router.request.values import Token
@@ -32,7 +33,8 @@ class State(enum.Enum):
         START ──► TEXT ──► HEAD ──► ARGUMENTS ──► FOOT ──► CLOSE ──► AFTER ──► TEXT
           └──────────────► HEAD ◄─────────────────────────── CLOSE (the next call of a list)
 
-    From HEAD, ARGUMENTS and FOOT it returns to TEXT if the text is not a call.
+    From HEAD, ARGUMENTS and FOOT it returns to TEXT if the text is not a call. A call that was made
+    before leads from FOOT to OVER.
     """
 
     START = enum.auto()
@@ -47,6 +49,8 @@ class State(enum.Enum):
     """After a call: its closer, or the next call of a list"""
     AFTER = enum.auto()
     """After a closer: white space"""
+    OVER = enum.auto()
+    """A call was made before, in the same answer: nothing more is read"""
 
 
 class CallParser:
@@ -72,12 +76,18 @@ class CallParser:
         self._buffer = ""
         self._before = ""  # the opener of the current call; it is text if this is not a call
         self._raw = ""  # the part of the current call that was taken from the buffer
-        self._held: list[Delta] = []  # deltas of the current call, until it is complete
+        self._held: list[Delta] = []  # deltas of the current call that were not given out
+        self._name = ""  # of the current call
+        self._index = 0
+        self._written = ""  # its arguments until now
+        self._rivals: list[str] = []  # arguments of earlier calls that it may be the same as
+        self._done: list[tuple[str, str]] = []  # name and arguments of each call before
         self._reader: ArgumentReader | None = None
         self._is_blank = True  # nothing but white space came before
         self._out: list[Delta] = []
         self.num_calls = 0
         self.num_reasoning_tokens = 0
+        self.is_over = False
 
     def push(self, token: Token, tail: str = "") -> list[Delta]:
         """The deltas of one token; `tail` is the text that the token released."""
@@ -116,7 +126,9 @@ class CallParser:
         if not is_call:
             self._fail()
             return
-        self._release_call()
+        if not self._rivals:  # else it is the beginning of a call that was made before
+            self._release()
+        self._held = []
         self._buffer = ""
         self._state = State.AFTER
 
@@ -178,9 +190,12 @@ class CallParser:
             name = self._head_pattern.name_in(self._buffer)
             if name not in self._tools:
                 return self._fail()
+            self._name = name
             self._consume(end)
             self._reader = self._form.style.reader(self._tools[name])
-            self._put_call(CallStart(self.num_calls, self._new_id(), name))
+            self._index, self._written = self.num_calls, ""
+            self._rivals = [written for called, written in self._done if called == name]
+            self._put_call(CallStart(self._index, self._new_id(), name))
             self._state = State.ARGUMENTS
             return True
         return self._fail() if not self._head_pattern.could_match(self._buffer) else False
@@ -194,8 +209,9 @@ class CallParser:
             return self._fail()
         self._consume(piece.length)
         if piece.json:
-            index = self.num_calls - 1 if self._is_constrained else self.num_calls
-            self._put_call(CallArguments(index, piece.json))
+            self._written += piece.json
+            self._rivals = [one for one in self._rivals if one.startswith(self._written)]
+            self._put_call(CallArguments(self._index, piece.json))
         if self._reader.is_over:
             self._state = State.FOOT
         return self._reader.is_over
@@ -204,10 +220,14 @@ class CallParser:
         end = self._foot_pattern.end_in(self._buffer)
         if end is None:
             return self._fail() if not self._foot_pattern.could_match(self._buffer) else False
-        if not self._is_constrained and not _is_json(self._held):
+        if not self._is_constrained and not _is_json(self._written):
             return self._fail()
         self._consume(end)
-        self._release_call()
+        if self._written in self._rivals:
+            self._held, self._state, self.is_over = [], State.OVER, True
+            return True
+        self._release()
+        self._done.append((self._name, self._written))
         self._state = State.CLOSE
         return True
 
@@ -238,6 +258,11 @@ class CallParser:
         self._state = State.TEXT
         return True
 
+    def _over(self) -> bool:
+        """Drops all that follows."""
+        self._buffer = ""
+        return False
+
     def _open(self, before: str, head: "Pattern | None" = None) -> None:
         self._before, self._raw = before, ""
         self._head_pattern = head or self._first_head
@@ -255,18 +280,15 @@ class CallParser:
             self._is_blank = False
 
     def _put_call(self, delta: Delta) -> None:
-        if not self._is_constrained:
-            self._held.append(delta)
-            return
-        self._out.append(delta)
-        if isinstance(delta, CallStart):
-            self.num_calls += 1
+        """Add to the current call; it goes out while it grows if it is certain to be a new call."""
+        self._held.append(delta)
+        if self._is_constrained and not self._rivals:
+            self._release()
 
-    def _release_call(self) -> None:
-        if self._held:
-            self._out += self._held
-            self._held = []
-            self.num_calls += 1
+    def _release(self) -> None:
+        self.num_calls += sum(isinstance(delta, CallStart) for delta in self._held)
+        self._out += self._held
+        self._held = []
 
     def _fail(self) -> bool:
         """Treat the beginning of a call as text: it is not a call."""
@@ -295,11 +317,11 @@ _RULES: Mapping[State, _Rule] = {
     State.FOOT: _Rule(CallParser._foot, is_in_call=True),
     State.CLOSE: _Rule(CallParser._close),
     State.AFTER: _Rule(CallParser._after, may_open=True),
+    State.OVER: _Rule(CallParser._over),
 }
 
 
-def _is_json(call: Iterable[Delta]) -> bool:
-    text = "".join(delta.text for delta in call if isinstance(delta, CallArguments))
+def _is_json(text: str) -> bool:
     try:
         json.loads(text)
     except (ValueError, RecursionError):

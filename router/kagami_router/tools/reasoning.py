@@ -156,6 +156,11 @@ class ReasoningParser:
         """The calls that were given out."""
         return self._rest.num_calls
 
+    @property
+    def is_over(self) -> bool:
+        """Whether the answer is complete, whatever follows."""
+        return self._rest.is_over
+
     def push(self, token: Token, tail: str = "") -> list[Delta]:
         """The deltas of one token; `tail` is the text that the token released."""
         if self._state is _State.OVER:

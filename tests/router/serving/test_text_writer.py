@@ -10,7 +10,7 @@ from tests.router.serving.test_batching_loop import PROMPT, collect, end_of, new
 
 from kagami_proto.errors import GenerationFailed, KagamiError
 from kagami_router.request.token_log import TokenLog
-from kagami_router.request.values import End, FinishReason
+from kagami_router.request.values import End, FinishReason, Token
 from kagami_router.scheduler.prefix_cache import PrefixKey
 from kagami_router.scheduler.sequence import Sequence
 from kagami_router.scheduler.step import Event, TokenSampled, VectorComputed
@@ -155,6 +155,50 @@ def test_what_one_step_brings_behind_the_end_is_no_part_of_the_answer() -> None:
     assert (number, len(outcomes)) == (1, 3)
     assert isinstance(end, End)
     assert (end.generated_text, end.num_generated) == ("de", 3)
+
+
+class SeesLetters:
+    """Has enough when it has seen these texts."""
+
+    def __init__(self, *texts: str) -> None:
+        self._left = list(texts)
+
+    def is_enough(self, token: Token, tail: str) -> bool:
+        if token.text + tail in self._left:
+            self._left.remove(token.text + tail)
+        return not self._left
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"), [({}, "xyx"), ({"stop": ("yxz",), "keep_stop": False}, "xyxz")]
+)
+def test_what_watches_a_text_ends_it(changes: dict[str, object], said: str) -> None:
+    closed = Closed()
+    writer = new_writer(closed)
+    seen = ("z",) if changes else ("x", "x")
+    watched = {"new_watch": lambda: SeesLetters(*seen)} | changes
+    outcomes = writer.write(sampled(open_sequence(writer, **watched), *b"xyxzw"), 1.0)
+    ((_, end),) = closed
+    assert isinstance(end, End)
+    if not changes:
+        assert (end.generated_text, end.num_generated) == (said, 3)
+        assert (end.finish_reason, end.stop) == (FinishReason.STOP_SEQUENCE, None)
+    else:  # the stop string was complete before
+        assert (end.generated_text, end.stop) == ("x", "yxz")
+    assert len(outcomes) == len(said)
+
+
+def test_each_sequence_has_its_own_watch() -> None:
+    writer = new_writer(Closed())
+    made: list[SeesLetters] = []
+
+    def new_watch() -> SeesLetters:
+        made.append(SeesLetters("x"))
+        return made[-1]
+
+    for _ in range(2):
+        open_sequence(writer, new_watch=new_watch)
+    assert len(made) == 2
 
 
 def test_a_vector_ends_a_stream_of_text_with_a_clear_failure() -> None:

@@ -239,3 +239,45 @@ def test_a_list_that_goes_on_with_no_call_is_text_from_there() -> None:
     text = said("mistral-plain", ("now", "{}"), ("unknown", "{}"))
     found = summed(read(parser_of("mistral-plain", is_constrained=False), text))
     assert found == (', {"name": "unknown", "arguments": {}}]', [("id0", "now", "{}")])
+
+
+@pytest.mark.parametrize("is_constrained", [True, False])
+@pytest.mark.parametrize("model", [one for one in MODELS if format_of(one).form.between])
+def test_a_call_that_was_made_before_is_not_shown_and_ends_the_answer(
+    model: str, is_constrained: bool
+) -> None:
+    calls = (("now", "{}"), ("weather", WEATHER), ("now", "{}"), ("weather", '{"city": "Oslo"}'))
+    parser = parser_of(model, is_constrained=is_constrained)
+    text, found = summed(read(parser, tokens_of(MODELS[model][1], said(model, *calls))))
+    assert parser.is_over
+    assert text == ""
+    assert found == [("id0", *calls[0]), ("id1", *calls[1])]
+
+
+@pytest.mark.parametrize("is_constrained", [True, False])
+@pytest.mark.parametrize("model", [one for one in MODELS if format_of(one).form.between])
+def test_calls_of_one_tool_with_other_arguments_are_all_shown(
+    model: str, is_constrained: bool
+) -> None:
+    cities = ("Rome", "Romeo", "Rom", "Oslo")
+    calls = [("weather", f'{{"city": "{city}"}}') for city in cities]
+    parser = parser_of(model, is_constrained=is_constrained)
+    text, found = summed(read(parser, tokens_of(MODELS[model][1], said(model, *calls))))
+    assert not parser.is_over
+    assert (text, [call[1:] for call in found]) == ("", calls)
+
+
+def test_a_call_goes_out_when_it_differs_from_those_before() -> None:
+    parser = parser_of("unaware")
+    parser.push_text(said("unaware", ("weather", '{"city": "Rome"}')) + "\n<tool_call>\n")
+    assert parser.push_text('{"name": "weather", "arguments": {"city": "Ro') == []
+    assert parser.num_calls == 1
+    assert parser.push_text("s") == [
+        CallStart(1, "id1", "weather"),
+        CallArguments(1, '{"city": "Ros'),
+    ]
+
+
+def test_the_beginning_of_a_call_made_before_is_not_shown_when_the_answer_is_cut() -> None:
+    text = said("unaware", ("now", "{}")) + '\n<tool_call>\n{"name": "now", "arguments": {'
+    assert summed(read(parser_of("unaware"), [text], is_cut=True)) == ("", [("id0", "now", "{}")])

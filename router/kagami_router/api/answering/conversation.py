@@ -14,8 +14,8 @@ from kagami_proto.errors import InvalidRequest, ToolError
 from kagami_proto.span_names import SpanName
 from kagami_proto.tracing import span
 from kagami_proto.values import Grammar, GrammarKind
-from kagami_router.request.validation import Validation
-from kagami_router.request.values import FinishReason
+from kagami_router.request.validation import GenerationParams, Validation
+from kagami_router.request.values import FinishReason, Token
 from kagami_router.serving.infer import Generation
 from kagami_router.text.chat_template import PromptOptions
 from kagami_router.tools.answer_grammar import Thoughts, answer_grammar
@@ -80,6 +80,25 @@ class Prepared:
     def new_parser(self) -> AnswerParser:
         """A parser for one answer."""
         return self.reader.parser()
+
+    def params(self, params: GenerationParams) -> GenerationParams:
+        """The parameters of a generation, with what holds and ends its answer."""
+        calls = self.reader.calls
+        may_repeat = calls is not None and calls.max_calls > 1
+        new_watch = (lambda: _Watch(self.new_parser())) if may_repeat else None
+        return replace(params, grammar=self.grammar, new_watch=new_watch)
+
+
+class _Watch:
+    """Ends an answer that its parser has read to the end."""
+
+    def __init__(self, parser: AnswerParser) -> None:
+        self._parser = parser
+
+    def is_enough(self, token: Token, tail: str) -> bool:
+        """As `request.values.Watch` says."""
+        self._parser.push(token, tail)
+        return self._parser.is_over
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,6 @@ answering/conversation.py takes. message_blocks.py writes the answers.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
@@ -52,7 +51,7 @@ async def messages(request: web.Request) -> web.StreamResponse:
     prepared = await conversation.prepare(
         state.chat_format, state.validation, _conversation(body), caller_of(request)
     )
-    params = replace(params, grammar=prepared.grammar)
+    params = prepared.params(params)
     writer = MessageWriter(
         f"msg_{call.id}", state.served_model(body.model), body.max_tokens, prepared.new_parser()
     )

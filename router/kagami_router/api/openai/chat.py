@@ -77,7 +77,7 @@ async def ask(
     prepared = await conversation.prepare(
         chat_format, validation, _conversation(body, params.grammar), caller
     )
-    params = replace(params, grammar=prepared.grammar)
+    params = prepared.params(params)
     return Asked(
         prepared.prompt, params, adds_special_tokens=False, num_samples=num_samples
     ), prepared

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -75,7 +74,7 @@ async def responses(request: web.Request) -> web.StreamResponse:
     prepared = await conversation.prepare(
         state.chat_format, state.validation, _conversation(body), caller_of(request)
     )
-    params = replace(params, grammar=prepared.grammar)
+    params = prepared.params(params)
     writer = ResponseWriter(
         _begun(state.served_model(body.model), call, body),
         prepared,
