@@ -243,6 +243,12 @@ class LauncherArgs:
     caller_header: str = _flag(
         "", str, _SERVER, "header, set by a trusted proxy, that tells callers apart"
     )
+    tool_call_parser: str | None = _flag(
+        None, str, _MODEL, "form of tool calls (router: as the chat template shows)"
+    )
+    reasoning_parser: str | None = _flag(
+        None, str, _MODEL, "form of reasoning, or `none` (router: as the chat template shows)"
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -145,6 +145,8 @@ def plan_router(
     argv += _optional("--max-batch-total-tokens", args.max_batch_total_tokens)
     argv += _optional("--max-batch-size", args.max_batch_size)
     argv += _optional("--tokenizer-config-path", args.tokenizer_config_path)
+    argv += _optional("--tool-call-parser", args.tool_call_parser)
+    argv += _optional("--reasoning-parser", args.reasoning_parser)
     argv += _optional("--caller-header", args.caller_header or None)
     for name in ("waiting_served_ratio", "max_waiting_tokens", "prometheus_port"):
         argv += _optional(option(name), getattr(args, name) if name in given else None)

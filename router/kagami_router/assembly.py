@@ -73,6 +73,7 @@ async def assemble(
             tokens = tokenizer.special_tokens(folder, given)
             template = chat_template.load(folder, tokens, given)
             stack.callback(template.close)
+            chat_format = _chat_format(args, template, encoder, tracing)
     except (OSError, ValueError) as error:
         raise StartError(str(error)) from error
     session = await _open_session(stack, args, tracing, metrics)
@@ -101,18 +102,28 @@ async def assemble(
             None if args.disable_grammar_support else session.compile_grammar,
             tracer=tracing.tracer,
         ),
-        chat_format=ChatFormat(
-            template,
-            find_format(template, encoder.backend),
-            find_reasoning(template, encoder.backend),
-            tracing.tracer,
-        ),
+        chat_format=chat_format,
         info=_info(args, limits, facts, pool_tokens),
         decoder=loop.decoder,
         compute_type=args.compute_type,
         is_healthy=lambda: loop.is_healthy,
     )
     return loop, state
+
+
+def _chat_format(
+    args: RouterArgs,
+    template: ChatTemplate | MissingTemplate,
+    encoder: Tokenizer,
+    tracing: Tracing,
+) -> ChatFormat:
+    """How the model writes calls and thoughts: as its template shows, or as the operator says."""
+    tools = find_format(template, encoder.backend, args.tool_call_parser)
+    reasoning = find_reasoning(template, encoder.backend, args.reasoning_parser)
+    shown = f"{tools.form.name}{'' if tools.is_known else ' (explained in the prompt)'}"
+    thoughts = "none" if reasoning is None else reasoning.form.name
+    logger.info("Form of tool calls: %s; form of reasoning: %s", shown, thoughts)
+    return ChatFormat(template, tools, reasoning, tracing.tracer)
 
 
 async def _eos_token_ids(

@@ -54,6 +54,8 @@ class RouterArgs:
     """The trace of this server's start; empty = none"""
     cors_allow_origin: tuple[str, ...]
     disable_grammar_support: bool
+    tool_call_parser: str | None
+    reasoning_parser: str | None
     payload_limit: int
     header_timeout: float
     body_timeout: float
@@ -166,6 +168,10 @@ _FLAGS = (
     _Flag("--otlp-include-content", None, False, "write prompts and answers into traces"),
     _Flag("--cors-allow-origin", _list, None, "allowed origin; repeatable (default: any)"),
     _Flag("--disable-grammar-support", None, False, "refuse grammars"),
+    _Flag("--tool-call-parser", str, None, "form of calls (default: as the chat template shows)"),
+    _Flag(
+        "--reasoning-parser", str, None, "form of thoughts, or `none` (default: as the template)"
+    ),
     _Flag("--payload-limit", _AT_LEAST_1, 2_000_000, "longest request body in bytes; not 0"),
     _Flag("--header-timeout", SECONDS, 10.0, "seconds for the head of a request"),
     _Flag("--body-timeout", SECONDS, 30.0, "seconds in which a body stands still"),

@@ -72,6 +72,8 @@ TABLE = [
     ("keep-alive-timeout", "620", 620.0, 75.0),
     ("write-timeout", "7", 7.0, 60.0),
     ("caller-header", "x-forwarded-for", "x-forwarded-for", ""),
+    ("tool-call-parser", "hermes", "hermes", None),
+    ("reasoning-parser", "none", "none", None),
 ]
 
 
@@ -336,6 +338,8 @@ GOLDEN = r"""Args {
     keep_alive_timeout: 75.0,
     write_timeout: 60.0,
     caller_header: "",
+    tool_call_parser: None,
+    reasoning_parser: None,
 }"""
 
 

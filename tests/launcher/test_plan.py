@@ -121,12 +121,15 @@ def test_what_was_given_reaches_the_router() -> None:
     argv = router_argv(
         *("--max-input-length", "5", "--max-total-tokens", "6", "--waiting-served-ratio", "0.3"),
         *("--cors-allow-origin", "a", "--cors-allow-origin", "b", "--disable-grammar-support"),
+        *("--tool-call-parser", "hermes", "--reasoning-parser", "none"),
     )
     assert after("--max-input-tokens", argv) == "5"
     assert after("--max-total-tokens", argv) == "6"
     assert after("--waiting-served-ratio", argv) == "0.3"
     assert argv.count("--cors-allow-origin") == 2
     assert "--disable-grammar-support" in argv
+    assert argv[argv.index("--tool-call-parser") + 1] == "hermes"
+    assert argv[argv.index("--reasoning-parser") + 1] == "none"
 
 
 @pytest.mark.parametrize("name", ["header", "body", "keep-alive", "write"])

@@ -41,10 +41,7 @@ def find_format(
     form = next((one for one in FORMS if _fits(one, template.source)), None)
     is_known = form is not None and template.reads_tools
     if name is not None:
-        named = {one.name: one for one in FORMS}
-        if name not in named:
-            raise ValueError(f"--tool-call-parser: {name} is none of {', '.join(named)}")
-        form, is_known = named[name], template.reads_tools
+        form, is_known = _named(name), template.reads_tools
     form = form or DEFAULT
     added = tokenizer.get_added_tokens_decoder().items()
     tokens = {token.content: (token_id, token) for token_id, token in added}
@@ -54,6 +51,14 @@ def find_format(
         {marker: tokens[marker][0] for marker in form.markers if marker in tokens},
         frozenset(one for one in form.markers if one in tokens and tokens[one][1].special),
     )
+
+
+def _named(name: str) -> ToolForm:
+    for form in FORMS:
+        if name == form.name or name in form.other_names:
+            return form
+    names = ", ".join(one.name for one in FORMS)
+    raise ValueError(f"--tool-call-parser must be one of {names}. Given: {name}")
 
 
 def _fits(form: ToolForm, template: str) -> bool:

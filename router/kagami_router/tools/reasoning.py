@@ -26,6 +26,8 @@ class ReasoningForm:
     """The chat template of a model that uses this form contains one of these."""
     is_implied: bool = False
     """An answer begins with thoughts though no opener is written anywhere."""
+    other_names: tuple[str, ...] = ()
+    """What other servers call it."""
 
 
 # The first form that fits a template is used.
@@ -42,9 +44,22 @@ FORMS: tuple[ReasoningForm, ...] = (
         ("Here is my thought process:",),
     ),
     # Qwen 3, DeepSeek R1, GLM 4.5, MiniMax M2, SmolLM3, Nemotron, Kimi K2 Thinking.
-    ReasoningForm("think", "<think>", "</think>", ("</think>", "<think>")),
+    ReasoningForm(
+        "think",
+        "<think>",
+        "</think>",
+        ("</think>", "<think>"),
+        other_names=("qwen3", "glm45", "deepseek_v3", "kimi_k2", "minimax_m2", "olmo3", "nano_v3"),
+    ),
     # Chosen by name alone: the first template of R1 neither writes nor asks for an opener.
-    ReasoningForm("deepseek_r1", "<think>", "</think>", (), is_implied=True),
+    ReasoningForm(
+        "deepseek_r1",
+        "<think>",
+        "</think>",
+        (),
+        is_implied=True,
+        other_names=("deepseek-r1", "qwen3-thinking"),
+    ),
 )
 
 
@@ -101,10 +116,7 @@ def find_reasoning(
     if name is None:
         form = next((one for one in FORMS if any(sign in source for sign in one.signs)), None)
     else:
-        named: dict[str, ReasoningForm | None] = {one.name: one for one in FORMS} | {"none": None}
-        if name not in named:
-            raise ValueError(f"--reasoning-parser: {name} is none of {', '.join(named)}")
-        form = named[name]
+        form = None if name == "none" else _named(name)
     if form is None:
         return None
     added = {token.content: at for at, token in tokenizer.get_added_tokens_decoder().items()}
@@ -115,6 +127,14 @@ def find_reasoning(
         if len(text.strip()) > 2 and (form.opener.startswith(text) or form.closer.startswith(text))
     }
     return ReasoningFormat(form, ids)
+
+
+def _named(name: str) -> ReasoningForm:
+    for form in FORMS:
+        if name == form.name or name in form.other_names:
+            return form
+    names = ", ".join(["none", *(one.name for one in FORMS)])
+    raise ValueError(f"--reasoning-parser must be one of {names}. Given: {name}")
 
 
 class _State(enum.Enum):
@@ -141,11 +161,8 @@ class ReasoningParser:
         self._form = form
         self._rest = rest
         self._ends_at = ends_at
-        self._state = {
-            Begun.NOTHING: _State.BEFORE,
-            Begun.OPEN: _State.INSIDE,
-            Begun.CLOSED: _State.OVER,
-        }[begun]
+        self._is_open = begun is Begun.OPEN
+        self._state = _State.OVER if begun is Begun.CLOSED else _State.BEFORE
         self._buffer = ""
         self._is_blank = True  # no thought was given out
         self._num_read = 0  # tokens
@@ -171,7 +188,7 @@ class ReasoningParser:
         if token.text in self._form.opener or token.text in self._form.closer:
             return self._read(tail + token.text)
         deltas = self._read(tail)
-        if self._state is _State.INSIDE:
+        if self._state is _State.INSIDE or (self._state is _State.BEFORE and self._is_open):
             if token.text != self._ends_at:
                 return deltas
             deltas += self._closed(self._buffer.rstrip(), "")
@@ -190,7 +207,11 @@ class ReasoningParser:
             deltas = self._thought(self._buffer.rstrip())
             self.num_reasoning_tokens = self._num_read
         elif self._state is _State.BEFORE:
-            deltas = self._rest.push_text(self._buffer)
+            deltas = (
+                self._thought(self._buffer.rstrip())
+                if self._is_open
+                else self._rest.push_text(self._buffer)
+            )
         self._buffer = ""
         return deltas + self._rest.finish(is_cut=is_cut)
 
@@ -206,11 +227,14 @@ class ReasoningParser:
         return merged(deltas)
 
     def _before(self) -> list[Delta]:
+        """The opener. Some models write it though the prompt has one."""
         said, opener = self._buffer.lstrip(), self._form.opener
         if said.startswith(opener):
             self._state, self._buffer = _State.INSIDE, said.removeprefix(opener)
         elif not opener.startswith(said):
-            return self._over(self._buffer)
+            if not self._is_open:
+                return self._over(self._buffer)
+            self._state = _State.INSIDE
         return []
 
     def _inside(self) -> list[Delta]:

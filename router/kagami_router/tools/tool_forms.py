@@ -58,6 +58,8 @@ class ToolForm:
     """Without an opener: a marker that may stand before the calls; no text follows it."""
     text_begin: str = ""
     """Without an opener: a regex of what no text begins with, because calls do."""
+    other_names: tuple[str, ...] = ()
+    """What other servers call it."""
 
     @property
     def is_list(self) -> bool:
@@ -72,6 +74,7 @@ _PYTHON = PythonStyle()
 FORMS: tuple[ToolForm, ...] = (
     ToolForm(  # Hermes 2 Pro, Qwen 2.5 and 3, SmolLM3, Granite 4
         name="hermes",
+        other_names=("qwen", "qwen25"),
         opener="<tool_call>",
         lead="\n",
         before=_NAMED,
@@ -85,6 +88,7 @@ FORMS: tuple[ToolForm, ...] = (
     ),
     ToolForm(  # Qwen 3 Coder, Qwen 3.5, Nemotron 3
         name="qwen3_coder",
+        other_names=("qwen3_xml",),
         opener="<tool_call>",
         lead="\n",
         before="<function=",
@@ -98,6 +102,7 @@ FORMS: tuple[ToolForm, ...] = (
     ),
     ToolForm(  # GLM 4.5, 4.6, 4.7
         name="glm45",
+        other_names=("glm", "glm47"),
         opener="<tool_call>",
         before="",
         after="\n",
@@ -116,6 +121,7 @@ FORMS: tuple[ToolForm, ...] = (
     ),
     ToolForm(
         name="minimax_m2",
+        other_names=("minimax-m2",),
         opener="<minimax:tool_call>",
         lead="\n",
         before='<invoke name="',
@@ -142,6 +148,7 @@ FORMS: tuple[ToolForm, ...] = (
     ),
     ToolForm(
         name="deepseek_v32",
+        other_names=("deepseekv32",),
         opener="<｜DSML｜function_calls>",
         lead="\n",
         before='<｜DSML｜invoke name="',
@@ -160,6 +167,7 @@ FORMS: tuple[ToolForm, ...] = (
     ),
     ToolForm(  # DeepSeek V3 and R1
         name="deepseek_v3",
+        other_names=("deepseekv3",),
         opener="<｜tool▁calls▁begin｜>",
         lead="<｜tool▁call▁begin｜>",
         before="function<｜tool▁sep｜>",
@@ -178,6 +186,7 @@ FORMS: tuple[ToolForm, ...] = (
     ),
     ToolForm(
         name="deepseek_v31",
+        other_names=("deepseekv31",),
         opener="<｜tool▁calls▁begin｜>",
         lead="<｜tool▁call▁begin｜>",
         before="",
@@ -243,6 +252,7 @@ FORMS: tuple[ToolForm, ...] = (
     ),
     ToolForm(  # Phi-4 mini
         name="phi4_mini",
+        other_names=("phi4_mini_json",),
         opener="<|tool_call|>",
         lead="[",
         before=_NAMED,
@@ -350,6 +360,7 @@ FORMS: tuple[ToolForm, ...] = (
     ),
     ToolForm(  # Llama 4; Llama 3.2 where its template asks for it
         name="pythonic",
+        other_names=("llama4_pythonic",),
         lead="[",
         before="",
         after="(",
@@ -364,6 +375,7 @@ FORMS: tuple[ToolForm, ...] = (
     ),
     ToolForm(  # Llama 3.1, 3.2, 3.3, which are trained to make one call at a time
         name="llama",
+        other_names=("llama3", "llama3_json", "llama4_json"),
         before=_NAMED,
         after='", "parameters": ',
         foot="}",

@@ -1,4 +1,6 @@
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from tests.fakes.tool_models import (
 )
 
 from kagami_proto.values import GrammarKind
+from kagami_router.tools import reasoning
 from kagami_router.tools.answer_grammar import answer_grammar
 from kagami_router.tools.call_arguments import JSON
 from kagami_router.tools.formats import ToolFormat, find_format
@@ -28,7 +31,7 @@ from kagami_router.tools.offers import (
     read_choice,
     read_tools,
 )
-from kagami_router.tools.tool_forms import PLACEHOLDER
+from kagami_router.tools.tool_forms import FORMS, PLACEHOLDER
 
 TOOLS = read_tools(
     [
@@ -201,7 +204,8 @@ def test_a_form_that_no_template_shows_is_explained_in_the_prompt() -> None:
 
 def test_a_form_can_be_chosen_by_name() -> None:
     assert find_format(QWEN, vocabulary(), "pythonic").form.name == "pythonic"
-    with pytest.raises(ValueError, match="--tool-call-parser: no is none of hermes, "):
+    assert find_format(QWEN, vocabulary(), "llama3_json").form.name == "llama"
+    with pytest.raises(ValueError, match=r"--tool-call-parser must be one of hermes, .* Given: no"):
         find_format(QWEN, vocabulary(), "no")
 
 
@@ -226,3 +230,18 @@ def test_a_hundred_tools_compile() -> None:
     assert calls is not None
     source = lark(format_of("qwen"), calls)
     assert LLMatcher.validate_grammar(LLMatcher.grammar_from_lark(source)) == ""
+
+
+def test_no_name_means_two_forms() -> None:
+    names = [name for form in FORMS for name in (form.name, *form.other_names)]
+    assert len(names) == len(set(names))
+
+
+def test_the_page_lists_every_form_and_no_other() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "tools.md").read_text()
+    tables = [part for part in page.split("\n## ") if part.startswith("Forms of")]
+    listed = [re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) for table in tables]
+    assert [sorted(names) for names in listed] == [
+        sorted(form.name for form in FORMS),
+        sorted(form.name for form in reasoning.FORMS),
+    ]
