@@ -10,6 +10,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 
 from kagami_proto.errors import GenerationFailed
+from kagami_proto.model_files import read_optional_object
 from kagami_proto.span_names import SpanName
 from kagami_proto.tracing import Tracing, span
 from kagami_proto.values import DevicePolicy
@@ -33,9 +34,11 @@ from kagami_router.text.chat_template import ChatTemplate, MissingTemplate
 from kagami_router.text.encode_queue import EncodeQueue
 from kagami_router.text.tokenizer import SpecialTokens, Tokenizer
 from kagami_router.text.turn_end import turn_end_ids
+from kagami_router.tools.answer_form import MarkedForm, find_form
 from kagami_router.tools.chat_format import ChatFormat
 from kagami_router.tools.formats import find_format
 from kagami_router.tools.reasoning import find_reasoning
+from kagami_router.tools.response_template import ResponseTemplate, read_template
 
 logger = logging.getLogger(__name__)
 
@@ -117,13 +120,39 @@ def _chat_format(
     encoder: Tokenizer,
     tracing: Tracing,
 ) -> ChatFormat:
-    """How the model writes calls and thoughts: as its template shows, or as the operator says."""
-    tools = find_format(template, encoder.backend, args.tool_call_parser)
-    reasoning = find_reasoning(template, encoder.backend, args.reasoning_parser)
-    shown = f"{tools.form.name}{'' if tools.is_known else ' (explained in the prompt)'}"
-    thoughts = "none" if reasoning is None else reasoning.form.name
-    logger.info("Form of tool calls: %s; form of reasoning: %s", shown, thoughts)
-    return ChatFormat(template, tools, reasoning, tracing.tracer)
+    """How the model writes calls and thoughts: as its files show, or as the operator says."""
+    marked = MarkedForm(
+        find_format(template, encoder.backend, args.tool_call_parser),
+        find_reasoning(template, encoder.backend, args.reasoning_parser),
+    )
+    own = None
+    if args.tool_call_parser is None and args.reasoning_parser is None:
+        own = _response_template(args)
+    form = find_form(own, marked, reads_tools=template.reads_tools)
+    if form is marked:
+        tools = marked.tool_format
+        is_told = "" if tools.is_known else " (explained in the prompt)"
+        thoughts = "none" if marked.reasoning is None else marked.reasoning.form.name
+        logger.info(
+            "Form of tool calls: %s%s; form of reasoning: %s", tools.form.name, is_told, thoughts
+        )
+    else:
+        logger.info("Tool calls and reasoning are read as the model's response_template says")
+    return ChatFormat(template, form, tracing.tracer)
+
+
+def _response_template(args: RouterArgs) -> ResponseTemplate | None:
+    """The checkpoint's; one that cannot be read is left out."""
+    given = Path(args.tokenizer_config_path) if args.tokenizer_config_path else None
+    path = Path(args.tokenizer_name) / "tokenizer_config.json"
+    if given is not None and given.suffix != ".jinja":
+        path = given
+    spec = read_optional_object(path).get("response_template")
+    try:
+        return None if spec is None else read_template(spec)
+    except ValueError as error:
+        logger.warning("%s: %s. It is not used", path, error)
+        return None
 
 
 async def _eos_token_ids(

@@ -24,6 +24,7 @@ from kagami_router.text.chat_template import ChatTemplate, MissingTemplate
 from kagami_router.text.detokenize import TextDecoder
 from kagami_router.text.encode_queue import EncodeQueue
 from kagami_router.text.tokenizer import SpecialTokens, Tokenizer
+from kagami_router.tools.answer_form import MarkedForm
 from kagami_router.tools.chat_format import ChatFormat
 from kagami_router.tools.formats import find_format
 from kagami_router.tools.reasoning import find_reasoning
@@ -131,8 +132,10 @@ async def serving(
             decoder=ScriptedDecoder(tokenizer.backend, frozenset({1})),
             chat_format=ChatFormat(
                 template,
-                find_format(template, tokenizer.backend),
-                find_reasoning(template, tokenizer.backend),
+                MarkedForm(
+                    find_format(template, tokenizer.backend),
+                    find_reasoning(template, tokenizer.backend),
+                ),
                 tracing.tracer,
             ),
             info=info(limits),

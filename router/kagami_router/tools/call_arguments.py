@@ -1,6 +1,7 @@
 """How a model writes the arguments of a call: what every style offers, and the style JSON."""
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -12,6 +13,10 @@ _SPACING: Mapping[str, Any] = {
     "item_separator": ", ",
     "key_separator": ": ",
 }
+
+
+# Half of a pair, which no UTF-8 can say. In JSON it can stand as an escape.
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class NotArguments(ValueError):
@@ -77,6 +82,15 @@ class JsonStyle:
 
 
 JSON = JsonStyle()
+
+
+def json_text(value: Any) -> str:
+    """`value` as JSON that UTF-8 can say; raises `NotArguments` for infinity and its kind."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise NotArguments(str(error)) from error
+    return json.dumps(value) if _SURROGATE.search(text) else text
 
 
 def json_term(schema: Mapping[str, Any], *, is_strict: bool) -> str:

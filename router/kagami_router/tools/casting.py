@@ -86,7 +86,7 @@ def cast(text: str, types: frozenset[str]) -> Any:
         name = _NAMES.get(type(value))
         if name in types or (name == "integer" and "number" in types):
             return value
-        if name == "number" and "integer" in types and value == int(value):
+        if name == "number" and "integer" in types and value.is_integer():
             return int(value)
     return text
 
@@ -96,20 +96,14 @@ def _readings(text: str) -> Iterator[Any]:
     if text.lower() in _WORDS:
         yield _WORDS[text.lower()]
         return
-    try:
-        yield json.loads(text, parse_constant=_no_constant)
-    except (ValueError, RecursionError):
+    for read in (json.loads, ast.literal_eval):
         try:
-            value = ast.literal_eval(text)
-            json.dumps(value, allow_nan=False)
+            value = read(text)
+            json.dumps(value, allow_nan=False)  # raises for what is no JSON
         except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
-            return
+            continue
         yield value
-
-
-def _no_constant(name: str) -> float:
-    """`NaN` and `Infinity` are no JSON."""
-    raise ValueError(name)
+        return
 
 
 def _at(reference: str, root: Mapping[str, Any]) -> object:

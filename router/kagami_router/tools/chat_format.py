@@ -1,4 +1,4 @@
-"""How the served model reads a chat: its template, and the forms of its calls and thoughts."""
+"""How the served model reads a chat: its template, and the form of its answers."""
 
 from dataclasses import dataclass
 
@@ -6,8 +6,7 @@ from opentelemetry import trace
 
 from kagami_proto.tracing import NO_TRACING
 from kagami_router.text.chat_template import ChatTemplate, MissingTemplate
-from kagami_router.tools.formats import ToolFormat
-from kagami_router.tools.reasoning import ReasoningFormat
+from kagami_router.tools.answer_form import AnswerForm
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,8 +14,6 @@ class ChatFormat:
     """Converts messages and tools to a prompt."""
 
     template: ChatTemplate | MissingTemplate
-    tool_format: ToolFormat
-    reasoning: ReasoningFormat | None = None
-    """None: the model does not think before it answers"""
+    form: AnswerForm
     tracer: trace.Tracer = NO_TRACING.tracer
     """Records how long rendering takes"""

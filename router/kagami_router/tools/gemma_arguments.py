@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from kagami_router.tools.call_arguments import NotArguments, Piece
+from kagami_router.tools.call_arguments import NotArguments, Piece, json_text
 from kagami_router.tools.casting import properties_of, required_of, types_of, values_of
 from kagami_router.tools.lark import ANY, listed, literal, terms
 from kagami_router.tools.offers import Tool
@@ -135,7 +135,7 @@ class _GemmaReader:
         value, end = self._value(text, 0, 0)
         if end != len(text):
             raise NotArguments(text)
-        return json.dumps(value, ensure_ascii=False)
+        return json_text(value)
 
     def _value(self, text: str, at: int, depth: int) -> tuple[Any, int]:
         """The value that begins at `at`, and where it ends."""

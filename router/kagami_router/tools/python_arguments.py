@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from kagami_router.tools.call_arguments import NotArguments, Piece
+from kagami_router.tools.call_arguments import NotArguments, Piece, json_text
 from kagami_router.tools.casting import properties_of, required_of, types_of, values_of
 from kagami_router.tools.lark import listed, literal
 from kagami_router.tools.offers import Tool
@@ -120,7 +120,7 @@ class _PythonReader:
             values |= {one.arg or "": _value(one.value) for one in call.keywords}
             if "" in values:
                 raise NotArguments(text)
-            return json.dumps(values, ensure_ascii=False, allow_nan=False)
+            return json_text(values)
         except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
             raise NotArguments(text) from error
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from kagami_router.tools.call_arguments import NotArguments, Piece, json_term
+from kagami_router.tools.call_arguments import NotArguments, Piece, json_term, json_text
 from kagami_router.tools.casting import (
     cast,
     is_text,
@@ -175,7 +175,7 @@ class TaggedReader:
         is_string = is_text(self._types)
         self._state = _State.STRING if is_string else _State.VALUE
         quote = '"' if is_string else ""
-        return Piece(length, f"{begin}{json.dumps(name, ensure_ascii=False)}: {quote}")
+        return Piece(length, f"{begin}{json_text(name)}: {quote}")
 
     def _value(self, text: str) -> Piece | None:
         has_end, length = self._scan(text)
@@ -184,12 +184,8 @@ class TaggedReader:
             return Piece(length, _escaped(text[:length])) if is_string and length else None
         self._state = _State.BETWEEN
         said = text[:length]
-        json_text = (
-            _escaped(said) + '"'
-            if is_string
-            else json.dumps(cast(said, self._types), ensure_ascii=False)
-        )
-        return Piece(text.index(self._closer, length) + len(self._closer), json_text)
+        written = _escaped(said) + '"' if is_string else json_text(cast(said, self._types))
+        return Piece(text.index(self._closer, length) + len(self._closer), written)
 
     def _scan(self, text: str) -> tuple[bool, int]:
         """Whether the value ends in `text`, and how many characters belong to it for certain.

@@ -6,7 +6,7 @@ names it by its id, because other tokens cannot spell it.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -65,6 +65,16 @@ class ToolForm:
     def is_list(self) -> bool:
         """Whether several calls share one opener."""
         return bool(self.between) and (not self.opener or self.opener not in self.between)
+
+    def call(self, name: str, arguments: str, number: int = 0) -> str:
+        """One call as a model writes it; `arguments` are in the form's own style."""
+        texts = {"{n}": str(number), "{id}": f"{number:09}"}
+        head = PLACEHOLDER.sub(lambda found: texts[found[0]], f"{self.before}{name}{self.after}")
+        return f"{head}{arguments}{self.foot}"
+
+    def calls(self, calls: Iterable[str]) -> str:
+        """All calls of an answer, each as `call` writes it."""
+        return self.opener + self.lead + self.between.join(calls) + self.closer
 
 
 _NAMED = '{"name": "'

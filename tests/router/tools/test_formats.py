@@ -31,7 +31,7 @@ from kagami_router.tools.offers import (
     read_choice,
     read_tools,
 )
-from kagami_router.tools.tool_forms import FORMS, PLACEHOLDER
+from kagami_router.tools.tool_forms import FORMS
 
 TOOLS = read_tools(
     [
@@ -68,13 +68,11 @@ WEATHER = '{"city": "Rome", "days": 3}'
 def said(model: str, *calls: tuple[str, str]) -> str:
     """The text of calls in this model's form."""
     form = format_of(model).form
-    each = []
+    texts = []
     for number, (name, arguments) in enumerate(calls):
-        text = form.before + name + form.after
-        text = PLACEHOLDER.sub(lambda found: "a1b2c3d4e" if found[0] == "{id}" else "NUM", text)
         written = arguments if form.style is JSON else form.style.written(json.loads(arguments))
-        each.append(text.replace("NUM", str(number)) + written + form.foot)
-    return form.opener + form.lead + form.between.join(each) + form.closer
+        texts.append(form.call(name, written, number))
+    return form.calls(texts)
 
 
 def lark(tool_format: ToolFormat, calls: AllowedCalls) -> str:

@@ -18,7 +18,7 @@ from kagami_router.request.validation import GenerationParams, Validation
 from kagami_router.request.values import FinishReason, Token
 from kagami_router.serving.infer import Generation
 from kagami_router.text.chat_template import PromptOptions
-from kagami_router.tools.answer_grammar import Thoughts, answer_grammar
+from kagami_router.tools.answer_form import Opening, Reading, Wanted
 from kagami_router.tools.call_arguments import JSON, json_term
 from kagami_router.tools.chat_format import ChatFormat
 from kagami_router.tools.deltas import (
@@ -28,13 +28,10 @@ from kagami_router.tools.deltas import (
     Delta,
     ReasoningDelta,
     TextDelta,
-    TextOnly,
 )
 from kagami_router.tools.formats import ToolFormat
 from kagami_router.tools.offers import AUTO, AllowedCalls, Tool, ToolChoice, allowed_calls
-from kagami_router.tools.parser import CallParser
-from kagami_router.tools.reasoning import Begun, ReasoningFormat, ReasoningParser
-from kagami_router.tools.tool_forms import PLACEHOLDER, ToolForm
+from kagami_router.tools.tool_forms import ToolForm
 
 Message = Mapping[str, Any]
 
@@ -64,29 +61,14 @@ class Prepared:
     """The prompt, the grammar, and how to read each answer."""
 
     prompt: str
-    grammar: Grammar | None
-    reader: "Reader"
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether each answer is nothing but text."""
-        return self.reader.is_plain
-
-    @property
-    def may_think(self) -> bool:
-        """Whether an answer may begin with thoughts."""
-        return self.reader.may_think
-
-    def new_parser(self) -> AnswerParser:
-        """A parser for one answer."""
-        return self.reader.parser()
+    calls: AllowedCalls | None
+    reading: Reading
 
     def params(self, params: GenerationParams) -> GenerationParams:
         """The parameters of a generation, with what holds and ends its answer."""
-        calls = self.reader.calls
-        may_repeat = calls is not None and calls.max_calls > 1
-        new_watch = (lambda: _Watch(self.new_parser())) if may_repeat else None
-        return replace(params, grammar=self.grammar, new_watch=new_watch)
+        may_repeat = self.calls is not None and self.calls.max_calls > 1
+        new_watch = (lambda: _Watch(self.reading.new_parser())) if may_repeat else None
+        return replace(params, grammar=self.reading.grammar, new_watch=new_watch)
 
 
 class _Watch:
@@ -99,37 +81,6 @@ class _Watch:
         """As `request.values.Watch` says."""
         self._parser.push(token, tail)
         return self._parser.is_over
-
-
-@dataclass(frozen=True, slots=True)
-class Reader:
-    """Makes the parsers of one conversation's answers."""
-
-    chat_format: ChatFormat
-    calls: AllowedCalls | None
-    begun: Begun
-    is_constrained: bool
-
-    @property
-    def may_think(self) -> bool:
-        """Whether an answer may begin with thoughts."""
-        return self.begun is not Begun.CLOSED
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether an answer is nothing but text."""
-        return self.calls is None and not self.may_think
-
-    def parser(self) -> AnswerParser:
-        """A parser for one answer."""
-        reasoning, tool_format = self.chat_format.reasoning, self.chat_format.tool_format
-        rest: AnswerParser = TextOnly()
-        if self.calls is not None:
-            rest = CallParser(tool_format, self.calls, is_constrained=self.is_constrained)
-        if reasoning is None or not self.may_think:
-            return rest
-        ends_at = "" if self.calls is None else tool_format.form.opener
-        return ReasoningParser(reasoning.form, rest, self.begun, ends_at=ends_at)
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,10 +105,9 @@ class Answer:
 
 async def prompt(chat_format: ChatFormat, conversation: Conversation, caller: str = "") -> str:
     """The prompt text; raises `ToolError`, or `TemplateError` for the messages."""
-    is_shown = _calls_of(conversation) is not None
+    calls = _calls_of(conversation)
     with span(chat_format.tracer, SpanName.TEMPLATE):
-        tools = conversation.tools if is_shown else ()
-        return await _render(chat_format, conversation, tools, caller)
+        return await _render(chat_format, conversation, calls, caller)
 
 
 async def prepare(
@@ -175,30 +125,23 @@ async def prepare(
     if calls is not None and calls.is_required and not validation.has_grammars:
         raise InvalidRequest("grammar is not supported")
     text = await prompt(chat_format, conversation, caller)
-    begun = _begun(chat_format.reasoning, conversation, text)
-    grammar = conversation.grammar
-    if calls is None or validation.has_grammars:
-        grammar = answer_grammar(
-            chat_format.tool_format, calls, grammar, Thoughts.behind(chat_format.reasoning, begun)
-        )
-    if conversation.grammar not in (None, grammar):
+    wanted = Wanted(calls, conversation.grammar, validation.has_grammars)
+    reading = chat_format.form.reading(_opening(conversation, text), wanted)
+    if conversation.grammar not in (None, reading.grammar):
         await validation.ready_grammar(conversation.grammar, caller)  # its errors name no tool
-    if calls is not None and grammar is not None:
-        await _check_grammar(validation, grammar, calls, caller)
-    reader = Reader(chat_format, calls, begun, is_constrained=grammar is not None)
-    return Prepared(text, grammar, reader)
+    if calls is not None and reading.grammar is not None:
+        await _check_grammar(validation, reading.grammar, calls, caller)
+    return Prepared(text, calls, reading)
 
 
-def _begun(reasoning: ReasoningFormat | None, conversation: Conversation, prompt: str) -> Begun:
-    """What the prompt has said of the answer's thoughts already."""
-    if reasoning is None:
-        return Begun.CLOSED
+def _opening(conversation: Conversation, prompt: str) -> Opening:
+    """What the prompt has said of the answer already."""
     last, options = conversation.messages[-1], conversation.options
     if last.get("role") != "assistant" or options.add_generation_prompt:
-        return reasoning.begun(prompt)
-    if options.continue_final_message not in (None, True, "content"):
-        return Begun.OPEN  # the member that has the thoughts is continued
-    return reasoning.begun_by(_text_of(last))
+        return Opening(prompt)
+    # The member that has the thoughts may be continued.
+    is_in_thoughts = options.continue_final_message not in (None, True, "content")
+    return Opening(prompt, _text_of(last), is_in_thoughts)
 
 
 def _calls_of(conversation: Conversation) -> AllowedCalls | None:
@@ -257,17 +200,18 @@ async def _check_grammar(
 
 
 async def _render(
-    chat_format: ChatFormat, conversation: Conversation, tools: Sequence[Tool], caller: str
+    chat_format: ChatFormat, conversation: Conversation, calls: AllowedCalls | None, caller: str
 ) -> str:
-    """The prompt; it shows `tools` in the way that this template knows."""
-    template, tool_format = chat_format.template, chat_format.tool_format
+    """The prompt; it shows the tools in the way that this template knows."""
+    template, tool_format = chat_format.template, chat_format.form.tool_format
+    tools = conversation.tools if calls is not None else ()
     messages = list(conversation.messages)
     if "tool_calls" not in template.source:
         messages = _calls_as_text(messages, tool_format.form)
     if not any(sign in template.source for sign in _TOOL_ROLE):
         messages = _results_as_user(messages)
     options = conversation.options
-    if tools and tool_format.is_known:
+    if calls is not None and chat_format.form.shows_tools(calls):
         options = replace(options, tools=[tool.definition for tool in tools])
         if conversation.tool_prompt:
             messages = _with_note(messages, conversation.tool_prompt)
@@ -295,20 +239,14 @@ def _calls_as_text(messages: Sequence[Message], form: ToolForm) -> list[Message]
 
 def _written(calls: Sequence[Any], form: ToolForm) -> str:
     """Calls as the model writes them."""
-    heads = []
+    texts = []
     for number, call in enumerate(calls):
         function = call["function"]
         arguments = function["arguments"]
         if form.style is not JSON:
             arguments = form.style.written(json.loads(arguments))
-        heads.append(_call_text(form, function.get("name"), arguments, number))
-    return form.opener + form.lead + form.between.join(heads) + form.closer
-
-
-def _call_text(form: ToolForm, name: str, arguments: str, number: int = 0) -> str:
-    text = f"{form.before}{name}{form.after}"
-    text = PLACEHOLDER.sub(lambda found: "0" * 9 if found[0] == "{id}" else str(number), text)
-    return f"{text}{arguments}{form.foot}"
+        texts.append(form.call(function.get("name"), arguments, number))
+    return form.calls(texts)
 
 
 def _results_as_user(messages: Sequence[Message]) -> list[Message]:
@@ -350,10 +288,10 @@ def _tools_note(tools: Sequence[Tool], tool_format: ToolFormat, tool_prompt: str
     listed = json.dumps([tool.definition for tool in tools], ensure_ascii=False)
     form = tool_format.form
     shown = "{…}" if form.style is JSON else form.style.written({"ARGUMENT": "VALUE"})
-    example = _call_text(form, "NAME", shown)
+    example = form.calls([form.call("NAME", shown)])
     told = tool_prompt or (
         "These functions can be called. If one of them helps, call it, and write nothing but the"
-        f" call:\n{form.opener}{form.lead}{example}{form.closer}\n"
+        f" call:\n{example}\n"
         "If none of them helps, answer in plain text."
     )
     return f"{listed}\n{told}"

@@ -53,7 +53,10 @@ async def messages(request: web.Request) -> web.StreamResponse:
     )
     params = prepared.params(params)
     writer = MessageWriter(
-        f"msg_{call.id}", state.served_model(body.model), body.max_tokens, prepared.new_parser()
+        f"msg_{call.id}",
+        state.served_model(body.model),
+        body.max_tokens,
+        prepared.reading.new_parser(),
     )
     asked = Asked(prepared.prompt, params, adds_special_tokens=False)
     return await respond(request, call, [asked], writer, is_stream=bool(body.stream))

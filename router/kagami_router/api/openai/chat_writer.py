@@ -57,7 +57,7 @@ class ChatChoices:
     @property
     def text_choice(self) -> tuple[bytes, bytes] | None:
         """As `ChoiceWriter` says."""
-        if self._decoder is not None or not self._prepared.is_plain:
+        if self._decoder is not None or not self._prepared.reading.is_plain:
             return None
         before, behind = self._tgi.text if self._tgi else _DELTA
         return b'{"index":%d,"delta":' + before, behind + b',"logprobs":null,"finish_reason":null}'
@@ -70,7 +70,7 @@ class ChatChoices:
         logprobs = None
         if self._decoder is not None:
             logprobs = chat_logprobs(self._decoder, generation.tokens_with_alternatives())
-        answer = read_answer(generation, self._prepared.new_parser())
+        answer = read_answer(generation, self._prepared.reading.new_parser())
         calls = [
             ToolCall(call.id, "function", FunctionCall(call.name, call.arguments))
             for call in answer.calls
@@ -89,11 +89,11 @@ class ChatChoices:
         logprobs = _NULL
         if self._decoder is not None:
             logprobs = encode(chat_logprobs(self._decoder, [(event.token, event.top_tokens)]))
-        if self._prepared.is_plain:
+        if self._prepared.reading.is_plain:
             deltas = [ChatDelta(content=text_of(event))]
         else:
             if index not in self._parsers:
-                self._parsers[index] = self._prepared.new_parser()
+                self._parsers[index] = self._prepared.reading.new_parser()
             parser = self._parsers[index]
             deltas = _deltas(parser, event)
             if event.end and _ends_in_calls(parser.num_calls, event.end.finish_reason):

@@ -206,7 +206,7 @@ class ResponseWriter:
     ) -> None:
         self._begun = begun
         answer_id = begun.id.removeprefix("resp_")
-        self._output = Output(answer_id, prepared.new_parser(), decoder)
+        self._output = Output(answer_id, prepared.reading.new_parser(), decoder)
         self._num_input = 0
 
     def whole(self, generations: Sequence[Generation]) -> ResponseObject:

@@ -13,7 +13,7 @@ from anthropic.types import Message
 from pydantic import BaseModel
 from tests.fakes.fake_loop import EOS, FakeLoop, step_events_of
 from tests.fakes.fake_server import TEMPLATE, TOKENS, FakeServer, serving
-from tests.router.api.openai.test_chat_tools import CALL, QWEN, WIDE, compiles, saying
+from tests.router.api.openai.test_chat_tools import CALL, OTHER, QWEN, WIDE, compiles, saying
 from tests.router.text.test_call_ids import WITH_CALL_ID
 
 from kagami_proto.errors import GenerationFailed
@@ -200,8 +200,8 @@ async def test_a_call_is_a_block_behind_the_text(answer: Any) -> None:
 
 @pytest.mark.parametrize("answer", [create, streamed])
 async def test_several_calls_are_several_blocks(answer: Any) -> None:
-    message = await answer(saying(f"{CALL}\n{CALL}"), tools=[TOOL], max_tokens=100)
-    assert [block.input for block in message.content] == [{"city": "Rome"}] * 2
+    message = await answer(saying(f"{CALL}\n{OTHER}"), tools=[TOOL], max_tokens=100)
+    assert [block.input for block in message.content] == [{"city": "Rome"}, {"city": "Oslo"}]
     assert len({block.id for block in message.content}) == 2
 
 
@@ -234,7 +234,7 @@ async def test_a_conversation_with_tools_comes_back_as_it_was_said() -> None:
     ],
 )
 async def test_tool_choice(choice: dict[str, Any], is_held: bool, max_calls: int) -> None:
-    async with client_of(saying(f"{CALL}\n{CALL}")) as (client, server):
+    async with client_of(saying(f"{CALL}\n{OTHER}")) as (client, server):
         message = await client.messages.create(**WITH_TOOL | {"tool_choice": choice})
         grammar = server.loop.requests[0].grammar
     calls = [block for block in message.content if block.type == "tool_use"]

@@ -33,6 +33,7 @@ TOOL = {
 CHAT: dict[str, Any] = {"messages": MESSAGES, "tools": [TOOL]}
 ARGUMENTS = '{"city": "Rome"}'
 CALL = f'<tool_call>\n{{"name": "weather", "arguments": {ARGUMENTS}}}\n</tool_call>'
+OTHER = CALL.replace("Rome", "Oslo")
 WIDE = RequestLimits(
     max_best_of=2,
     max_stop_sequences=4,
@@ -96,11 +97,18 @@ async def test_a_call_is_answered_as_openai_answers_it() -> None:
 
 
 async def test_text_before_calls_is_content() -> None:
-    async with serving_tools(saying("I look.\n" + CALL + "\n" + CALL)) as server:
+    async with serving_tools(saying(f"I look.\n{CALL}\n{OTHER}")) as server:
         (choice,) = (await answer(server, CHAT))["choices"]
     assert choice["message"]["content"] == "I look.\n"
     ids = {call["id"] for call in choice["message"]["tool_calls"]}
     assert len(ids) == 2
+
+
+async def test_a_call_that_was_made_before_is_not_shown() -> None:
+    async with serving_tools(saying(f"{CALL}\n{CALL}\n{OTHER}")) as server:
+        (choice,) = (await answer(server, CHAT))["choices"]
+    assert len(choice["message"]["tool_calls"]) == 1
+    assert choice["finish_reason"] == "tool_calls"
 
 
 async def test_auto_may_answer_in_text() -> None:

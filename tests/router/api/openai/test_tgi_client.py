@@ -9,7 +9,14 @@ import pytest
 import text_generation
 from tests.fakes.fake_loop import EOS, FakeLoop, step_events_of
 from tests.fakes.fake_server import FakeServer
-from tests.router.api.openai.test_chat_tools import ARGUMENTS, CALL, TOOL, saying, serving_tools
+from tests.router.api.openai.test_chat_tools import (
+    ARGUMENTS,
+    CALL,
+    OTHER,
+    TOOL,
+    saying,
+    serving_tools,
+)
 from text_generation.types import ChatCompletionChunk, ChatRequest, Message, Tool
 
 from kagami_proto.errors import GenerationFailed
@@ -58,7 +65,7 @@ async def test_text_generation_0_7_reads_a_stream_of_text(chunks_of: Any) -> Non
 async def test_text_generation_0_7_reads_several_choices_and_logprobs(chunks_of: Any) -> None:
     async with serving_tools(saying(TEXT)) as server:
         chunks = await chunks_of(server, max_tokens=20, n=2, logprobs=True)
-    for index in range(2):
+    for index, arguments in enumerate([ARGUMENTS, ARGUMENTS.replace("Rome", "Oslo")]):
         own = [chunk.choices[0] for chunk in chunks if chunk.choices[0].index == index]
         assert "".join(choice.delta.content for choice in own) == TEXT
         assert all(choice.logprobs["content"] for choice in own)
@@ -66,15 +73,15 @@ async def test_text_generation_0_7_reads_several_choices_and_logprobs(chunks_of:
 
 @BOTH
 async def test_text_generation_0_7_reads_a_stream_of_calls(chunks_of: Any) -> None:
-    async with serving_tools(saying(f"I look.\n{CALL}\n{CALL}")) as server:
+    async with serving_tools(saying(f"I look.\n{CALL}\n{OTHER}")) as server:
         chunks = await chunks_of(server, tools=TOOLS, tool_choice="auto", max_tokens=200)
     deltas = [chunk.choices[0].delta for chunk in chunks]
     assert "".join(delta.content or "" for delta in deltas) == "I look.\n"
     calls = [delta.tool_calls for delta in deltas if delta.tool_calls]
-    for index in range(2):
+    for index, arguments in enumerate([ARGUMENTS, ARGUMENTS.replace("Rome", "Oslo")]):
         own = [call for call in calls if call.index == index]
         assert [call.function.name for call in own if call.function.name] == ["weather"]
-        assert "".join(call.function.arguments for call in own) == ARGUMENTS
+        assert "".join(call.function.arguments for call in own) == arguments
         assert len({call.id for call in own}) == 1
     assert chunks[-1].choices[0].finish_reason == "tool_calls"
 

@@ -9,7 +9,7 @@ from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 from tests.fakes.fake_loop import EOS, FakeLoop, step_events_of
 from tests.fakes.fake_server import TOKENS, FakeServer, flat_error
-from tests.router.api.openai.test_chat_tools import ARGUMENTS, CALL, serving_tools
+from tests.router.api.openai.test_chat_tools import ARGUMENTS, CALL, OTHER, serving_tools
 from tests.router.text.test_call_ids import WITH_CALL_ID
 
 from kagami_proto.errors import GenerationFailed
@@ -279,11 +279,13 @@ async def test_ids_of_calls_have_the_form_that_the_template_takes() -> None:
 
 
 async def test_text_and_calls_are_items_in_their_order() -> None:
-    async with serving_tools(saying(f"I look.\n{CALL}\n{CALL}")) as server:
+    async with serving_tools(saying(f"I look.\n{CALL}\n{OTHER}")) as server:
         first, *calls = (await answer(server, tools=[TOOL]))["output"]
     assert first["content"][0]["text"] == "I look.\n"
     assert [call["type"] for call in calls] == ["function_call", "function_call"]
-    assert {(call["name"], call["arguments"]) for call in calls} == {("weather", ARGUMENTS)}
+    other = ARGUMENTS.replace("Rome", "Oslo")
+    assert [call["name"] for call in calls] == ["weather", "weather"]
+    assert [call["arguments"] for call in calls] == [ARGUMENTS, other]
     assert len({call["id"] for call in calls} | {call["call_id"] for call in calls}) == 4
 
 
@@ -317,7 +319,7 @@ async def test_a_stream_of_a_call_has_openais_events() -> None:
 
 
 async def test_a_stream_ends_as_the_whole_answer_is() -> None:
-    async with serving_tools(saying(f"I look.\n{CALL}\n{CALL}")) as server:
+    async with serving_tools(saying(f"I look.\n{CALL}\n{OTHER}")) as server:
         whole = await answer(server, tools=[TOOL])
         streamed = (await events(server, tools=[TOOL]))[-1]["response"]
     assert _anonymous(streamed) == _anonymous(whole)
