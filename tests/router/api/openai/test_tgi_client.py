@@ -65,7 +65,7 @@ async def test_text_generation_0_7_reads_a_stream_of_text(chunks_of: Any) -> Non
 async def test_text_generation_0_7_reads_several_choices_and_logprobs(chunks_of: Any) -> None:
     async with serving_tools(saying(TEXT)) as server:
         chunks = await chunks_of(server, max_tokens=20, n=2, logprobs=True)
-    for index, arguments in enumerate([ARGUMENTS, ARGUMENTS.replace("Rome", "Oslo")]):
+    for index in range(2):
         own = [chunk.choices[0] for chunk in chunks if chunk.choices[0].index == index]
         assert "".join(choice.delta.content for choice in own) == TEXT
         assert all(choice.logprobs["content"] for choice in own)
