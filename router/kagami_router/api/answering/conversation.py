@@ -14,6 +14,7 @@ from kagami_proto.errors import InvalidRequest, ToolError
 from kagami_proto.span_names import SpanName
 from kagami_proto.tracing import span
 from kagami_proto.values import Grammar, GrammarKind
+from kagami_router.api.answering.thinking import with_thoughts
 from kagami_router.request.validation import GenerationParams, Validation
 from kagami_router.request.values import FinishReason, Token
 from kagami_router.serving.infer import Generation
@@ -54,6 +55,8 @@ class Conversation:
     """Constrains the answer; with tools, an answer that is not a call."""
     options: PromptOptions = _NO_OPTIONS
     """For the template; its `tools` are set from the field above."""
+    shows_thoughts: bool = True
+    """False: what the model thinks is counted and not given out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +66,56 @@ class Prepared:
     prompt: str
     calls: AllowedCalls | None
     reading: Reading
+    shows_thoughts: bool = True
+
+    def new_parser(self) -> AnswerParser:
+        """A parser for one answer."""
+        parser = self.reading.new_parser()
+        return parser if self.shows_thoughts else _Silent(parser)
 
     def params(self, params: GenerationParams) -> GenerationParams:
         """The parameters of a generation, with what holds and ends its answer."""
         may_repeat = self.calls is not None and self.calls.max_calls > 1
         new_watch = (lambda: _Watch(self.reading.new_parser())) if may_repeat else None
         return replace(params, grammar=self.reading.grammar, new_watch=new_watch)
+
+
+class _Silent:
+    """A parser that keeps what the model thinks."""
+
+    def __init__(self, parser: AnswerParser) -> None:
+        self._parser = parser
+
+    @property
+    def num_calls(self) -> int:
+        """As `AnswerParser` says."""
+        return self._parser.num_calls
+
+    @property
+    def num_reasoning_tokens(self) -> int:
+        """As `AnswerParser` says."""
+        return self._parser.num_reasoning_tokens
+
+    @property
+    def is_over(self) -> bool:
+        """As `AnswerParser` says."""
+        return self._parser.is_over
+
+    def push(self, token: Token, tail: str = "") -> list[Delta]:
+        """As `AnswerParser` says."""
+        return _without_thoughts(self._parser.push(token, tail))
+
+    def push_text(self, text: str) -> list[Delta]:
+        """As `AnswerParser` says."""
+        return _without_thoughts(self._parser.push_text(text))
+
+    def finish(self, *, is_cut: bool) -> list[Delta]:
+        """As `AnswerParser` says."""
+        return _without_thoughts(self._parser.finish(is_cut=is_cut))
+
+
+def _without_thoughts(deltas: Sequence[Delta]) -> list[Delta]:
+    return [delta for delta in deltas if not isinstance(delta, ReasoningDelta)]
 
 
 class _Watch:
@@ -94,7 +141,7 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A whole answer after parsing; `text` is None when it has only calls."""
+    """A whole answer after parsing; `text` is None when it has only calls or thoughts."""
 
     text: str | None
     calls: tuple[ToolCall, ...]
@@ -131,7 +178,7 @@ async def prepare(
         await validation.ready_grammar(conversation.grammar, caller)  # its errors name no tool
     if calls is not None and reading.grammar is not None:
         await _check_grammar(validation, reading.grammar, calls, caller)
-    return Prepared(text, calls, reading)
+    return Prepared(text, calls, reading, conversation.shows_thoughts)
 
 
 def _opening(conversation: Conversation, prompt: str) -> Opening:
@@ -173,7 +220,7 @@ def read_answer(generation: Generation, parser: AnswerParser) -> Answer:
         if isinstance(delta, CallStart)
     )
     return Answer(
-        "".join(texts) if texts or not calls else None,
+        "".join(texts) if texts or not (calls or thoughts) else None,
         calls,
         "".join(thoughts) if thoughts else None,
         parser.num_reasoning_tokens,
@@ -205,7 +252,7 @@ async def _render(
     """The prompt; it shows the tools in the way that this template knows."""
     template, tool_format = chat_format.template, chat_format.form.tool_format
     tools = conversation.tools if calls is not None else ()
-    messages = list(conversation.messages)
+    messages = with_thoughts(conversation.messages, template.source)
     if "tool_calls" not in template.source:
         messages = _calls_as_text(messages, tool_format.form)
     if not any(sign in template.source for sign in _TOOL_ROLE):

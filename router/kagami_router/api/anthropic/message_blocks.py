@@ -1,6 +1,8 @@
 """Writes answers of /v1/messages: blocks of text and of calls, as one body or as events."""
 
+from base64 import b64encode
 from collections.abc import Iterable, Mapping, Sequence
+from hashlib import sha256
 from typing import Any, get_args
 
 import msgspec
@@ -25,10 +27,11 @@ from kagami_router.tools.deltas import (
     TextDelta,
 )
 
-OutBlock = schema.TextBlock | schema.CallBlock
+OutBlock = schema.ThinkingBlock | schema.TextBlock | schema.CallBlock
 
 _NO_INPUT = Raw(b"{}")
 _EMPTY_TEXT = schema.TextBlock("")
+_NO_THOUGHT = schema.ThinkingBlock()
 _NAMES: Mapping[type[schema.MessageEvent], str] = {
     kind: str(kind.__struct_config__.tag) for kind in get_args(schema.MessageEvent)
 }
@@ -49,6 +52,7 @@ class MessageWriter:
         self._parser = parser
         self._index = -1  # of the open block
         self._open: type[OutBlock] | None = None
+        self._thoughts: list[str] = []
 
     def whole(self, generations: Sequence[Generation]) -> schema.MessageAnswer:
         """The answer in one piece."""
@@ -89,12 +93,12 @@ class MessageWriter:
         """The events that close the last block and give stop reason and usage."""
         ((request, end),) = finished
         events: list[schema.MessageEvent] = []
-        if self._index < 0:
+        if self._open in (None, schema.ThinkingBlock):
             events += self._opened(_EMPTY_TEXT)
         return comment + _written(
             (
                 *events,
-                schema.ContentBlockStop(self._index),
+                *self._closed(),
                 schema.MessageDelta(self._stop(request, end), _usage(request, end)),
                 schema.MessageStop(),
             )
@@ -106,8 +110,10 @@ class MessageWriter:
 
     def _said(self, delta: Delta) -> list[schema.MessageEvent]:
         match delta:
-            case ReasoningDelta():
-                return []
+            case ReasoningDelta(text):
+                self._thoughts.append(text)
+                opened = [] if self._open is schema.ThinkingBlock else self._opened(_NO_THOUGHT)
+                return [*opened, schema.ContentBlockDelta(self._index, schema.ThinkingDelta(text))]
             case CallStart(_, call_id, name):
                 return self._opened(schema.CallBlock(_call_id(call_id), name, _NO_INPUT))
             case CallArguments(_, text):
@@ -117,10 +123,20 @@ class MessageWriter:
                 return [*opened, schema.ContentBlockDelta(self._index, schema.TextDelta(text))]
 
     def _opened(self, block: OutBlock) -> list[schema.MessageEvent]:
-        before = [] if self._open is None else [schema.ContentBlockStop(self._index)]
+        before = self._closed()
         self._index += 1
         self._open = type(block)
         return [*before, schema.ContentBlockStart(self._index, block)]
+
+    def _closed(self) -> list[schema.MessageEvent]:
+        """The events that close the open block, if there is one."""
+        if self._open is None:
+            return []
+        closed: list[schema.MessageEvent] = [schema.ContentBlockStop(self._index)]
+        if self._open is schema.ThinkingBlock:
+            signature = schema.SignatureDelta(_signature("".join(self._thoughts)))
+            closed.insert(0, schema.ContentBlockDelta(self._index, signature))
+        return closed
 
     def _empty(self, usage: schema.MessageUsage) -> schema.MessageAnswer:
         return schema.MessageAnswer(self._id, "assistant", self._model, [], None, None, usage)
@@ -140,26 +156,41 @@ class MessageWriter:
 
 def _blocks(deltas: Iterable[Delta]) -> list[OutBlock]:
     """The answer's blocks in order; at least one, because clients read the first."""
-    groups: list[tuple[CallStart | None, list[str]]] = []
+    groups: list[tuple[type[OutBlock], CallStart | None, list[str]]] = []
     for delta in deltas:
         match delta:
-            case ReasoningDelta():
-                pass
             case CallStart():
-                groups.append((delta, []))
+                groups.append((schema.CallBlock, delta, []))
             case CallArguments(_, text):
-                groups[-1][1].append(text)
-            case TextDelta(text):
-                if not groups or groups[-1][0] is not None:
-                    groups.append((None, []))
-                groups[-1][1].append(text)
-    return [_block(call, "".join(pieces)) for call, pieces in groups] or [_EMPTY_TEXT]
+                groups[-1][2].append(text)
+            case ReasoningDelta(text) | TextDelta(text):
+                is_text = isinstance(delta, TextDelta)
+                kind = schema.TextBlock if is_text else schema.ThinkingBlock
+                if not groups or groups[-1][0] is not kind:
+                    groups.append((kind, None, []))
+                groups[-1][2].append(text)
+    blocks = [_block(kind, call, "".join(pieces)) for kind, call, pieces in groups]
+    # Clients read the first text.
+    return (
+        blocks
+        if any(kind is not schema.ThinkingBlock for kind, _, _ in groups)
+        else [
+            *blocks,
+            _EMPTY_TEXT,
+        ]
+    )
 
 
-def _block(call: CallStart | None, text: str) -> OutBlock:
-    if call is None:
-        return schema.TextBlock(text)
-    return schema.CallBlock(_call_id(call.id), call.name, _input(text))
+def _block(kind: type[OutBlock], call: CallStart | None, text: str) -> OutBlock:
+    if call is not None:
+        return schema.CallBlock(_call_id(call.id), call.name, _input(text))
+    if kind is schema.ThinkingBlock:
+        return schema.ThinkingBlock(text, _signature(text))
+    return schema.TextBlock(text)
+
+
+def _signature(thought: str) -> str:
+    return b64encode(sha256(thought.encode()).digest()).decode()
 
 
 def _input(text: str) -> Raw:

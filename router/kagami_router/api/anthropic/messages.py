@@ -13,7 +13,7 @@ from aiohttp import web
 
 from kagami_proto.errors import InvalidRequest, ToolError
 from kagami_proto.values import Grammar
-from kagami_router.api.answering import conversation, grammars
+from kagami_router.api.answering import conversation, grammars, thinking
 from kagami_router.api.answering.conversation import Conversation
 from kagami_router.api.answering.history import read_arguments
 from kagami_router.api.answering.respond import Asked, respond
@@ -36,6 +36,7 @@ _CHOICES: Mapping[str, ToolChoice] = {
     "any": offers.REQUIRED,
     "none": offers.NONE,
 }
+_SWITCHES: Mapping[str, bool] = {"enabled": True, "disabled": False}
 _MEDIA: Mapping[type[schema.Block], str] = {
     schema.ImageBlock: "an image",
     schema.DocumentBlock: "a document",
@@ -56,7 +57,7 @@ async def messages(request: web.Request) -> web.StreamResponse:
         f"msg_{call.id}",
         state.served_model(body.model),
         body.max_tokens,
-        prepared.reading.new_parser(),
+        prepared.new_parser(),
     )
     asked = Asked(prepared.prompt, params, adds_special_tokens=False)
     return await respond(request, call, [asked], writer, is_stream=bool(body.stream))
@@ -103,14 +104,18 @@ def _conversation(body: schema.CountTokensRequest) -> Conversation:
     if not body.messages:
         raise InvalidRequest("`messages` cannot be empty", field="messages")
     choice = body.tool_choice or schema.Choice("auto")
-    is_off = body.thinking is not None and body.thinking.type == "disabled"
+    asked = body.thinking or schema.Thinking("disabled")
+    is_on = _SWITCHES.get(asked.type) if body.thinking else None
+    effort = body.output_config.effort if body.output_config else None
     return Conversation(
         messages=_openai_messages(body),
         tools=offers.read_tools(body.tools or (), _tool),
         choice=_choice(choice),
         is_parallel=not choice.disable_parallel_tool_use,
         grammar=_grammar(body),
-        options=PromptOptions(variables={"enable_thinking": False} if is_off else {}),
+        options=PromptOptions(variables=thinking.variables(effort, is_on=is_on)),
+        # Anthropic's answers begin with text unless thinking was asked for.
+        shows_thoughts=asked.type != "disabled" and asked.display != "omitted",
     )
 
 
@@ -197,8 +202,9 @@ def _placed_blocks(index: int, message: schema.Message) -> Iterator[tuple[str, s
 
 
 def _assistant(blocks: Iterable[tuple[str, schema.Block]]) -> _Json:
-    """One assistant message of texts and calls; thinking blocks are left out."""
+    """One assistant message of thoughts, texts and calls."""
     texts: list[str] = []
+    thoughts: list[str] = []
     calls: list[_Json] = []
     for place, block in blocks:
         match block:
@@ -208,14 +214,19 @@ def _assistant(blocks: Iterable[tuple[str, schema.Block]]) -> _Json:
                 arguments = read_arguments(f"{place}.input", given)
                 function = {"name": name, "arguments": arguments}
                 calls.append({"id": call_id, "type": "function", "function": function})
-            case schema.ThinkingBlock() | schema.RedactedThinkingBlock():
+            case schema.ThinkingBlock(text):
+                thoughts.append(text)
+            case schema.RedactedThinkingBlock():
                 pass
             case _:
                 raise _misplaced(place, block, "assistant")
     content = "".join(texts)
-    if not calls:
-        return {"role": "assistant", "content": content}
-    return {"role": "assistant", "content": content or None, "tool_calls": calls}
+    said = {"role": "assistant", "content": content or (None if calls else "")}
+    return (
+        said
+        | ({"reasoning_content": "\n".join(thoughts)} if thoughts else {})
+        | ({"tool_calls": calls} if calls else {})
+    )
 
 
 def _from_outside(

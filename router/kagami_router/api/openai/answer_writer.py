@@ -7,11 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from msgspec.structs import replace as changed
+
 from kagami_proto.errors import KagamiError
 from kagami_router.api.schemas.encoding import encode
 from kagami_router.api.schemas.openai import (
     ChatChoice,
     CompletionChoice,
+    CompletionTokensDetails,
     OpenAIAnswer,
     OpenAIRequest,
     PromptTokensDetails,
@@ -89,6 +92,10 @@ class ChoiceWriter(Protocol):
     ) -> Sequence[bytes]:
         """The JSON of one choice for each chunk of an event; `finish_reason` is JSON."""
 
+    @property
+    def reasoning_tokens(self) -> Sequence[int] | None:
+        """Of each choice until now; None = the model does not think."""
+
 
 class OpenAIWriter:
     """Writes one answer, as `respond.AnswerWriter` says; common parts are encoded once."""
@@ -111,7 +118,7 @@ class OpenAIWriter:
             ]
         choices = self._choices.choices(generations)
         finished = [Finished(one.request, one.end) for one in generations]
-        usage = _usage_of(finished, self._form.num_samples)
+        usage = self._usage(finished)
         which = self._identity
         return OpenAIAnswer(
             self._form.kind,
@@ -155,9 +162,15 @@ class OpenAIWriter:
         """Usage if wanted, then the end marker, where clients stop reading."""
         if not self._form.wants_usage:
             return comment + self._form.end_marker
-        usage = encode(_usage_of(finished, self._form.num_samples))
+        usage = encode(self._usage(finished))
         usage_chunk = self._head + b'"choices":[],"usage":%b}\n\n' % usage
         return usage_chunk + comment + self._form.end_marker
+
+    def _usage(self, finished: Sequence[Finished]) -> Usage:
+        usage = _usage_of(finished, self._form.num_samples)
+        if (thought := self._choices.reasoning_tokens) is None:
+            return usage
+        return changed(usage, completion_tokens_details=CompletionTokensDetails(sum(thought)))
 
     def failed(self, error: KagamiError) -> bytes:
         """The error in OpenAI's format, and the end marker."""

@@ -9,7 +9,7 @@ from aiohttp import web
 
 from kagami_proto.errors import InvalidRequest, MalformedBody
 from kagami_proto.values import Grammar
-from kagami_router.api.answering import conversation, grammars, history
+from kagami_router.api.answering import conversation, grammars, history, thinking
 from kagami_router.api.answering.conversation import Conversation, Prepared
 from kagami_router.api.answering.openai_params import max_tokens_of, read_num_choices, read_params
 from kagami_router.api.answering.respond import Asked, respond
@@ -19,7 +19,7 @@ from kagami_router.api.openai.answer_writer import Form, Identity, OpenAIWriter,
 from kagami_router.api.openai.chat_writer import ChatChoices
 from kagami_router.api.openai.tgi_client import TgiDeltas, is_tgi_client
 from kagami_router.api.schemas.native import ChatTokenizeResponse
-from kagami_router.api.schemas.openai import ChatRequest
+from kagami_router.api.schemas.openai import ChatReasoning, ChatRequest, ThinkingSwitch
 from kagami_router.api.web.app_state import AppState, state_of
 from kagami_router.api.web.body_room import ROOM
 from kagami_router.api.web.call import HttpCall
@@ -114,6 +114,7 @@ def _conversation(body: ChatRequest, grammar: Grammar | None) -> Conversation:
         tool_prompt=body.tool_prompt,
         grammar=grammar,
         options=_prompt_options(body),
+        shows_thoughts=_shows_thoughts(body),
     )
 
 
@@ -123,8 +124,27 @@ def _prompt_options(body: ChatRequest) -> PromptOptions:
         add_generation_prompt=body.add_generation_prompt,
         continue_final_message=body.continue_final_message,
         template=body.chat_template,
-        variables=body.chat_template_kwargs or {},
+        variables=_thinking(body) | (body.chat_template_kwargs or {}),
     )
+
+
+def _thinking(body: ChatRequest) -> dict[str, Any]:
+    """The template's variables for thinking, from all the fields in which clients ask for it."""
+    reasoning = body.reasoning or ChatReasoning()
+    is_on = reasoning.enabled if body.enable_thinking is None else body.enable_thinking
+    match body.thinking:
+        case bool(switch) if is_on is None:
+            is_on = switch
+        case ThinkingSwitch(kind) if is_on is None:
+            is_on = kind != "disabled"
+        case _:
+            pass
+    return thinking.variables(body.reasoning_effort or reasoning.effort, is_on=is_on)
+
+
+def _shows_thoughts(body: ChatRequest) -> bool:
+    is_excluded = body.reasoning is not None and body.reasoning.exclude
+    return body.include_reasoning is not False and not is_excluded
 
 
 def _message(index: int, message: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -140,6 +160,8 @@ def _message(index: int, message: Mapping[str, Any]) -> Mapping[str, Any]:
         changed["tool_calls"] = history.read_calls(f"{place}.tool_calls", calls)
     if content is None and isinstance(message.get("refusal"), str):
         changed["content"] = message["refusal"]  # an answer of OpenAI's that comes back
+    elif content is None and not calls and thinking.is_said(message):
+        changed["content"] = ""
     elif content is None and not calls:
         raise MalformedBody(f"{place}: needs `content` or `tool_calls`", field=place)
     elif isinstance(content, list):

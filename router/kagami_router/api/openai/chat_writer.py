@@ -53,6 +53,7 @@ class ChatChoices:
         self._tgi = tgi
         self._parsers: dict[int, AnswerParser] = {}
         self._started: set[int] = set()
+        self._thought: dict[int, int] = {}  # tokens of reasoning, by choice
 
     @property
     def text_choice(self) -> tuple[bytes, bytes] | None:
@@ -62,6 +63,11 @@ class ChatChoices:
         before, behind = self._tgi.text if self._tgi else _DELTA
         return b'{"index":%d,"delta":' + before, behind + b',"logprobs":null,"finish_reason":null}'
 
+    @property
+    def reasoning_tokens(self) -> Sequence[int] | None:
+        """As `ChoiceWriter` says."""
+        return list(self._thought.values()) if self._prepared.reading.may_think else None
+
     def choices(self, generations: Sequence[Generation]) -> list[ChatChoice]:
         """The choices of a whole answer."""
         return [self._choice(index, generation) for index, generation in enumerate(generations)]
@@ -70,11 +76,12 @@ class ChatChoices:
         logprobs = None
         if self._decoder is not None:
             logprobs = chat_logprobs(self._decoder, generation.tokens_with_alternatives())
-        answer = read_answer(generation, self._prepared.reading.new_parser())
+        answer = read_answer(generation, self._prepared.new_parser())
         calls = [
             ToolCall(call.id, "function", FunctionCall(call.name, call.arguments))
             for call in answer.calls
         ]
+        self._thought[index] = answer.num_reasoning_tokens
         reason = generation.end.finish_reason
         thought = UNSET if answer.reasoning is None else answer.reasoning
         return ChatChoice(
@@ -93,9 +100,10 @@ class ChatChoices:
             deltas = [ChatDelta(content=text_of(event))]
         else:
             if index not in self._parsers:
-                self._parsers[index] = self._prepared.reading.new_parser()
+                self._parsers[index] = self._prepared.new_parser()
             parser = self._parsers[index]
             deltas = _deltas(parser, event)
+            self._thought[index] = parser.num_reasoning_tokens
             if event.end and _ends_in_calls(parser.num_calls, event.end.finish_reason):
                 finish_reason = _TOOL_CALLS_JSON
             if not deltas and self._decoder is not None:

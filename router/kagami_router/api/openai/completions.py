@@ -136,6 +136,10 @@ class _Choices:
         return [choice]
 
     @property
+    def reasoning_tokens(self) -> None:
+        """None: a completion is nothing but text."""
+
+    @property
     def text_choice(self) -> tuple[bytes, bytes] | None:
         """As `ChoiceWriter` says."""
         return _TEXT_CHOICE if self._decoder is None and self._shows_output else None

@@ -79,7 +79,7 @@ async def _ask(
         body = _converted(place, instance, ChatRequest)
         asked, prepared = await chat.ask(state.validation, state.chat_format, body, caller)
         _refuse_samples(place, asked.num_samples)
-        return asked, prepared.reading.new_parser()
+        return asked, prepared.new_parser()
     parameters = instance.get("parameters")
     if isinstance(parameters, Mapping):
         instance = {**instance, "parameters": {"do_sample": True, **parameters}}

@@ -21,6 +21,8 @@ _ROLES: Mapping[str, str] = {
     "system": "system",
     "developer": "system",
 }
+# The members of a message that has thoughts and nothing else yet.
+_THOUGHTS_ALONE = {"role", "reasoning_content"}
 _QUOTED = 80  # characters of a value that an error shows
 
 
@@ -42,6 +44,8 @@ def read_messages(body: ResponsesRequest) -> list[Message]:
         _add_item(messages, f"input[{index}]", item)
     if not messages:
         raise InvalidRequest("`input` has no message", field="input")
+    for message in messages:
+        message.setdefault("content", "")  # thoughts that nothing followed
     return messages
 
 
@@ -60,7 +64,7 @@ def _add_item(messages: list[Message], place: str, item: Mapping[str, Any]) -> N
                 }
             )
         case "reasoning":
-            pass  # left out: our models' reasoning is part of their messages' text
+            _add_thoughts(messages, place, item)
         case "item_reference":
             raise InvalidRequest(
                 f"`{place}` is an item_reference, and this server keeps no items: send the item",
@@ -81,7 +85,21 @@ def _add_message(messages: list[Message], place: str, item: Mapping[str, Any]) -
             f"`{place}.role` must be one of {', '.join(_ROLES)}. Given: {_quote(item['role'])}",
             field=f"{place}.role",
         )
-    messages.append({"role": role, "content": _content(f"{place}.content", item.get("content"))})
+    content = _content(f"{place}.content", item.get("content"))
+    if role == "assistant" and messages and messages[-1].keys() == _THOUGHTS_ALONE:
+        messages[-1]["content"] = content
+        return
+    messages.append({"role": role, "content": content})
+
+
+def _add_thoughts(messages: list[Message], place: str, item: Mapping[str, Any]) -> None:
+    """Add what the model thought before its next message or call; its text or its summary."""
+    parts = item.get("content") or item.get("summary") or []
+    if not isinstance(parts, list) or not all(isinstance(part, Mapping) for part in parts):
+        raise MalformedBody(f"{place}.content: expected a list of parts", field=place)
+    thoughts = "".join(read_text(f"{place}.content", part, "text") for part in parts)
+    if thoughts:  # else it is encrypted, by another server
+        messages.append({"role": "assistant", "reasoning_content": thoughts})
 
 
 def _add_call(messages: list[Message], place: str, item: Mapping[str, Any]) -> None:
@@ -96,6 +114,7 @@ def _add_call(messages: list[Message], place: str, item: Mapping[str, Any]) -> N
     }
     if not messages or messages[-1]["role"] != "assistant":
         messages.append({"role": "assistant", "content": None, "tool_calls": []})
+    messages[-1].setdefault("content", None)
     messages[-1].setdefault("tool_calls", []).append(call)
 
 

@@ -1,9 +1,9 @@
-"""Turns an answer into the items of a Response, messages and calls, and the events of a stream.
+"""Turns an answer into the items of a Response, and the events of a stream.
 
 Whole answers and streams both come from here; a whole answer drops the events.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import msgspec
@@ -19,13 +19,17 @@ from kagami_router.api.schemas.response_events import (
     OutputItemDone,
     OutputTextDelta,
     OutputTextDone,
+    ReasoningTextDelta,
+    ReasoningTextDone,
     ResponseEvent,
 )
 from kagami_router.api.schemas.responses import (
     OutputCall,
     OutputItem,
     OutputMessage,
+    OutputReasoning,
     OutputText,
+    ReasoningText,
 )
 from kagami_router.request.values import FinishReason, StreamEvent
 from kagami_router.text.detokenize import TextDecoder
@@ -39,15 +43,21 @@ from kagami_router.tools.deltas import (
 )
 
 IN_PROGRESS, COMPLETED, INCOMPLETE = "in_progress", "completed", "incomplete"
-_PART = 0  # every message has one part
+_PART = 0  # every item of text has one part
+_PREFIXES: Mapping[type[OutputItem], str] = {
+    OutputReasoning: "rs",
+    OutputMessage: "msg",
+    OutputCall: "fc",
+}
 
 
 @dataclass(slots=True, eq=False)
 class _Growing:
-    """The item that is not complete yet: a message if `call` is None, else a call."""
+    """The item that is not complete yet."""
 
     id: str
     index: int
+    kind: type[OutputItem]
     call: CallStart | None
     pieces: list[str] = field(default_factory=list)
     logprobs: list[ChatLogprob] = field(default_factory=list)
@@ -57,7 +67,9 @@ class _Growing:
         if self.call is not None:
             return OutputCall(self.id, self.call.id, self.call.name, text, status)
         is_empty = status == IN_PROGRESS
-        part = OutputText("output_text", text, [], self.logprobs)
+        if self.kind is OutputReasoning:
+            return OutputReasoning(self.id, [], [] if is_empty else [ReasoningText(text)], status)
+        part = OutputText(text, [], self.logprobs)
         return OutputMessage(self.id, status, "assistant", [] if is_empty else [part])
 
 
@@ -72,6 +84,11 @@ class Output:
         self._growing: _Growing | None = None
         self._num_events = 0
         self.items: list[OutputItem] = []
+
+    @property
+    def num_reasoning_tokens(self) -> int:
+        """Tokens of reasoning until now."""
+        return self._parser.num_reasoning_tokens
 
     def next_number(self) -> int:
         """Count one more event; returns its number, from 0."""
@@ -91,19 +108,24 @@ class Output:
         deltas += self._parser.finish(is_cut=is_cut)
         events = [one for delta in deltas for one in self._add(delta)]
         if self._growing is None:  # the answer is empty: one empty message
-            events += self._open(None)
+            events += self._open(OutputMessage)
         return [*events, *self._close(is_cut=is_cut)]
 
     def _add(self, delta: Delta) -> Iterator[ResponseEvent]:
         match delta:
-            case ReasoningDelta():
+            case ReasoningDelta(text):
                 self._logprobs.clear()  # thoughts have none
+                yield from self._opened(OutputReasoning)
+                growing = self._known()
+                growing.pieces.append(text)
+                at = (growing.id, growing.index, _PART)
+                yield ReasoningTextDelta(self.next_number(), *at, text)
             case TextDelta(text):
                 yield from self._add_text(text)
             case CallStart():
                 self._logprobs.clear()  # calls have none
                 yield from self._close()
-                yield from self._open(delta)
+                yield from self._open(OutputCall, delta)
             case CallArguments(_, text):
                 self._logprobs.clear()
                 growing = self._known()
@@ -111,9 +133,7 @@ class Output:
                 yield CallArgumentsDelta(self.next_number(), growing.id, growing.index, text)
 
     def _add_text(self, text: str) -> Iterator[ResponseEvent]:
-        if self._growing is None or self._growing.call is not None:
-            yield from self._close()
-            yield from self._open(None)
+        yield from self._opened(OutputMessage)
         growing = self._known()
         logprobs, self._logprobs = self._logprobs, []
         growing.pieces.append(text)
@@ -124,14 +144,22 @@ class Output:
         assert self._growing is not None, "arguments follow the start of their call"
         return self._growing
 
-    def _open(self, call: CallStart | None) -> Iterator[ResponseEvent]:
+    def _opened(self, kind: type[OutputItem]) -> Iterator[ResponseEvent]:
+        """The events that open an item of text, unless it is open already."""
+        if self._growing is None or self._growing.kind is not kind:
+            yield from self._close()
+            yield from self._open(kind)
+
+    def _open(
+        self, kind: type[OutputItem], call: CallStart | None = None
+    ) -> Iterator[ResponseEvent]:
         index = len(self.items)
-        prefix = "msg" if call is None else "fc"
-        growing = _Growing(f"{prefix}_{self._answer_id}{index:02x}", index, call)
+        growing = _Growing(f"{_PREFIXES[kind]}_{self._answer_id}{index:02x}", index, kind, call)
         self._growing = growing
         yield OutputItemAdded(self.next_number(), index, growing.item(IN_PROGRESS))
         if call is None:
-            part = OutputText("output_text", "", [], [])
+            is_text = kind is OutputMessage
+            part = OutputText("", [], []) if is_text else ReasoningText("")
             yield ContentPartAdded(self.next_number(), growing.id, index, _PART, part)
 
     def _close(self, *, is_cut: bool = False) -> Iterator[ResponseEvent]:
@@ -144,12 +172,17 @@ class Output:
             item = growing.item(INCOMPLETE)
         self.items.append(item)
         number, at = self.next_number, (growing.id, growing.index)
-        if isinstance(item, OutputCall):
-            yield CallArgumentsDone(number(), *at, item.name, item.arguments)
-        else:
-            (part,) = item.content
-            yield OutputTextDone(number(), *at, _PART, part.text, part.logprobs)
-            yield ContentPartDone(number(), *at, _PART, part)
+        match item:
+            case OutputCall():
+                yield CallArgumentsDone(number(), *at, item.name, item.arguments)
+            case OutputReasoning(content=[thought]):
+                yield ReasoningTextDone(number(), *at, _PART, thought.text)
+                yield ContentPartDone(number(), *at, _PART, thought)
+            case OutputMessage(content=[part]):
+                yield OutputTextDone(number(), *at, _PART, part.text, part.logprobs)
+                yield ContentPartDone(number(), *at, _PART, part)
+            case _:
+                raise AssertionError("an item that is complete has one part")
         yield OutputItemDone(number(), growing.index, item)
 
 

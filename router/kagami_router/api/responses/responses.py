@@ -10,7 +10,7 @@ from msgspec.structs import replace as changed
 
 from kagami_proto.errors import InvalidRequest, KagamiError, MalformedBody
 from kagami_proto.values import Grammar
-from kagami_router.api.answering import conversation, grammars
+from kagami_router.api.answering import conversation, grammars, thinking
 from kagami_router.api.answering.conversation import Conversation, Prepared
 from kagami_router.api.answering.openai_params import read_params
 from kagami_router.api.answering.respond import Asked, respond
@@ -145,14 +145,9 @@ def _conversation(body: ResponsesRequest) -> Conversation:
 
 
 def _options(body: ResponsesRequest) -> PromptOptions:
-    """Options that answer an assistant's message at the end, not continue it, as OpenAI does.
-
-    The template of gpt-oss reads `reasoning_effort`, that of Qwen 3 reads `enable_thinking`.
-    """
+    """Options that answer an assistant's message at the end, not continue it, as OpenAI does."""
     effort = body.reasoning.effort if body.reasoning else None
-    variables = {"reasoning_effort": effort} if effort else {}
-    thinking = {"enable_thinking": False} if effort == "none" else {}
-    return PromptOptions(add_generation_prompt=True, variables=variables | thinking)
+    return PromptOptions(add_generation_prompt=True, variables=thinking.variables(effort))
 
 
 def _format(body: ResponsesRequest) -> TextFormat:
@@ -206,7 +201,7 @@ class ResponseWriter:
     ) -> None:
         self._begun = begun
         answer_id = begun.id.removeprefix("resp_")
-        self._output = Output(answer_id, prepared.reading.new_parser(), decoder)
+        self._output = Output(answer_id, prepared.new_parser(), decoder)
         self._num_input = 0
 
     def whole(self, generations: Sequence[Generation]) -> ResponseObject:
@@ -276,7 +271,7 @@ class ResponseWriter:
                 self._num_input,
                 InputTokensDetails(end.cached_tokens),
                 end.num_generated,
-                OutputTokensDetails(),
+                OutputTokensDetails(self._output.num_reasoning_tokens),
                 self._num_input + end.num_generated,
             ),
         )

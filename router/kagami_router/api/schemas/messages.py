@@ -28,7 +28,11 @@ class ToolUseBlock(Struct, frozen=True, tag="tool_use"):
 
 
 class ThinkingBlock(Struct, frozen=True, tag="thinking"):
-    """What a model has thought: not shown to this one."""
+    """What a model has thought; templates that read it get it."""
+
+    thinking: str = ""
+    signature: str = ""
+    """Clients send it back. It says nothing here: a digest of the text."""
 
 
 class RedactedThinkingBlock(Struct, frozen=True, tag="redacted_thinking"):
@@ -88,9 +92,11 @@ class Choice(Struct, frozen=True):
 
 
 class Thinking(Struct, frozen=True):
-    """`thinking`; `disabled` reaches the chat template as `enable_thinking`: false."""
+    """`thinking`; without it, and when `disabled`, no thinking is shown."""
 
     type: Literal["enabled", "disabled", "adaptive", "between_tools"]
+    display: str | None = None
+    """`omitted`: the model thinks, and the answer does not show it"""
 
 
 class OutputFormat(Struct, frozen=True):
@@ -101,9 +107,10 @@ class OutputFormat(Struct, frozen=True):
 
 
 class OutputConfig(Struct, frozen=True):
-    """`output_config`; `effort` is ignored."""
+    """`output_config`; templates may read `effort`."""
 
     format: OutputFormat | None = None
+    effort: str | None = None
 
 
 class CountTokensRequest(Struct, frozen=True, kw_only=True):
@@ -162,7 +169,7 @@ class MessageAnswer(Struct, frozen=True, tag="message"):
     id: str
     role: Literal["assistant"]
     model: str
-    content: list[TextBlock | CallBlock]
+    content: list[ThinkingBlock | TextBlock | CallBlock]
     stop_reason: StopReason | None
     stop_sequence: str | None
     usage: MessageUsage
@@ -191,13 +198,25 @@ class ContentBlockStart(Struct, frozen=True, tag="content_block_start"):
     """A block begins, without its content."""
 
     index: int
-    content_block: TextBlock | CallBlock
+    content_block: ThinkingBlock | TextBlock | CallBlock
 
 
 class TextDelta(Struct, frozen=True, tag="text_delta"):
     """More of a text."""
 
     text: str
+
+
+class ThinkingDelta(Struct, frozen=True, tag="thinking_delta"):
+    """More of what the model thinks."""
+
+    thinking: str
+
+
+class SignatureDelta(Struct, frozen=True, tag="signature_delta"):
+    """The end of what the model thinks."""
+
+    signature: str
 
 
 class InputJsonDelta(Struct, frozen=True, tag="input_json_delta"):
@@ -210,7 +229,7 @@ class ContentBlockDelta(Struct, frozen=True, tag="content_block_delta"):
     """More of the block that is open."""
 
     index: int
-    delta: TextDelta | InputJsonDelta
+    delta: ThinkingDelta | SignatureDelta | TextDelta | InputJsonDelta
 
 
 class ContentBlockStop(Struct, frozen=True, tag="content_block_stop"):

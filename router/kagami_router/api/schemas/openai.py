@@ -61,6 +61,22 @@ class ResponseFormat(Struct, frozen=True):
     value: dict[str, Any] | str | None = None
 
 
+class ChatReasoning(Struct, frozen=True):
+    """`reasoning` of a chat, in OpenRouter's form."""
+
+    effort: str | None = None
+    enabled: bool | None = None
+    exclude: bool | None = None
+    """The model thinks, and the answer does not show it"""
+
+
+class ThinkingSwitch(Struct, frozen=True):
+    """`thinking` of a chat, in DeepSeek's and GLM's form."""
+
+    type: str | None = None
+    """`disabled` is off; all others are on"""
+
+
 class ChatRequest(OpenAIRequest, frozen=True, kw_only=True):
     """Body of /v1/chat/completions and /chat_tokenize; messages go to the template as they are."""
 
@@ -77,6 +93,11 @@ class ChatRequest(OpenAIRequest, frozen=True, kw_only=True):
     continue_final_message: bool | str | None = None
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: str | None = None
+    reasoning: ChatReasoning | None = None
+    thinking: ThinkingSwitch | bool | None = None
+    enable_thinking: bool | None = None
+    include_reasoning: bool | None = None
 
 
 class CompletionRequest(OpenAIRequest, frozen=True, kw_only=True):
@@ -99,6 +120,12 @@ class PromptTokensDetails(Struct, frozen=True):
     cached_tokens: int
 
 
+class CompletionTokensDetails(Struct, frozen=True):
+    """What is known of the answer's tokens."""
+
+    reasoning_tokens: int
+
+
 class Usage(Struct, frozen=True):
     """Tokens spent."""
 
@@ -106,6 +133,8 @@ class Usage(Struct, frozen=True):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails | UnsetType = UNSET
+    """Of models that think before they answer"""
 
 
 class TopLogprob(Struct, frozen=True):

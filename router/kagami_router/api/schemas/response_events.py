@@ -3,7 +3,12 @@
 from msgspec import Struct
 
 from kagami_router.api.schemas.openai import ChatLogprob
-from kagami_router.api.schemas.responses import OutputItem, OutputText, ResponseObject
+from kagami_router.api.schemas.responses import (
+    OutputItem,
+    OutputText,
+    ReasoningText,
+    ResponseObject,
+)
 
 
 class ResponseEvent(Struct, frozen=True, tag_field="type"):
@@ -57,21 +62,21 @@ class OutputItemDone(ResponseEvent, frozen=True, tag="response.output_item.done"
 
 
 class ContentPartAdded(ResponseEvent, frozen=True, tag="response.content_part.added"):
-    """A message's text begins, empty."""
+    """A text begins, empty."""
 
     item_id: str
     output_index: int
     content_index: int
-    part: OutputText
+    part: OutputText | ReasoningText
 
 
 class ContentPartDone(ResponseEvent, frozen=True, tag="response.content_part.done"):
-    """A message's text is whole."""
+    """A text is whole."""
 
     item_id: str
     output_index: int
     content_index: int
-    part: OutputText
+    part: OutputText | ReasoningText
 
 
 class OutputTextDelta(ResponseEvent, frozen=True, tag="response.output_text.delta"):
@@ -92,6 +97,24 @@ class OutputTextDone(ResponseEvent, frozen=True, tag="response.output_text.done"
     content_index: int
     text: str
     logprobs: list[ChatLogprob]
+
+
+class ReasoningTextDelta(ResponseEvent, frozen=True, tag="response.reasoning_text.delta"):
+    """More of what the model thinks."""
+
+    item_id: str
+    output_index: int
+    content_index: int
+    delta: str
+
+
+class ReasoningTextDone(ResponseEvent, frozen=True, tag="response.reasoning_text.done"):
+    """What the model thought, whole."""
+
+    item_id: str
+    output_index: int
+    content_index: int
+    text: str
 
 
 class CallArgumentsDelta(ResponseEvent, frozen=True, tag="response.function_call_arguments.delta"):
@@ -127,6 +150,8 @@ RESPONSE_EVENTS = (
     OutputTextDelta,
     OutputTextDone,
     ContentPartDone,
+    ReasoningTextDelta,
+    ReasoningTextDone,
     CallArgumentsDelta,
     CallArgumentsDone,
     OutputItemDone,

@@ -82,10 +82,9 @@ class ResponsesRequest(Struct, frozen=True, kw_only=True):
 # --- the Response object ---
 
 
-class OutputText(Struct, frozen=True):
+class OutputText(Struct, frozen=True, tag_field="type", tag="output_text"):
     """The text of a message."""
 
-    type: Literal["output_text"]
     text: str
     annotations: list[Any]
     """Nothing that this server does makes any."""
@@ -111,7 +110,22 @@ class OutputCall(Struct, frozen=True, tag_field="type", tag="function_call"):
     status: str
 
 
-OutputItem = OutputMessage | OutputCall
+class ReasoningText(Struct, frozen=True, tag_field="type", tag="reasoning_text"):
+    """The text of a reasoning item."""
+
+    text: str
+
+
+class OutputReasoning(Struct, frozen=True, tag_field="type", tag="reasoning"):
+    """What the model thinks before it answers. It is shown whole, so there is no summary."""
+
+    id: str
+    summary: list[Any]
+    content: list[ReasoningText]
+    status: str
+
+
+OutputItem = OutputReasoning | OutputMessage | OutputCall
 
 
 class InputTokensDetails(Struct, frozen=True):
