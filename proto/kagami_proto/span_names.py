@@ -3,7 +3,8 @@
 `deploy/tracing.md` explains them in tables that a test keeps in step with this file. `gen_ai.*`,
 `http.*`, `server.*`, `url.*`, `error.type` and `user_agent.original` are OpenTelemetry's semantic
 conventions, version 1.44.0; what they have no name for begins with `kagami.`. Times that are
-attributes are milliseconds, as numbers, and say so in their names.
+attributes are milliseconds, as numbers, and say so in their names. `OtherServersKey` is what
+dashboards made for other servers read.
 
 Plain strings and no enums: an enum's hash is a call of Python code, and each of these becomes the
 key of a dictionary once a step or a span.
@@ -108,6 +109,25 @@ class Key:
     WORLD_SIZE: Final = "kagami.world_size"
     MODEL_ID: Final = "kagami.model.id"
     KV_BLOCKS: Final = "kagami.kv.blocks"
+
+
+class OtherServersKey:
+    """Attributes of a request's span in the names and forms of other inference servers."""
+
+    # TGI 3: texts, as Rust prints them.
+    TOTAL_TIME: Final = "total_time"
+    VALIDATION_TIME: Final = "validation_time"
+    QUEUE_TIME: Final = "queue_time"
+    INFERENCE_TIME: Final = "inference_time"
+    TIME_PER_TOKEN: Final = "time_per_token"
+    SEED: Final = "seed"
+    # vLLM and SGLang: seconds, as numbers.
+    LATENCY_QUEUE: Final = "gen_ai.latency.time_in_queue"
+    LATENCY_FIRST_TOKEN: Final = "gen_ai.latency.time_to_first_token"
+    LATENCY_TOTAL: Final = "gen_ai.latency.e2e"
+    LATENCY_PREFILL: Final = "gen_ai.latency.time_in_model_prefill"
+    LATENCY_DECODE: Final = "gen_ai.latency.time_in_model_decode"
+    LATENCY_INFERENCE: Final = "gen_ai.latency.time_in_model_inference"
 
 
 class EventName:

@@ -8,7 +8,7 @@ import pytest
 from tests.benchmarks.waterfall import draw
 from tests.fakes.span_names import names_of
 
-from kagami_proto.span_names import SEMCONV_VERSION, EventName, Key, SpanName
+from kagami_proto.span_names import SEMCONV_VERSION, EventName, Key, OtherServersKey, SpanName
 from kagami_router.scheduler.sequence import WaitReason
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
@@ -32,6 +32,10 @@ def test_every_span_is_explained() -> None:
 
 def test_every_attribute_is_explained() -> None:
     assert first_column("attribute") == names_of(Key)
+
+
+def test_every_attribute_of_other_servers_is_explained() -> None:
+    assert first_column("attribute elsewhere") == names_of(OtherServersKey)
 
 
 def test_every_event_is_explained() -> None:

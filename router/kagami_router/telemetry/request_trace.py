@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from opentelemetry import trace
 
-from kagami_proto.span_names import Key
+from kagami_proto.span_names import Key, OtherServersKey
 from kagami_router.request.values import End, ValidRequest
 
 
@@ -42,9 +42,13 @@ def describe_answer(
     *,
     answer_id: str,
     received: float,
+    durations: Mapping[str, str],
     with_content: bool,
 ) -> None:
-    """Write what a call brought to the current span; its text only `with_content`."""
+    """Write what a call brought to the current span; its text only `with_content`.
+
+    `durations` are TGI's, as its spans have them.
+    """
     span = trace.get_current_span()
     if not span.is_recording():
         return
@@ -62,8 +66,30 @@ def describe_answer(
             Key.DEVICE_MS: max(end.timings.device_s for end in ends) * 1e3,
         }
     )
+    span.set_attributes({**durations, OtherServersKey.SEED: _seed_as_in_rust(finished[0][0])})
+    span.set_attributes(_latencies(ends, received))
     if with_content:
         span.set_attributes(_content(finished))
+
+
+def _seed_as_in_rust(request: ValidRequest) -> str:
+    """TGI writes its `Option<u64>` as Rust's debug format does."""
+    sampling = request.sampling
+    return f"Some({sampling.seed})" if sampling.do_sample else "None"
+
+
+def _latencies(ends: Sequence[End], received: float) -> Mapping[str, float]:
+    """Seconds; the longest of several generations counts, because they run at the same time."""
+    timings = [end.timings for end in ends]
+    first_token = min(one.first_token for one in timings)
+    return {
+        OtherServersKey.LATENCY_QUEUE: max(one.scheduled - one.submitted for one in timings),
+        OtherServersKey.LATENCY_FIRST_TOKEN: first_token - received,
+        OtherServersKey.LATENCY_TOTAL: max(one.finished for one in timings) - received,
+        OtherServersKey.LATENCY_PREFILL: max(one.first_token - one.scheduled for one in timings),
+        OtherServersKey.LATENCY_DECODE: max(one.finished - one.first_token for one in timings),
+        OtherServersKey.LATENCY_INFERENCE: max(one.finished - one.scheduled for one in timings),
+    }
 
 
 def _content(finished: Sequence[tuple[ValidRequest, End]]) -> Mapping[str, str | list[str]]:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from aiohttp import web
 
+from kagami_proto.span_names import OtherServersKey
 from kagami_router.api.web.call_log import CALL_STATS, duration, log_answered, origin_of
 from kagami_router.request.values import End, ValidRequest
 from kagami_router.serving.generation_stream import CallStats
@@ -163,24 +164,28 @@ def _times_headers(call: HttpCall, finished: Sequence[Finished]) -> dict[str, st
 
 def log_success(call: HttpCall, finished: Sequence[Finished]) -> None:
     """Write the log line of a call that was answered in full; times named and printed as in TGI."""
+    times = Times.of(call, finished)
+    durations = {
+        OtherServersKey.TOTAL_TIME: duration(times.total),
+        OtherServersKey.VALIDATION_TIME: duration(times.validation),
+        OtherServersKey.QUEUE_TIME: duration(times.queue),
+        OtherServersKey.INFERENCE_TIME: duration(times.inference),
+        OtherServersKey.TIME_PER_TOKEN: duration(times.per_token),
+    }
     describe_answer(
         finished,
         answer_id=call.id,
         received=call.received,
+        durations=durations,
         with_content=call.traces_content,
     )
-    times = Times.of(call, finished)
     sampling = finished[0].request.sampling
     ends = [one.end for one in finished]
     first_token = min(end.timings.first_token for end in ends)
     log_answered(
         {
-            "total_time": duration(times.total),
-            "validation_time": duration(times.validation),
-            "queue_time": duration(times.queue),
-            "inference_time": duration(times.inference),
-            "time_per_token": duration(times.per_token),
-            "seed": sampling.seed if sampling.do_sample else None,
+            **durations,
+            OtherServersKey.SEED: sampling.seed if sampling.do_sample else None,
             "time_to_first_token": duration(first_token - call.received),
             "prompt_tokens": sum(len(one.request.prompt_ids) for one in finished),
             "cached_tokens": sum(end.cached_tokens for end in ends),

@@ -117,6 +117,50 @@ EXPECTED = {
 }
 
 
+DURATION = re.compile(r"\d+(\.\d+)?(s|ms|µs|ns)")
+SEED = re.compile(r"None|Some\(\d+\)")
+TGIS_TIMES = ("total_time", "validation_time", "queue_time", "inference_time", "time_per_token")
+
+
+@pytest.mark.parametrize("path", GENERATING)
+async def test_the_span_has_tgis_attributes_as_texts(path: str) -> None:
+    traced = Traced()
+    async with serving(tracing=traced.tracing) as server:
+        await post(server, path)
+    said = attributes(traced, f"POST {path}")
+    assert all(DURATION.fullmatch(said[name]) for name in TGIS_TIMES)
+    assert SEED.fullmatch(said["seed"])
+
+
+async def test_tgis_seed_is_written_as_rust_writes_it() -> None:
+    traced = Traced()
+    body = {"inputs": "a", "parameters": {"do_sample": True, "seed": (1 << 64) - 1}}
+    async with serving(tracing=traced.tracing) as server:
+        async with server.post("/generate", body) as response:
+            assert response.status == 200
+    assert attributes(traced, "POST /generate")["seed"] == "Some(18446744073709551615)"
+
+
+async def test_latencies_are_seconds_under_the_names_of_vllm() -> None:
+    traced = Traced()
+    async with serving(tracing=traced.tracing) as server:
+        await post(server, "/v1/chat/completions")
+    said = attributes(traced, "POST /v1/chat/completions")
+    part = {name: said[f"gen_ai.latency.{name}"] for name in LATENCIES}
+    assert all(isinstance(value, float) and value >= 0 for value in part.values())
+    assert part["time_to_first_token"] == said[Key.TIME_TO_FIRST_CHUNK]
+    assert part["time_in_model_inference"] == pytest.approx(
+        part["time_in_model_prefill"] + part["time_in_model_decode"]
+    )
+    assert part["e2e"] >= part["time_in_queue"] + part["time_in_model_inference"]
+
+
+LATENCIES = (
+    "time_in_queue", "time_to_first_token", "e2e", "time_in_model_prefill",
+    "time_in_model_decode", "time_in_model_inference",
+)  # fmt: skip
+
+
 async def test_template_and_validation_are_children() -> None:
     traced = Traced()
     async with serving(tracing=traced.tracing) as server:
