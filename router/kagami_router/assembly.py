@@ -37,6 +37,7 @@ from kagami_router.text.turn_end import turn_end_ids
 from kagami_router.tools.answer_form import MarkedForm, find_form
 from kagami_router.tools.chat_format import ChatFormat
 from kagami_router.tools.formats import find_format
+from kagami_router.tools.harmony import HarmonyForm, find_harmony
 from kagami_router.tools.reasoning import find_reasoning
 from kagami_router.tools.response_template import ResponseTemplate, read_template
 
@@ -129,7 +130,11 @@ def _chat_format(
     if args.tool_call_parser is None and args.reasoning_parser is None:
         own = _response_template(args)
     form = find_form(own, marked, reads_tools=template.reads_tools)
-    if form is marked:
+    if form is marked and args.tool_call_parser is None and args.reasoning_parser is None:
+        form = find_harmony(template.source, encoder.backend, marked.tool_format) or form
+    if isinstance(form, HarmonyForm):
+        logger.info("Tool calls and reasoning stand on channels (harmony)")
+    elif form is marked:
         tools = marked.tool_format
         is_told = "" if tools.is_known else " (explained in the prompt)"
         thoughts = "none" if marked.reasoning is None else marked.reasoning.form.name

@@ -20,7 +20,7 @@ _RESPONSE_OPTIONS: Mapping[str, Any] = {
     "key_separator": ":[ ]?",
     "coerce_one_of": True,
 }
-_RESPONSE = "response"
+RESPONSE = "response"
 # A slash that no backslash precedes would end a pattern.
 _SLASH = re.compile(r"(?<!\\)/")
 
@@ -55,22 +55,23 @@ def answer_grammar(
     if calls is None:
         if response is None or thoughts is None:
             return response
-        body = [f"body: {_RESPONSE}", *_response_rules(response)]
-        return _lark([*_start_rules(thoughts), *body])
+        body = [f"body: {RESPONSE}", *response_rules(response)]
+        return lark([*_start_rules(thoughts), *body])
     rules = _CallRules(tool_format, calls)
     if calls.is_required:
         lines = [*_start_rules(thoughts, rules.opener_id), f"body: {rules.opened}"]
     elif response is not None:
-        lines = [*_start_rules(thoughts, rules.opener_id), f"body: {rules.opened} | {_RESPONSE}"]
-        lines += _response_rules(response)
+        lines = [*_start_rules(thoughts, rules.opener_id), f"body: {rules.opened} | {RESPONSE}"]
+        lines += response_rules(response)
     elif tool_format.form.opener:
         lines = rules.text_or_calls()  # thoughts are a part of its text
     else:
         lines = [*_start_rules(thoughts), *rules.bare_text_or_calls()]
-    return _lark(lines + rules.lines())
+    return lark(lines + rules.lines())
 
 
-def _lark(lines: list[str]) -> Grammar:
+def lark(lines: list[str]) -> Grammar:
+    """A grammar of these rules; what is said twice counts once."""
     return Grammar(GrammarKind.LARK, "\n".join(dict.fromkeys(lines)) + "\n")
 
 
@@ -92,17 +93,18 @@ def _start_rules(thoughts: Thoughts | None, opener_id: int | None = None) -> lis
     return [f"start: {opened}", *thought, r"WS: /[ \n]{1,4}/"]
 
 
-def _response_rules(response: Grammar) -> list[str]:
+def response_rules(response: Grammar) -> list[str]:
+    """The rule `RESPONSE`, whose text has to match a grammar."""
     match response.kind:
         case GrammarKind.JSON_SCHEMA:
             schema = json.loads(response.source)
             options = {**_RESPONSE_OPTIONS, **schema.get("x-guidance", {})}
-            return [f"{_RESPONSE}: %json {json.dumps({**schema, 'x-guidance': options})}"]
+            return [f"{RESPONSE}: %json {json.dumps({**schema, 'x-guidance': options})}"]
         case GrammarKind.REGEX:
             pattern = _SLASH.sub(r"\\/", response.source).replace("\n", r"\n")
-            return [f"{_RESPONSE}: /{pattern}/"]
+            return [f"{RESPONSE}: /{pattern}/"]
         case GrammarKind.LARK:
-            return [f"{_RESPONSE}: %lark {{\n{response.source}\n}}"]
+            return [f"{RESPONSE}: %lark {{\n{response.source}\n}}"]
 
 
 class _CallRules:
