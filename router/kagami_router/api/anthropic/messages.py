@@ -23,6 +23,7 @@ from kagami_router.api.schemas import messages as schema
 from kagami_router.api.web.app_state import AppState, state_of
 from kagami_router.api.web.call import HttpCall
 from kagami_router.api.web.caller import caller_of
+from kagami_router.api.web.left_out import leave_out
 from kagami_router.api.web.middleware import read_body
 from kagami_router.request.validation import GenerationParams, Validation
 from kagami_router.text.chat_template import PromptOptions
@@ -36,6 +37,9 @@ _CHOICES: Mapping[str, ToolChoice] = {
     "any": offers.REQUIRED,
     "none": offers.NONE,
 }
+# Claude Code's first block of `system`: it changes with each request, and would empty the cache of
+# prefixes.
+_BILLING = "x-anthropic-billing-header:"
 _SWITCHES: Mapping[str, bool] = {"enabled": True, "disabled": False}
 _MEDIA: Mapping[type[schema.Block], str] = {
     schema.ImageBlock: "an image",
@@ -48,6 +52,8 @@ async def messages(request: web.Request) -> web.StreamResponse:
     """Anthropic's Messages: one answer, or its events."""
     body = await read_body(request, _MESSAGES)
     state, call = state_of(request), HttpCall.of(request)
+    foreign = ((at, one) for at, one in enumerate(body.tools or ()) if _is_foreign(one))
+    leave_out(request, (f"tools[{at}]: {one.type}" for at, one in foreign))
     params = _params(state.validation, body)  # before the prompt, which costs more to make
     prepared = await conversation.prepare(
         state.chat_format, state.validation, _conversation(body), caller_of(request)
@@ -109,7 +115,7 @@ def _conversation(body: schema.CountTokensRequest) -> Conversation:
     effort = body.output_config.effort if body.output_config else None
     return Conversation(
         messages=_openai_messages(body),
-        tools=offers.read_tools(body.tools or (), _tool),
+        tools=offers.read_tools([one for one in body.tools or () if not _is_foreign(one)], _tool),
         choice=_choice(choice),
         is_parallel=not choice.disable_parallel_tool_use,
         grammar=_grammar(body),
@@ -143,15 +149,14 @@ def _choice(choice: schema.Choice) -> ToolChoice:
     return ToolChoice(offers.REQUIRED.mode, (choice.name,))
 
 
+def _is_foreign(tool: schema.ToolDefinition) -> bool:
+    """Whether Anthropic's servers define a tool: there is no schema that a model could follow."""
+    return tool.type not in (None, "custom")
+
+
 def _tool(place: str, given: object) -> Tool:
     """Convert a tool to OpenAI's form."""
     assert isinstance(given, schema.ToolDefinition)
-    if given.type not in (None, "custom"):
-        raise ToolError(
-            f"`{place}.type` must be `custom`: tools that Anthropic's servers define are not"
-            f" served. Given: {given.type[:80]!r}",
-            field=f"{place}.type",
-        )
     if given.input_schema is None:
         raise ToolError(f"`{place}.input_schema` is missing", field=f"{place}.input_schema")
     kind = given.input_schema.get("type", "object")
@@ -178,7 +183,9 @@ def _openai_messages(body: schema.CountTokensRequest) -> list[_Json]:
     read: list[_Json] = []
     if body.system:
         texts = [body.system] if isinstance(body.system, str) else [b.text for b in body.system]
-        read.append({"role": "system", "content": "\n".join(texts)})
+        texts = [text for text in texts if not text.startswith(_BILLING)]
+        if texts:
+            read.append({"role": "system", "content": "\n".join(texts)})
     names: dict[str, str] = {}
     placed = enumerate(body.messages)
     for role, group in groupby(placed, key=lambda one: one[1].role):

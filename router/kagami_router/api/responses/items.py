@@ -1,16 +1,18 @@
-"""Converts the items and the flat tools of /v1/responses to messages and tools of a chat.
+"""Converts the items of /v1/responses to messages of a chat.
 
 JSON values in, chat messages in OpenAI's form out, or an `InvalidRequest` that names the place.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from kagami_proto.errors import InvalidRequest, MalformedBody, ToolError
 from kagami_router.api.answering.history import read_arguments, read_part, read_text
+from kagami_router.api.responses.tools import INPUT
 from kagami_router.api.schemas.responses import ResponsesRequest
+from kagami_router.text.templates.values import Arguments
 from kagami_router.tools import offers
-from kagami_router.tools.offers import Tool, ToolChoice
+from kagami_router.tools.offers import ToolChoice
 
 Message = dict[str, Any]
 
@@ -54,8 +56,18 @@ def _add_item(messages: list[Message], place: str, item: Mapping[str, Any]) -> N
         case None | "message":
             _add_message(messages, place, item)
         case "function_call":
-            _add_call(messages, place, item)
-        case "function_call_output":
+            arguments = read_arguments(f"{place}.arguments", item.get("arguments"))
+            _add_call(messages, place, item, read_text(place, item, "name"), arguments)
+        case "custom_tool_call":
+            given = {INPUT: read_text(place, item, "input")}
+            arguments = read_arguments(f"{place}.input", given)
+            _add_call(messages, place, item, read_text(place, item, "name"), arguments)
+        case "local_shell_call":
+            arguments = read_arguments(f"{place}.action", item.get("action"))
+            _add_call(messages, place, item, "local_shell", arguments)
+        case "web_search_call" | "image_generation_call" | "compaction":
+            pass  # what other servers have done; what came of it stands in the texts
+        case "function_call_output" | "custom_tool_call_output" | "local_shell_call_output":
             messages.append(
                 {
                     "role": "tool",
@@ -72,8 +84,9 @@ def _add_item(messages: list[Message], place: str, item: Mapping[str, Any]) -> N
             )
         case other:
             raise InvalidRequest(
-                f"`{place}.type` must be `message`, `function_call`, `function_call_output` or"
-                f" `reasoning`. Given: {_quote(other)}",
+                f"`{place}.type` must be `message`, `reasoning`, `function_call`,"
+                " `custom_tool_call`, `local_shell_call` or the output of a call."
+                f" Given: {_quote(other)}",
                 field=f"{place}.type",
             )
 
@@ -102,14 +115,16 @@ def _add_thoughts(messages: list[Message], place: str, item: Mapping[str, Any]) 
         messages.append({"role": "assistant", "reasoning_content": thoughts})
 
 
-def _add_call(messages: list[Message], place: str, item: Mapping[str, Any]) -> None:
+def _add_call(
+    messages: list[Message], place: str, item: Mapping[str, Any], name: str, arguments: Arguments
+) -> None:
     """Add a call to the assistant's message before it, or to a new message."""
     call = {
         "id": read_text(place, item, "call_id"),
         "type": "function",
         "function": {
-            "name": read_text(place, item, "name"),
-            "arguments": read_arguments(f"{place}.arguments", item.get("arguments")),
+            "name": name,
+            "arguments": arguments,
         },
     }
     if not messages or messages[-1]["role"] != "assistant":
@@ -127,34 +142,12 @@ def _content(place: str, content: object) -> str:
     return "".join(read_part(f"{place}[{number}]", part) for number, part in enumerate(content))
 
 
-def read_tools(given: Sequence[object]) -> tuple[Tool, ...]:
-    """The tools; raises `ToolError` for those that OpenAI runs on its own servers."""
-    return offers.read_tools(given, _read_tool)
-
-
-def _read_tool(place: str, given: object) -> Tool:
-    kind = given.get("type") if isinstance(given, Mapping) else None
-    if not isinstance(given, Mapping) or not isinstance(kind, str):
-        raise ToolError(
-            f'`{place}` must be {{"type":"function","name":…,"parameters":…}}', field=place
-        )
-    if kind != "function":
-        raise ToolError(
-            f"`{place}.type` must be `function`: no other tools are here. Given: {kind}",
-            field=f"{place}.type",
-        )
-    function = {key: value for key, value in given.items() if key != "type" and value is not None}
-    return offers.tool(
-        place, {"type": "function", "function": function}, schema=given.get("parameters")
-    )
-
-
 def read_choice(given: object) -> ToolChoice:
     """`tool_choice`; None = auto. Raises `ToolError`."""
     match given:
         case None | "auto" | "none" | "required":
             return offers.read_choice(given)
-        case {"type": "function", "name": str(name)}:
+        case {"type": "function" | "custom", "name": str(name)}:
             return offers.read_choice({"type": "function", "function": {"name": name}})
         case {"type": "allowed_tools"}:
             return offers.read_choice({"type": "allowed_tools", "allowed_tools": given})

@@ -7,14 +7,18 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 from kagami_router.api.answering.logprobs import chat_logprobs
+from kagami_router.api.responses.tools import PLAIN, Origin, input_of
 from kagami_router.api.schemas.openai import ChatLogprob
 from kagami_router.api.schemas.response_events import (
     CallArgumentsDelta,
     CallArgumentsDone,
     ContentPartAdded,
     ContentPartDone,
+    CustomInputDelta,
+    CustomInputDone,
     OutputItemAdded,
     OutputItemDone,
     OutputTextDelta,
@@ -25,6 +29,7 @@ from kagami_router.api.schemas.response_events import (
 )
 from kagami_router.api.schemas.responses import (
     OutputCall,
+    OutputCustomCall,
     OutputItem,
     OutputMessage,
     OutputReasoning,
@@ -48,6 +53,7 @@ _PREFIXES: Mapping[type[OutputItem], str] = {
     OutputReasoning: "rs",
     OutputMessage: "msg",
     OutputCall: "fc",
+    OutputCustomCall: "ctc",
 }
 
 
@@ -59,13 +65,17 @@ class _Growing:
     index: int
     kind: type[OutputItem]
     call: CallStart | None
+    namespace: str | UnsetType = UNSET
     pieces: list[str] = field(default_factory=list)
     logprobs: list[ChatLogprob] = field(default_factory=list)
 
     def item(self, status: str) -> OutputItem:
         text = "".join(self.pieces)
+        if self.call is not None and self.kind is OutputCustomCall:
+            return OutputCustomCall(self.id, self.call.id, self.call.name, input_of(text), status)
         if self.call is not None:
-            return OutputCall(self.id, self.call.id, self.call.name, text, status)
+            name = self.call.name
+            return OutputCall(self.id, self.call.id, name, text, status, self.namespace)
         is_empty = status == IN_PROGRESS
         if self.kind is OutputReasoning:
             return OutputReasoning(self.id, [], [] if is_empty else [ReasoningText(text)], status)
@@ -76,7 +86,15 @@ class _Growing:
 class Output:
     """Reads one answer: `push` every event. After the last one `items` is complete."""
 
-    def __init__(self, answer_id: str, parser: AnswerParser, decoder: TextDecoder | None) -> None:
+    def __init__(
+        self,
+        answer_id: str,
+        parser: AnswerParser,
+        decoder: TextDecoder | None,
+        origins: Mapping[str, Origin],
+    ) -> None:
+        """`origins` has the tools that are no plain functions, by name."""
+        self._origins = origins
         self._answer_id = answer_id
         self._parser = parser
         self._decoder = decoder  # None: no logprobs
@@ -125,12 +143,14 @@ class Output:
             case CallStart():
                 self._logprobs.clear()  # calls have none
                 yield from self._close()
-                yield from self._open(OutputCall, delta)
+                origin = self._origins.get(delta.name, PLAIN)
+                yield from self._open(OutputCustomCall if origin.is_custom else OutputCall, delta)
             case CallArguments(_, text):
                 self._logprobs.clear()
                 growing = self._known()
                 growing.pieces.append(text)
-                yield CallArgumentsDelta(self.next_number(), growing.id, growing.index, text)
+                if growing.kind is OutputCall:
+                    yield CallArgumentsDelta(self.next_number(), growing.id, growing.index, text)
 
     def _add_text(self, text: str) -> Iterator[ResponseEvent]:
         yield from self._opened(OutputMessage)
@@ -154,7 +174,9 @@ class Output:
         self, kind: type[OutputItem], call: CallStart | None = None
     ) -> Iterator[ResponseEvent]:
         index = len(self.items)
-        growing = _Growing(f"{_PREFIXES[kind]}_{self._answer_id}{index:02x}", index, kind, call)
+        origin = self._origins.get(call.name, PLAIN) if call else PLAIN
+        item_id = f"{_PREFIXES[kind]}_{self._answer_id}{index:02x}"
+        growing = _Growing(item_id, index, kind, call, origin.namespace)
         self._growing = growing
         yield OutputItemAdded(self.next_number(), index, growing.item(IN_PROGRESS))
         if call is None:
@@ -175,6 +197,9 @@ class Output:
         match item:
             case OutputCall():
                 yield CallArgumentsDone(number(), *at, item.name, item.arguments)
+            case OutputCustomCall():
+                yield CustomInputDelta(number(), *at, item.input)
+                yield CustomInputDone(number(), *at, item.input)
             case OutputReasoning(content=[thought]):
                 yield ReasoningTextDone(number(), *at, _PART, thought.text)
                 yield ContentPartDone(number(), *at, _PART, thought)

@@ -15,7 +15,7 @@ from kagami_router.api.answering.conversation import Conversation, Prepared
 from kagami_router.api.answering.openai_params import read_params
 from kagami_router.api.answering.respond import Asked, respond
 from kagami_router.api.answering.tokenizing import respond_tokens
-from kagami_router.api.responses import items
+from kagami_router.api.responses import items, tools
 from kagami_router.api.responses.output import COMPLETED, IN_PROGRESS, INCOMPLETE, Output
 from kagami_router.api.schemas.encoding import encode
 from kagami_router.api.schemas.openai import OpenAIRequest
@@ -47,6 +47,7 @@ from kagami_router.api.web.app_state import AppState, state_of
 from kagami_router.api.web.call import Finished, HttpCall
 from kagami_router.api.web.caller import caller_of
 from kagami_router.api.web.errors import error_kind, error_text
+from kagami_router.api.web.left_out import leave_out
 from kagami_router.api.web.middleware import read_body
 from kagami_router.request.validation import GenerationParams, Validation
 from kagami_router.request.values import End, FinishReason, StreamEvent, ValidRequest
@@ -71,6 +72,8 @@ async def responses(request: web.Request) -> web.StreamResponse:
     body = await _read(request)
     state, call = state_of(request), HttpCall.of(request)
     params = _params(state.validation, body)  # before the prompt, which costs more to make
+    offered = tools.read_tools(body.tools or ())
+    leave_out(request, offered.left_out)
     prepared = await conversation.prepare(
         state.chat_format, state.validation, _conversation(body), caller_of(request)
     )
@@ -79,6 +82,7 @@ async def responses(request: web.Request) -> web.StreamResponse:
         _begun(state.served_model(body.model), call, body),
         prepared,
         state.decoder if _has_logprobs(body) else None,
+        offered.origins,
     )
     asked = Asked(prepared.prompt, params, adds_special_tokens=False)
     return await respond(request, call, [asked], writer, is_stream=bool(body.stream))
@@ -136,7 +140,7 @@ def _conversation(body: ResponsesRequest) -> Conversation:
     choice = items.read_choice(body.tool_choice)
     return Conversation(
         messages=items.read_messages(body),
-        tools=() if choice == offers.NONE else items.read_tools(body.tools or ()),
+        tools=() if choice == offers.NONE else tools.read_tools(body.tools or ()).tools,
         choice=choice,
         is_parallel=body.parallel_tool_calls is not False,
         grammar=_grammar(_format(body)),
@@ -197,11 +201,15 @@ class ResponseWriter:
     """Writes one Response, as `respond.AnswerWriter` says."""
 
     def __init__(
-        self, begun: ResponseObject, prepared: Prepared, decoder: TextDecoder | None
+        self,
+        begun: ResponseObject,
+        prepared: Prepared,
+        decoder: TextDecoder | None,
+        origins: Mapping[str, tools.Origin],
     ) -> None:
         self._begun = begun
         answer_id = begun.id.removeprefix("resp_")
-        self._output = Output(answer_id, prepared.new_parser(), decoder)
+        self._output = Output(answer_id, prepared.new_parser(), decoder, origins)
         self._num_input = 0
 
     def whole(self, generations: Sequence[Generation]) -> ResponseObject:

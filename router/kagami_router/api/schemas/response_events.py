@@ -134,6 +134,22 @@ class CallArgumentsDone(ResponseEvent, frozen=True, tag="response.function_call_
     arguments: str
 
 
+class CustomInputDelta(ResponseEvent, frozen=True, tag="response.custom_tool_call_input.delta"):
+    """The text of a custom call; it comes in one piece."""
+
+    item_id: str
+    output_index: int
+    delta: str
+
+
+class CustomInputDone(ResponseEvent, frozen=True, tag="response.custom_tool_call_input.done"):
+    """The text of a custom call, whole."""
+
+    item_id: str
+    output_index: int
+    input: str
+
+
 class ResponseErrorEvent(ResponseEvent, frozen=True, tag="error"):
     """What went wrong after the stream had begun."""
 
@@ -154,6 +170,8 @@ RESPONSE_EVENTS = (
     ReasoningTextDone,
     CallArgumentsDelta,
     CallArgumentsDone,
+    CustomInputDelta,
+    CustomInputDone,
     OutputItemDone,
     ResponseCompleted,
     ResponseIncomplete,

@@ -6,7 +6,7 @@ looks at to refuse it by name, or one that is read by responses/items.py.
 
 from typing import Annotated, Any, Literal
 
-from msgspec import Meta, Struct
+from msgspec import UNSET, Meta, Struct, UnsetType
 
 from kagami_router.api.schemas.encoding import FewMessages, Int32, Seed, UInt32
 from kagami_router.api.schemas.openai import ChatLogprob
@@ -108,6 +108,18 @@ class OutputCall(Struct, frozen=True, tag_field="type", tag="function_call"):
     name: str
     arguments: str
     status: str
+    namespace: str | UnsetType = UNSET
+    """Of the tools among which the function was offered"""
+
+
+class OutputCustomCall(Struct, frozen=True, tag_field="type", tag="custom_tool_call"):
+    """A tool the model calls with one text."""
+
+    id: str
+    call_id: str
+    name: str
+    input: str
+    status: str
 
 
 class ReasoningText(Struct, frozen=True, tag_field="type", tag="reasoning_text"):
@@ -125,7 +137,7 @@ class OutputReasoning(Struct, frozen=True, tag_field="type", tag="reasoning"):
     status: str
 
 
-OutputItem = OutputReasoning | OutputMessage | OutputCall
+OutputItem = OutputReasoning | OutputMessage | OutputCall | OutputCustomCall
 
 
 class InputTokensDetails(Struct, frozen=True):

@@ -6,13 +6,14 @@ from aiohttp import hdrs, web
 
 from kagami_router.api.web.call_log import request_id
 from kagami_router.api.web.errors import Families, Family
+from kagami_router.api.web.left_out import left_out_headers
 from kagami_router.api.web.request_span import TRACE_HEADERS
 
 EXPOSED_HEADERS = (
     "x-compute-type, x-compute-time, x-compute-characters, x-total-time, x-validation-time,"
     " x-queue-time, x-inference-time, x-time-per-token, x-prompt-tokens, x-generated-tokens,"
     " x-accel-buffering, x-request-id, request-id, retry-after, x-trace-id, traceresponse,"
-    " server-timing"
+    " server-timing, x-left-out"
 )
 # OpenAI's and Anthropic's clients describe themselves in x-stainless-*. A browser asks for
 # permission to send each of them.
@@ -37,6 +38,7 @@ def cors(allowed_origins: Sequence[str], families: Families) -> Callable[..., Aw
         headers = response.headers
         headers["x-request-id"] = request_id(request)
         headers.update(request.get(TRACE_HEADERS, {}))
+        headers.update(left_out_headers(request))
         if families.of(request.path) is Family.ANTHROPIC:
             headers["request-id"] = headers["x-request-id"]  # the name that its clients read
         headers.pop(hdrs.SERVER, None)  # aiohttp's own; it tells versions to anyone

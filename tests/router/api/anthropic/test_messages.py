@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import aiohttp
 import anthropic
 import pytest
 from anthropic.types import Message
@@ -364,7 +365,6 @@ async def test_nulls_and_unknown_fields_mean_nothing() -> None:
         ({"messages": []}, "`messages` cannot be empty"),
         ({"stop_sequences": list("abcde")}, "`stop_sequences` supports up to 4"),
         ({"extra_body": {"temperature": -1}}, "`temperature` must be strictly positive"),
-        ({"tools": [{"type": "web_search_20250305", "name": "s"}]}, "`tools[0].type` must be"),
         ({"tools": [{"name": "s"}]}, "`tools[0].input_schema` is missing"),
         ({"tools": [TOOL, TOOL]}, "`tools[1]` has a name that was given before"),
         ({"tools": [TOOL], "tool_choice": {"type": "tool"}}, "`tool_choice.name` is missing"),
@@ -466,3 +466,36 @@ async def test_a_client_that_goes_away_ends_its_generation() -> None:
             await response.content.readline()
         await asyncio.wait_for(loop.left.wait(), 5)
         assert loop.num_open == 0
+
+
+CLAUDE_CODE: dict[str, Any] = BODY | {
+    "max_tokens": 100,
+    "system": [
+        {"type": "text", "text": "x-anthropic-billing-header: cc_version=2.1; cch=a1b2c;"},
+        {"type": "text", "text": "Be short.", "cache_control": {"type": "ephemeral"}},
+    ],
+    "thinking": {"type": "adaptive"},
+    "context_management": {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
+    "output_config": {"effort": "medium"},
+    "metadata": {"user_id": "u"},
+    "tools": [TOOL, {"type": "web_search_20250305", "name": "web_search", "max_uses": 8}],
+}
+
+
+async def test_claude_code_is_served() -> None:
+    async with serving(saying("Hi!"), limits=WIDE, compile_grammar=compiles) as server:
+        async with aiohttp.ClientSession() as http, http.head(f"{server.url}/") as response:
+            assert response.status == 200
+        async with server.post("/v1/messages?beta=true", CLAUDE_CODE) as response:
+            assert response.status == 200, await response.text()
+            assert response.headers["x-left-out"] == "tools[1]: web_search_20250305"
+    prompt = server.loop.requests[0].prompt_text
+    assert "billing" not in prompt
+    assert prompt.startswith("<|system|>Be short.")
+    assert "weather" in prompt
+    assert "web_search" not in prompt
+
+
+async def test_a_system_prompt_that_is_nothing_but_the_billing_header_is_none() -> None:
+    prompt = await prompt_of([USER], system="x-anthropic-billing-header: a")
+    assert prompt.startswith("<|user|>Say hi")
