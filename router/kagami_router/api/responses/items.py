@@ -8,7 +8,7 @@ from typing import Any
 
 from kagami_proto.errors import InvalidRequest, MalformedBody, ToolError
 from kagami_router.api.answering.history import read_arguments, read_part, read_text
-from kagami_router.api.responses.tools import INPUT
+from kagami_router.api.responses.tools import INPUT, seen_name
 from kagami_router.api.schemas.responses import ResponsesRequest
 from kagami_router.text.templates.values import Arguments
 from kagami_router.tools import offers
@@ -25,6 +25,11 @@ _ROLES: Mapping[str, str] = {
 }
 # The members of a message that has thoughts and nothing else yet.
 _THOUGHTS_ALONE = {"role", "reasoning_content"}
+_READ = (
+    *(None, "message", "reasoning", "item_reference"),
+    *("function_call", "custom_tool_call", "local_shell_call"),
+    *("function_call_output", "custom_tool_call_output", "local_shell_call_output"),
+)
 _QUOTED = 80  # characters of a value that an error shows
 
 
@@ -57,16 +62,14 @@ def _add_item(messages: list[Message], place: str, item: Mapping[str, Any]) -> N
             _add_message(messages, place, item)
         case "function_call":
             arguments = read_arguments(f"{place}.arguments", item.get("arguments"))
-            _add_call(messages, place, item, read_text(place, item, "name"), arguments)
+            _add_call(messages, place, item, _name(place, item), arguments)
         case "custom_tool_call":
             given = {INPUT: read_text(place, item, "input")}
             arguments = read_arguments(f"{place}.input", given)
-            _add_call(messages, place, item, read_text(place, item, "name"), arguments)
+            _add_call(messages, place, item, _name(place, item), arguments)
         case "local_shell_call":
             arguments = read_arguments(f"{place}.action", item.get("action"))
             _add_call(messages, place, item, "local_shell", arguments)
-        case "web_search_call" | "image_generation_call" | "compaction":
-            pass  # what other servers have done; what came of it stands in the texts
         case "function_call_output" | "custom_tool_call_output" | "local_shell_call_output":
             messages.append(
                 {
@@ -82,13 +85,24 @@ def _add_item(messages: list[Message], place: str, item: Mapping[str, Any]) -> N
                 f"`{place}` is an item_reference, and this server keeps no items: send the item",
                 field=place,
             )
+        case str():
+            pass  # left out: see `left_out`
         case other:
             raise InvalidRequest(
-                f"`{place}.type` must be `message`, `reasoning`, `function_call`,"
-                " `custom_tool_call`, `local_shell_call` or the output of a call."
-                f" Given: {_quote(other)}",
-                field=f"{place}.type",
+                f"`{place}.type` must be a text. Given: {_quote(other)}", field=f"{place}.type"
             )
+
+
+def left_out(body: ResponsesRequest) -> list[str]:
+    """Place and type of the items that the model does not see: what other servers have done."""
+    if not isinstance(body.input, list):
+        return []
+    kinds = [(index, item.get("type")) for index, item in enumerate(body.input)]
+    return [f"input[{index}]: {kind}" for index, kind in kinds if kind not in _READ]
+
+
+def _name(place: str, item: Mapping[str, Any]) -> str:
+    return seen_name(read_text(place, item, "name"), item.get("namespace"))
 
 
 def _add_message(messages: list[Message], place: str, item: Mapping[str, Any]) -> None:

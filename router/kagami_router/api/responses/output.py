@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import msgspec
-from msgspec import UNSET, UnsetType
+from msgspec import UNSET
 
 from kagami_router.api.answering.logprobs import chat_logprobs
-from kagami_router.api.responses.tools import PLAIN, Origin, input_of
+from kagami_router.api.responses.tools import Origin, input_of
 from kagami_router.api.schemas.openai import ChatLogprob
 from kagami_router.api.schemas.response_events import (
     CallArgumentsDelta,
@@ -65,17 +65,21 @@ class _Growing:
     index: int
     kind: type[OutputItem]
     call: CallStart | None
-    namespace: str | UnsetType = UNSET
+    origin: Origin | None = None
     pieces: list[str] = field(default_factory=list)
     logprobs: list[ChatLogprob] = field(default_factory=list)
 
     def item(self, status: str) -> OutputItem:
         text = "".join(self.pieces)
-        if self.call is not None and self.kind is OutputCustomCall:
-            return OutputCustomCall(self.id, self.call.id, self.call.name, input_of(text), status)
         if self.call is not None:
-            name = self.call.name
-            return OutputCall(self.id, self.call.id, name, text, status, self.namespace)
+            origin = self.origin
+            name, namespace = (
+                (self.call.name, UNSET) if origin is None else (origin.name, origin.namespace)
+            )
+            if origin is not None and origin.is_custom:
+                said = input_of(text)
+                return OutputCustomCall(self.id, self.call.id, name, said, status, namespace)
+            return OutputCall(self.id, self.call.id, name, text, status, namespace)
         is_empty = status == IN_PROGRESS
         if self.kind is OutputReasoning:
             return OutputReasoning(self.id, [], [] if is_empty else [ReasoningText(text)], status)
@@ -143,8 +147,9 @@ class Output:
             case CallStart():
                 self._logprobs.clear()  # calls have none
                 yield from self._close()
-                origin = self._origins.get(delta.name, PLAIN)
-                yield from self._open(OutputCustomCall if origin.is_custom else OutputCall, delta)
+                origin = self._origins.get(delta.name)
+                is_custom = origin is not None and origin.is_custom
+                yield from self._open(OutputCustomCall if is_custom else OutputCall, delta)
             case CallArguments(_, text):
                 self._logprobs.clear()
                 growing = self._known()
@@ -174,9 +179,9 @@ class Output:
         self, kind: type[OutputItem], call: CallStart | None = None
     ) -> Iterator[ResponseEvent]:
         index = len(self.items)
-        origin = self._origins.get(call.name, PLAIN) if call else PLAIN
+        origin = self._origins.get(call.name) if call else None
         item_id = f"{_PREFIXES[kind]}_{self._answer_id}{index:02x}"
-        growing = _Growing(item_id, index, kind, call, origin.namespace)
+        growing = _Growing(item_id, index, kind, call, origin)
         self._growing = growing
         yield OutputItemAdded(self.next_number(), index, growing.item(IN_PROGRESS))
         if call is None:

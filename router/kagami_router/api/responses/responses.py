@@ -72,10 +72,10 @@ async def responses(request: web.Request) -> web.StreamResponse:
     body = await _read(request)
     state, call = state_of(request), HttpCall.of(request)
     params = _params(state.validation, body)  # before the prompt, which costs more to make
-    offered = tools.read_tools(body.tools or ())
-    leave_out(request, offered.left_out)
+    offered = _offered(body)
+    leave_out(request, [*offered.left_out, *items.left_out(body)])
     prepared = await conversation.prepare(
-        state.chat_format, state.validation, _conversation(body), caller_of(request)
+        state.chat_format, state.validation, _conversation(body, offered), caller_of(request)
     )
     params = prepared.params(params)
     writer = ResponseWriter(
@@ -93,7 +93,7 @@ async def input_tokens(request: web.Request) -> web.StreamResponse:
     body = await _read(request)
 
     async def answer(state: AppState) -> InputTokens:
-        prompt = await conversation.prompt(state.chat_format, _conversation(body))
+        prompt = await conversation.prompt(state.chat_format, _conversation(body, _offered(body)))
         return InputTokens(await state.validation.count_tokens(prompt, "input"))
 
     return await respond_tokens(request, answer)
@@ -136,12 +136,16 @@ def _params(validation: Validation, body: ResponsesRequest) -> GenerationParams:
     return read_params(validation, given, body.max_output_tokens, top_logprobs)
 
 
-def _conversation(body: ResponsesRequest) -> Conversation:
-    choice = items.read_choice(body.tool_choice)
+def _offered(body: ResponsesRequest) -> tools.Offered:
+    is_none = items.read_choice(body.tool_choice) == offers.NONE
+    return tools.read_tools(() if is_none else body.tools or ())
+
+
+def _conversation(body: ResponsesRequest, offered: tools.Offered) -> Conversation:
     return Conversation(
         messages=items.read_messages(body),
-        tools=() if choice == offers.NONE else tools.read_tools(body.tools or ()).tools,
-        choice=choice,
+        tools=offered.tools,
+        choice=items.read_choice(body.tool_choice),
         is_parallel=body.parallel_tool_calls is not False,
         grammar=_grammar(_format(body)),
         options=_options(body),

@@ -4,9 +4,9 @@ Functions are offered as they are, alone or in a namespace. A custom tool, which
 offered as a function with one argument. Tools that OpenAI runs on its own servers are left out.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -28,11 +28,9 @@ _CUSTOM_SCHEMA: Mapping[str, Any] = {
 class Origin:
     """What a function was in the request."""
 
-    is_custom: bool = False
+    name: str
+    is_custom: bool
     namespace: str | UnsetType = UNSET
-
-
-PLAIN = Origin()
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,68 +39,77 @@ class Offered:
 
     tools: tuple[Tool, ...]
     origins: Mapping[str, Origin]
-    """Of those that are no plain functions, by name"""
+    """Of those that are no plain functions, by the name that the model sees"""
     left_out: tuple[str, ...]
-    """The types of those that it does not get"""
+    """Place and type of those that it does not get"""
+
+
+class _Placed(NamedTuple):
+    place: str
+    given: Mapping[str, Any]
+    namespace: str | UnsetType
 
 
 def read_tools(given: Sequence[object]) -> Offered:
     """The tools of a request; raises `ToolError` for those that have no form at all."""
-    placed: list[tuple[str, Mapping[str, Any]]] = []
+    placed = [inner for index, one in enumerate(given) for inner in _flat(f"tools[{index}]", one)]
+    offered: list[_Placed] = []
     origins: dict[str, Origin] = {}
     left_out: list[str] = []
-    for index, one in enumerate(given):
-        _add(f"tools[{index}]", one, PLAIN, placed, origins, left_out)
-    places = iter(place for place, _ in placed)
-    tools = offers.read_tools(
-        [one for _, one in placed], lambda _, one: _function(next(places), one)
-    )
+    for one in placed:
+        kind, name = one.given["type"], one.given.get("name")
+        if kind not in ("function", "custom"):
+            left_out.append(f"{one.place}: {kind}")
+            continue
+        offered.append(one)
+        is_plain = kind == "function" and one.namespace is UNSET
+        if not is_plain and isinstance(name, str):
+            seen = seen_name(name, one.namespace)
+            origins[seen] = Origin(name, kind == "custom", one.namespace)
+    places = iter(offered)
+    tools = offers.read_tools([one.given for one in offered], lambda _, one: _tool(next(places)))
     return Offered(tools, origins, tuple(left_out))
 
 
-def _add(
-    place: str,
-    given: object,
-    origin: Origin,
-    placed: list[tuple[str, Mapping[str, Any]]],
-    origins: dict[str, Origin],
-    left_out: list[str],
-) -> None:
+def seen_name(name: str, namespace: object) -> str:
+    """The name that the model sees: namespaces may have functions of the same name."""
+    return f"{namespace}__{name}" if isinstance(namespace, str) else name
+
+
+def _flat(place: str, given: object, namespace: str | UnsetType = UNSET) -> Iterator[_Placed]:
+    """A tool, or those of a namespace."""
     kind = given.get("type") if isinstance(given, Mapping) else None
     if not isinstance(given, Mapping) or not isinstance(kind, str):
         raise ToolError(
             f'`{place}` must be {{"type":"function","name":…,"parameters":…}}', field=place
         )
-    if kind == "namespace" and origin is PLAIN:
-        name, inner = given.get("name"), given.get("tools")
-        if not isinstance(name, str) or not isinstance(inner, list):
-            raise ToolError(f"`{place}` must have a `name` and a list of `tools`", field=place)
-        for number, one in enumerate(inner):
-            within = Origin(namespace=name)
-            _add(f"{place}.tools[{number}]", one, within, placed, origins, left_out)
-    elif kind == "function":
-        placed.append((place, given))
-    elif kind == "custom":
-        placed.append((place, {**given, "parameters": _CUSTOM_SCHEMA}))
-        origin = Origin(is_custom=True, namespace=origin.namespace)
-    else:
-        left_out.append(f"{place}: {kind}")
-    if origin is not PLAIN and isinstance(name := given.get("name"), str):
-        origins[name] = origin
+    if kind != "namespace" or namespace is not UNSET:
+        yield _Placed(place, given, namespace)
+        return
+    name, tools = given.get("name"), given.get("tools")
+    if not isinstance(name, str) or not isinstance(tools, list):
+        raise ToolError(f"`{place}` must have a `name` and a list of `tools`", field=place)
+    for number, one in enumerate(tools):
+        yield from _flat(f"{place}.tools[{number}]", one, name)
 
 
-def _function(place: str, given: object) -> Tool:
-    assert isinstance(given, Mapping)
+def _tool(placed: _Placed) -> Tool:
+    place, given, namespace = placed
     leave = ("type", "format")  # a custom tool's grammar is not held
     function = {k: value for k, value in given.items() if k not in leave and value is not None}
+    if isinstance(name := given.get("name"), str):
+        function["name"] = seen_name(name, namespace)
+    if given["type"] == "custom":
+        function["parameters"] = _CUSTOM_SCHEMA
     return offers.tool(
-        place, {"type": "function", "function": function}, schema=given.get("parameters")
+        place, {"type": "function", "function": function}, schema=function.get("parameters")
     )
 
 
 def input_of(arguments: str) -> str:
     """The text of a custom call; arguments that were cut count as they are."""
     try:
-        return str(msgspec.json.decode(arguments, type=dict[str, str])[INPUT])
+        text = msgspec.json.decode(arguments, type=dict[str, Any])[INPUT]
     except (msgspec.MsgspecError, KeyError, RecursionError):
         return arguments
+    return text if isinstance(text, str) else arguments

@@ -120,6 +120,8 @@ class OutputCustomCall(Struct, frozen=True, tag_field="type", tag="custom_tool_c
     name: str
     input: str
     status: str
+    namespace: str | UnsetType = UNSET
+    """Of the tools among which it was offered"""
 
 
 class ReasoningText(Struct, frozen=True, tag_field="type", tag="reasoning_text"):

@@ -57,12 +57,12 @@ async def test_tools_are_offered_where_they_can_be_and_the_rest_is_named() -> No
         left_out = response.headers["x-left-out"]
     assert left_out == "tools[3]: web_search, tools[4]: local_shell, tools[5]: image_generation"
     prompt = server.loop.requests[0].prompt_text
-    assert all(f'"name": "{name}"' in prompt for name in ("shell", "apply_patch", "log"))
+    assert all(f'"name": "{name}"' in prompt for name in ("shell", "apply_patch", "git__log"))
     assert "web_search" not in prompt
 
 
 async def test_a_custom_tool_is_called_with_its_text() -> None:
-    said = saying(called("apply_patch", input=PATCHED) + "\n" + called("log", command="x"))
+    said = saying(called("apply_patch", input=PATCHED) + "\n" + called("git__log", command="x"))
     async with serving_tools(said) as server:
         whole = await answer(server, **BODY)
         read = await events(server, **BODY)
@@ -105,3 +105,35 @@ async def test_items_of_earlier_turns_come_back() -> None:
     prompt = server.loop.requests[0].prompt_text
     for part in ("apply_patch", "Begin Patch", "Done!", "local_shell", '"ls"', "a.py"):
         assert part in prompt
+
+
+async def test_functions_of_the_same_name_in_two_namespaces_are_told_apart() -> None:
+    spaces = [{"type": "namespace", "name": one, "tools": [SHELL]} for one in ("here", "there")]
+    async with serving_tools(saying(called("there__shell", command="ls"))) as server:
+        (call,) = (await answer(server, **BODY | {"tools": [SHELL, *spaces]}))["output"]
+        output = {"type": "function_call_output", "call_id": call["call_id"], "output": "a"}
+        await answer(server, **BODY | {"tools": spaces, "input": [USER, call, output]})
+    assert (call["name"], call["namespace"]) == ("shell", "there")
+    assert '"name": "there__shell", "arguments"' in server.loop.requests[1].prompt_text
+
+
+async def test_items_and_tools_that_the_model_cannot_see_are_named() -> None:
+    inner = {"type": "namespace", "name": "a", "tools": [{"type": "namespace", "name": "b"}]}
+    items = [USER, {"type": "mcp_call", "id": "m"}, {"type": "tool_search_call", "id": "t"}]
+    async with (
+        serving_tools(saying("Hi")) as server,
+        server.post("/v1/responses", {"input": items, "tools": [inner, SHELL]}) as response,
+    ):
+        assert response.status == 200, await response.text()
+        assert response.headers["x-left-out"] == (
+            "tools[0].tools[0]: namespace, input[1]: mcp_call, input[2]: tool_search_call"
+        )
+
+
+async def test_a_custom_call_with_more_than_its_text_gives_the_text() -> None:
+    said = (
+        called("apply_patch", input="x")[: -len("}}\n</tool_call>")] + ', "more": 1}}\n</tool_call>'
+    )
+    async with serving_tools(saying(said)) as server:
+        (item,) = (await answer(server, **BODY))["output"]
+    assert item["input"] == "x"

@@ -457,7 +457,7 @@ async def test_null_is_absent() -> None:
         ({"input": "Hi", "background": True}, "`background` is not supported"),
         ({"prompt": {"id": "p"}}, "`prompt` is not supported"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "`input[0]` is an item_reference"),
-        ({"input": [{"type": "mcp_call"}]}, "`input[0].type` must be `message`,"),
+        ({"input": [{"type": 3}]}, "`input[0].type` must be a text. Given: 3"),
         ({"input": [{"role": "robot", "content": "a"}]}, "`input[0].role` must be one of user,"),
         ({"input": [{"content": "a"}]}, "input[0]: missing field `role`"),
         ({"input": [{"role": "user"}]}, "input[0].content: expected a text or a list"),
