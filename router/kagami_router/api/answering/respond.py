@@ -82,8 +82,9 @@ async def respond(
     writer: AnswerWriter,
     *,
     is_stream: bool,
+    keep_alive: bytes = sse.KEEP_ALIVE,
 ) -> web.StreamResponse:
-    """Generate what is asked; answer with one body or a stream.
+    """Generate what is asked; answer with one body or a stream, which says `keep_alive` at times.
 
     Errors are raised until the first byte of a stream is sent; later ones become its last event.
     """
@@ -101,6 +102,7 @@ async def respond(
             lambda sink: state.infer.stream(requests, call.stats, sink),
             _Stream(call, requests, writer),
             headers=stream_headers(state.compute_type, call, prompts),
+            keep_alive=keep_alive,
         )
 
 

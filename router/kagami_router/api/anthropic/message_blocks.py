@@ -219,3 +219,7 @@ def _usage(request: ValidRequest, end: End | None) -> schema.MessageUsage:
 
 def _written(events: Iterable[schema.MessageEvent]) -> bytes:
     return b"".join([named_event(_NAMES[type(event)], encode(event)) for event in events])
+
+
+PING = _written((schema.Ping(),))
+"""What a stream says while a long prompt is computed: clients wait for events, not for comments"""

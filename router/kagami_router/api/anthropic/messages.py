@@ -18,7 +18,7 @@ from kagami_router.api.answering.conversation import Conversation
 from kagami_router.api.answering.history import read_arguments
 from kagami_router.api.answering.respond import Asked, respond
 from kagami_router.api.answering.tokenizing import respond_tokens
-from kagami_router.api.anthropic.message_blocks import MessageWriter
+from kagami_router.api.anthropic.message_blocks import PING, MessageWriter
 from kagami_router.api.schemas import messages as schema
 from kagami_router.api.web.app_state import AppState, state_of
 from kagami_router.api.web.call import HttpCall
@@ -66,7 +66,9 @@ async def messages(request: web.Request) -> web.StreamResponse:
         prepared.new_parser(),
     )
     asked = Asked(prepared.prompt, params, adds_special_tokens=False)
-    return await respond(request, call, [asked], writer, is_stream=bool(body.stream))
+    return await respond(
+        request, call, [asked], writer, is_stream=bool(body.stream), keep_alive=PING
+    )
 
 
 async def count_tokens(request: web.Request) -> web.StreamResponse:

@@ -65,6 +65,7 @@ async def respond(
     *,
     headers: Mapping[str, str],
     keep_alive_s: float = KEEP_ALIVE_S,
+    keep_alive: bytes = KEEP_ALIVE,
 ) -> web.StreamResponse:
     """Answer with the stream that `start` starts: one write for each step's events, then the end.
 
@@ -82,7 +83,7 @@ async def respond(
     try:
         async with start(pushed) as backlogs:
             await response.prepare(request)
-            async with _keep_alive(response, pushed, keep_alive_s):
+            async with _keep_alive(response, pushed, keep_alive_s, keep_alive):
                 pushed.open(response)
                 async for backlog in backlogs:
                     pushed.last_write = pushed.now()
@@ -178,22 +179,22 @@ OUTBOX = web.AppKey("outbox", Outbox)
 
 @asynccontextmanager
 async def _keep_alive(
-    response: web.StreamResponse, pushed: _Pushed, interval_s: float
+    response: web.StreamResponse, pushed: _Pushed, interval_s: float, said: bytes
 ) -> AsyncIterator[None]:
-    """Write a comment whenever nothing was written for `interval_s` seconds.
+    """Write `said` whenever nothing was written for `interval_s` seconds.
 
     The timer checks the last write when it fires; no event restarts it.
     """
 
-    async def comment() -> None:
+    async def say() -> None:
         with suppress(ConnectionError):
             while True:
                 await asyncio.sleep(pushed.last_write + interval_s - pushed.now())
                 if pushed.now() - pushed.last_write >= interval_s:
                     pushed.last_write = pushed.now()
-                    await response.write(KEEP_ALIVE)
+                    await response.write(said)
 
-    timer = asyncio.ensure_future(comment())  # ends with this context
+    timer = asyncio.ensure_future(say())  # ends with this context
     try:
         yield
     finally:

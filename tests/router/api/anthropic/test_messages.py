@@ -19,6 +19,7 @@ from tests.router.text.test_call_ids import WITH_CALL_ID
 
 from kagami_proto.errors import GenerationFailed
 from kagami_proto.values import GrammarKind
+from kagami_router.api.answering.respond import respond
 from kagami_router.request.values import FinishReason, Token
 from kagami_router.text.chat_template import ChatTemplate
 
@@ -499,3 +500,15 @@ async def test_claude_code_is_served() -> None:
 async def test_a_system_prompt_that_is_nothing_but_the_billing_header_is_none() -> None:
     prompt = await prompt_of([USER], system="x-anthropic-billing-header: a")
     assert prompt.startswith("<|user|>Say hi")
+
+
+async def test_a_stream_of_messages_lives_by_pings(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[bytes] = []
+
+    async def responding(*args: Any, keep_alive: bytes, **options: Any) -> Any:
+        given.append(keep_alive)
+        return await respond(*args, keep_alive=keep_alive, **options)
+
+    monkeypatch.setattr("kagami_router.api.anthropic.messages.respond", responding)
+    await create()
+    assert given == [b'event: ping\ndata: {"type":"ping"}\n\n']

@@ -2,9 +2,11 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import pytest
 from aiohttp import ClientSession, web
 
 from kagami_proto.errors import KagamiError
+from kagami_router.api.anthropic.message_blocks import PING
 from kagami_router.api.web import sse
 from kagami_router.request.values import text_event
 from kagami_router.serving.generation_stream import Events, Sink
@@ -30,7 +32,8 @@ def said(text: str) -> Events:
     return (text_event(1, text, -0.5),)
 
 
-async def test_a_silent_stream_sends_comments() -> None:
+@pytest.mark.parametrize("sign", [sse.KEEP_ALIVE, PING])
+async def test_a_silent_stream_says_that_it_lives(sign: bytes) -> None:
     @asynccontextmanager
     async def start(sink: Sink) -> AsyncIterator[AsyncIterator[sse.Backlog]]:
         async def silent() -> AsyncIterator[sse.Backlog]:
@@ -43,7 +46,8 @@ async def test_a_silent_stream_sends_comments() -> None:
     written_twice = asyncio.Event()
 
     async def handler(request: web.Request) -> web.StreamResponse:
-        return await sse.respond(request, start, Verbatim(), headers={}, keep_alive_s=0.001)
+        options = {"headers": {}, "keep_alive_s": 0.001, "keep_alive": sign}
+        return await sse.respond(request, start, Verbatim(), **options)
 
     app = web.Application()
     app[sse.OUTBOX] = sse.Outbox()
@@ -60,7 +64,7 @@ async def test_a_silent_stream_sends_comments() -> None:
             written += [await response.content.readuntil(b"\n\n") for _ in range(2)]
             written_twice.set()
             rest = await response.text()
-        assert written == [b":\n\n", b":\n\n"]
+        assert written == [sign, sign]
         assert rest.endswith("xlast")
     finally:
         await runner.cleanup()
