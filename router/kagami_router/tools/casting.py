@@ -48,7 +48,7 @@ def types_of(schema: object, root: Mapping[str, Any], depth: int = 0) -> frozens
     if "const" in schema:
         types &= {_NAMES.get(type(schema["const"]), "")}
     if isinstance(reference := schema.get("$ref"), str):
-        types &= types_of(_at(reference, root), root, depth + 1)
+        types &= types_of(resolved(reference, root), root, depth + 1)
     for key in ("anyOf", "oneOf"):
         if isinstance(parts := schema.get(key), list) and parts:
             types &= frozenset().union(*(types_of(one, root, depth + 1) for one in parts))
@@ -66,7 +66,7 @@ def values_of(schema: object, root: Mapping[str, Any], depth: int = 0) -> list[A
     if isinstance(values := schema.get("enum"), list) and values:
         return values
     if isinstance(reference := schema.get("$ref"), str):
-        return values_of(_at(reference, root), root, depth + 1)
+        return values_of(resolved(reference, root), root, depth + 1)
     return None
 
 
@@ -106,8 +106,8 @@ def _readings(text: str) -> Iterator[Any]:
         return
 
 
-def _at(reference: str, root: Mapping[str, Any]) -> object:
-    """What a reference inside of the same schema leads to; None = nothing."""
+def resolved(reference: str, root: Mapping[str, Any]) -> object:
+    """What a reference inside of `root` leads to; None = nothing."""
     found: object = root
     begin, *names = reference.split("/")
     for name in names if begin == "#" else ("",):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kagami_proto.errors import ToolError
-from kagami_router.tools.json_schema import requires_unnamed
+from kagami_router.tools.json_schema import closed
 
 MAX_TOOLS = 128  # OpenAI's
 MAX_CALLS = 16  # in one answer
@@ -19,11 +19,6 @@ MAX_CALLS = 16  # in one answer
 # letters beyond ASCII.
 NAME = r"[\w.:/-]{1,128}"
 _NAME = re.compile(NAME)
-# A schema with one of these describes its properties in several places: it is not closed.
-_OPEN_KEYWORDS = frozenset(
-    "additionalProperties unevaluatedProperties patternProperties propertyNames"
-    " $ref $dynamicRef allOf anyOf oneOf not if then else dependentSchemas".split()
-)
 _QUOTED = 80  # characters of a value that an error shows
 
 
@@ -147,10 +142,13 @@ def _object_schema(place: str, schema: object) -> Mapping[str, Any]:
         raise ToolError(
             f"`{place}` must be the schema of an object. Given: {_quote(kind)}", field=place
         )
-    is_open = schema.keys() & _OPEN_KEYWORDS or requires_unnamed(schema)
-    is_closed = not is_open and (not schema or "properties" in schema)
-    closing = {"additionalProperties": False} if is_closed else {}
-    return {"type": "object", **schema, **closing}
+    try:
+        made = {"type": "object", **closed(schema)}
+    except RecursionError as error:
+        raise ToolError(f"`{place}` is nested too deeply", field=place) from error
+    if not schema:
+        made["additionalProperties"] = False  # a function without arguments
+    return made
 
 
 def read_choice(given: object) -> ToolChoice:

@@ -88,9 +88,6 @@ def test_alternatives_that_name_no_properties_leave_an_object_closed() -> None:
     [
         {**PERSON, "additionalProperties": True},
         {**PERSON, "patternProperties": {"^x": {"type": "integer"}}},
-        {"type": "object", "allOf": [PERSON, {"properties": {"age": {"type": "integer"}}}]},
-        {**PERSON, "anyOf": [{"properties": {"age": {"type": "integer"}}}, {"required": ["name"]}]},
-        {"items": {**PERSON, "$ref": "#/$defs/aged"}, "$defs": {"aged": PERSON}},
         {**PERSON, "required": ["name", "age"]},
     ],
 )
@@ -138,6 +135,6 @@ def test_a_schema_nested_too_deeply_is_refused() -> None:
 def test_a_schema_that_is_too_large_is_refused_before_it_is_walked(
     schema: dict[str, Any] | str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delattr(grammars, "_closed")
+    monkeypatch.delattr(grammars, "closed")
     with pytest.raises(InvalidRequest, match=f"bytes, more than {MAX_GRAMMAR_BYTES}"):
         grammars.json_schema(schema)
