@@ -3,8 +3,8 @@
 Only the shape of the fields is checked here. Validation asks a shard whether the grammar compiles.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NoReturn
 
 import msgspec
 
@@ -12,8 +12,9 @@ from kagami_proto.errors import InvalidRequest, MalformedBody
 from kagami_proto.values import MAX_GRAMMAR_BYTES, Grammar, GrammarKind
 from kagami_router.api.schemas.encoding import encode
 from kagami_router.api.schemas.native import GrammarType
-from kagami_router.api.schemas.openai import ResponseFormat
+from kagami_router.api.schemas.openai import OpenAIRequest, ResponseFormat, StructuredOutputs
 from kagami_router.tools.json_schema import closed
+from kagami_router.tools.lark import literal
 
 _ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
 
@@ -35,10 +36,60 @@ def response_format(given: ResponseFormat | None) -> Grammar | None:
     if given.json_schema is not None:
         return json_schema(given.json_schema.schema or _ANY_OBJECT)
     if given.value is None:
+        if given.schema is not None:
+            return json_schema(given.schema)
         if given.type in ("json", "json_object"):
             return json_schema(_ANY_OBJECT)
         raise MalformedBody("response_format: missing field `value`", field="response_format")
     return _FORMS[given.type](given.value, "response_format")
+
+
+def asked(body: OpenAIRequest) -> Grammar | None:
+    """What a chat or a completion holds its answer to, in whichever spelling it asks.
+
+    Raises `InvalidRequest`, also for several at once.
+    """
+    given = {name: value for name, value in _spelled(body) if value is not None}
+    if len(given) > 1:
+        raise InvalidRequest(
+            f"{' and '.join(f'`{name}`' for name in given)} exclude each other",
+            field=next(iter(given)),
+        )
+    for name, value in given.items():
+        return _SPELLINGS[name.rpartition(".")[2].removeprefix("guided_")](value, name)
+    return None
+
+
+def _spelled(body: OpenAIRequest) -> Iterator[tuple[str, Any]]:
+    """Each field that may hold an answer, with its value."""
+    shown = body.response_format
+    yield "response_format", None if shown is None or shown.type == "text" else shown
+    for name in ("guided_json", "guided_regex", "guided_choice", "guided_grammar"):
+        yield name, getattr(body, name)
+    for name in ("regex", "ebnf", "json_schema"):
+        yield name, getattr(body, name)
+    inner = body.structured_outputs or StructuredOutputs()
+    for name in ("json", "regex", "choice", "grammar", "structural_tag"):
+        yield f"structured_outputs.{name}", getattr(inner, name)
+    yield "structured_outputs.json_object", inner.json_object or None
+
+
+def _choice(texts: Sequence[str], name: str) -> Grammar:
+    if not texts:
+        raise InvalidRequest(f"`{name}` must have at least one text", field=name)
+    return Grammar(GrammarKind.LARK, f"start: {' | '.join(map(literal, texts))}\n")
+
+
+def _lark(source: str, name: str) -> Grammar:
+    if "::=" in source:
+        raise InvalidRequest(
+            f"`{name}` must be a grammar in Lark's notation; GBNF (`::=`) is not served", field=name
+        )
+    return Grammar(GrammarKind.LARK, source)
+
+
+def _not_served(value: object, name: str) -> NoReturn:
+    raise InvalidRequest(f"`{name}` is not served", field=name)
 
 
 def json_schema(schema: Mapping[str, Any] | str) -> Grammar:
@@ -79,4 +130,17 @@ _FORMS: Mapping[str, Callable[[Mapping[str, Any] | str, str], Grammar]] = {
     "json_object": lambda value, _: json_schema(value),
     "json_schema": _named_schema,
     "regex": _regex,
+}
+
+
+_SPELLINGS: Mapping[str, Callable[[Any, str], Grammar | None]] = {
+    "response_format": lambda value, _: response_format(value),
+    "json": lambda value, _: json_schema(value),
+    "json_schema": lambda value, _: json_schema(value),
+    "json_object": lambda *_: json_schema(_ANY_OBJECT),
+    "regex": lambda value, _: Grammar(GrammarKind.REGEX, value),
+    "choice": _choice,
+    "grammar": _lark,
+    "ebnf": _lark,
+    "structural_tag": _not_served,
 }

@@ -34,6 +34,15 @@ _OPENAI = {
     "stream": "Answer with events, one for each token.",
     "stream_options": "What a stream has beside its tokens.",
     "n": "Answers to each prompt; --max-best-of is the limit.",
+    "response_format": "What the answer has to follow.",
+    "guided_json": "vLLM's older name of a schema that the answer follows.",
+    "guided_regex": "vLLM's older name of a regular expression that the answer follows.",
+    "guided_choice": "vLLM's older name of the texts of which the answer is one.",
+    "guided_grammar": "vLLM's older name of a Lark grammar that the answer follows.",
+    "structured_outputs": "vLLM's object of `json`, `regex`, `choice`, `grammar` or `json_object`.",
+    "regex": "SGLang's name of a regular expression that the answer follows.",
+    "ebnf": "SGLang's name of a grammar that the answer follows; in Lark's notation.",
+    "json_schema": "SGLang's name of a schema that the answer follows.",
     "logit_bias": "By token id, what is added to its logit: -100 to 100. TGI's list is ignored.",
 }
 
@@ -70,6 +79,7 @@ FIELD_TEXTS: Mapping[str, Mapping[str, str]] = {
         "type": "`json_object` without a schema is any object.",
         "json_schema": "OpenAI's place for the schema.",
         "value": "TGI's place for a schema or a regular expression.",
+        "schema": "The schema of a `json_object`.",
     },
     "ChatRequest": {
         **_OPENAI,

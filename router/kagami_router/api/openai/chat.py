@@ -85,7 +85,7 @@ async def ask(
 
 def _params(validation: Validation, body: ChatRequest) -> tuple[GenerationParams, int]:
     """The parameters, and the number of choices."""
-    grammar = grammars.response_format(body.response_format)
+    grammar = grammars.asked(body)
     max_top = validation.limits.max_top_n_tokens
     top_n_tokens = body.top_logprobs or 0
     if top_n_tokens and not body.logprobs:

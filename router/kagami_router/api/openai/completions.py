@@ -13,6 +13,7 @@ from kagami_proto.errors import (
     MalformedBody,
     SuffixNotSupported,
 )
+from kagami_router.api.answering import grammars
 from kagami_router.api.answering.logprobs import Columns
 from kagami_router.api.answering.openai_params import max_tokens_of, read_num_choices, read_params
 from kagami_router.api.answering.respond import Asked, respond
@@ -180,6 +181,7 @@ def _params(validation: Validation, body: CompletionRequest) -> tuple[Generation
     is_scoring = _is_scoring(body)
     max_tokens = 1 if is_scoring else max_tokens_of(body)
     params = read_params(validation, body, max_tokens, num_logprobs or 0)
+    params = replace(params, grammar=grammars.asked(body))
     num_samples = _num_samples(body, num_choices, validation.limits.max_best_of)
     has_prompt_logprobs = bool(body.echo) and num_logprobs is not None
     return (

@@ -21,6 +21,36 @@ class StreamOptions(Struct, frozen=True):
     include_usage: bool | None = None
 
 
+class JsonSchemaFormat(Struct, frozen=True):
+    """`json_schema` of OpenAI's `response_format`."""
+
+    name: str | None = None
+    schema: dict[str, Any] | None = None
+    description: str | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(Struct, frozen=True):
+    """`response_format`: OpenAI's form with `json_schema`, or TGI's with `value`."""
+
+    type: Literal["text", "json", "json_object", "regex", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+    value: dict[str, Any] | str | None = None
+    schema: dict[str, Any] | None = None
+    """Of a `json_object`, as llama.cpp and others send it"""
+
+
+class StructuredOutputs(Struct, frozen=True):
+    """`structured_outputs` of vLLM: one of these."""
+
+    json: dict[str, Any] | str | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    structural_tag: Any = None
+
+
 class OpenAIRequest(Struct, frozen=True, kw_only=True):
     """What chat and completions have in common; null means absent."""
 
@@ -42,23 +72,16 @@ class OpenAIRequest(Struct, frozen=True, kw_only=True):
     logit_bias: dict[str, float] | list[float] | None = None
     """OpenAI's object; TGI's list of floats has no meaning there either and is ignored."""
     ignore_eos: bool | None = None
-
-
-class JsonSchemaFormat(Struct, frozen=True):
-    """`json_schema` of OpenAI's `response_format`."""
-
-    name: str | None = None
-    schema: dict[str, Any] | None = None
-    description: str | None = None
-    strict: bool | None = None
-
-
-class ResponseFormat(Struct, frozen=True):
-    """`response_format`: OpenAI's form with `json_schema`, or TGI's with `value`."""
-
-    type: Literal["text", "json", "json_object", "regex", "json_schema"]
-    json_schema: JsonSchemaFormat | None = None
-    value: dict[str, Any] | str | None = None
+    response_format: ResponseFormat | None = None
+    # Other spellings of the same: vLLM's, and SGLang's.
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    structured_outputs: StructuredOutputs | None = None
+    regex: str | None = None
+    ebnf: str | None = None
+    json_schema: dict[str, Any] | str | None = None
 
 
 class ChatReasoning(Struct, frozen=True):
@@ -87,7 +110,6 @@ class ChatRequest(OpenAIRequest, frozen=True, kw_only=True):
     tool_choice: Any = None
     tool_prompt: str | None = None
     parallel_tool_calls: bool | None = None
-    response_format: ResponseFormat | None = None
     documents: list[dict[str, Any]] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | str | None = None

@@ -8,7 +8,7 @@ from kagami_proto.errors import InvalidRequest, MalformedBody
 from kagami_proto.values import MAX_GRAMMAR_BYTES, Grammar, GrammarKind
 from kagami_router.api.answering import grammars
 from kagami_router.api.schemas.native import GrammarType
-from kagami_router.api.schemas.openai import ResponseFormat
+from kagami_router.api.schemas.openai import CompletionRequest, ResponseFormat
 
 PERSON = {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]}
 CLOSED_PERSON = {**PERSON, "additionalProperties": False}
@@ -138,3 +138,63 @@ def test_a_schema_that_is_too_large_is_refused_before_it_is_walked(
     monkeypatch.delattr(grammars, "closed")
     with pytest.raises(InvalidRequest, match=f"bytes, more than {MAX_GRAMMAR_BYTES}"):
         grammars.json_schema(schema)
+
+
+def asked(wire: dict[str, Any]) -> Grammar | None:
+    return grammars.asked(msgspec.convert({"prompt": "x"} | wire, CompletionRequest))
+
+
+@pytest.mark.parametrize(
+    ("wire", "kind", "source"),
+    [
+        ({"response_format": {"type": "json_object", "schema": PERSON}}, "JSON_SCHEMA", None),
+        ({"guided_json": PERSON}, "JSON_SCHEMA", None),
+        ({"guided_json": json.dumps(PERSON)}, "JSON_SCHEMA", None),
+        ({"json_schema": json.dumps(PERSON)}, "JSON_SCHEMA", None),
+        ({"structured_outputs": {"json": PERSON}}, "JSON_SCHEMA", None),
+        ({"guided_regex": "a+"}, "REGEX", "a+"),
+        ({"regex": "a+"}, "REGEX", "a+"),
+        ({"structured_outputs": {"regex": "a+"}}, "REGEX", "a+"),
+        ({"guided_choice": ["a", 'b"']}, "LARK", 'start: "a" | "b\\""\n'),
+        ({"structured_outputs": {"choice": ["a"]}}, "LARK", 'start: "a"\n'),
+        ({"guided_grammar": 'start: "a"'}, "LARK", 'start: "a"'),
+        ({"ebnf": 'start: "a"'}, "LARK", 'start: "a"'),
+        ({"structured_outputs": {"grammar": 'start: "a"'}}, "LARK", 'start: "a"'),
+    ],
+)
+def test_other_servers_spellings_are_served(
+    wire: dict[str, Any], kind: str, source: str | None
+) -> None:
+    grammar = asked(wire)
+    assert grammar is not None
+    assert grammar.kind is GrammarKind[kind]
+    if source is None:
+        assert schema_of(grammar) == CLOSED_PERSON
+    else:
+        assert grammar.source == source
+
+
+def test_any_object_may_be_asked_for() -> None:
+    assert schema_of(asked({"structured_outputs": {"json_object": True}})) == ANY_OBJECT
+    assert asked({"structured_outputs": {"json_object": False}}) is None
+    assert asked({"response_format": {"type": "text"}}) is None
+
+
+@pytest.mark.parametrize(
+    ("wire", "message"),
+    [
+        (
+            {"guided_regex": "a", "structured_outputs": {"choice": ["a"]}},
+            "`guided_regex` and `structured_outputs.choice` exclude each other",
+        ),
+        ({"guided_choice": []}, "`guided_choice` must have at least one text"),
+        ({"ebnf": 'root ::= "a"'}, "`ebnf` must be a grammar in Lark's notation; GBNF"),
+        (
+            {"structured_outputs": {"structural_tag": {}}},
+            "`structured_outputs.structural_tag` is not served",
+        ),
+    ],
+)
+def test_what_cannot_be_held_is_refused_by_name(wire: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        asked(wire)
