@@ -111,6 +111,7 @@ async def assemble(
         decoder=loop.decoder,
         compute_type=args.compute_type,
         is_healthy=lambda: loop.is_healthy,
+        special_tokens=tokens.named(),
     )
     return loop, state
 

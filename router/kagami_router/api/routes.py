@@ -27,11 +27,15 @@ from kagami_router.api.schemas.messages import (
 from kagami_router.api.schemas.native import (
     ChatTokenizeResponse,
     CompatGenerateRequest,
+    DetokenizeRequest,
     GenerateRequest,
     GenerateResponse,
     Info,
     SimpleToken,
     StreamResponse,
+    TextAnswer,
+    TokenizeRequest,
+    TokensAnswer,
 )
 from kagami_router.api.schemas.openai import (
     ChatChoice,
@@ -144,7 +148,24 @@ ROUTES: Sequence[Route] = (
         "POST",
         "/tokenize",
         service.tokenize,
-        Operation(_TGI, GenerateRequest, list[SimpleToken], example={"inputs": "Hello"}),
+        Operation(
+            _TGI,
+            TokenizeRequest,
+            (list[SimpleToken], TokensAnswer),
+            example={"inputs": "Hello"},
+        ),
+    ),
+    Route(
+        "POST",
+        "/detokenize",
+        service.detokenize,
+        Operation(_TGI, DetokenizeRequest, TextAnswer, example={"tokens": [1, 2]}),
+    ),
+    Route(
+        "GET",
+        "/tokenizer_info",
+        service.tokenizer_info,
+        Operation(_TGI, answer=dict[str, str | None]),
     ),
     Route(
         "POST",

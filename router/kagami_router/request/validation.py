@@ -77,6 +77,7 @@ class GenerationParams:
     may_be_shortened: bool = False
     """More `max_new_tokens` than the context leaves are not refused: the answer ends there."""
     stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
     keep_stop: bool = True
     ignore_eos: bool = False
     new_watch: Callable[[], Watch] | None = None
@@ -165,6 +166,8 @@ class Validation:
         self._sampling(params)
         self._check_counts(params)
         self._check_logit_bias(params)
+        for index, token_id in enumerate(params.stop_token_ids):
+            self._token_id(token_id, "stop_token_ids", index)
 
     async def token_prompt(self, ids: Sequence[object], place: str) -> Prompt:
         """The ids that a client gave at `place` of its body; raises `InvalidRequest`."""
@@ -185,6 +188,12 @@ class Validation:
         """How many tokens a rendered conversation has; raises `InvalidRequest`."""
         self._check_text(text, place)
         return len(await self._tokenizer.encode(text, add_special_tokens=False))
+
+    async def text_of(self, ids: Sequence[object], place: str) -> str:
+        """The text of token ids; raises `InvalidRequest`."""
+        self._check_text_length(len(ids), place)
+        known = [self._token_id(token_id, place, index) for index, token_id in enumerate(ids)]
+        return await self._tokenizer.decode(known)
 
     def _check_text(self, text: str, place: str) -> None:
         """Refuse what surely is too long before it is tokenized."""
@@ -254,6 +263,7 @@ class Validation:
                 # A grammar ends by EOS: nothing else may follow it.
                 ignore_eos=params.ignore_eos and params.grammar is None,
                 keep_stop=params.keep_stop,
+                token_ids=frozenset(params.stop_token_ids),
                 new_watch=params.new_watch,
             ),
             top_n_tokens=params.top_n_tokens or 0,

@@ -29,6 +29,8 @@ class StoppingParams:
     ignore_eos: bool = False
     keep_stop: bool = True
     """Native routes leave the stop string in the text, OpenAI's cut it off."""
+    token_ids: frozenset[int] = frozenset()
+    """These end a sequence as the model's own end does, even where that is ignored."""
     new_watch: Callable[[], Watch] | None = None
     """Makes what watches one sequence, and ends it as a stop string would."""
 

@@ -161,11 +161,14 @@ class TextWriter:
         prefill: tuple[PrefillToken, ...] = ()
         if text.first_token is None:
             text.first_token = now
-            text.has_text_only = (
-                text.stop is None and text.watch is None and not event.sequence.request.top_n_tokens
-            )
+            request = event.sequence.request
+            has_more = request.top_n_tokens or request.stopping.token_ids
+            text.has_text_only = text.stop is None and text.watch is None and not has_more
             prefill = self._prefill(event.sequence)
-        is_end = token_id in self._eos_token_ids and not event.sequence.request.stopping.ignore_eos
+        stopping = event.sequence.request.stopping
+        is_end = token_id in stopping.token_ids or (
+            token_id in self._eos_token_ids and not stopping.ignore_eos
+        )
         reason = FinishReason.EOS_TOKEN if is_end else None
         special = self._decoder.special.get(token_id)
         shown = "" if special is not None else text.detokenizer.step(token_id)

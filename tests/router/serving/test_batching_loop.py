@@ -76,7 +76,7 @@ class Served:
 def new_request(prompt: bytes = PROMPT, max_new_tokens: int = 8, **changes: object) -> ValidRequest:
     stopping = {
         key: changes.pop(key)
-        for key in ("stop", "ignore_eos", "keep_stop", "new_watch")
+        for key in ("stop", "ignore_eos", "keep_stop", "token_ids", "new_watch")
         if key in changes
     }
     return ValidRequest(

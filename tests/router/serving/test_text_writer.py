@@ -157,6 +157,18 @@ def test_what_one_step_brings_behind_the_end_is_no_part_of_the_answer() -> None:
     assert (end.generated_text, end.num_generated) == ("de", 3)
 
 
+@pytest.mark.parametrize("ignore_eos", [True, False])
+def test_a_token_that_was_named_ends_a_text(ignore_eos: bool) -> None:
+    closed = Closed()
+    writer = new_writer(closed)
+    named = {"token_ids": frozenset(b"z"), "ignore_eos": ignore_eos}
+    outcomes = writer.write(sampled(open_sequence(writer, **named), *b"xyzw"), 1.0)
+    ((_, end),) = closed
+    assert isinstance(end, End)
+    assert (end.finish_reason, end.num_generated) == (FinishReason.EOS_TOKEN, 3)
+    assert len(outcomes) == 3
+
+
 class SeesLetters:
     """Has enough when it has seen these texts."""
 

@@ -34,6 +34,8 @@ _OPENAI = {
     "stream": "Answer with events, one for each token.",
     "stream_options": "What a stream has beside its tokens.",
     "n": "Answers to each prompt; --max-best-of is the limit.",
+    "stop_token_ids": "Tokens that end the answer as the model's own end does.",
+    "include_stop_str_in_output": "True: the stop string stays in the text.",
     "response_format": "What the answer has to follow.",
     "guided_json": "vLLM's older name of a schema that the answer follows.",
     "guided_regex": "vLLM's older name of a regular expression that the answer follows.",

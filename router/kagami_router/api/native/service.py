@@ -2,11 +2,19 @@
 
 import msgspec
 from aiohttp import hdrs, web
+from msgspec import UNSET
 
-from kagami_proto.errors import NotFound, Unhealthy
+from kagami_proto.errors import MalformedBody, NotFound, Unhealthy
 from kagami_router.api.answering.token_lists import simple_tokens
 from kagami_router.api.answering.tokenizing import respond_tokens
-from kagami_router.api.schemas.native import GenerateRequest, SimpleToken
+from kagami_router.api.schemas.encoding import encode
+from kagami_router.api.schemas.native import (
+    DetokenizeRequest,
+    SimpleToken,
+    TextAnswer,
+    TokenizeRequest,
+    TokensAnswer,
+)
 from kagami_router.api.schemas.openai import Model, ModelList
 from kagami_router.api.web.app_state import READINESS, AppState, state_of
 from kagami_router.api.web.json_response import json_response
@@ -15,7 +23,8 @@ from kagami_router.api.web.middleware import read_body
 MAX_NAME_SHOWN = 100
 PROMETHEUS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
-_TOKENIZE = msgspec.json.Decoder(GenerateRequest)
+_TOKENIZE = msgspec.json.Decoder(TokenizeRequest)
+_DETOKENIZE = msgspec.json.Decoder(DetokenizeRequest)
 
 
 async def health(request: web.Request) -> web.Response:
@@ -60,11 +69,39 @@ async def metrics(request: web.Request) -> web.Response:
 
 
 async def tokenize(request: web.Request) -> web.StreamResponse:
-    """Ids, texts and byte offsets of `inputs`."""
+    """TGI's form: ids, texts and byte offsets of `inputs`. vLLM's: the ids of `prompt`."""
     body = await read_body(request, _TOKENIZE)
+    if (body.inputs is UNSET) == (body.prompt is UNSET):
+        raise MalformedBody("one of `inputs` and `prompt` is needed", field="inputs")
 
-    async def answer(state: AppState) -> list[SimpleToken]:
-        spans = await state.validation.tokens(body.inputs, "inputs", add_special_tokens=True)
-        return simple_tokens(spans)
+    async def answer(state: AppState) -> list[SimpleToken] | TokensAnswer:
+        if body.inputs is not UNSET:
+            tokens = await state.validation.tokens(body.inputs, "inputs", add_special_tokens=True)
+            return simple_tokens(tokens)
+        assert body.prompt is not UNSET
+        tokens = await state.validation.tokens(
+            body.prompt, "prompt", add_special_tokens=body.add_special_tokens
+        )
+        ids = [token.id for token in tokens]
+        texts = [state.decoder.text_of(one) for one in ids] if body.return_token_strs else None
+        return TokensAnswer(len(ids), state.validation.limits.max_total_tokens, ids, texts)
 
     return await respond_tokens(request, answer)
+
+
+async def detokenize(request: web.Request) -> web.StreamResponse:
+    """The text of token ids, special tokens included."""
+    body = await read_body(request, _DETOKENIZE)
+
+    async def answer(state: AppState) -> TextAnswer:
+        return TextAnswer(await state.validation.text_of(body.tokens, "tokens"))
+
+    return await respond_tokens(request, answer)
+
+
+async def tokenizer_info(request: web.Request) -> web.Response:
+    """What clients that tokenize by themselves ask for: special tokens and chat template."""
+    state = state_of(request)
+    source = state.chat_format.template.source
+    told = {**state.special_tokens, "chat_template": source or None}
+    return web.Response(body=encode(told), content_type="application/json")

@@ -47,10 +47,25 @@ class GenerateParameters(Struct, frozen=True):
 
 
 class GenerateRequest(Struct, frozen=True):
-    """Body of /generate, /generate_stream and /tokenize; without `parameters` TGI samples."""
+    """Body of /generate and /generate_stream; without `parameters` TGI samples."""
 
     inputs: str
     parameters: GenerateParameters | UnsetType = UNSET
+
+
+class TokenizeRequest(Struct, frozen=True):
+    """Body of /tokenize: TGI's form has `inputs`, vLLM's has `prompt`."""
+
+    inputs: str | UnsetType = UNSET
+    prompt: str | UnsetType = UNSET
+    add_special_tokens: bool = True
+    return_token_strs: bool = False
+
+
+class DetokenizeRequest(Struct, frozen=True):
+    """Body of /detokenize, as in vLLM."""
+
+    tokens: list[int]
 
 
 class CompatGenerateRequest(Struct, frozen=True):
@@ -62,6 +77,21 @@ class CompatGenerateRequest(Struct, frozen=True):
 
 
 # --- answers ---
+
+
+class TokensAnswer(Struct, frozen=True):
+    """Answer of /tokenize in vLLM's form."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class TextAnswer(Struct, frozen=True):
+    """Answer of /detokenize."""
+
+    prompt: str
 
 
 class TokenOut(Struct, frozen=True):

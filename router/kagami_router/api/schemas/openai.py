@@ -6,7 +6,7 @@ that this server only looks at to refuse it by name.
 
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
-from msgspec import UNSET, Struct, UnsetType
+from msgspec import UNSET, Meta, Struct, UnsetType
 
 from kagami_router.api.schemas.encoding import FewMessages, Int32, Seed, UInt32
 
@@ -72,6 +72,8 @@ class OpenAIRequest(Struct, frozen=True, kw_only=True):
     logit_bias: dict[str, float] | list[float] | None = None
     """OpenAI's object; TGI's list of floats has no meaning there either and is ignored."""
     ignore_eos: bool | None = None
+    stop_token_ids: Annotated[list[int], Meta(max_length=64)] | None = None
+    include_stop_str_in_output: bool | None = None
     response_format: ResponseFormat | None = None
     # Other spellings of the same: vLLM's, and SGLang's.
     guided_json: dict[str, Any] | str | None = None

@@ -1,7 +1,7 @@
 """The state that handlers use, and whether the server is ready."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from aiohttp import web
@@ -32,6 +32,8 @@ class AppState:
     info: Info
     compute_type: str
     is_healthy: Callable[[], bool]
+    special_tokens: Mapping[str, str] = field(default_factory=dict)
+    """Name -> text, as tokenizer_config.json has them"""
     created: int = field(default_factory=lambda: int(time.time()))
     """When the model was ready, in seconds since the epoch."""
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 import pytest
 from tests.fakes.byte_tokenizer import byte_tokenizer_with_start
 from tests.fakes.fake_loop import FakeLoop
-from tests.fakes.fake_server import flat_error, serving
+from tests.fakes.fake_server import TEMPLATE, flat_error, serving
 
 from kagami_router.api.schemas.encoding import MAX_MESSAGES
 from kagami_router.api.web.app_state import TGI_VERSION
@@ -216,3 +216,45 @@ async def test_a_conversation_has_so_many_messages_at_most(path: str, field: str
             assert response.status in (400, 422)
             text = await response.text()
     assert f"{field}: Expected `array` of length <= {MAX_MESSAGES}" in text
+
+
+async def test_the_tokenizer_answers_in_vllms_form() -> None:
+    async with serving() as server:
+        async with server.post("/tokenize", {"prompt": "Hi"}) as response:
+            whole = await response.json()
+        asked = {"prompt": "Hi", "add_special_tokens": False, "return_token_strs": True}
+        async with server.post("/tokenize", asked) as response:
+            bare = await response.json()
+        async with server.post("/detokenize", {"tokens": whole["tokens"]}) as response:
+            text = await response.json()
+    assert whole == {
+        "count": 3,
+        "max_model_len": 64,
+        "tokens": whole["tokens"],
+        "token_strs": None,
+    }
+    assert bare["tokens"] == whole["tokens"][1:]
+    assert bare["token_strs"] == ["H", "i"]
+    assert text == {"prompt": "<s>Hi"}
+
+
+async def test_the_tokenizer_tells_its_template() -> None:
+    async with serving() as server, server.http.get("/tokenizer_info") as response:
+        told = await response.json()
+    assert told == {"chat_template": TEMPLATE}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "message"),
+    [
+        ("/tokenize", {}, "one of `inputs` and `prompt` is needed"),
+        ("/tokenize", {"inputs": "a", "prompt": "a"}, "one of `inputs` and `prompt` is needed"),
+        ("/detokenize", {"tokens": [99999]}, "`tokens[0]` must be a token id, >= 0 and <"),
+    ],
+)
+async def test_what_the_tokenizer_cannot_read_is_named(
+    path: str, body: dict[str, object], message: str
+) -> None:
+    async with serving() as server, server.post(path, body) as response:
+        assert response.status == 422
+        assert message in await response.text()
