@@ -173,7 +173,9 @@ class Validation:
         """The ids that a client gave at `place` of its body; raises `InvalidRequest`."""
         limits = self.limits
         if len(ids) > limits.max_input_tokens:  # before any work that grows with them
-            raise _too_many_tokens(limits, len(ids))
+            error = _too_many_tokens(limits, len(ids))
+            error.field = place
+            raise error
         known = tuple(self._token_id(token_id, place, index) for index, token_id in enumerate(ids))
         return Prompt(known, await self._tokenizer.decode(known))
 

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from aiohttp import web
 
-from kagami_proto.errors import KagamiError
+from kagami_proto.errors import ContextOverflow, KagamiError
 from kagami_router.api.web import sse
 from kagami_router.api.web.app_state import state_of
 from kagami_router.api.web.call import (
@@ -44,6 +44,8 @@ class Asked:
     adds_special_tokens: bool
     """False: the chat template has written them already"""
     num_samples: int = 1
+    field: str = "inputs"
+    """Where the prompt stands in the body; an error that it is too long names it"""
 
 
 class AnswerWriter(Protocol):
@@ -140,15 +142,20 @@ async def _validated(
     validation: Validation, asked: Sequence[Asked], caller: str
 ) -> list[ValidRequest]:
     """A request for each prompt."""
-    return [
-        await validation.validate(
-            one.prompt,
-            one.params,
-            add_special_tokens=one.adds_special_tokens,
+    return [await _valid(validation, one, caller) for one in asked]
+
+
+async def _valid(validation: Validation, asked: Asked, caller: str) -> ValidRequest:
+    try:
+        return await validation.validate(
+            asked.prompt,
+            asked.params,
+            add_special_tokens=asked.adds_special_tokens,
             caller=caller,
         )
-        for one in asked
-    ]
+    except ContextOverflow as error:
+        error.field = asked.field
+        raise
 
 
 def _samples(prompts: Sequence[ValidRequest], asked: Sequence[Asked]) -> list[ValidRequest]:

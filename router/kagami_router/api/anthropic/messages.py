@@ -65,7 +65,7 @@ async def messages(request: web.Request) -> web.StreamResponse:
         body.max_tokens,
         prepared.new_parser(),
     )
-    asked = Asked(prepared.prompt, params, adds_special_tokens=False)
+    asked = Asked(prepared.prompt, params, adds_special_tokens=False, field="messages")
     return await respond(
         request, call, [asked], writer, is_stream=bool(body.stream), keep_alive=PING
     )

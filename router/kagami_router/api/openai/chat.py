@@ -79,7 +79,11 @@ async def ask(
     )
     params = prepared.params(params)
     return Asked(
-        prepared.prompt, params, adds_special_tokens=False, num_samples=num_samples
+        prepared.prompt,
+        params,
+        adds_special_tokens=False,
+        num_samples=num_samples,
+        field="messages",
     ), prepared
 
 

@@ -72,7 +72,8 @@ async def completions(request: web.Request) -> web.StreamResponse:
     )
     writer = OpenAIWriter(Identity.of("cmpl", call, state, body.model), form, choices)
     asked = [
-        Asked(one, params, adds_special_tokens=True, num_samples=num_samples) for one in prompts
+        Asked(one, params, adds_special_tokens=True, num_samples=num_samples, field="prompt")
+        for one in prompts
     ]
     return await respond(request, call, asked, writer, is_stream=bool(body.stream))
 

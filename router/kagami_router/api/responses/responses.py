@@ -84,7 +84,7 @@ async def responses(request: web.Request) -> web.StreamResponse:
         state.decoder if _has_logprobs(body) else None,
         offered.origins,
     )
-    asked = Asked(prepared.prompt, params, adds_special_tokens=False)
+    asked = Asked(prepared.prompt, params, adds_special_tokens=False, field="input")
     return await respond(request, call, [asked], writer, is_stream=bool(body.stream))
 
 

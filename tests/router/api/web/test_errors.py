@@ -153,6 +153,7 @@ async def test_openais_clients_read_that_the_context_is_full(
         assert answer["error"]["code"] == "context_length_exceeded"
         assert answer["error"]["type"] == "invalid_request_error"
         assert answer["error"]["message"] == text
+        assert answer["error"]["param"] in body
         assert server.loop.requests == []
 
 
