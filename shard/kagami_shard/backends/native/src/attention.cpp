@@ -330,7 +330,7 @@ struct Attention : LayerOp {
                            scratch.queries + rows.begin * shape.depth,
                            tile,       coming,     sees_all ? nullptr : masks,
                            spec.scale, spec.softcap, adds};
-    if (step.pool->use_amx && count > kFewRows)
+    if (step.pool->use_amx)  // whatever the number of rows: see kernel_for
       attend_amx(of_tile, scratch.scores);
     else
       attend_avx512(of_tile);

@@ -108,7 +108,7 @@ struct Layer {  // what all panels of a linear layer have in common, for some ro
         first_row(part.begin),
         rows(part.end - part.begin),
         use_amx(step.pool->use_amx),
-        kernel(kernel_for(rows, use_amx)),
+        kernel(kernel_for(use_amx)),
         depth(depth_of(weight)),
         x(step.row<char>(step.buffer(op.in), first_row, batch.num_tokens, thread)),
         x_bytes(step.buffer(op.in).row_bytes),
@@ -117,7 +117,9 @@ struct Layer {  // what all panels of a linear layer have in common, for some ro
     take_spare();
   }
 
-  bool on_tiles() const { return use_amx && rows > kFewRows && !codes; }
+  bool on_tiles() const {
+    return use_amx && !codes && (weight.kind != KG_INT8 || rows > kFewRows);
+  }
   // How many columns of a panel of codes are made bf16 at a time, so that they stay in a near cache
   // while the rows go through. All of them for tiles, which may compute rows twice: see pass_of.
   int64_t unpacked_columns() const {

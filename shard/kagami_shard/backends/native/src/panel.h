@@ -44,8 +44,11 @@ constexpr int kAvx512Rows = 8, kAmxRows = 32;
 // Up to so many rows the vector unit keeps up with the memory, and needs no tiles set up.
 constexpr int kFewRows = 4;
 
-inline Kernel kernel_for(int64_t rows, bool use_amx) {
-  if (use_amx && rows > kFewRows) return {panel_amx, kAmxRows};
+// Tiles add up the products of a step in an order of their own (TDPBF16PS: even and odd pairs apart).
+// So where there are tiles, every number of rows takes them: a row has the same bits alone and among
+// others. Whole numbers have no order: int8 may use either.
+inline Kernel kernel_for(bool use_amx) {
+  if (use_amx) return {panel_amx, kAmxRows};
   return {panel_avx512, kAvx512Rows};
 }
 
