@@ -216,7 +216,7 @@ class HarmonyForm:
         if calls is None and response is None:
             return None
         ids = {name: f"<[{token_id}]>" for name, token_id in self.ids.items()}
-        ends = ",".join(str(self.ids[one]) for one in (_START, *_ENDS))
+        ends = ",".join(str(self.ids[one]) for one in MARKERS)
         behind = f"body {ids['<|end|>']} {ids[_START]} {literal('assistant')}"
         channel, message = ids[_CHANNEL], ids[_MESSAGE]
         lines = [
@@ -234,7 +234,9 @@ class HarmonyForm:
             lines.append(f"said: {channel} {literal('final')} {message} body")
         if calls is not None:
             lines += self._call_rules(calls, ids)
-        return lark([f"start: (thought | remark)* ({' | '.join(last)})", *lines])
+        # A remark is text, and would stand before the response.
+        first = "thought | remark" if response is None else "thought"
+        return lark([f"start: ({first})* ({' | '.join(last)})", *lines])
 
     def _call_rules(self, calls: AllowedCalls, ids: Mapping[str, str]) -> list[str]:
         lines, heads = [], []

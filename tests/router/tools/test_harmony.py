@@ -154,6 +154,13 @@ def test_the_form_needs_the_template_and_the_tokens() -> None:
         ("<|channel|>final<|message|>[1, 2]", AUTO, SCHEMA, True),
         (CALL, AUTO, SCHEMA, True),
         (FINAL, AUTO, SCHEMA, False),
+        (f"{REMARK}<|channel|>final<|message|>[1, 2]", None, SCHEMA, False),
+        (
+            f"<|channel|>analysis<|message|>Hm{FINAL}<|end|><|start|>assistant{NOW}",
+            AUTO,
+            None,
+            False,
+        ),
     ],
 )
 def test_each_channel_is_held_to_what_is_asked(
